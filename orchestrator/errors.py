@@ -1,0 +1,142 @@
+"""Every error that the orchestrator raises on purpose, each with its exit code or its trial status.
+
+OrchestratorError
+├── InputError                  exit 2: what the user wrote cannot be done; nothing was started
+│   ├── SweepFileError          the sweep file, all its problems at once
+│   ├── ModelError              the model cannot be found, read or adapted
+│   ├── DataError               the data cannot be found or read
+│   └── FolderError             a sweep folder that cannot be used so
+├── UnreachableError            exit 3: something outside did not answer
+│   ├── ClusterUnreachableError
+│   ├── TrackingUnreachableError
+│   └── StorageError
+├── SweepInterruptedError       exit 130: Ctrl-C or SIGTERM; the state is saved
+└── TrialError                  one trial ended badly; the sweep goes on
+    ├── TrialOutOfMemoryError   status out_of_memory
+    ├── TrialDivergedError      status diverged
+    └── TrialFailedError        status failed
+
+All fields go to `Exception.args` by position, so that an error survives pickling from worker to driver.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+class OrchestratorError(Exception):
+    """Something went wrong in a way that a person can act on."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class InputError(OrchestratorError):
+    """What the user wrote cannot be done; nothing was started."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong with a sweep file."""
+
+    path: str
+    """The key's full path, as `space.rank[2]`."""
+    message: str
+    line: int | None = None
+
+
+class SweepFileError(InputError):
+    """A sweep file with at least one problem; all of them are told at once."""
+
+    def __init__(self, file: str, problems: tuple[Problem, ...]) -> None:
+        super().__init__(file, problems)
+        self.file, self.problems = file, problems
+
+    def __str__(self) -> str:
+        return "\n".join(
+            f"{self.file}:{problem.line}: {problem.path}: {problem.message}"
+            if problem.line
+            else f"{self.file}: {problem.path}: {problem.message}"
+            for problem in self.problems
+        )
+
+
+class ModelError(InputError):
+    """The model cannot be found or read, or does not have what the sweep file asks of it."""
+
+
+class DataError(InputError):
+    """The data cannot be found or read, or holds no usable row."""
+
+
+class FolderError(InputError):
+    """A sweep folder that does not exist, is damaged, or belongs to another sweep."""
+
+
+class UnreachableError(OrchestratorError):
+    """The cluster, the tracking server or the storage did not answer."""
+
+    exit_code = 3
+
+
+class ClusterUnreachableError(UnreachableError):
+    """No Ray cluster answered."""
+
+
+class TrackingUnreachableError(UnreachableError):
+    """The MLflow server did not answer."""
+
+
+class StorageError(UnreachableError):
+    """The storage cannot be read or written."""
+
+
+class SweepInterruptedError(OrchestratorError):
+    """Ctrl-C or SIGTERM ended the sweep; its state is saved and the same command goes on."""
+
+    exit_code = 130
+
+
+class TrialError(OrchestratorError):
+    """One trial ended badly."""
+
+
+class TrialOutOfMemoryError(TrialError):
+    """A worker ran out of memory at `step`, while it held `held_bytes` and asked for `asked_bytes` (None: unknown)."""
+
+    def __init__(self, step: int, held_bytes: int, asked_bytes: int | None, micro_batch_size: int) -> None:
+        super().__init__(step, held_bytes, asked_bytes, micro_batch_size)
+        self.step, self.held_bytes, self.asked_bytes = step, held_bytes, asked_bytes
+        self.micro_batch_size = micro_batch_size
+
+    def __str__(self) -> str:
+        asked = f", {self.asked_bytes / 2**30:.2f} GiB more asked for" if self.asked_bytes else ""
+        return (
+            f"out of memory at step {self.step} with {self.held_bytes / 2**30:.2f} GiB held{asked}; "
+            f"lower micro_batch_size (now {self.micro_batch_size}) or sequence_length, "
+            "or set gradient_checkpointing: true"
+        )
+
+
+class TrialDivergedError(TrialError):
+    """The loss of `step` was NaN or infinite."""
+
+    def __init__(self, step: int, loss: float) -> None:
+        super().__init__(step, loss)
+        self.step, self.loss = step, loss
+
+    def __str__(self) -> str:
+        return f"the loss became {self.loss} at step {self.step}; lower learning_rate or max_grad_norm, or use bf16"
+
+
+class TrialFailedError(TrialError):
+    """A worker raised an error of its own, or died."""
+
+    def __init__(self, what: str, log: str) -> None:
+        super().__init__(what, log)
+        self.what, self.log = what, log
+
+    def __str__(self) -> str:
+        return f"{self.what}; the whole story is in {self.log}: mend its cause there and run the sweep again"

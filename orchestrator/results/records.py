@@ -1,0 +1,189 @@
+"""What a trial and a sweep leave behind: the JSON that scripts may read, with its format version."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from orchestrator.config.trial_config import TrialConfig
+
+SCHEMA_VERSION = 1
+
+
+class TrialStatus(StrEnum):
+    """Where a trial stands."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    COMPLETED = "completed"
+    STOPPED = "stopped"
+    """Ended early by the scheduler."""
+    INFEASIBLE = "infeasible"
+    """Refused before launch."""
+    OUT_OF_MEMORY = "out_of_memory"
+    DIVERGED = "diverged"
+    PREEMPTED = "preempted"
+    """Its worker, node or driver went away; it goes on when the sweep is resumed."""
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    """Ended by the user or the budget; it goes on when the sweep is resumed."""
+
+    @property
+    def needs_reason(self) -> bool:
+        """Whether a record of this status must say why."""
+        return self not in (TrialStatus.PENDING, TrialStatus.RUNNING, TrialStatus.COMPLETED)
+
+    @property
+    def is_final(self) -> bool:
+        """Whether a resumed sweep leaves the trial as it is."""
+        return not MOVES[self]
+
+
+_ENDS = frozenset(TrialStatus) - {TrialStatus.PENDING, TrialStatus.RUNNING}
+MOVES: Mapping[TrialStatus, frozenset[TrialStatus]] = {
+    TrialStatus.PENDING: frozenset(
+        {TrialStatus.RUNNING, TrialStatus.INFEASIBLE, TrialStatus.FAILED, TrialStatus.CANCELLED}
+    ),
+    TrialStatus.RUNNING: _ENDS - {TrialStatus.INFEASIBLE},
+    TrialStatus.PREEMPTED: frozenset({TrialStatus.PENDING}),
+    TrialStatus.CANCELLED: frozenset({TrialStatus.PENDING}),
+} | {status: frozenset() for status in _ENDS - {TrialStatus.PREEMPTED, TrialStatus.CANCELLED}}
+"""The statuses that may follow each status; what has none is final."""
+
+
+class _Record(BaseModel):
+    # Ours to write, so strict when made; a newer release may have added fields, so lenient when read.
+    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="strings", use_attribute_docstrings=True)
+
+
+class MetricPoint(_Record):
+    """One line of metrics.jsonl: the state after an optimizer step."""
+
+    step: int
+    tokens: int
+    """Tokens trained on so far, over all workers, padding left out."""
+    seconds: float
+    """Seconds of training so far: evaluation and saving left out."""
+    loss: float | None = None
+    """Mean over the label tokens of the step's global batch."""
+    eval_loss: float | None = None
+    """Mean over the label tokens of the evaluation data; only at the steps that evaluate."""
+    learning_rate: float
+    grad_norm: float | None = None
+    tokens_per_s: float | None = None
+    """Over the steps so far, without the warm-up steps."""
+    step_time_s: float | None = None
+    """Median seconds of the steps so far, without the warm-up steps."""
+    peak_memory_bytes: int | None = None
+    """The largest of all workers."""
+    time_ms: int
+    """Wall clock, milliseconds since 1970: what MLflow is given, so that a replay adds no second point."""
+
+
+class PeakMemory(_Record):
+    """One worker's peak memory: the largest of all workers."""
+
+    predicted_bytes: int | None = None
+    measured_bytes: int | None = None
+    reserved_bytes: int | None = None
+    """torch's `max_memory_reserved`; None on a CPU."""
+    kind: Literal["cuda_allocated", "resident"]
+
+
+class Timing(_Record):
+    """Where a trial's wall-clock time went, in seconds."""
+
+    queued_s: float = 0.0
+    """From the sweep's start to the launch."""
+    startup_s: float = 0.0
+    """From the launch to a process that holds its imports and its process group."""
+    data_s: float = 0.0
+    model_s: float = 0.0
+    """Base model, adapter and engine."""
+    training_s: float = 0.0
+    evaluation_s: float = 0.0
+    saving_s: float = 0.0
+    total_s: float = 0.0
+    """From the launch to the end."""
+
+
+class GitState(_Record):
+    """The checkout that the sweep was run from."""
+
+    commit: str
+    dirty: bool
+
+
+class TrialResult(_Record):
+    """Everything about one trial; written whole at every change of its status."""
+
+    schema_version: Literal[1] = 1
+    trial_id: str
+    configuration_id: str
+    """The same for all repeats of a configuration."""
+    status: TrialStatus
+    reason: str | None = None
+    config: TrialConfig
+    repeat: int
+    seed: int
+    notes: tuple[str, ...] = ()
+    """What planning had to say about a trial that runs all the same."""
+    best: MetricPoint | None = None
+    """The evaluation with the best objective."""
+    last: MetricPoint | None = None
+    steps: int = 0
+    tokens: int = 0
+    tokens_per_s: float | None = None
+    step_time_s: float | None = None
+    trainable_parameters: int | None = None
+    peak_memory: PeakMemory | None = None
+    timing: Timing = Timing()
+    hosts: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ()
+    mlflow_run_id: str | None = None
+    adapter: str | None = None
+    """Folder of the best adapter, relative to the trial's own."""
+    versions: dict[str, str] = {}
+    git: GitState | None = None
+
+    @model_validator(mode="after")
+    def _has_its_reason(self) -> Self:
+        if self.status.needs_reason and not self.reason:
+            raise ValueError(f"a trial that is {self.status} must say why in `reason`")
+        return self
+
+
+class SweepResult(_Record):
+    """All trials of a sweep, refused ones too, and what the sweep was asked."""
+
+    schema_version: Literal[1] = 1
+    name: str
+    question: str | None = None
+    sweep_id: str
+    model: str
+    objective_metric: str
+    objective_mode: Literal["min", "max"]
+    searched: tuple[str, ...]
+    """Names of the settings in `space:`, in the file's order."""
+    started_ms: int | None = None
+    ended_ms: int | None = None
+    """None while the sweep runs."""
+    interrupted: bool = False
+    data_hash: str | None = None
+    mlflow_run_id: str | None = None
+    trials: tuple[TrialResult, ...]
+
+
+def upgrade(raw: dict[str, Any]) -> dict[str, Any]:
+    """Bring a record of any earlier format to this one.
+
+    Raises:
+        ValueError: the record was written by a newer release.
+    """
+    version = raw.get("schema_version")
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
+        raise ValueError(f"schema_version {version!r} is not known to this release, which reads 1 to {SCHEMA_VERSION}")
+    return raw
