@@ -1,0 +1,73 @@
+"""What a worker is told and what it tells: plain values, so that the sweep needs no torch to speak to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from orchestrator.config.trial_config import TrialConfig
+from orchestrator.results.records import MetricPoint, TrialStatus
+
+
+@dataclass(frozen=True, slots=True)
+class TrialTask:
+    """One trial, as every one of its workers gets it."""
+
+    trial_id: str
+    config: TrialConfig
+    """`micro_batch_size` is a number."""
+    model_folder: str
+    """A local folder that `from_pretrained` reads, with its tokenizer."""
+    data_folder: str
+    """What `data.prepare` wrote."""
+    trial_folder: str
+    objective_metric: str
+    objective_mode: Literal["min", "max"]
+    gpu_memory_fraction: float | None = None
+    """The share of its GPU that the worker may allocate, where trials share one; None: all of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerPlace:
+    """Which of the trial's workers a process is, and where they meet."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    store_host: str
+    store_port: int
+    """A `torch.distributed.TCPStore` that outlives the trial."""
+    store_prefix: str
+    """Sets the trial's attempt apart from all others in that store."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrialProgress:
+    """How far a trial is: rank 0 reports it at every evaluation, so that a trial killed later has lost nothing."""
+
+    last: MetricPoint | None
+    best: MetricPoint | None
+    trainable_parameters: int
+    startup_s: float
+    data_s: float
+    model_s: float
+    training_s: float
+    evaluation_s: float
+    saving_s: float
+    peak_memory_bytes: int
+    reserved_bytes: int | None
+    memory_kind: Literal["cuda_allocated", "resident"]
+    device: str
+    """As a person names it: `NVIDIA H100 80GB HBM3` or the CPU's model name."""
+    host: str
+    has_adapter: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TrialEnd:
+    """How one worker's part of a trial ended."""
+
+    status: TrialStatus
+    reason: str | None
+    progress: TrialProgress | None
+    """None on every worker but rank 0, and where the trial ended before its first step."""
