@@ -1,0 +1,301 @@
+"""A sweep file from disk to SweepConfig and back, with every problem told at once: file, line, key, nearest name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from orchestrator.config.search_space import Choice, IntRange, LogIntRange, Range, in_order_of_need
+from orchestrator.config.sweep_config import SchedulerConfig, SweepConfig
+from orchestrator.config.trial_config import TrialConfig
+from orchestrator.errors import InputError, Problem, SweepFileError
+
+Path_ = tuple[str | int, ...]
+Lines = dict[Path_, int]
+MAX_BYTES = 2**20
+MAX_DEPTH = 20
+_SETTING_TYPES = {
+    name: hint
+    for name, hint in get_type_hints(TrialConfig, include_extras=True).items()
+    if name in TrialConfig.model_fields
+}
+
+
+def load(file: Path, overrides: Sequence[str] = ()) -> SweepConfig:
+    """Read a sweep file; each override is `trial.max_steps=20`.
+
+    Raises:
+        InputError: there is no such file, or it is not YAML.
+        SweepFileError: it has problems; all of them are in it.
+    """
+    raw, lines = _read(file)
+    for override in overrides:
+        _override(raw, override)
+    problems = list(_problems_between_keys(raw))
+    sweep = None
+    try:
+        sweep = SweepConfig.model_validate(raw)
+    except ValidationError as error:
+        problems += _problems_of(error, raw)
+    if sweep is not None and not problems:
+        problems += _problems_of_meaning(sweep)
+    if problems or sweep is None:
+        raise SweepFileError(str(file), tuple(_with_lines(problems, lines)))
+    return sweep
+
+
+def to_yaml(sweep: SweepConfig) -> str:
+    """The sweep with every default filled in; `load` reads it back."""
+    whole = sweep.model_dump(mode="json", exclude_none=True)
+    whole["trial"] = {name: value for name, value in whole["trial"].items() if name not in sweep.domains}
+    if not whole["space"]:
+        del whole["space"]
+    return yaml.safe_dump(whole, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _read(file: Path) -> tuple[dict[str, Any], Lines]:
+    try:
+        text = file.read_bytes()
+    except OSError as error:
+        near = nearest(file.name, [entry.name for entry in file.parent.glob("*.y*ml")])
+        raise InputError(f"{file} cannot be read ({error.strerror}): name a sweep file{near}") from error
+    if len(text) > MAX_BYTES:
+        raise InputError(f"{file} has {len(text):,} bytes: a sweep file has at most {MAX_BYTES:,}")
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, UnicodeError, RecursionError) as error:
+        raise InputError(f"{file} is not YAML: {' '.join(str(error).split())}; mend it there") from error
+    if not isinstance(node, yaml.MappingNode):
+        raise InputError(f"{file} holds no keys: begin with `name:`, `model:` and `data:`")
+    lines: Lines = {}
+    problems: list[Problem] = []
+    raw = _construct(node, (), lines, problems)
+    if problems:
+        raise SweepFileError(str(file), tuple(problems))
+    return raw, lines
+
+
+def _construct(node: yaml.Node, path: Path_, lines: Lines, problems: list[Problem]) -> Any:
+    """Plain values of a node, the line of every key, and keys that stand twice (which YAML readers pass over)."""
+    lines.setdefault(path, node.start_mark.line + 1)
+    if len(path) > MAX_DEPTH:
+        problems.append(Problem(_spell(path[:4]) + "…", f"is nested deeper than {MAX_DEPTH} levels", lines[path]))
+        return None
+    if isinstance(node, yaml.MappingNode):
+        found: dict[Any, Any] = {}
+        for key_node, value_node in node.value:
+            key = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "?"
+            if key in found:
+                problems.append(Problem(_spell((*path, key)), "stands twice: keep one", key_node.start_mark.line + 1))
+            lines[(*path, key)] = key_node.start_mark.line + 1
+            found[key] = _construct(value_node, (*path, key), lines, problems)
+        return found
+    if isinstance(node, yaml.SequenceNode):
+        return [_construct(item, (*path, i), lines, problems) for i, item in enumerate(node.value)]
+    return _scalar(node, path, problems)
+
+
+def _scalar(node: yaml.Node, path: Path_, problems: list[Problem]) -> Any:
+    loader = yaml.SafeLoader("")
+    try:
+        return loader.construct_object(node, deep=True)  # type: ignore[no-untyped-call]
+    except (yaml.YAMLError, ValueError) as error:
+        problems.append(Problem(_spell(path), f"cannot be read ({error})", node.start_mark.line + 1))
+        return None
+    finally:
+        loader.dispose()  # type: ignore[no-untyped-call]
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    path, sign, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not sign or not all(keys):
+        raise InputError(f"--set {override}: write it as trial.max_steps=20")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {override}: {text!r} is not a YAML value") from error
+    # A setting stands in one of the two: naming it in one takes it out of the other.
+    other = {"trial": "space", "space": "trial"}.get(keys[0])
+    if other and len(keys) > 1 and isinstance(raw.get(other), dict):
+        raw[other].pop(keys[1], None)
+    at: Any = raw
+    for key in keys[:-1]:
+        if not isinstance(at.get(key), dict):
+            at[key] = {}
+        at = at[key]
+    at[keys[-1]] = value
+
+
+def _problems_between_keys(raw: Mapping[str, Any]) -> Iterator[Problem]:
+    """What no single key can know, found before the types are known to be right."""
+    trial, space = raw.get("trial"), raw.get("space")
+    if isinstance(trial, Mapping) and isinstance(space, Mapping):
+        for name in sorted({str(key) for key in trial} & {str(key) for key in space}):
+            yield Problem(f"space.{name}", "stands in `trial` too: a setting is shared or searched, not both")
+    if "space" in raw and not space:
+        yield Problem("space", "is empty: search at least one setting, or leave the key out to run `trial:` alone")
+
+
+def _problems_of(error: ValidationError, raw: Any) -> Iterator[Problem]:
+    """pydantic's errors in our words: one problem a key, whatever number of union members it failed."""
+    said: dict[Path_, list[str]] = {}
+    for detail in error.errors(include_url=False):
+        path = _real_path(detail["loc"], raw)
+        said.setdefault(path, []).append(_sentence(detail, path, raw))
+    for path, sentences in said.items():
+        # An element that is wrong leaves its list too short in pydantic's eyes: the element's own problem is enough.
+        if any(len(other) > len(path) and other[: len(path)] == path for other in said):
+            continue
+        yield Problem(_spell(path), " or ".join(dict.fromkeys(sentences)))
+
+
+def _real_path(loc: Iterable[str | int], raw: Any) -> Path_:
+    """The keys of the file in pydantic's location, without the names of its union members."""
+    path: list[str | int] = []
+    at = raw
+    items = list(loc)
+    for i, item in enumerate(items):
+        if isinstance(at, Mapping) and item in at:
+            at = at[item]
+        elif isinstance(at, Sequence) and not isinstance(at, str) and isinstance(item, int) and item < len(at):
+            at = at[item]
+        elif not (isinstance(at, Mapping) and i == len(items) - 1 and isinstance(item, str) and item.isidentifier()):
+            continue
+        path.append(item)
+    return tuple(path)
+
+
+def _sentence(detail: Any, path: Path_, raw: Any) -> str:
+    kind, message, value = detail["type"], str(detail["msg"]), detail["input"]
+    if kind == "missing":
+        return "is missing: write it"
+    if kind == "extra_forbidden":
+        return _unknown_key(path)
+    if kind == "tuple_type":
+        return "takes a list of values, `{choice: [...]}` or a range"
+    if kind == "too_short":
+        return "is empty: name at least one value"
+    if kind == "literal_error" and isinstance(value, str):
+        expected = [part.strip(" '") for part in detail["ctx"]["expected"].replace(" or ", ", ").split(",")]
+        return f"{_lower(message)}, not {value!r}{nearest(value, expected)}"
+    if kind == "enum" and isinstance(value, str):
+        expected = [part.strip(" '") for part in detail["ctx"]["expected"].replace(" or ", ", ").split(",")]
+        return f"{_lower(message)}, not {value!r}{nearest(value, expected)}"
+    shown = f", not {value!r}" if isinstance(value, str | int | float | bool) else ""
+    return f"{_lower(message.removeprefix('Value error, '))}{shown}"
+
+
+def _lower(message: str) -> str:
+    return message.replace("Input should", "should")
+
+
+def _unknown_key(path: Path_) -> str:
+    name = str(path[-1])
+    if len(path) == 1 and name in _SETTING_TYPES:
+        return "is a setting: it stands under `trial:` or `space:`"
+    known = _known_keys(path[:-1])
+    return f"is no key here{nearest(name, known)}" + (f"; known: {', '.join(known)}" if len(known) <= 12 else "")
+
+
+def _known_keys(parent: Path_) -> list[str]:
+    if not parent:
+        return list(SweepConfig.model_fields)
+    if parent[0] in ("trial", "space") and len(parent) == 1:
+        return list(_SETTING_TYPES)
+    if parent[0] == "space":
+        return ["choice", "uniform", "log_uniform", "int", "log_int", "when"]
+    model: Any = SweepConfig
+    for key in parent:
+        model = model.model_fields[key].annotation if issubclass(model, SweepConfig) else _inner_model(model, str(key))
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            return []
+    return list(model.model_fields)
+
+
+def _inner_model(model: type[BaseModel], key: str) -> Any:
+    if model is SchedulerConfig and key in model.model_fields:
+        return next(part for part in model.model_fields[key].annotation.__args__)  # type: ignore[union-attr]
+    return None
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean rank?`, or nothing where no known name is near."""
+    found = difflib.get_close_matches(name, [str(k) for k in known], n=1, cutoff=0.6)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def _problems_of_meaning(sweep: SweepConfig) -> Iterator[Problem]:
+    """What is well formed and yet cannot be meant."""
+    for i, partial in enumerate(sweep.exclude):
+        yield from _problems_of_condition(partial, f"exclude[{i}]")
+    for name, domain in sweep.domains.items():
+        yield from _problems_of_condition(domain.when, f"space.{name}.when")
+        if not isinstance(domain, Choice):
+            yield from _problems_of_range(name, domain, sweep.search.algorithm)
+    try:
+        in_order_of_need(sweep.domains)
+    except ValueError as error:
+        yield Problem("space", str(error))
+        return
+    ranges = [domain for domain in sweep.domains.values() if not isinstance(domain, Choice)]
+    if (sweep.search.algorithm != "grid" or not ranges) and not sweep.trials():
+        yield Problem("exclude", "leaves no configuration: take an entry away or search more values")
+
+
+def _problems_of_condition(condition: Mapping[str, Any], path: str) -> Iterator[Problem]:
+    for name, allowed in condition.items():
+        if name not in _SETTING_TYPES:
+            yield Problem(f"{path}.{name}", f"is no setting{nearest(name, _SETTING_TYPES)}")
+            continue
+        for value in allowed if isinstance(allowed, list) and name != "target_modules" else [allowed]:
+            try:
+                TypeAdapter(_SETTING_TYPES[name]).validate_python(value)
+            except ValidationError as error:
+                sentences = " or ".join(_sentence(d, (), None) for d in error.errors(include_url=False))
+                yield Problem(f"{path}.{name}", f"can never hold: {sentences}")
+
+
+def _problems_of_range(name: str, domain: Range, algorithm: str) -> Iterator[Problem]:
+    kind = next(key for key in type(domain).model_fields if key != "when")
+    low, high = getattr(domain, kind)
+    numbers = {hint for hint in (int, float) if _admits(_SETTING_TYPES[name], hint)}
+    if algorithm == "grid":
+        yield Problem(f"space.{name}", "is a range, which a grid cannot walk: list its values, or search.algorithm: random")
+    if low >= high:
+        yield Problem(f"space.{name}.{kind}", f"begins at {low}, not below its end {high}")
+    if not numbers:
+        yield Problem(f"space.{name}", "is no number: list its values")
+    elif float not in numbers and not isinstance(domain, IntRange | LogIntRange):
+        yield Problem(f"space.{name}.{kind}", "is a whole number: use int or log_int")
+    for bound in (low, high):
+        try:
+            TypeAdapter(_SETTING_TYPES[name]).validate_python(bound)
+        except ValidationError as error:
+            yield Problem(f"space.{name}.{kind}", _sentence(error.errors(include_url=False)[0], (), None))
+
+
+def _admits(hint: Any, number: type) -> bool:
+    return hint is number or any(_admits(part, number) for part in getattr(hint, "__args__", ()))
+
+
+def _with_lines(problems: Iterable[Problem], lines: Lines) -> Iterator[Problem]:
+    by_spelling = {_spell(path): line for path, line in lines.items()}
+    for problem in problems:
+        path = problem.path
+        # A key that is missing has no line: its parent's is the place to write it.
+        while path and path not in by_spelling:
+            path = path[: max(path.rfind("."), path.rfind("["), 0)]
+        yield Problem(problem.path, problem.message, by_spelling.get(path))
+
+
+def _spell(path: Path_) -> str:
+    text = ""
+    for item in path:
+        text += f"[{item}]" if isinstance(item, int) else f".{item}" if text else item
+    return text

@@ -1,0 +1,180 @@
+"""The one actor between the sweep, its trials and their workers: tasks and stops go out, reports come back.
+
+Workers wait on it (a long poll) in place of asking again and again, so a stop reaches them in milliseconds; they send
+without waiting, so a report costs the training loop nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field, replace
+
+from orchestrator.results.records import TrialStatus
+from orchestrator.training.task import TrialEnd, TrialProgress, TrialTask, WorkerPlace
+
+STOPPED = TrialEnd(TrialStatus.STOPPED, "stopped", None)
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """A trial for one worker of a group."""
+
+    turn: int
+    """How many trials the group had before, this one included."""
+    task: TrialTask
+    place: WorkerPlace
+
+
+@dataclass(slots=True)
+class _Turn:
+    """One trial on one group."""
+
+    task: TrialTask
+    events: asyncio.Queue[TrialProgress | TrialEnd] = field(default_factory=asyncio.Queue)
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    over: asyncio.Event = field(default_factory=asyncio.Event)
+    ends: dict[int, TrialEnd] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Group:
+    workers: int
+    store: asyncio.Future[tuple[str, int]]
+    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+    turns: list[_Turn] = field(default_factory=list)
+    closed: bool = False
+
+
+class Switchboard:
+    """An asynchronous Ray actor: no method blocks, so any number of groups may wait at a time."""
+
+    def __init__(self) -> None:
+        self._groups: dict[str, _Group] = {}
+        self._running: dict[str, _Turn] = {}
+
+    # --- the trial's side ---
+
+    async def open_group(self, group_id: str, workers: int) -> None:
+        """Make a group known, before its workers start."""
+        self._groups[group_id] = _Group(workers, asyncio.get_running_loop().create_future())
+
+    async def assign(self, group_id: str, task: TrialTask) -> None:
+        """Hand the next trial to all workers of a group."""
+        group = self._groups[group_id]
+        turn = _Turn(task)
+        if group.turns:
+            # Ended turns hold nothing that is asked for again, and a group may serve thousands.
+            group.turns[-1].events = asyncio.Queue()
+        group.turns.append(turn)
+        self._running[task.trial_id] = turn
+        async with group.changed:
+            group.changed.notify_all()
+
+    async def next_event(self, trial_id: str) -> TrialProgress | TrialEnd:
+        """The next thing that the trial reports; its end is the last."""
+        return await self._running[trial_id].events.get()
+
+    async def stop(self, trial_id: str, limit_s: float) -> bool:
+        """Stop a trial; True once all its workers have ended it, False after `limit_s` without."""
+        turn = self._running.get(trial_id)
+        if turn is None:
+            return True
+        turn.stop.set()
+        try:
+            await asyncio.wait_for(turn.over.wait(), limit_s)
+        except TimeoutError:
+            return False
+        return True
+
+    async def stop_all(self) -> None:
+        """Stop every trial that runs, without waiting for it."""
+        for turn in self._running.values():
+            turn.stop.set()
+
+    async def close_group(self, group_id: str) -> None:
+        """Let the workers of a group go home."""
+        group = self._groups.pop(group_id, None)
+        if group is None:
+            return
+        group.closed = True
+        for turn in group.turns[-1:]:
+            turn.stop.set()
+        async with group.changed:
+            group.changed.notify_all()
+
+    async def lose_group(self, group_id: str, reason: str) -> None:
+        """A worker or its node died: the trial of that group will hear no more from it."""
+        group = self._groups.get(group_id)
+        for turn in group.turns[-1:] if group else []:
+            if not turn.over.is_set():
+                self._finish(turn, TrialEnd(TrialStatus.PREEMPTED, reason, None))
+
+    # --- the worker's side ---
+
+    async def announce_store(self, group_id: str, host: str, port: int) -> None:
+        """Worker 0 says where the group's processes meet."""
+        group = self._groups.get(group_id)
+        if group and not group.store.done():
+            group.store.set_result((host, port))
+
+    async def next_assignment(self, group_id: str, rank: int, local_rank: int, turn: int) -> Assignment | None:
+        """Wait for the trial after number `turn`; None: the group is closed."""
+        group = self._groups.get(group_id)
+        if group is None:
+            return None
+        async with group.changed:
+            await group.changed.wait_for(lambda: group.closed or len(group.turns) > turn)
+        if group.closed:
+            return None
+        host, port = await group.store
+        place = WorkerPlace(rank, group.workers, local_rank, host, port, f"{group_id}/{turn + 1}")
+        return Assignment(turn + 1, group.turns[turn].task, place)
+
+    async def wait_for_stop(self, group_id: str, turn: int) -> None:
+        """Return when the workers of this turn must end it, or when it is over anyway."""
+        group = self._groups.get(group_id)
+        if group is not None:
+            await group.turns[turn - 1].stop.wait()
+
+    async def send(self, group_id: str, turn_number: int, rank: int, message: TrialProgress | TrialEnd) -> None:
+        """A worker reports."""
+        group = self._groups.get(group_id)
+        turn = group.turns[turn_number - 1] if group else None
+        if group is None or turn is None or turn.over.is_set():
+            return
+        if isinstance(message, TrialProgress):
+            turn.events.put_nowait(message)
+            return
+        turn.ends[rank] = message
+        if message.status is not TrialStatus.COMPLETED:
+            # The others wait for this one in a collective operation: end them too.
+            turn.stop.set()
+        if len(turn.ends) == group.workers:
+            self._finish(turn, combined_end(turn.ends))
+
+    def _finish(self, turn: _Turn, end: TrialEnd) -> None:
+        turn.events.put_nowait(end)
+        turn.over.set()
+        turn.stop.set()
+        self._running.pop(turn.task.trial_id, None)
+        # Kept reachable for the one `next_event` that still has to read the end.
+        self._running[turn.task.trial_id] = turn
+
+
+def combined_end(ends: dict[int, TrialEnd]) -> TrialEnd:
+    """One end out of all workers' ends: a cause outweighs its consequences.
+
+    A worker that runs out of memory takes the others with it: they were stopped, or failed in a collective operation.
+    """
+    weight = [
+        TrialStatus.OUT_OF_MEMORY,
+        TrialStatus.DIVERGED,
+        TrialStatus.FAILED,
+        TrialStatus.PREEMPTED,
+        TrialStatus.STOPPED,
+        TrialStatus.COMPLETED,
+    ]
+    rank = min(ends, key=lambda rank: (weight.index(ends[rank].status), rank))
+    first = ends.get(0)
+    end = ends[rank]
+    return replace(end, progress=end.progress or (first.progress if first else None))
