@@ -72,7 +72,10 @@ class Switchboard:
 
     async def next_event(self, trial_id: str) -> TrialProgress | TrialEnd:
         """The next thing that the trial reports; its end is the last."""
-        return await self._running[trial_id].events.get()
+        event = await self._running[trial_id].events.get()
+        if isinstance(event, TrialEnd):
+            del self._running[trial_id]
+        return event
 
     async def stop(self, trial_id: str, limit_s: float) -> bool:
         """Stop a trial; True once all its workers have ended it, False after `limit_s` without."""
@@ -156,9 +159,6 @@ class Switchboard:
         turn.events.put_nowait(end)
         turn.over.set()
         turn.stop.set()
-        self._running.pop(turn.task.trial_id, None)
-        # Kept reachable for the one `next_event` that still has to read the end.
-        self._running[turn.task.trial_id] = turn
 
 
 def combined_end(ends: dict[int, TrialEnd]) -> TrialEnd:

@@ -1,0 +1,37 @@
+"""What a result was made with: package versions and the state of the checkout."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+from orchestrator.results.records import GitState
+
+PACKAGES = ("orchestrator", "torch", "transformers", "peft", "deepspeed", "ray", "mlflow", "bitsandbytes", "flash-attn")
+
+
+def versions() -> dict[str, str]:
+    """Installed versions, by package; one that is not installed is left out."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_state(folder: Path) -> GitState | None:
+    """Commit and dirty flag of the checkout around `folder`; None outside of one, or without git."""
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        return GitState(commit=commit, dirty=bool(_git(folder, "status", "--porcelain")))
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

@@ -1,0 +1,114 @@
+"""The Ray cluster: joining it or starting one here, and how many trials it has room for."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ray
+
+from orchestrator.errors import ClusterUnreachableError, InputError
+from orchestrator.sweep.worker_group import GroupShape
+
+CONNECT_LIMIT_S = 5.0
+# Read by Ray in this process and handed on to its workers; each is our need, and a user's own value wins.
+ENVIRONMENT = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    # Ray's controller looks after its workers this often; our reports do not pass through it.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    # Ours to record: trials that end without a metric are results too, and Tune's loggers would write all twice.
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # Ctrl-C and SIGTERM are handled in `sweep.run`, which also hears of the budget.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+def connect(address: str | None) -> None:
+    """Join the cluster at `address`, or that of the job we run in, or start one on this machine.
+
+    Raises:
+        ClusterUnreachableError: nothing answers there.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    _check_reachable(address)
+    local = address == "local"
+    # A cluster of our own ends with us: it needs no dashboard, whose start takes seconds.
+    own = {"include_dashboard": False} if local else {}
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ClusterUnreachableError(
+            f"no Ray cluster answers at {address} ({error}): start one with `ray start --head`, or leave --address out"
+        ) from error
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself would try for minutes."""
+    host, sign, port = address.removeprefix("ray://").rpartition(":")
+    if not sign:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_LIMIT_S).close()
+    except (OSError, ValueError) as error:
+        raise ClusterUnreachableError(
+            f"no Ray cluster answers at {address} ({error}): check host and port, or leave --address out"
+        ) from error
+
+
+def nodes() -> tuple[Mapping[str, float], ...]:
+    """What each living node has."""
+    return tuple(node["Resources"] for node in ray.nodes() if node["Alive"])
+
+
+def room_for(shape: GroupShape, resources: Sequence[Mapping[str, float]]) -> int:
+    """Groups of this shape that fit at a time: workers are packed node by node.
+
+    Raises:
+        InputError: not one fits.
+    """
+    workers = sum(_workers_on(node, shape) for node in resources)
+    groups = workers // shape.workers
+    if not groups:
+        have = ", ".join(f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in resources)
+        raise InputError(
+            f"a trial takes {shape.workers} workers of {shape.cpus_per_worker:g} CPUs and {shape.gpus_per_worker:g} "
+            f"GPUs each, and the cluster has {have}: lower resources.workers_per_trial, cpus_per_worker or "
+            "gpus_per_worker"
+        )
+    return groups
+
+
+def _workers_on(node: Mapping[str, float], shape: GroupShape) -> int:
+    by_cpu = int(node.get("CPU", 0) / shape.cpus_per_worker + 1e-9)
+    if not shape.gpus_per_worker:
+        return by_cpu
+    # A share of a GPU lies on one GPU: 0.4 fits twice on each, not 2.5 times.
+    per_gpu = int(1 / shape.gpus_per_worker + 1e-9) if shape.gpus_per_worker < 1 else 1 / shape.gpus_per_worker
+    return min(by_cpu, int(node.get("GPU", 0) * per_gpu + 1e-9))
+
+
+def disconnect() -> None:
+    """Leave the cluster; one that `connect` started ends."""
+    ray.shutdown()
+
+
+def start_switchboard() -> Any:
+    """The sweep's switchboard, on the driver's node, so that it lives as long as the driver."""
+    from orchestrator.sweep.switchboard import Switchboard
+
+    here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+        ray.get_runtime_context().get_node_id(), soft=True
+    )
+    # Every group waits here with several calls at a time.
+    actor = ray.remote(num_cpus=0, max_concurrency=10_000, scheduling_strategy=here)(Switchboard)
+    return actor.remote()

@@ -1,0 +1,109 @@
+"""What stands before the first launch: the cluster, the plan, the base model and the data, each made once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import ray
+
+from orchestrator.config.sweep_config import SweepConfig
+from orchestrator.errors import InputError
+from orchestrator.planning import hardware as hardware_module
+from orchestrator.planning.hardware import Hardware
+from orchestrator.planning.model_shape import shape_of
+from orchestrator.planning.plan import SweepPlan, plan_sweep
+from orchestrator.results.storage import SweepFolder
+from orchestrator.sweep import cluster
+from orchestrator.sweep.worker_group import GroupShape
+from orchestrator.training import data, model_source
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A sweep that is ready to be launched."""
+
+    sweep: SweepConfig
+    """With the defaults of this cluster's hardware."""
+    plan: SweepPlan
+    shape: GroupShape
+    slots: int
+    """Trials at a time."""
+    data_hash: str
+    memory_kind: Literal["cuda_allocated", "resident"]
+    gpu_memory_fraction: float | None
+
+
+def prepare(sweep: SweepConfig, folder: SweepFolder, address: str | None, say: Callable[[str], None]) -> Prepared:
+    """Check everything that can be checked, cheapest first, then fetch what the trials share.
+
+    Raises:
+        InputError: model, data or resources cannot be used so.
+        ClusterUnreachableError: the cluster does not answer.
+    """
+    source = model_source.resolve(sweep.model)
+    model_shape = shape_of(source.config)
+    say("starting Ray here" if not address else f"joining the cluster at {address}")
+    cluster.connect(address)
+    hardware = cluster_hardware()
+    sweep = sweep.on_hardware(has_gpus=hardware.device == "cuda")
+    shape = group_shape(sweep)
+    slots = slots_for(sweep, shape)
+    plan = plan_sweep(sweep, model_shape, hardware)
+    say(f"model {sweep.model}")
+    model_folder = model_source.materialize(source)
+    say(f"data {sweep.data.train}: reading and tokenising once for all trials")
+    summary = data.prepare(sweep.data, model_folder, folder.data)
+    say(f"data: {summary.train_rows} rows to train on, {summary.eval_rows} to evaluate on")
+    if summary.skipped_count:
+        told = "; ".join(f"{where}: {why}" for where, why in summary.skipped[:3])
+        say(f"data: {summary.skipped_count} rows could not be read and are left out ({told})")
+    share = shape.gpus_per_worker
+    return Prepared(
+        sweep,
+        plan,
+        shape,
+        slots,
+        summary.hash,
+        "cuda_allocated" if hardware.device == "cuda" else "resident",
+        share if 0 < share < 1 else None,
+    )
+
+
+def group_shape(sweep: SweepConfig) -> GroupShape:
+    """What one trial takes."""
+    resources = sweep.resources
+    gpus = resources.gpus_per_worker
+    return GroupShape(
+        resources.workers_per_trial, float(gpus) if isinstance(gpus, float | int) else 1.0, resources.cpus_per_worker
+    )
+
+
+def slots_for(sweep: SweepConfig, shape: GroupShape) -> int:
+    """Trials at a time: as many as fit, and no more than the sweep file wants.
+
+    Raises:
+        InputError: not one fits.
+    """
+    room = cluster.room_for(shape, cluster.nodes())
+    wanted = sweep.resources.max_concurrent
+    return room if wanted == "auto" else min(room, wanted)
+
+
+def cluster_hardware() -> Hardware:
+    """One machine's facts for the whole cluster: a GPU node's where there is one, with the sums of all nodes.
+
+    Raises:
+        InputError: the cluster has no node that can work.
+    """
+    nodes = cluster.nodes()
+    gpus = int(sum(node.get("GPU", 0) for node in nodes))
+    cpus = int(sum(node.get("CPU", 0) for node in nodes))
+    if not cpus:
+        raise InputError("the cluster has no CPUs to run a trial on: add a worker node")
+    if not gpus:
+        return replace(hardware_module.this_machine(), cpus=cpus, nodes=len(nodes))
+    # Asked where the GPUs are; the driver's node may have none.
+    probe = ray.remote(num_cpus=0, num_gpus=0.01)(hardware_module.this_machine)
+    return replace(ray.get(probe.remote()), gpus=gpus, cpus=cpus, nodes=len(nodes))

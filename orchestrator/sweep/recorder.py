@@ -1,0 +1,133 @@
+"""Every trial's record, kept up to date on disk while Ray Tune runs: our disk is the truth, Tune's state a cache."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ray
+from ray import tune
+
+from orchestrator.results.records import PeakMemory, Timing, TrialResult, TrialStatus
+from orchestrator.results.storage import SweepFolder, write_atomically
+from orchestrator.training.task import TrialProgress
+
+STOP_LIMIT_S = 10.0
+
+
+class Recorder(tune.Callback):  # type: ignore[misc]
+    """Turns what Tune tells into TrialResults; nobody else writes a result.json."""
+
+    def __init__(
+        self,
+        folder: SweepFolder,
+        records: Mapping[str, TrialResult],
+        started_at: float,
+        board: Any,
+        scheduler: str,
+        listeners: tuple[Callable[[TrialResult], None], ...],
+    ) -> None:
+        self.records = dict(records)
+        self._folder, self._started_at, self._board = folder, started_at, board
+        self._scheduler, self._listeners = scheduler, listeners
+        self._launched_at: dict[str, float] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune pickles its callbacks into its own state, which we never read back.
+        return {}
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """The trial has its slot."""
+        record = self.records[trial.config["trial_id"]]
+        if record.status is TrialStatus.PENDING:
+            self._launched_at[record.trial_id] = time.time()
+            self.save(record.model_copy(update={"status": TrialStatus.RUNNING}))
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+        """An evaluation, or the end; `done` without a status of ours is the scheduler's stop."""
+        record = self.records[trial.config["trial_id"]]
+        if record.status is not TrialStatus.RUNNING:
+            return
+        if launched_at := result.get("launched_at"):
+            self._launched_at[record.trial_id] = launched_at
+        record = self._with_progress(record, result.get("progress"))
+        status = result.get("status")
+        if status:
+            record = self._ended(record, TrialStatus(status), result.get("reason"))
+        elif result.get("done"):
+            ray.get(self._board.stop.remote(record.trial_id, STOP_LIMIT_S))
+            reason = f"stopped by {self._scheduler} at step {result.get('step')}: others were better there"
+            record = self._ended(record, TrialStatus.STOPPED, reason)
+        self.save(record)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """The slot itself died: its node is gone, or we have a bug."""
+        record = self.records[trial.config["trial_id"]]
+        if not record.status.needs_reason and record.status is not TrialStatus.COMPLETED:
+            lines = (trial.error_file and open(trial.error_file).read().strip().splitlines()) or ["no more is known"]
+            self.save(self._ended(record, TrialStatus.FAILED, f"its slot on the cluster died: {lines[-1][:500]}"))
+
+    def cancel_rest(self, reason: str) -> None:
+        """What had not ended when the sweep did goes on when it is resumed."""
+        for record in list(self.records.values()):
+            if record.status in (TrialStatus.PENDING, TrialStatus.RUNNING):
+                self.save(self._ended(record, TrialStatus.CANCELLED, reason))
+
+    def save(self, record: TrialResult) -> None:
+        """Keep a record, on disk first."""
+        write_atomically(self._folder.trial(record.trial_id).result, record.model_dump_json(indent=1) + "\n")
+        self.records[record.trial_id] = record
+        for listener in self._listeners:
+            listener(record)
+
+    def _with_progress(self, record: TrialResult, progress: TrialProgress | None) -> TrialResult:
+        if progress is None:
+            return record
+        timing = Timing(
+            data_s=progress.data_s,
+            model_s=progress.model_s,
+            training_s=progress.training_s,
+            evaluation_s=progress.evaluation_s,
+            saving_s=progress.saving_s,
+        )
+        launched_at = self._launched_at[record.trial_id]
+        known_s = sum(timing.model_dump().values())
+        startup_s = record.timing.startup_s or max(0.0, time.time() - launched_at - known_s)
+        predicted = record.peak_memory.predicted_bytes if record.peak_memory else None
+        last = progress.last
+        return record.model_copy(
+            update={
+                "best": progress.best,
+                "last": last,
+                "steps": last.step if last else 0,
+                "tokens": last.tokens if last else 0,
+                "tokens_per_s": last.tokens_per_s if last else None,
+                "step_time_s": last.step_time_s if last else None,
+                "trainable_parameters": progress.trainable_parameters,
+                "peak_memory": PeakMemory(
+                    predicted_bytes=predicted,
+                    measured_bytes=progress.peak_memory_bytes,
+                    reserved_bytes=progress.reserved_bytes,
+                    kind=progress.memory_kind,
+                ),
+                "timing": timing.model_copy(
+                    update={"startup_s": startup_s, "queued_s": max(0.0, launched_at - self._started_at)}
+                ),
+                "hosts": (progress.host,),
+                "devices": (progress.device,),
+                "adapter": "adapter" if progress.has_adapter else None,
+            }
+        )
+
+    def _ended(self, record: TrialResult, status: TrialStatus, reason: str | None) -> TrialResult:
+        """The final record; its last step is the last one on disk, which may be past the last report."""
+        launched_at = self._launched_at.get(record.trial_id)
+        points = self._folder.trial(record.trial_id).read_metrics()
+        update: dict[str, Any] = {"status": status, "reason": reason}
+        if points and launched_at:
+            update |= {"last": points[-1], "steps": points[-1].step, "tokens": points[-1].tokens}
+        if launched_at:
+            total_s = time.time() - launched_at
+            update["timing"] = record.timing.model_copy(update={"total_s": total_s})
+        return record.model_copy(update=update)

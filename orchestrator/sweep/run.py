@@ -1,0 +1,352 @@
+"""One sweep from its file to its report: plan, launch, resume, finish."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+from ray import tune
+
+from orchestrator.config.sweep_config import SweepConfig
+from orchestrator.config.sweep_file import load, to_yaml
+from orchestrator.errors import FolderError, StorageError
+from orchestrator.planning.plan import PlannedTrial
+from orchestrator.reporting import statistics
+from orchestrator.results import provenance
+from orchestrator.results.records import PeakMemory, SweepResult, TrialResult, TrialStatus
+from orchestrator.results.storage import SweepFolder, read_sweep, read_trial_results, write_atomically, write_sweep
+from orchestrator.sweep import cluster
+from orchestrator.sweep.preparation import Prepared, prepare
+from orchestrator.sweep.progress import Progress
+from orchestrator.sweep.recorder import Recorder
+from orchestrator.sweep.scheduler import describe, make_scheduler
+from orchestrator.sweep.tracking import Tracker
+from orchestrator.sweep.trial import TrialOnWorkers
+from orchestrator.training.task import TrialTask
+
+log = logging.getLogger(__name__)
+Isolation = Literal["warm", "fresh"]
+TRACKING_LIMIT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a sweep ended."""
+
+    sweep: SweepResult
+    tracked: bool
+    """Whether MLflow has everything; what it lacks is on disk, and the next `run` carries it over."""
+
+    @property
+    def exit_code(self) -> int:
+        """The contract's: 130 interrupted, 1 with trials that failed, 0 otherwise."""
+        if self.sweep.interrupted:
+            return 130
+        return int(any(trial.status in (TrialStatus.FAILED, TrialStatus.PREEMPTED) for trial in self.sweep.trials))
+
+
+def run(sweep: SweepConfig, address: str | None, isolation: Isolation, say: Callable[[str], None]) -> Outcome:
+    """Run a sweep, or go on with it where its folder has a part already.
+
+    Raises:
+        InputError: it cannot be run as it is written; nothing was started.
+        UnreachableError: the cluster, the tracking server or the storage.
+    """
+    folder = SweepFolder(sweep.folder.absolute())
+    with _only_one(folder):
+        earlier = _earlier(folder, sweep)
+        try:
+            prepared = prepare(sweep, folder, address, say)
+            return _run_prepared(prepared, folder, earlier, isolation, say)
+        finally:
+            cluster.disconnect()
+
+
+@contextmanager
+def _only_one(folder: SweepFolder) -> Iterator[None]:
+    """Hold the folder's lock; a dead owner's is free at once, since the kernel holds it."""
+    existed = folder.root.exists()
+    try:
+        folder.root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.root / ".lock", timeout=0)
+        lock.acquire()
+    except Timeout as error:
+        raise FolderError(
+            f"another run is at work in {folder.root}: wait for it, or give this sweep another --name"
+        ) from error
+    except OSError as error:
+        raise StorageError(f"cannot write to {folder.root} ({error.strerror}): name another --storage") from error
+    try:
+        yield
+    finally:
+        lock.release()
+        if not existed and not folder.sweep_file.exists():
+            # Nothing was started: nothing is left behind.
+            shutil.rmtree(folder.root, ignore_errors=True)
+
+
+def _earlier(folder: SweepFolder, sweep: SweepConfig) -> SweepResult | None:
+    if not folder.sweep_file.exists():
+        return None
+    before = load(folder.sweep_file)
+    for key in ("model", "data"):
+        if getattr(before, key) != getattr(sweep, key):
+            raise FolderError(
+                f"{folder.root} holds a sweep with another {key} ({getattr(before, key)}, now {getattr(sweep, key)}): "
+                "give this one another --name"
+            )
+    return read_sweep(folder)[0] if folder.results_json.exists() else None
+
+
+def _run_prepared(
+    prepared: Prepared,
+    folder: SweepFolder,
+    earlier: SweepResult | None,
+    isolation: Isolation,
+    say: Callable[[str], None],
+) -> Outcome:
+    sweep = prepared.sweep
+    started_at = time.time()
+    records = _records(prepared, folder)
+    result = _sweep_result(prepared, earlier, records, started_at)
+    tracker = Tracker(sweep, result.sweep_id, folder)
+    result = result.model_copy(update={"mlflow_run_id": tracker.parent_run_id})
+    write_atomically(folder.sweep_file, to_yaml(sweep))
+    write_atomically(folder.plan, prepared.plan.model_dump_json(indent=1) + "\n")
+    for record in records.values():
+        write_atomically(folder.trial(record.trial_id).result, record.model_dump_json(indent=1) + "\n")
+    write_sweep(folder, result)
+    board = cluster.start_switchboard()
+    stopper = Stopper(board, sweep.budget.hours)
+    label = _labeller(result)
+    progress = Progress(records.values(), label, sweep.objective.metric, sweep.objective.mode, prepared.slots)
+    listeners = (tracker.track, progress)
+    recorder = Recorder(folder, records, started_at, board, describe(sweep), listeners)
+    for record in records.values():
+        if record.mlflow_run_id is None and record.status is not TrialStatus.PENDING:
+            tracker.track(record)
+    _say_start(records, prepared, say)
+    with progress, _signals_to(stopper):
+        _tune(prepared, folder, records, recorder, stopper, board, isolation)
+    recorder.cancel_rest(stopper.reason or "the sweep ended before it: run the same command again")
+    return _finish(result, recorder, tracker, folder, stopper, say)
+
+
+def _labeller(result: SweepResult) -> Callable[[TrialResult], str]:
+    return lambda record: statistics.label(record, result.searched)
+
+
+def _say_start(records: Mapping[str, TrialResult], prepared: Prepared, say: Callable[[str], None]) -> None:
+    pending = sum(record.status is TrialStatus.PENDING for record in records.values())
+    refused = sum(record.status is TrialStatus.INFEASIBLE for record in records.values())
+    done = len(records) - pending - refused
+    say(f"{pending} trials to run, {prepared.slots} at a time; {refused} refused; {done} done before")
+
+
+def _records(prepared: Prepared, folder: SweepFolder) -> dict[str, TrialResult]:
+    """What each trial starts with: as it ended before, refused, or pending."""
+    before, _ = read_trial_results(folder)
+    versions, git = provenance.versions(), provenance.git_state(Path.cwd())
+    records = {}
+    for planned in prepared.plan.trials:
+        old = before.get(planned.trial_id)
+        if old and old.status.is_final and old.status is not TrialStatus.INFEASIBLE:
+            records[planned.trial_id] = old
+            continue
+        new = _new_record(planned, prepared.memory_kind)
+        records[planned.trial_id] = new.model_copy(update={"versions": versions, "git": git})
+    return records
+
+
+def _new_record(planned: PlannedTrial, kind: Literal["cuda_allocated", "resident"]) -> TrialResult:
+    memory = planned.memory
+    predicted = (memory.device_bytes if kind == "resident" else memory.allocated_bytes) if memory else None
+    return TrialResult(
+        trial_id=planned.trial_id,
+        configuration_id=planned.configuration_id,
+        status=TrialStatus.INFEASIBLE if planned.reasons else TrialStatus.PENDING,
+        reason="; ".join(planned.reasons) or None,
+        config=planned.config,
+        repeat=planned.repeat,
+        seed=planned.config.seed,
+        notes=planned.notes,
+        peak_memory=PeakMemory(predicted_bytes=predicted, kind=kind),
+    )
+
+
+def _sweep_result(
+    prepared: Prepared, earlier: SweepResult | None, records: Mapping[str, TrialResult], started_at: float
+) -> SweepResult:
+    sweep = prepared.sweep
+    return SweepResult(
+        name=sweep.name,
+        question=sweep.question,
+        sweep_id=earlier.sweep_id if earlier else uuid.uuid4().hex[:12],
+        model=sweep.model,
+        objective_metric=sweep.objective.metric,
+        objective_mode=sweep.objective.mode,
+        searched=tuple(sweep.domains),
+        started_ms=earlier.started_ms if earlier else int(started_at * 1000),
+        data_hash=prepared.data_hash,
+        trials=tuple(records.values()),
+    )
+
+
+def _tune(
+    prepared: Prepared,
+    folder: SweepFolder,
+    records: Mapping[str, TrialResult],
+    recorder: Recorder,
+    stopper: Stopper,
+    board: Any,
+    isolation: Isolation,
+) -> None:
+    tasks = {
+        record.trial_id: _task(record, prepared, folder)
+        for record in records.values()
+        if record.status is TrialStatus.PENDING
+    }
+    if not tasks:
+        return
+    # Tune's own state is a cache that we never restore: what had ended is known from our records.
+    shutil.rmtree(folder.tune, ignore_errors=True)
+    trainable = tune.with_parameters(
+        TrialOnWorkers,
+        board=board,
+        tasks=tasks,
+        shape=prepared.shape,
+        model=prepared.sweep.model,
+        storage=str(folder.tune / "worker_groups"),
+        keeps_group=isolation == "warm",
+    )
+    tuner = tune.Tuner(
+        # The slots take nothing: their workers do, in placement groups of their own, and there are never more slots
+        # than groups that fit. A slot that held a CPU could starve its own workers.
+        tune.with_resources(trainable, {"cpu": 0}),
+        param_space={"trial_id": tune.grid_search(list(tasks))},
+        tune_config=tune.TuneConfig(
+            scheduler=make_scheduler(prepared.sweep),
+            max_concurrent_trials=prepared.slots,
+            reuse_actors=True,
+            trial_name_creator=lambda trial: trial.config["trial_id"],
+            trial_dirname_creator=lambda trial: trial.config["trial_id"],
+        ),
+        run_config=tune.RunConfig(
+            name=folder.tune.name,
+            storage_path=str(folder.root),
+            callbacks=[recorder],
+            stop=stopper,
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=2),
+        ),
+    )
+    tuner.fit()
+
+
+def _task(record: TrialResult, prepared: Prepared, folder: SweepFolder) -> TrialTask:
+    return TrialTask(
+        trial_id=record.trial_id,
+        config=record.config,
+        model_folder="",  # each node has its own: the worker fills it in
+        data_folder=str(folder.data),
+        trial_folder=str(folder.trial(record.trial_id).root),
+        objective_metric=prepared.sweep.objective.metric,
+        objective_mode=prepared.sweep.objective.mode,
+        gpu_memory_fraction=prepared.gpu_memory_fraction,
+    )
+
+
+def _finish(
+    result: SweepResult,
+    recorder: Recorder,
+    tracker: Tracker,
+    folder: SweepFolder,
+    stopper: Stopper,
+    say: Callable[[str], None],
+) -> Outcome:
+    """Write results and report, then give MLflow a bounded time to have it all."""
+    from orchestrator.reporting import report
+
+    say("writing the report")
+    tracked = tracker.finish(TRACKING_LIMIT_S)
+    for record in list(recorder.records.values()):
+        run_id = tracker.run_id(record.trial_id)
+        if run_id and record.mlflow_run_id is None and tracked:
+            recorder.save(record.model_copy(update={"mlflow_run_id": run_id}))
+    result = result.model_copy(
+        update={
+            "trials": tuple(recorder.records.values()),
+            "ended_ms": int(time.time() * 1000),
+            "interrupted": stopper.interrupted,
+        }
+    )
+    write_sweep(folder, result)
+    built = report.build(folder)
+    write_atomically(folder.report, report.render_html(built))
+    if tracked:
+        tracker.close_parent(result, statistics.best_trial(result))
+    return Outcome(result, tracked)
+
+
+class Stopper(tune.Stopper):  # type: ignore[misc]
+    """Ends the whole sweep cleanly: on Ctrl-C, on SIGTERM, or when the hours of the budget are over."""
+
+    def __init__(self, board: Any, hours: float | None) -> None:
+        self._board = board
+        self._deadline = time.monotonic() + hours * 3600 if hours else None
+        self.reason: str | None = None
+        self.interrupted = False
+        self._told = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """No single trial is stopped here."""
+        return False
+
+    def interrupt(self, signal_name: str) -> None:
+        """A signal asks for the end."""
+        self.interrupted = True
+        self.reason = f"interrupted ({signal_name}): run the same command again to go on"
+
+    def stop_all(self) -> bool:
+        """Asked by Tune in every round of its loop."""
+        if self.reason is None and self._deadline and time.monotonic() > self._deadline:
+            self.reason = "budget.hours is used up: raise it and run the same command again to go on"
+        if self.reason and not self._told:
+            self._told = True
+            # Slots that wait for a report would not hear Tune's stop before their trial ends.
+            self._board.stop_all.remote()
+        return self.reason is not None
+
+
+@contextmanager
+def _signals_to(stopper: Stopper) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM ends the sweep cleanly, a second one at once."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stopper.interrupted:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        stopper.interrupt(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
