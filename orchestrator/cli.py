@@ -1,0 +1,181 @@
+"""The commands: each parses, calls one function, prints, and ends with the contract's exit code.
+
+Imports stand inside the commands, so that `--help` and `plan` answer at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from orchestrator.errors import OrchestratorError
+
+app = typer.Typer(
+    name="orchestrator",
+    help="Which LoRA fine-tuning configuration should I use on my hardware?",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+SweepArgument = Annotated[Path, typer.Argument(metavar="SWEEP", help="A sweep file, as search_spaces/demo.yaml.")]
+FolderArgument = Annotated[Path, typer.Argument(metavar="FOLDER", help="A sweep's folder, as sweeps/demo.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as trial.max_steps=20.")
+]
+NameOption = Annotated[str | None, typer.Option("--name", help="Override the sweep's name.")]
+StorageOption = Annotated[str | None, typer.Option("--storage", help="Override where the sweep's folder is made.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+
+
+class Isolation(StrEnum):
+    """What trials share."""
+
+    WARM = "warm"
+    FRESH = "fresh"
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _told_errors() -> Iterator[None]:
+    """Errors of ours end with their message and exit code; all others are bugs and keep their traceback."""
+    logging.basicConfig(level=os.environ.get("ORCHESTRATOR_LOG", "WARNING"), stream=sys.stderr)
+    try:
+        yield
+    except OrchestratorError as error:
+        _say(f"error: {error}")
+        raise typer.Exit(error.exit_code) from error
+    except KeyboardInterrupt as error:
+        _say("interrupted before anything was started")
+        raise typer.Exit(130) from error
+    except BrokenPipeError as error:
+        # The reader of our output went away, as `head` does: nothing is wrong.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from error
+
+
+def _load(sweep: Path, overrides: list[str] | None, name: str | None, storage: str | None) -> Any:
+    from orchestrator.config.sweep_file import load
+
+    more = [f"{key}={value}" for key, value in (("name", name), ("storage", storage)) if value]
+    return load(sweep, [*(overrides or []), *more])
+
+
+@app.command()
+def plan(
+    sweep: SweepArgument,
+    json: JsonOption = False,
+    gpu: Annotated[str | None, typer.Option("--gpu", help="Plan for this GPU, as H100 or RTX-4090.")] = None,
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="How many of them the cluster has.")] = 1,
+    gpu_memory: Annotated[str | None, typer.Option("--gpu-memory", help="Memory of one of them, as 80GiB.")] = None,
+    overrides: SetOption = None,
+) -> None:
+    """Say of every trial, before anything starts, whether it runs, its memory, its time and its cost."""
+    with _told_errors():
+        from orchestrator.planning.hardware import hardware_for
+        from orchestrator.planning.model_shape import shape_of
+        from orchestrator.planning.plan import plan_sweep
+        from orchestrator.planning.plan_table import render
+        from orchestrator.training import model_source
+
+        config = _load(sweep, overrides, None, None)
+        hardware = hardware_for(gpu, gpus, gpu_memory)
+        config = config.on_hardware(has_gpus=hardware.device == "cuda")
+        planned = plan_sweep(config, shape_of(model_source.resolve(config.model).config), hardware)
+        print(planned.model_dump_json(indent=1) if json else render(planned))
+
+
+@app.command()
+def run(
+    sweep: SweepArgument,
+    name: NameOption = None,
+    storage: StorageOption = None,
+    address: Annotated[
+        str | None, typer.Option("--address", help="A Ray cluster, as 10.0.0.1:6379 or auto; none: start one here.")
+    ] = None,
+    isolation: Annotated[
+        Isolation,
+        typer.Option(help="warm: worker groups serve trial after trial; fresh: each trial has a TorchTrainer of its own."),
+    ] = Isolation.WARM,
+    overrides: SetOption = None,
+) -> None:
+    """Run a sweep to its end and write the report; the same command again goes on where it was left."""
+    with _told_errors():
+        config = _load(sweep, overrides, name, storage)
+        from orchestrator.reporting import report as reporting
+        from orchestrator.results.storage import SweepFolder
+        from orchestrator.sweep.run import run as run_sweep
+
+        outcome = run_sweep(config, address, isolation.value, _say)
+        folder = SweepFolder(config.folder)
+        print(reporting.render_text(reporting.build(folder)))
+        _say(f"report: {folder.report}")
+        if not outcome.tracked:
+            _say("MLflow did not take everything in time: run the same command again to deliver the rest")
+        if outcome.sweep.interrupted:
+            _say("interrupted; the state is saved: run the same command again to go on")
+        raise typer.Exit(outcome.exit_code)
+
+
+@app.command()
+def status(folder: Annotated[Path | None, typer.Argument(metavar="[FOLDER]", help="None: the newest.")] = None) -> None:
+    """Say how a running or ended sweep stands, read from disk."""
+    with _told_errors():
+        from orchestrator.reporting.status import render_status
+        from orchestrator.results.storage import SweepFolder, newest_sweep
+
+        print(render_status(SweepFolder(folder) if folder else newest_sweep(Path("sweeps"))))
+
+
+@app.command()
+def report(folder: FolderArgument, json: JsonOption = False) -> None:
+    """Print a sweep's answer with its evidence, and write report.html."""
+    with _told_errors():
+        from orchestrator.reporting import report as reporting
+        from orchestrator.results.storage import SweepFolder, write_atomically
+
+        where = SweepFolder(folder)
+        built = reporting.build(where)
+        write_atomically(where.report, reporting.render_html(built))
+        print(reporting.render_json(built) if json else reporting.render_text(built))
+        _say(f"report: {where.report}")
+
+
+@app.command()
+def estimate() -> None:
+    """Read JSON lines, write JSON lines: one memory estimate a line."""
+    with _told_errors():
+        from orchestrator.planning.estimate import estimate_lines
+        from orchestrator.training import model_source
+
+        config_of: Callable[[str], Any] = lambda model: model_source.resolve(model).config  # noqa: E731
+        for line in estimate_lines(sys.stdin, config_of):
+            print(line)
+
+
+@app.command()
+def schema() -> None:
+    """Print the sweep file's JSON schema, for editors."""
+    with _told_errors():
+        from json import dumps
+
+        from orchestrator.config.sweep_config import SweepConfig
+
+        print(dumps(SweepConfig.model_json_schema(), indent=2))
