@@ -19,6 +19,7 @@ Path_ = tuple[str | int, ...]
 Lines = dict[Path_, int]
 MAX_BYTES = 2**20
 MAX_DEPTH = 20
+MAX_VALUES = 50_000
 _SETTING_TYPES = {
     name: hint
     for name, hint in get_type_hints(TrialConfig, include_extras=True).items()
@@ -41,7 +42,8 @@ def load(file: Path, overrides: Sequence[str] = ()) -> SweepConfig:
     try:
         sweep = SweepConfig.model_validate(raw)
     except ValidationError as error:
-        problems += _problems_of(error, raw)
+        told = {problem.path for problem in problems}
+        problems += [problem for problem in _problems_of(error, raw) if problem.path not in told]
     if sweep is not None and not problems:
         problems += _problems_of_meaning(sweep)
     if problems or sweep is None:
@@ -83,6 +85,9 @@ def _read(file: Path) -> tuple[dict[str, Any], Lines]:
 def _construct(node: yaml.Node, path: Path_, lines: Lines, problems: list[Problem]) -> Any:
     """Plain values of a node, the line of every key, and keys that stand twice (which YAML readers pass over)."""
     lines.setdefault(path, node.start_mark.line + 1)
+    if len(lines) > MAX_VALUES:
+        # Aliases of aliases: a few lines that stand for billions of values.
+        raise InputError(f"the sweep file stands for more than {MAX_VALUES:,} values: write it without aliases")
     if len(path) > MAX_DEPTH:
         problems.append(Problem(_spell(path[:4]) + "…", f"is nested deeper than {MAX_DEPTH} levels", lines[path]))
         return None

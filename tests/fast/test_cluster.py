@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+pytest.importorskip("ray")
+
+from orchestrator.errors import ClusterUnreachableError, InputError
+from orchestrator.sweep.cluster import connect, room_for
+from orchestrator.sweep.worker_group import GroupShape
+
+TWO_GPU_NODES = [{"CPU": 16.0, "GPU": 4.0}, {"CPU": 16.0, "GPU": 4.0}]
+
+
+@pytest.mark.parametrize(
+    ("shape", "nodes", "groups"),
+    [
+        (GroupShape(1, 0, 1), [{"CPU": 2.0}], 2),
+        (GroupShape(2, 0, 1), [{"CPU": 2.0}], 1),
+        (GroupShape(1, 1, 4), TWO_GPU_NODES, 8),
+        (GroupShape(4, 1, 8), TWO_GPU_NODES, 1),
+        (GroupShape(1, 0.4, 1), TWO_GPU_NODES, 16),
+        (GroupShape(1, 0.5, 1), [{"CPU": 3.0, "GPU": 4.0}], 3),
+    ],
+)
+def test_as_many_groups_run_at_a_time_as_fit(shape: GroupShape, nodes: list[dict[str, float]], groups: int) -> None:
+    assert room_for(shape, nodes) == groups
+
+
+def test_a_trial_that_fits_nowhere_is_refused_with_what_the_cluster_has() -> None:
+    with pytest.raises(InputError, match=r"4 CPUs and 0 GPUs.*lower resources"):
+        room_for(GroupShape(1, 1, 1), [{"CPU": 4.0}])
+
+
+def test_a_cluster_that_does_not_answer_is_told_at_once() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    with pytest.raises(ClusterUnreachableError, match=f"127.0.0.1:{port}"):
+        connect(f"127.0.0.1:{port}")

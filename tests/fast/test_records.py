@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from orchestrator.config.trial_config import TrialConfig
+from orchestrator.results.records import MOVES, MetricPoint, TrialResult, TrialStatus, upgrade
+from orchestrator.results.storage import SweepFolder, read_trial_results, write_atomically
+
+S = TrialStatus
+ALLOWED = (
+    {(S.PENDING, s) for s in (S.RUNNING, S.INFEASIBLE, S.FAILED, S.CANCELLED)}
+    | {
+        (S.RUNNING, s)
+        for s in (S.COMPLETED, S.STOPPED, S.OUT_OF_MEMORY, S.DIVERGED, S.PREEMPTED, S.FAILED, S.CANCELLED)
+    }
+    | {(S.PREEMPTED, S.PENDING), (S.CANCELLED, S.PENDING)}
+)
+
+
+def trial(**changes: object) -> TrialResult:
+    fields = {"trial_id": "a-0", "configuration_id": "a", "status": S.PENDING, "config": TrialConfig()}
+    return TrialResult.model_validate(fields | {"repeat": 0, "seed": 0} | changes)
+
+
+@pytest.mark.parametrize("before", TrialStatus)
+@pytest.mark.parametrize("after", TrialStatus)
+def test_a_status_moves_only_where_it_may(before: TrialStatus, after: TrialStatus) -> None:
+    assert (after in MOVES[before]) == ((before, after) in ALLOWED)
+
+
+@pytest.mark.parametrize("status", TrialStatus)
+def test_every_bad_end_must_say_why(status: TrialStatus) -> None:
+    if status in (S.PENDING, S.RUNNING, S.COMPLETED):
+        assert trial(status=status).reason is None
+    else:
+        with pytest.raises(ValidationError, match="must say why"):
+            trial(status=status)
+
+
+def test_a_record_of_a_newer_release_is_refused_and_an_unknown_field_is_not() -> None:
+    with pytest.raises(ValueError, match="not known to this release"):
+        upgrade({"schema_version": 99})
+    raw = json.loads(trial().model_dump_json()) | {"field_of_tomorrow": 1}
+    assert TrialResult.model_validate(upgrade(raw)) == trial()
+
+
+def test_damaged_records_are_named_and_the_rest_is_read(tmp_path: Path) -> None:
+    folder = SweepFolder(tmp_path)
+    write_atomically(folder.trial("a-0").result, trial().model_dump_json())
+    write_atomically(folder.trial("b-0").result, '{"schema_version": 1, "trial_')
+    write_atomically(folder.trial("c-0").result, "[]")
+    results, damaged = read_trial_results(folder)
+    assert set(results) == {"a-0"}
+    assert {record.file.parent.name for record in damaged} == {"b-0", "c-0"}
+
+
+def test_a_metrics_line_that_is_half_written_is_left_out(tmp_path: Path) -> None:
+    trial_folder = SweepFolder(tmp_path).trial("a-0")
+    point = MetricPoint(step=1, tokens=10, seconds=0.1, loss=2.0, learning_rate=1e-4, time_ms=5)
+    write_atomically(trial_folder.metrics, point.model_dump_json() + "\n" + point.model_dump_json()[:20])
+    assert trial_folder.read_metrics() == (point,)
+
+
+def test_a_write_leaves_no_partial_file_behind(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "x.json", "1")
+    write_atomically(tmp_path / "x.json", "2")
+    assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [("x.json", "2")]

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from orchestrator.config.sweep_config import SweepConfig
+from orchestrator.config.sweep_file import load, to_yaml
+from orchestrator.errors import InputError, SweepFileError
+
+SMALL = {"name": "small", "model": "builtin:tiny-llama", "data": {"train": "builtin:python-docs"}}
+
+
+def write(folder: Path, text: str) -> Path:
+    file = folder / "sweep.yaml"
+    file.write_text(text)
+    return file
+
+
+def problems(folder: Path, text: str) -> dict[str, str]:
+    with pytest.raises(SweepFileError) as caught:
+        load(write(folder, text))
+    return {f"{p.line}: {p.path}": p.message for p in caught.value.problems}
+
+
+def test_all_problems_are_told_at_once_with_line_path_and_nearest_name(tmp_path: Path) -> None:
+    told = problems(
+        tmp_path,
+        "name: x\n"
+        "modle: builtin:tiny-llama\n"
+        "model: builtin:tiny-llama\n"
+        "rank: 8\n"
+        "data: {train: builtin:python-docs, evl: 0.1}\n"
+        "trial:\n"
+        "  precision: bf17\n"
+        "  zero_stage: 7\n"
+        "space:\n"
+        "  rank: [8, x]\n"
+        "scheduler: {asha: {grace_step: 4}}\n",
+    )
+    assert "did you mean model?" in told["2: modle"]
+    assert "under `trial:` or `space:`" in told["4: rank"]
+    assert "did you mean eval?" in told["5: data.evl"]
+    assert "did you mean bf16?" in told["7: trial.precision"]
+    assert "not 7" in told["8: trial.zero_stage"]
+    assert "not 'x'" in told["10: space.rank[1]"]
+    assert "did you mean grace_steps?" in told["11: scheduler.asha.grace_step"]
+
+
+def test_a_setting_that_is_shared_and_searched_is_refused(tmp_path: Path) -> None:
+    text = yaml.safe_dump(SMALL | {"trial": {"rank": 4}, "space": {"rank": [8]}})
+    assert "not both" in " ".join(problems(tmp_path, text).values())
+
+
+@pytest.mark.parametrize("space", [{}, None, {"rank": []}])
+def test_an_empty_space_is_refused(tmp_path: Path, space: object) -> None:
+    told = problems(tmp_path, yaml.safe_dump(SMALL | {"space": space}))
+    assert any("is empty" in message for message in told.values())
+
+
+def test_an_exclusion_that_leaves_nothing_is_refused(tmp_path: Path) -> None:
+    text = yaml.safe_dump(SMALL | {"space": {"rank": [8]}, "exclude": [{"rank": 8}]})
+    assert "leaves no configuration" in " ".join(problems(tmp_path, text).values())
+
+
+def test_a_condition_that_can_never_hold_is_refused(tmp_path: Path) -> None:
+    space = {"dora": {"choice": [True], "when": {"zero_stage": [9], "precison": "nf4"}}}
+    told = " ".join(problems(tmp_path, yaml.safe_dump(SMALL | {"space": space})).values())
+    assert "can never hold" in told
+    assert "did you mean precision?" in told
+
+
+def test_a_grid_cannot_walk_a_range_but_random_search_can(tmp_path: Path) -> None:
+    sweep = SMALL | {"space": {"learning_rate": {"log_uniform": [1e-5, 1e-3]}}}
+    assert "random" in " ".join(problems(tmp_path, yaml.safe_dump(sweep)).values())
+    loaded = load(write(tmp_path, yaml.safe_dump(sweep | {"search": {"algorithm": "random"}, "budget": {"trials": 5}})))
+    rates = [trial.config.learning_rate for trial in loaded.trials()]
+    assert len(rates) == 5
+    assert all(1e-5 <= rate <= 1e-3 for rate in rates)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("- a\n", "holds no keys"), ("a: [", "is not YAML"), ("", "holds no keys"), ("a: &x [*x]\n", "nested deeper")],
+)
+def test_a_file_that_is_no_mapping_says_so(tmp_path: Path, text: str, told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        load(write(tmp_path, text))
+
+
+def test_aliases_that_stand_for_billions_of_values_are_refused(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 8)}]" for i in range(1, 12)]
+    with pytest.raises(InputError, match="without aliases"):
+        load(write(tmp_path, "\n".join(lines)))
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    assert problems(tmp_path, "name: a\nname: b\n") == {"2: name": "stands twice: keep one"}
+
+
+def test_a_missing_file_names_its_nearest_neighbour(tmp_path: Path) -> None:
+    write(tmp_path, "name: a\n")
+    with pytest.raises(InputError, match=r"did you mean sweep\.yaml"):
+        load(tmp_path / "swep.yaml")
+
+
+def test_an_override_wins_and_moves_a_setting_from_space_to_trial(tmp_path: Path) -> None:
+    file = write(tmp_path, yaml.safe_dump(SMALL | {"space": {"rank": [8, 16], "dora": [True, False]}}))
+    sweep = load(file, ["trial.rank=4", "trial.max_steps=20"])
+    assert sweep.trial.rank == 4
+    assert sweep.trial.max_steps == 20
+    assert list(sweep.domains) == ["dora"]
+
+
+def test_a_bad_override_is_refused(tmp_path: Path) -> None:
+    file = write(tmp_path, yaml.safe_dump(SMALL))
+    with pytest.raises(InputError, match=r"trial\.max_steps=20"):
+        load(file, ["max_steps"])
+
+
+def test_a_saved_sweep_reads_back_as_the_same_trials(tmp_path: Path) -> None:
+    space = {
+        "engine": ["ddp", "deepspeed"],
+        "zero_stage": {"choice": [1, 2], "when": {"engine": "deepspeed"}},
+        "target_modules": [["q_proj"], "all-linear"],
+    }
+    sweep = load(write(tmp_path, yaml.safe_dump(SMALL | {"space": space, "scheduler": {"asha": {"grace_steps": 4}}})))
+    again = load(write(tmp_path, to_yaml(sweep)))
+    assert again.trials() == sweep.trials()
+    assert again.model_copy(update={"trial": sweep.trial}) == sweep
+
+
+def test_defaults_follow_the_hardware() -> None:
+    sweep = SweepConfig.model_validate(SMALL)
+    on_cpu, on_gpu = sweep.on_hardware(has_gpus=False), sweep.on_hardware(has_gpus=True)
+    assert (on_cpu.trial.precision, on_cpu.resources.gpus_per_worker) == ("fp32", 0)
+    assert (on_gpu.trial.precision, on_gpu.resources.gpus_per_worker) == ("bf16", 1)
+
+
+@pytest.mark.parametrize("file", sorted(Path("search_spaces").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_search_space_loads_fits_the_schema_and_says_what_it_is(file: Path) -> None:
+    lines = file.read_text().splitlines()
+    sweep = load(file)
+    assert lines[0] == f"# Question: {sweep.question}"
+    assert lines[1].split() == ["#", "Run:", "orchestrator", "run", str(file)]
+    assert lines[2].startswith("# Hardware: ")
+    assert lines[3].startswith("# yaml-language-server: $schema=")
+    assert (file.parent / lines[3].partition("$schema=")[2]).exists()
+    jsonschema.validate(yaml.safe_load(file.read_text()), SweepConfig.model_json_schema())

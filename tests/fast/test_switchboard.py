@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+
+import pytest
+
+pytest.importorskip("ray")
+
+from orchestrator.config.trial_config import TrialConfig
+from orchestrator.results.records import TrialStatus
+from orchestrator.sweep.switchboard import Switchboard, combined_end
+from orchestrator.training.task import TrialEnd, TrialTask
+
+COMPLETED = TrialEnd(TrialStatus.COMPLETED, None, None)
+FAILED = TrialEnd(TrialStatus.FAILED, "boom", None)
+TASK = TrialTask("t-0", TrialConfig(), "model", "data", "trials/t-0", "eval_loss", "min")
+LIMIT_S = 1.0
+
+
+def play(scene: Awaitable[None]) -> None:
+    asyncio.run(asyncio.wait_for(scene, 5))  # type: ignore[arg-type]
+
+
+async def a_group_at_work(workers: int) -> Switchboard:
+    board = Switchboard()
+    await board.open_group("g", workers)
+    await board.announce_store("g", "host", 1)
+    await board.assign("g", TASK)
+    return board
+
+
+def test_a_worker_that_waits_gets_the_next_trial_with_its_place() -> None:
+    async def scene() -> None:
+        board = Switchboard()
+        await board.open_group("g", 2)
+        waiting = asyncio.create_task(board.next_assignment("g", 1, 1, 0))
+        await board.assign("g", TASK)
+        await board.announce_store("g", "host", 7)
+        assignment = await waiting
+        assert assignment is not None
+        assert assignment.task == TASK
+        place = assignment.place
+        assert (place.rank, place.world_size, place.store_host, place.store_port) == (1, 2, "host", 7)
+
+    play(scene())
+
+
+def test_a_trial_ends_once_all_its_workers_have() -> None:
+    async def scene() -> None:
+        board = await a_group_at_work(2)
+        await board.send("g", 1, 0, COMPLETED)
+        end = asyncio.create_task(board.next_event("t-0"))
+        await asyncio.sleep(0)
+        assert not end.done()
+        await board.send("g", 1, 1, COMPLETED)
+        assert await end == COMPLETED
+
+    play(scene())
+
+
+def test_a_worker_that_fails_stops_the_others_which_wait_for_it() -> None:
+    async def scene() -> None:
+        board = await a_group_at_work(2)
+        other = asyncio.create_task(board.wait_for_stop("g", 1))
+        await board.send("g", 1, 1, FAILED)
+        await other
+
+    play(scene())
+
+
+def test_a_stop_is_confirmed_only_when_the_workers_have_ended() -> None:
+    async def scene() -> None:
+        board = await a_group_at_work(1)
+        stop = asyncio.create_task(board.stop("t-0", LIMIT_S))
+        await board.wait_for_stop("g", 1)
+        assert not stop.done()
+        await board.send("g", 1, 0, TrialEnd(TrialStatus.STOPPED, "stopped", None))
+        assert await stop
+
+    play(scene())
+
+
+def test_a_stop_that_nobody_hears_returns_after_its_limit() -> None:
+    async def scene() -> None:
+        board = await a_group_at_work(1)
+        assert not await board.stop("t-0", 0.01)
+
+    play(scene())
+
+
+def test_a_lost_group_ends_its_trial_as_preempted() -> None:
+    async def scene() -> None:
+        board = await a_group_at_work(2)
+        await board.lose_group("g", "node gone")
+        event = await board.next_event("t-0")
+        assert event == TrialEnd(TrialStatus.PREEMPTED, "node gone", None)
+
+    play(scene())
+
+
+def test_a_closed_group_sends_its_workers_home() -> None:
+    async def scene() -> None:
+        board = Switchboard()
+        await board.open_group("g", 1)
+        waiting = asyncio.create_task(board.next_assignment("g", 0, 0, 0))
+        await asyncio.sleep(0)
+        await board.close_group("g")
+        assert await waiting is None
+        assert await board.next_assignment("g", 0, 0, 0) is None
+
+    play(scene())
+
+
+def test_the_cause_outweighs_its_consequences() -> None:
+    oom = TrialEnd(TrialStatus.OUT_OF_MEMORY, "no memory", None)
+    stopped = TrialEnd(TrialStatus.STOPPED, "stopped", None)
+    assert combined_end({0: FAILED, 1: oom, 2: stopped}).status is TrialStatus.OUT_OF_MEMORY
+    assert combined_end({0: COMPLETED, 1: stopped}).status is TrialStatus.STOPPED
