@@ -1,0 +1,309 @@
+"""The tokenised data: made once a sweep, read by every worker, cut into the same batches whoever reads it."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from orchestrator.config.sweep_config import DataConfig
+from orchestrator.errors import DataError
+from orchestrator.training.data_rows import Row, fingerprint, read_rows
+from orchestrator.training.data_tokens import COLUMNS, tokenize
+
+Split = Literal["train", "eval"]
+Ints = npt.NDArray[np.int64]
+
+NAMED_SKIPS = 20
+"""So many of the rows left out are named; all are counted."""
+_RELEASE = 1
+"""Part of the inputs' hash: raise it when the same inputs come out as other tokens."""
+_FILES = ("tokens", "labels", "offsets")
+
+
+@dataclass(frozen=True, slots=True)
+class DataSummary:
+    """What `prepare` wrote."""
+
+    train_rows: int
+    eval_rows: int
+    train_tokens: int
+    skipped: tuple[tuple[str, str], ...]
+    """(where, why) of the first rows that could not be used."""
+    skipped_count: int
+    hash: str
+    """Of the tokens themselves: the same text under the same tokenizer has the same."""
+    inputs_hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Ragged rows, one after the other."""
+
+    tokens: npt.NDArray[np.int32]
+    labels: npt.NDArray[np.bool_]
+    offsets: Ints
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def take(self, order: Ints) -> _Rows:
+        spans = [slice(self.offsets[row], self.offsets[row + 1]) for row in order]
+        lengths = np.array([span.stop - span.start for span in spans], dtype=np.int64)
+        return _Rows(
+            np.concatenate([self.tokens[span] for span in spans]),
+            np.concatenate([self.labels[span] for span in spans]),
+            np.concatenate([[0], np.cumsum(lengths)]),
+        )
+
+
+def prepare(data: DataConfig, model_folder: Path, out: Path) -> DataSummary:
+    """Tokenise the data into `out`, or find it there from an earlier call with the same inputs.
+
+    Raises:
+        DataError: a source cannot be read, has no usable row, or not the columns of its format.
+    """
+    inputs_hash = _inputs_hash(data, model_folder)
+    if (present := read_summary(out)) and present.inputs_hash == inputs_hash:
+        return present
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    skipped: list[Row] = []
+    train = _collect(data.train, "train", data, tokenizer, skipped)
+    if isinstance(data.eval, str):
+        held_out = _collect(data.eval, "eval", data, tokenizer, skipped)
+    else:
+        train, held_out = _split(train, data.eval, data.train)
+    summary = DataSummary(
+        train_rows=len(train),
+        eval_rows=len(held_out),
+        train_tokens=len(train.tokens),
+        skipped=tuple((row.where, row.why) for row in skipped[:NAMED_SKIPS]),
+        skipped_count=len(skipped),
+        hash=_content_hash(train, held_out),
+        inputs_hash=inputs_hash,
+    )
+    _write(out, {"train": train, "eval": held_out}, summary)
+    return summary
+
+
+def read_summary(folder: Path) -> DataSummary | None:
+    """What an earlier `prepare` wrote, or None."""
+    try:
+        raw = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        return DataSummary(**{**raw, "skipped": tuple((where, why) for where, why in raw["skipped"])})
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _inputs_hash(data: DataConfig, model_folder: Path) -> str:
+    digest = hashlib.sha256(f"{_RELEASE} {data.model_dump_json()} {fingerprint(data.train)}".encode())
+    if isinstance(data.eval, str):
+        digest.update(fingerprint(data.eval).encode())
+    for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja"):
+        if (file := model_folder / name).is_file():
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _collect(source: str, split: Split, data: DataConfig, tokenizer: Any, skipped: list[Row]) -> _Rows:
+    seen: dict[str, None] = {}
+    tokens, labels, failed = [], [], 0
+    for outcome in tokenize(_noting_columns(read_rows(source, split), seen), data.format, tokenizer):
+        if isinstance(outcome, Row) or not outcome[2].any():
+            row = outcome if isinstance(outcome, Row) else Row(outcome[0].where, None, "nothing in it to learn")
+            failed += 1
+            skipped.append(row)
+            continue
+        tokens.append(outcome[1])
+        labels.append(outcome[2])
+    if not tokens:
+        raise DataError(_nothing_usable(source, data, tuple(seen), failed, skipped))
+    lengths = [len(row) for row in tokens]
+    return _Rows(np.concatenate(tokens), np.concatenate(labels), np.concatenate([[0], np.cumsum(lengths)]))
+
+
+def _noting_columns(rows: Iterable[Row], seen: dict[str, None]) -> Iterator[Row]:
+    for row in rows:
+        if row.columns is not None:
+            seen.update(dict.fromkeys(map(str, row.columns)))
+        yield row
+
+
+def _nothing_usable(source: str, data: DataConfig, seen: Sequence[str], failed: int, skipped: Sequence[Row]) -> str:
+    missing = [name for name in COLUMNS[data.format] if name not in seen]
+    if seen and missing:
+        return (
+            f"data {source} has no column {' or '.join(missing)}, which format: {data.format} reads; "
+            f"columns seen: {', '.join(seen)}. Rename one or choose another format"
+        )
+    example = f", the first ({skipped[-failed].where}) because {skipped[-failed].why}" if failed else ""
+    return f"data {source} has no usable row: {failed} could not be used{example}. Mend the rows or name another source"
+
+
+def _split(rows: _Rows, fraction: float, source: str) -> tuple[_Rows, _Rows]:
+    """Hold a fraction of the rows back; the same rows whatever the trial's seed, so that trials can be compared."""
+    if len(rows) < 2:
+        raise DataError(f"data {source} has one usable row: give more, or an eval source of its own")
+    order = np.random.default_rng(0).permutation(len(rows))
+    held_out = min(max(1, round(len(rows) * fraction)), len(rows) - 1)
+    return rows.take(np.sort(order[held_out:])), rows.take(np.sort(order[:held_out]))
+
+
+def _content_hash(*splits: _Rows) -> str:
+    digest = hashlib.sha256()
+    for rows in splits:
+        for array in (rows.tokens, rows.labels, rows.offsets):
+            digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _write(out: Path, splits: dict[Split, _Rows], summary: DataSummary) -> None:
+    partial = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        for split, rows in splits.items():
+            for name in _FILES:
+                np.save(partial / f"{split}.{name}.npy", getattr(rows, name))
+        (partial / "summary.json").write_text(json.dumps(asdict(summary), indent=1) + "\n", encoding="utf-8")
+        if out.exists():
+            shutil.rmtree(out)
+        partial.rename(out)
+    except OSError as error:
+        raise DataError(f"cannot write the tokenised data to {out} ({error}): name another --storage") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """One split under one sequence length: sequences, each of one row or, packed, of several."""
+
+    tokens: npt.NDArray[np.int32]
+    labels: npt.NDArray[np.bool_]
+    starts: Ints
+    """Of each row, where it begins in `tokens`."""
+    lengths: Ints
+    """Of each row, cut to the sequence length."""
+    bounds: Ints
+    """Sequence i holds the rows from bounds[i] to bounds[i + 1]."""
+    sequence_tokens: Ints
+    sequence_labels: Ints
+    """Tokens of each sequence that count in the loss."""
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+
+def load(folder: Path, split: Split, sequence_length: int, packing: bool) -> Dataset:
+    """Open what `prepare` wrote, memory-mapped.
+
+    Raises:
+        DataError: cut to this length, no row has anything left to learn.
+    """
+    tokens, labels, offsets = (np.load(folder / f"{split}.{name}.npy", mmap_mode="r") for name in _FILES)
+    starts = np.asarray(offsets[:-1])
+    lengths = np.minimum(np.diff(offsets), sequence_length)
+    counted = np.concatenate([[0], np.cumsum(labels, dtype=np.int64)])
+    row_labels = counted[starts + lengths] - counted[starts]
+    kept = np.flatnonzero(row_labels)
+    if not len(kept):
+        raise DataError(f"no row has a label within {sequence_length} tokens: raise sequence_length")
+    starts, lengths, row_labels = starts[kept], lengths[kept], row_labels[kept]
+    bounds = _packed(lengths, sequence_length) if packing else np.arange(len(kept) + 1)
+    first = bounds[:-1]
+    return Dataset(
+        tokens, labels, starts, lengths, bounds, np.add.reduceat(lengths, first), np.add.reduceat(row_labels, first)
+    )
+
+
+def _packed(lengths: Ints, sequence_length: int) -> Ints:
+    """Next-fit: rows stay in their order, and a sequence ends where the next row does not fit."""
+    bounds, filled = [0], 0
+    for row, length in enumerate(lengths.tolist()):
+        if filled + length > sequence_length:
+            bounds.append(row)
+            filled = 0
+        filled += length
+    return np.array([*bounds, len(lengths)], dtype=np.int64)
+
+
+def global_batch(dataset: Dataset, step: int, size: int, seed: int) -> Ints:
+    """The sequences of optimizer step `step` (from 0), in the order that the seed gives.
+
+    Whoever asks gets the same, so that neither workers nor micro-batches change what a step learns from.
+    """
+    positions = np.arange(step * size, (step + 1) * size)
+    epochs, within = np.divmod(positions, len(dataset))
+    return np.array(
+        [_order(len(dataset), int(epoch), seed)[place] for epoch, place in zip(epochs, within, strict=True)],
+        dtype=np.int64,
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _order(count: int, epoch: int, seed: int) -> Ints:
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
+def worker_slice(sequences: Ints, rank: int, workers: int, micro_batch_size: int) -> list[Ints]:
+    """A worker's micro-batches of a global batch."""
+    mine = len(sequences) // workers
+    return np.split(sequences[rank * mine : (rank + 1) * mine], range(micro_batch_size, mine, micro_batch_size))
+
+
+def evaluation_batches(dataset: Dataset, rank: int, workers: int, micro_batch_size: int) -> Iterator[tuple[Ints, bool]]:
+    """A worker's batches of the whole split, and whether each counts.
+
+    Every worker gets as many batches, since ZeRO-3 gathers weights in every forward pass and would wait for ever for
+    a worker that makes one less; what is missing is filled with a batch that does not count.
+    """
+    # Alike lengths together: less padding.
+    order = np.argsort(dataset.sequence_tokens, kind="stable")
+    batches = [order[first : first + micro_batch_size] for first in range(0, len(order), micro_batch_size)]
+    for turn in range(0, len(batches), workers):
+        counts = turn + rank < len(batches)
+        yield batches[turn + rank if counts else turn], counts
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What a forward pass takes. No attention mask: the padding stands behind, where causal attention never looks."""
+
+    input_ids: Ints
+    """(sequences, longest)"""
+    labels: Ints
+    """(sequences, longest): the token where it counts in the loss, else -100."""
+    position_ids: Ints | None
+    """(sequences, longest), from 0 in each row, which tells transformers to keep packed rows apart; None unpacked."""
+
+
+def collate(dataset: Dataset, sequences: Ints, packing: bool, pad_token: int) -> Batch:
+    """Put sequences side by side, padded to the longest."""
+    shape = (len(sequences), int(dataset.sequence_tokens[sequences].max()))
+    input_ids = np.full(shape, pad_token, dtype=np.int64)
+    labels = np.full(shape, -100, dtype=np.int64)
+    position_ids = np.zeros(shape, dtype=np.int64)
+    for line, sequence in enumerate(sequences):
+        place = 0
+        for row in range(dataset.bounds[sequence], dataset.bounds[sequence + 1]):
+            start, length = dataset.starts[row], dataset.lengths[row]
+            tokens = dataset.tokens[start : start + length]
+            here = slice(place, place + length)
+            input_ids[line, here] = tokens
+            labels[line, here] = np.where(dataset.labels[start : start + length], tokens, -100)
+            position_ids[line, here] = np.arange(length)
+            place += length
+        # A row of its own for the padding, or the last row's mask would grow over it.
+        position_ids[line, place:] = np.arange(shape[1] - place)
+    return Batch(input_ids, labels, position_ids if packing else None)

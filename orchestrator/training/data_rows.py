@@ -1,0 +1,221 @@
+"""Rows out of a data source: the running Python's own library, local files, or the hub."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import difflib
+import hashlib
+import inspect
+import json
+import platform
+import re
+import sysconfig
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from orchestrator.errors import DataError
+
+Role = Literal["train", "eval"]
+DOCUMENT_CHARACTERS = 500
+"""Paragraphs are joined to documents of about this length."""
+_HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+_SPLITS: dict[Role, tuple[str, ...]] = {"train": ("train",), "eval": ("validation", "test", "train")}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row, and where it stands; `columns` is None where it could not be read."""
+
+    where: str
+    columns: dict[str, Any] | None
+    why: str = ""
+
+
+def read_rows(source: str, role: Role) -> Iterator[Row]:
+    """Every row of a source.
+
+    Raises:
+        DataError: there is no such source, or nothing of it can be read.
+    """
+    if source.startswith("builtin:"):
+        yield from _builtin(source)()
+        return
+    path = Path(source).expanduser()
+    if path.exists():
+        for file in _files(path):
+            yield from _READERS[file.suffix.lower()](file)
+    elif path.suffix.lower() in _READERS or not _HUB_ID.match(source):
+        raise DataError(f"data {source}: no such file or folder; name one that exists (looked in {Path.cwd()})")
+    else:
+        yield from _hub_rows(source, role)
+
+
+def fingerprint(source: str) -> str:
+    """What tells that a source is still the same, without reading all of it."""
+    path = Path(source).expanduser()
+    if source.startswith("builtin:"):
+        return f"{source} {platform.python_version()}"
+    if not path.exists():
+        return source
+    stats = [(str(file), file.stat()) for file in _files(path)]
+    parts = [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        if path.suffix.lower() not in _READERS:
+            raise DataError(f"data {path}: a {path.suffix or 'suffixless'} file; write one of {', '.join(_READERS)}")
+        return [path]
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _READERS and file.is_file())
+    if not files:
+        raise DataError(f"data {path}: the folder holds no file of {', '.join(_READERS)}")
+    return files
+
+
+def _json_lines(file: Path) -> Iterator[Row]:
+    with _opened(file) as lines:
+        for number, line in enumerate(lines, start=1):
+            where = f"{file}:{number}"
+            if not line.strip():
+                continue
+            try:
+                columns = json.loads(line.decode("utf-8-sig"))
+            except ValueError as error:
+                yield Row(where, None, f"not JSON ({error})")
+                continue
+            yield Row(where, columns) if isinstance(columns, dict) else Row(where, None, "not a JSON object")
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return file.open("rb")
+    except OSError as error:
+        raise DataError(f"data {file} cannot be read ({error}): check its permissions") from error
+
+
+def _comma_separated(file: Path) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)
+    with _opened(file) as raw:
+        reader = csv.DictReader(line.decode("utf-8-sig", errors="replace") for line in raw)
+        while True:
+            try:
+                columns = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield Row(f"{file}:{reader.line_num}", None, str(error))
+                continue
+            where = f"{file}:{reader.line_num}"
+            fits = None not in columns and None not in columns.values()
+            yield Row(where, dict(columns)) if fits else Row(where, None, "not as many fields as the header")
+
+
+def _parquet(file: Path) -> Iterator[Row]:
+    import pyarrow.lib
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+        for batch in table.iter_batches():
+            yield from (Row(f"{file}: a row", columns) for columns in batch.to_pylist())
+    except (OSError, pyarrow.lib.ArrowException) as error:
+        raise DataError(f"data {file} is no readable parquet file ({error}): write it again") from error
+
+
+def _plain_text(file: Path) -> Iterator[Row]:
+    with _opened(file) as raw:
+        text = raw.read().decode("utf-8-sig", errors="replace")
+    for number, document in enumerate(_documents(text), start=1):
+        yield Row(f"{file}: document {number}", {"text": document})
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": _json_lines,
+    ".parquet": _parquet,
+    ".csv": _comma_separated,
+    ".txt": _plain_text,
+}
+
+
+def _documents(text: str) -> Iterator[str]:
+    """Paragraphs, joined until they have some length: a heading alone teaches nothing."""
+    held: list[str] = []
+    for paragraph in re.split(r"\n\s*\n", text):
+        if paragraph.strip():
+            held.append(paragraph.strip("\n"))
+        if sum(map(len, held)) >= DOCUMENT_CHARACTERS:
+            yield "\n\n".join(held)
+            held = []
+    if held:
+        yield "\n\n".join(held)
+
+
+def _builtin(source: str) -> Callable[[], Iterator[Row]]:
+    builtins = {"builtin:python-docs": _python_docs, "builtin:python-docstrings": _python_docstrings}
+    if source not in builtins:
+        nearest = difflib.get_close_matches(source, builtins, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(builtins)}"
+        raise DataError(f"data {source} does not exist; {hint}")
+    return builtins[source]
+
+
+def _instruction(where: str, prompt: str, completion: str, text: str) -> Row:
+    """A row that serves all three formats."""
+    messages = [{"role": "user", "content": prompt.strip()}, {"role": "assistant", "content": completion}]
+    return Row(where, {"text": text, "prompt": prompt, "completion": completion, "messages": messages})
+
+
+def _python_docs() -> Iterator[Row]:
+    from pydoc_data.topics import topics
+
+    for topic in sorted(topics):
+        for number, document in enumerate(_documents(topics[topic]), start=1):
+            prompt = f"Python's documentation on {topic}, part {number}:\n"
+            yield _instruction(f"{topic} {number}", prompt, document, document)
+
+
+def _python_docstrings() -> Iterator[Row]:
+    library = Path(sysconfig.get_paths()["stdlib"])
+    left_out = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__", "turtledemo"}
+    for file in sorted(library.rglob("*.py")):
+        module = file.relative_to(library)
+        if left_out & set(module.parts[:-1]):
+            continue
+        try:
+            tree = ast.parse(file.read_bytes())
+        except (OSError, SyntaxError, ValueError) as error:
+            yield Row(str(module), None, f"not Python ({error})")
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (docstring := ast.get_docstring(node)):
+                yield _docstring_row(module, node, docstring)
+
+
+def _docstring_row(module: Path, node: ast.FunctionDef | ast.AsyncFunctionDef, docstring: str) -> Row:
+    returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+    signature = f"def {node.name}({ast.unparse(node.args)}){returns}:"
+    prompt = f"# {module.with_suffix('').as_posix().replace('/', '.')}\n{signature}\n"
+    completion = inspect.cleandoc(docstring)
+    return _instruction(f"{module}:{node.lineno}", prompt, completion, f"{prompt}{completion}")
+
+
+def _hub_rows(source: str, role: Role) -> Iterator[Row]:
+    from datasets import get_dataset_split_names, load_dataset
+
+    try:
+        present = get_dataset_split_names(source)
+        split = next((name for name in _SPLITS[role] if name in present), present[0])
+        dataset = load_dataset(source, split=split)
+    except Exception as error:
+        # datasets passes on whatever its hub client, its readers and its scripts raise.
+        first_line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DataError(
+            f"data {source} is no local file, and the hub has none to give ({first_line[:200]}); "
+            "check the name, connect to the hub, or name a local file"
+        ) from error
+    for number, columns in enumerate(dataset):
+        yield Row(f"{source} {split} {number}", dict(columns))

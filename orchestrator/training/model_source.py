@@ -1,0 +1,143 @@
+"""Where a base model comes from: built in, a local folder, or the hub; and its local folder, made once a machine."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import ModelError
+from orchestrator.training import builtin_models
+
+CAUSAL_LM_SUFFIXES = ("ForCausalLM", "LMHeadModel")
+# Weights are read as safetensors only: a pickle runs whatever code its author put in it.
+HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
+_HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+_OFFLINE_MEND = "connect to the hub (unset HF_HUB_OFFLINE), name a local folder, or use builtin:smollm2-135m"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A model that was found, and its transformers config; nothing large was read or fetched yet."""
+
+    name: str
+    config: dict[str, Any]
+    folder: Path | None
+    """A local folder, or None where `materialize` makes one."""
+
+
+def resolve(model: str) -> ModelSource:
+    """Find a model by its name in the sweep file.
+
+    Raises:
+        ModelError: there is no such model, it cannot be reached, or it has no causal language-model head.
+    """
+    if model.startswith("builtin:"):
+        return ModelSource(model, _builtin_config(model.removeprefix("builtin:")), None)
+    path = Path(model).expanduser()
+    folder = path.resolve() if path.is_dir() else None
+    config = _read_config(folder / "config.json") if folder else _hub_config(model)
+    _require_causal_lm(model, config)
+    return ModelSource(model, config, folder)
+
+
+def materialize(source: ModelSource) -> Path:
+    """A local folder that `from_pretrained` reads, tokenizer and all; fetched or built where that was not done yet.
+
+    Raises:
+        ModelError: the weights or what they are made from cannot be had.
+    """
+    if source.name.startswith("builtin:"):
+        return builtin_models.build(source.name.removeprefix("builtin:"), cache_folder())
+    folder = source.folder or _fetch(source.name)
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"model {source.name}: {folder} holds no *.safetensors; "
+            "save the model once with save_pretrained(..., safe_serialization=True)"
+        )
+    return folder
+
+
+def cache_folder() -> Path:
+    """Where this user's built and converted models are kept."""
+    named = os.environ.get("ORCHESTRATOR_CACHE")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "orchestrator"
+
+
+def _builtin_config(name: str) -> dict[str, Any]:
+    if name in builtin_models.CONFIGS:
+        return dict(builtin_models.CONFIGS[name])
+    known = [f"builtin:{known}" for known in builtin_models.CONFIGS]
+    nearest = difflib.get_close_matches(f"builtin:{name}", known, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(known)}"
+    raise ModelError(f"model builtin:{name} does not exist; {hint}")
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"{file.parent} holds no config.json: name a folder written by save_pretrained") from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read ({error}): write it again with save_pretrained") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{file} holds no JSON object: write it again with save_pretrained")
+    return config
+
+
+def _hub_config(model: str) -> dict[str, Any]:
+    if not _HUB_ID.match(model):
+        raise ModelError(f"model {model}: there is no such folder, and it is no hub id (owner/name); check the path")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return _read_config(Path(hf_hub_download(model, "config.json")))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ModelError(f"model {model} is no local folder, and {_hub_problem(error)}; {_OFFLINE_MEND}") from error
+    except Exception as error:
+        # httpx' own connection errors, which are of no built-in kind.
+        if type(error).__module__.partition(".")[0] not in ("httpx", "httpcore", "requests"):
+            raise
+        raise ModelError(f"model {model}: the hub does not answer ({error}); {_OFFLINE_MEND}") from error
+
+
+def _hub_problem(error: Exception) -> str:
+    first_line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return f"the hub has none to give ({first_line[:200]})"
+
+
+def _fetch(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except Exception as error:
+        raise ModelError(f"model {name} cannot be fetched: {_hub_problem(error)}; {_OFFLINE_MEND}") from error
+
+
+def _require_causal_lm(model: str, config: Mapping[str, Any]) -> None:
+    architectures = tuple(str(name) for name in config.get("architectures") or ())
+    if any(name.endswith(CAUSAL_LM_SUFFIXES) for name in architectures) and "auto_map" not in config:
+        return
+    heads = _causal_lm_heads()
+    model_type = str(config.get("model_type"))
+    if model_type not in heads:
+        hint = " without code of its own, which is never run" if "auto_map" in config else ""
+        raise ModelError(f"model {model}: transformers knows no causal language model of type {model_type}{hint}")
+    if architectures and not set(architectures) & set().union(*heads.values()):
+        raise ModelError(
+            f"model {model} has no causal language-model head (it is a {', '.join(architectures)}); "
+            "name a model whose config.json lists a ...ForCausalLM"
+        )
+
+
+def _causal_lm_heads() -> dict[str, frozenset[str]]:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+
+    return {kind: frozenset([head] if isinstance(head, str) else head) for kind, head in NAMES.items()}
