@@ -1,0 +1,67 @@
+"""Quantities as a person reads them: inside the project they are bytes, seconds and plain numbers."""
+
+from __future__ import annotations
+
+import math
+
+UNKNOWN = "–"
+
+
+def memory(size_bytes: float | None) -> str:
+    """`1.24 GiB`, or `812 MiB` below one GiB."""
+    if size_bytes is None:
+        return UNKNOWN
+    return f"{size_bytes / 2**30:.2f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:.0f} MiB"
+
+
+def duration(seconds: float | None) -> str:
+    """`0.8 s`, `42 s`, `3 min 20 s`, `1 h 04 min`."""
+    if seconds is None:
+        return UNKNOWN
+    if seconds < 10:
+        return f"{seconds:.2g} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
+def step_time(seconds: float | None) -> str:
+    """Seconds a step: `84 ms`, `1.32 s`."""
+    if seconds is None:
+        return UNKNOWN
+    return f"{seconds * 1000:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def rate(tokens_per_s: float | None) -> str:
+    """Tokens a second: `8.4`, `1 312`, with thin spaces."""
+    if tokens_per_s is None:
+        return UNKNOWN
+    return f"{tokens_per_s:,.0f}".replace(",", "\u202f") if tokens_per_s >= 100 else f"{tokens_per_s:.3g}"
+
+
+def number(value: float | None) -> str:
+    """Four significant digits."""
+    return UNKNOWN if value is None else f"{value:.4g}"
+
+
+def plus_minus(mean: float, half_width: float | None) -> str:
+    """`2.413 ± 0.012`: two significant digits of the half-width decide how many the mean gets."""
+    if half_width is None or not math.isfinite(half_width):
+        return number(mean)
+    decimals = decimals_for(half_width)
+    return f"{mean:.{decimals}f} ± {half_width:.{decimals}f}"
+
+
+def decimals_for(half_width: float) -> int:
+    """Decimals that show two significant digits of a half-width, between 0 and 6."""
+    if half_width <= 0:
+        return 4
+    return min(6, max(0, 1 - math.floor(math.log10(half_width))))
+
+
+def share(fraction: float | None) -> str:
+    """`31 %`."""
+    return UNKNOWN if fraction is None else f"{fraction * 100:.0f} %"

@@ -1,0 +1,308 @@
+"""Which configuration to take, by a stated rule, and the words that say how sure that is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from orchestrator.reporting import quantities
+from orchestrator.reporting.statistics import (
+    ConfigurationSummary,
+    Estimate,
+    Noise,
+    noise_of,
+    paired_difference,
+    repeats_to_tell,
+    sign_of,
+    summaries,
+)
+from orchestrator.results.records import SweepResult, TrialStatus
+
+RULE = (
+    "Of the configurations whose objective is within the noise of the best (the 95 % interval of their difference, "
+    "seed by seed, contains 0; all comparisons together hold with 95 %, Bonferroni), take the one with the smallest "
+    "peak memory; of those within 2 % of it, the fastest."
+)
+SAME_MEMORY = 1.02
+CLOSE = 0.01
+FIRST_REPEATS = 3
+
+Basis = Literal["within_noise", "best", "single_runs", "only_one", "provisional", "nothing"]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One configuration against the best."""
+
+    configuration_id: str
+    label: str
+    difference: Estimate | None
+    """Of the objective to the best, positive where worse; None where they share no seed."""
+    memory_saved: float | None
+    """Share of the best's peak memory that it does not need."""
+    speedup: float | None
+    """Over the best, by step time."""
+    is_within_noise: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Recommendation:
+    """The answer."""
+
+    basis: Basis
+    configuration_id: str | None
+    trial_id: str | None
+    """Whose adapter to take: its best repeat."""
+    label: str | None
+    answer: str
+    evidence: tuple[str, ...]
+    comparisons: tuple[Comparison, ...]
+    """Against the best, which is left out."""
+    noise_sd: float | None
+    repeats_needed: int | None
+    """Repeats that would decide what these cannot."""
+    is_decided: bool
+
+
+def recommend(sweep: SweepResult) -> Recommendation:
+    """Apply RULE; where it cannot be applied, say why and take the best that there is."""
+    found = summaries(sweep)
+    completed = [summary for summary in found if summary.objective]
+    contenders = [summary for summary in completed if not summary.is_broken] or completed
+    caveats = _caveats(sweep, found, completed, contenders)
+    if not contenders:
+        return _without_completed(sweep, found, caveats)
+    best = contenders[0]
+    if len(contenders) == 1:
+        answer = f"Take {best.label}: no other configuration has completed, so there is nothing to compare it with."
+        return _make("only_one", best, answer, caveats)
+    noise = noise_of({summary.configuration_id: summary.objective_by_repeat for summary in contenders})
+    if noise is None:
+        return _by_single_runs(sweep, contenders, caveats)
+    return _by_rule(sweep, contenders, noise, caveats)
+
+
+def _make(
+    basis: Basis,
+    chosen: ConfigurationSummary | None,
+    answer: str,
+    evidence: Sequence[str],
+    comparisons: tuple[Comparison, ...] = (),
+    noise: Noise | None = None,
+    repeats_needed: int | None = None,
+    *,
+    is_decided: bool = False,
+) -> Recommendation:
+    return Recommendation(
+        basis=basis,
+        configuration_id=chosen.configuration_id if chosen else None,
+        trial_id=chosen.best_trial_id if chosen else None,
+        label=chosen.label if chosen else None,
+        answer=answer,
+        evidence=tuple(evidence),
+        comparisons=comparisons,
+        noise_sd=noise.sd if noise else None,
+        repeats_needed=repeats_needed,
+        is_decided=is_decided,
+    )
+
+
+def _by_rule(
+    sweep: SweepResult, contenders: Sequence[ConfigurationSummary], noise: Noise, caveats: Sequence[str]
+) -> Recommendation:
+    best = contenders[0]
+    comparisons = _compare(sweep, contenders, noise)
+    within = {comparison.configuration_id for comparison in comparisons if comparison.is_within_noise}
+    chosen = _cheapest([best, *(c for c in contenders[1:] if c.configuration_id in within)])
+    metric = sweep.objective_metric
+    if chosen is best:
+        value = _value(best)
+        answer = f"Take {best.label}: it has the best {metric} ({value}), and nothing cheaper is within its noise."
+        rejected = _cheaper_but_worse(best, contenders, comparisons)
+        return _make("best", best, answer, [*rejected, *caveats], comparisons, noise, is_decided=True)
+    against = next(c for c in comparisons if c.configuration_id == chosen.configuration_id)
+    answer = f"Take {chosen.label}: it {_within_words(against, best.label)}."
+    needed, doubt = _doubt(against, best, noise, len(contenders), metric)
+    evidence = [f"Its {metric} is {_value(chosen)}; the best mean is {_value(best)} ({best.label}).", *doubt, *caveats]
+    return _make("within_noise", chosen, answer, evidence, comparisons, noise, needed, is_decided=not doubt)
+
+
+def _compare(
+    sweep: SweepResult, contenders: Sequence[ConfigurationSummary], noise: Noise | None
+) -> tuple[Comparison, ...]:
+    best, sign = contenders[0], sign_of(sweep)
+    comparisons = []
+    for other in contenders[1:]:
+        difference = None
+        if noise:
+            difference = paired_difference(
+                other.objective_by_repeat, best.objective_by_repeat, noise, len(contenders) - 1
+            )
+        elif other.objective and best.objective:
+            difference = Estimate(other.objective.mean - best.objective.mean, None, 1)
+        if difference and sign < 0:
+            difference = Estimate(-difference.mean, difference.half_width, difference.count)
+        comparisons.append(
+            Comparison(
+                other.configuration_id,
+                other.label,
+                difference,
+                _saved(other.peak_memory_bytes, best.peak_memory_bytes),
+                best.step_time_s / other.step_time_s if best.step_time_s and other.step_time_s else None,
+                difference is not None
+                and difference.half_width is not None
+                and difference.mean <= difference.half_width,
+            )
+        )
+    return tuple(comparisons)
+
+
+def _saved(memory_bytes: int | None, best_bytes: int | None) -> float | None:
+    return 1 - memory_bytes / best_bytes if memory_bytes is not None and best_bytes else None
+
+
+def _cheapest(candidates: Sequence[ConfigurationSummary]) -> ConfigurationSummary:
+    """The least memory; within 2 % of it the least time; the first, which has the best objective, where they tie."""
+    memory = [c.peak_memory_bytes if c.peak_memory_bytes is not None else math.inf for c in candidates]
+    light = [c for c, size in zip(candidates, memory, strict=True) if size <= min(memory) * SAME_MEMORY]
+    return min(light, key=lambda c: c.step_time_s if c.step_time_s is not None else math.inf)
+
+
+def _value(summary: ConfigurationSummary) -> str:
+    assert summary.objective
+    return quantities.plus_minus(summary.objective.mean, summary.objective.half_width)
+
+
+def _within_words(comparison: Comparison, best: str) -> str:
+    assert comparison.difference
+    apart = quantities.plus_minus(comparison.difference.mean, comparison.difference.half_width)
+    return ", ".join([f"is within {apart} of {best}", *_cost_words(comparison)])
+
+
+def _cost_words(comparison: Comparison) -> list[str]:
+    """`takes 31 % less memory and is 1.4× faster`; what differs by less than 1 % is left out."""
+    words = []
+    saved, speedup = comparison.memory_saved, comparison.speedup
+    if saved is not None and abs(saved) >= 0.01:
+        words.append(f"takes {quantities.share(abs(saved))} {'less' if saved > 0 else 'more'} memory")
+    if speedup is not None and not 0.99 < speedup < 1.01:
+        words.append(f"is {speedup:.2g}× faster" if speedup > 1 else f"is {1 / speedup:.2g}× slower")
+    return [" and ".join(words)] if words else []
+
+
+def _cheaper_but_worse(
+    best: ConfigurationSummary, contenders: Sequence[ConfigurationSummary], comparisons: Sequence[Comparison]
+) -> list[str]:
+    words = []
+    for other, comparison in zip(contenders[1:], comparisons, strict=True):
+        if _cheapest([best, other]) is best or comparison.difference is None:
+            continue
+        apart = quantities.plus_minus(comparison.difference.mean, comparison.difference.half_width)
+        near = comparison.difference.mean <= CLOSE * abs(best.objective.mean) if best.objective else False
+        close = ", which is less than 1 % and may be little enough" if near else ""
+        words.append(f"{other.label} {' '.join(_cost_words(comparison))}, but is worse by {apart}{close}.")
+    return words[:5]
+
+
+def _doubt(
+    against: Comparison, best: ConfigurationSummary, noise: Noise, configurations: int, metric: str
+) -> tuple[int | None, list[str]]:
+    """What the data leave open: a difference past 1 % of the objective that they cannot rule out."""
+    assert against.difference
+    assert against.difference.half_width is not None
+    assert best.objective
+    matters = CLOSE * abs(best.objective.mean)
+    worst = against.difference.mean + against.difference.half_width
+    if worst <= matters:
+        return None, []
+    tell = max(against.difference.mean, matters)
+    needed = repeats_to_tell(tell, noise, configurations)
+    times = f"about {needed} repeats" if needed else "more than 1,000 repeats"
+    return needed, [
+        f"The data cannot decide: {against.difference.count} repeats do not rule out that its {metric} is worse by "
+        f"{quantities.number(worst)}. It would take {times} (search.repeats) to tell a difference of "
+        f"{quantities.number(tell)} from the noise."
+    ]
+
+
+def _by_single_runs(
+    sweep: SweepResult, contenders: Sequence[ConfigurationSummary], caveats: Sequence[str]
+) -> Recommendation:
+    best = contenders[0]
+    comparisons = _compare(sweep, contenders, None)
+    metric = sweep.objective_metric
+    answer = (
+        f"Take {best.label}: it has the best {metric} ({_value(best)}), but one run each cannot tell a difference "
+        f"from noise; {FIRST_REPEATS} repeats (search.repeats: {FIRST_REPEATS}) would begin to."
+    )
+    close = []
+    for other, comparison in zip(contenders[1:], comparisons, strict=True):
+        difference = comparison.difference
+        cheaper = _cheapest([best, other]) is other
+        if difference and cheaper and best.objective and difference.mean <= CLOSE * abs(best.objective.mean):
+            words = " and ".join(_cost_words(comparison)) or "costs the same"
+            apart = quantities.number(difference.mean)
+            close.append(f"{other.label} is within {apart} of it, less than 1 %, and {words}.")
+    return _make("single_runs", best, answer, [*close[:5], *caveats], comparisons, None, FIRST_REPEATS)
+
+
+def _without_completed(
+    sweep: SweepResult, found: Sequence[ConfigurationSummary], caveats: Sequence[str]
+) -> Recommendation:
+    ran = [summary for summary in found if summary.provisional_objective is not None and not summary.is_broken]
+    if not ran:
+        return _make("nothing", None, "No answer yet: no trial has completed an evaluation.", caveats)
+    best = ran[0]
+    value = quantities.number(best.provisional_objective)
+    answer = (
+        f"No trial has completed. {best.label} has the best {sweep.objective_metric} so far ({value}), "
+        "at a step that others may not have reached."
+    )
+    return _make("provisional", best, answer, caveats)
+
+
+def _caveats(
+    sweep: SweepResult,
+    found: Sequence[ConfigurationSummary],
+    completed: Sequence[ConfigurationSummary],
+    contenders: Sequence[ConfigurationSummary],
+) -> list[str]:
+    """What else a reader has to know before trusting the answer."""
+    told = []
+    open_ = sum(trial.status in (TrialStatus.PENDING, TrialStatus.RUNNING) for trial in sweep.trials)
+    if open_:
+        told.append(f"{open_} of {len(sweep.trials)} trials have not ended yet: the answer may change.")
+    broken = [summary.label for summary in completed if summary.is_broken]
+    if broken and len(contenders) < len(completed):
+        told.append(f"Left out, since a repeat of theirs diverged or ran out of memory: {_some(broken)}.")
+    elif broken:
+        told.append(f"Every completed configuration also diverged or ran out of memory in a repeat: {_some(broken)}.")
+    early = [s.label for s in contenders if s.counts.get(TrialStatus.STOPPED)]
+    if early:
+        told.append(
+            f"The scheduler stopped repeats of {_some(early)}: their means stand on the repeats that went well."
+        )
+    ended = _counts_of_ends(found)
+    if ended:
+        told.append(f"Not in the comparison: {ended}.")
+    return told
+
+
+def _counts_of_ends(found: Sequence[ConfigurationSummary]) -> str:
+    words = {
+        TrialStatus.STOPPED: "stopped early by the scheduler",
+        TrialStatus.INFEASIBLE: "refused before launch",
+        TrialStatus.OUT_OF_MEMORY: "out of memory",
+        TrialStatus.DIVERGED: "diverged",
+        TrialStatus.PREEMPTED: "preempted",
+        TrialStatus.FAILED: "failed",
+        TrialStatus.CANCELLED: "cancelled",
+    }
+    counts = {status: sum(summary.counts.get(status, 0) for summary in found) for status in words}
+    return ", ".join(f"{count} {words[status]}" for status, count in counts.items() if count)
+
+
+def _some(labels: Sequence[str]) -> str:
+    return ", ".join(labels[:5]) + (f" and {len(labels) - 5} more" if len(labels) > 5 else "")

@@ -1,0 +1,275 @@
+"""What the trials of a sweep say, with how sure they are of it: means, intervals, fronts, effects. Reads no file.
+
+Repeat n has the same seed in every configuration, so two configurations are compared seed by seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import lru_cache
+from statistics import fmean, stdev
+from typing import Any
+
+from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
+
+CONFIDENCE = 0.95
+POWER = 0.8
+MAX_REPEATS = 1000
+# Without a completed trial these may be looked at; the other ends say that their configuration does not work.
+PROVISIONAL = frozenset({TrialStatus.RUNNING, TrialStatus.STOPPED, TrialStatus.PREEMPTED, TrialStatus.CANCELLED})
+BROKEN = frozenset({TrialStatus.DIVERGED, TrialStatus.OUT_OF_MEMORY})
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean with its 95 % interval."""
+
+    mean: float
+    half_width: float | None
+    """None where one value alone cannot tell its noise."""
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigurationSummary:
+    """All repeats of one configuration."""
+
+    configuration_id: str
+    label: str
+    settings: tuple[tuple[str, Any], ...]
+    """The searched ones."""
+    trial_ids: tuple[str, ...]
+    best_trial_id: str | None
+    """The completed repeat with the best objective; of those that may be looked at where none has completed."""
+    counts: Mapping[TrialStatus, int]
+    objective_by_repeat: Mapping[int, float]
+    """Completed repeats only."""
+    objective: Estimate | None
+    """Over the completed repeats."""
+    provisional_objective: float | None
+    """The best of the repeats that ran without completing."""
+    predicted_memory_bytes: int | None
+    peak_memory_bytes: int | None
+    """The largest of the repeats: what must fit."""
+    step_time_s: float | None
+    tokens_per_s: float | None
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether a repeat diverged or ran out of memory: the configuration cannot be relied on."""
+        return any(self.counts.get(status) for status in BROKEN)
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """What is left of the objective's spread once configuration and seed are taken out."""
+
+    sd: float
+    degrees_of_freedom: int
+
+
+@dataclass(frozen=True, slots=True)
+class SettingValue:
+    """What goes with one value of a searched setting, whatever the other settings are."""
+
+    value: str
+    objective: Estimate
+    difference: Estimate | None
+    """To the setting's first value, over pairs of trials that differ in nothing else, seed included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """The main effect of one searched setting."""
+
+    setting: str
+    values: tuple[SettingValue, ...]
+    explained: float | None
+    """Share of the objective's variance over completed trials that the setting alone accounts for (eta squared)."""
+
+
+def label(trial: TrialResult, searched: Sequence[str]) -> str:
+    """`rank=8 precision=nf4`: the searched settings alone."""
+    parts = [f"{name}={spell(getattr(trial.config, name))}" for name in searched]
+    return " ".join(parts) or "the only configuration"
+
+
+def spell(value: Any) -> str:
+    """A setting's value as a person writes it."""
+    if isinstance(value, Enum):
+        return str(value.value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple | list):
+        return "+".join(str(part) for part in value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def objective_of(sweep: SweepResult, trial: TrialResult) -> float | None:
+    """The objective of the trial's best evaluation; None where it has none, or one that is no number."""
+    value = getattr(trial.best, sweep.objective_metric, None)
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def sign_of(sweep: SweepResult) -> int:
+    """Times this, a lower objective is a better one."""
+    return 1 if sweep.objective_mode == "min" else -1
+
+
+def best_trial(sweep: SweepResult) -> TrialResult | None:
+    """The completed trial with the best objective; without one, the best of those that ran without breaking."""
+    for statuses in (frozenset({TrialStatus.COMPLETED}), PROVISIONAL):
+        found = _best(sweep, (trial for trial in sweep.trials if trial.status in statuses))
+        if found:
+            return found
+    return None
+
+
+def _best(sweep: SweepResult, trials: Iterable[TrialResult]) -> TrialResult | None:
+    known = [(objective_of(sweep, trial), trial) for trial in trials]
+    ranked = [(sign_of(sweep) * value, trial.trial_id, trial) for value, trial in known if value is not None]
+    return min(ranked, key=lambda entry: entry[:2])[2] if ranked else None
+
+
+def summaries(sweep: SweepResult) -> tuple[ConfigurationSummary, ...]:
+    """Every configuration, the best objective first, those without one last."""
+    groups: dict[str, list[TrialResult]] = defaultdict(list)
+    for trial in sweep.trials:
+        groups[trial.configuration_id].append(trial)
+    found = [_summary(sweep, trials) for trials in groups.values()]
+    return tuple(sorted(found, key=lambda summary: _place(summary, sign_of(sweep))))
+
+
+def _place(summary: ConfigurationSummary, sign: int) -> tuple[int, float]:
+    if summary.objective:
+        return 0, sign * summary.objective.mean
+    return (1, sign * summary.provisional_objective) if summary.provisional_objective is not None else (2, 0.0)
+
+
+def _summary(sweep: SweepResult, trials: Sequence[TrialResult]) -> ConfigurationSummary:
+    completed = [trial for trial in trials if trial.status is TrialStatus.COMPLETED]
+    open_ = [trial for trial in trials if trial.status in PROVISIONAL]
+    values = {trial.repeat: objective_of(sweep, trial) for trial in completed}
+    known = {repeat: value for repeat, value in values.items() if value is not None}
+    best = _best(sweep, completed) or _best(sweep, open_)
+    provisional = _best(sweep, open_)
+    measured = completed or list(trials)
+    memories = [trial.peak_memory for trial in measured if trial.peak_memory]
+    return ConfigurationSummary(
+        configuration_id=trials[0].configuration_id,
+        label=label(trials[0], sweep.searched),
+        settings=tuple((name, getattr(trials[0].config, name)) for name in sweep.searched),
+        trial_ids=tuple(trial.trial_id for trial in trials),
+        best_trial_id=best.trial_id if best else None,
+        counts=Counter(trial.status for trial in trials),
+        objective_by_repeat=known,
+        objective=estimate(list(known.values())) if known else None,
+        provisional_objective=objective_of(sweep, provisional) if provisional else None,
+        predicted_memory_bytes=max((m.predicted_bytes for m in memories if m.predicted_bytes), default=None),
+        peak_memory_bytes=max((m.measured_bytes for m in memories if m.measured_bytes), default=None),
+        step_time_s=_mean(trial.step_time_s for trial in measured),
+        tokens_per_s=_mean(trial.tokens_per_s for trial in measured),
+    )
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    return fmean(known) if known else None
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean and Student's t-interval."""
+    if len(values) < 2:
+        return Estimate(fmean(values), None, len(values))
+    half_width = t_quantile(1, len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    return Estimate(fmean(values), half_width, len(values))
+
+
+@lru_cache(maxsize=4096)
+def t_quantile(comparisons: int, degrees_of_freedom: int) -> float:
+    """Two-sided 95 % quantile of Student's t for so many intervals that shall all hold together (Bonferroni)."""
+    from scipy import stats
+
+    return float(stats.t.ppf(1 - (1 - CONFIDENCE) / (2 * comparisons), degrees_of_freedom))
+
+
+def noise_of(values: Mapping[str, Mapping[int, float]]) -> Noise | None:
+    """Spread of objective = configuration + seed + noise, pooled; `values` are configuration → repeat → value.
+
+    Pooled, three repeats of six configurations give 10 degrees of freedom where a single pair has 2; with two
+    configurations it is the paired t-test. Source: randomised complete blocks, Montgomery, Design and Analysis of
+    Experiments, section 4.1; least squares where blocks are incomplete. None without a repeat to learn it from.
+    """
+    import numpy as np
+
+    # A configuration with a single run is fitted exactly and would say nothing.
+    repeated = [by_repeat for by_repeat in values.values() if len(by_repeat) > 1]
+    repeats = sorted({repeat for by_repeat in repeated for repeat in by_repeat})
+    cells = [(i, repeats.index(r), value) for i, by_repeat in enumerate(repeated) for r, value in by_repeat.items()]
+    if not cells:
+        return None
+    design = np.zeros((len(cells), len(repeated) + len(repeats)))
+    rows = np.arange(len(cells))
+    design[rows, [i for i, _, _ in cells]] = 1
+    design[rows, [len(repeated) + j for _, j, _ in cells]] = 1
+    observed = np.array([value for _, _, value in cells])
+    observed -= observed.mean()
+    fitted, _, rank, _ = np.linalg.lstsq(design, observed, rcond=None)
+    degrees_of_freedom = len(cells) - int(rank)
+    if degrees_of_freedom < 1:
+        return None
+    return Noise(float(np.sqrt(((observed - design @ fitted) ** 2).sum() / degrees_of_freedom)), degrees_of_freedom)
+
+
+def paired_difference(
+    one: Mapping[int, float], other: Mapping[int, float], noise: Noise, comparisons: int
+) -> Estimate | None:
+    """`one` minus `other` over the seeds they share, with an interval that holds for `comparisons` such at once."""
+    shared = sorted(set(one) & set(other))
+    if not shared:
+        return None
+    quantile = t_quantile(comparisons, noise.degrees_of_freedom)
+    half_width = quantile * noise.sd * math.sqrt(2 / len(shared))
+    return Estimate(fmean(one[repeat] - other[repeat] for repeat in shared), half_width, len(shared))
+
+
+def repeats_to_tell(difference: float, noise: Noise, configurations: int) -> int | None:
+    """Repeats that tell a true `difference` between two of so many configurations from the noise, 4 times in 5.
+
+    Power of the two-sided t-test by the noncentral t distribution (as statsmodels' TTestPower); None past 1,000.
+    """
+    from scipy import stats
+
+    def power(repeats: int) -> float:
+        degrees = (configurations - 1) * (repeats - 1)
+        shift = abs(difference) / (noise.sd * math.sqrt(2 / repeats))
+        return float(stats.nct.sf(t_quantile(configurations - 1, degrees), degrees, shift))
+
+    if noise.sd == 0:
+        return 2
+    if not difference or power(MAX_REPEATS) < POWER:
+        return None
+    low, high = 1, MAX_REPEATS
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if power(middle) >= POWER else (middle, high)
+    return high
+
+
+def pareto_front(found: Sequence[ConfigurationSummary], sign: int) -> frozenset[str]:
+    """Configurations that no other one beats or equals in objective, peak memory and tokens a second at once."""
+    costs = {}
+    for summary in found:
+        if summary.objective:
+            memory = summary.peak_memory_bytes if summary.peak_memory_bytes is not None else math.inf
+            costs[summary.configuration_id] = (sign * summary.objective.mean, memory, -(summary.tokens_per_s or 0.0))
+    front: dict[str, tuple[float, float, float]] = {}
+    # In this order whatever beats a configuration comes before it, so only the front has to be looked at.
+    for identity, cost in sorted(costs.items(), key=lambda entry: entry[1]):
+        if not any(all(a <= b for a, b in zip(other, cost, strict=True)) for other in front.values()):
+            front[identity] = cost
+    return frozenset(front)

@@ -1,0 +1,208 @@
+"""Statistics on made-up sweeps whose truth is known."""
+
+from __future__ import annotations
+
+import pytest
+
+from orchestrator.reporting import statistics
+from orchestrator.reporting.effects import main_effects
+from orchestrator.reporting.recommendation import recommend
+from orchestrator.results.records import TrialStatus
+from tests.made_up_sweep import REASONS, made_up_sweep, made_up_trial, simulated
+
+SWEEPS = 1000
+
+
+def test_intervals_of_means_and_differences_cover_the_truth_in_95_percent_of_sweeps() -> None:
+    pytest.importorskip("scipy")
+    mean_covers = difference_covers = all_cover = 0
+    truth = [2.0, 2.03, 2.1]
+    for seed in range(SWEEPS):
+        found = {s.configuration_id: s for s in statistics.summaries(simulated(truth, 4, seed))}
+        by_rank = sorted(found.values(), key=lambda summary: summary.settings)
+        objective = by_rank[0].objective
+        assert objective is not None
+        assert objective.half_width is not None
+        mean_covers += abs(objective.mean - truth[0]) <= objective.half_width
+        values = {s.label: s.objective_by_repeat for s in by_rank}
+        noise = statistics.noise_of(values)
+        assert noise is not None
+        first, *others = values.values()
+        for comparisons in (1, 2):
+            misses = []
+            for other, mean in zip(others, truth[1:], strict=True):
+                difference = statistics.paired_difference(other, first, noise, comparisons)
+                assert difference is not None
+                assert difference.half_width is not None
+                misses.append(abs(difference.mean - (mean - truth[0])) > difference.half_width)
+            difference_covers += comparisons == 1 and not misses[0]
+            all_cover += comparisons == 2 and not any(misses)
+    assert 930 <= mean_covers <= 970
+    assert 930 <= difference_covers <= 970
+    assert 930 <= all_cover <= 980  # Bonferroni is a little on the safe side
+
+
+@pytest.mark.parametrize(("configurations", "repeats"), [(2, 3), (6, 3), (12, 2)])
+def test_without_a_real_difference_the_cheapest_is_recommended(configurations: int, repeats: int) -> None:
+    cheapest = sum(recommend(simulated([2.0] * configurations, repeats, seed)).label == "rank=4" for seed in range(300))
+    assert cheapest >= 285
+
+
+def test_a_real_difference_is_found_and_the_worse_ones_are_not_recommended() -> None:
+    truth = [2.3, 2.0, 2.0, 2.0]
+    found = [recommend(simulated(truth, 3, seed, noise_sd=0.02)).label for seed in range(100)]
+    assert found.count("rank=8") >= 95
+    assert "rank=4" not in found
+
+
+def test_the_seeds_own_shift_takes_no_part_in_the_comparison() -> None:
+    answer = recommend(simulated([2.1, 2.0], 4, 1, noise_sd=0.001, seed_sd=1.0))
+    assert answer.label == "rank=8"
+    assert answer.is_decided
+
+
+def test_the_words_name_the_difference_the_memory_and_the_speed() -> None:
+    trials = [
+        made_up_trial({"rank": rank}, repeat, objective=value, memory_bytes=memory, step_time_s=time_s)
+        for rank, values, memory, time_s in (
+            (64, (2.004, 2.011, 1.999), 69 * 2**20, 0.5),
+            (256, (2.002, 2.004, 1.996), 100 * 2**20, 0.7),
+        )
+        for repeat, value in enumerate(values)
+    ]
+    answer = recommend(made_up_sweep(trials))
+    assert answer.answer == (
+        "Take rank=64: it is within 0.0040 ± 0.0066 of rank=256, takes 31 % less memory and is 1.4× faster."
+    )
+    assert answer.is_decided
+
+
+def test_single_runs_take_the_best_and_say_that_noise_is_unknown() -> None:
+    answer = recommend(simulated([2.01, 2.0], 1, 0, noise_sd=0.0))
+    assert (answer.basis, answer.label, answer.repeats_needed) == ("single_runs", "rank=8", 3)
+    assert "one run each cannot tell" in answer.answer
+    assert any("rank=4 is within 0.01 of it" in line for line in answer.evidence)
+
+
+def test_where_noise_hides_what_matters_it_says_so_and_how_many_repeats_would_do() -> None:
+    answer = recommend(simulated([2.1, 2.0, 2.05], 2, 5, noise_sd=0.1))
+    assert answer.basis == "within_noise"
+    assert not answer.is_decided
+    assert answer.repeats_needed is not None
+    assert answer.repeats_needed > 2
+    assert any("cannot decide" in line for line in answer.evidence)
+
+
+def test_the_power_estimate_keeps_its_word() -> None:
+    noise = statistics.Noise(0.02, 10)
+    needed = statistics.repeats_to_tell(0.05, noise, 2)
+    assert needed is not None
+    found = 0
+    for seed in range(400):
+        sweep = simulated([2.05, 2.0], needed, seed, noise_sd=noise.sd)
+        found += recommend(sweep).label == "rank=8"
+    assert 0.76 <= found / 400 <= 0.95
+
+
+@pytest.mark.parametrize("status", [status for status in TrialStatus if status is not TrialStatus.COMPLETED])
+def test_only_completed_trials_compete(status: TrialStatus) -> None:
+    trials = [
+        made_up_trial({"rank": 8}, objective=2.5),
+        made_up_trial({"rank": 16}, objective=1.0, status=status),
+    ]
+    answer = recommend(made_up_sweep(trials))
+    assert answer.label == "rank=8"
+    assert statistics.best_trial(made_up_sweep(trials)) == trials[0]
+    if status in REASONS:
+        assert any("Not in the comparison: 1 " in line for line in answer.evidence)
+    else:
+        assert any("have not ended yet" in line for line in answer.evidence)
+
+
+@pytest.mark.parametrize("status", [TrialStatus.DIVERGED, TrialStatus.OUT_OF_MEMORY])
+def test_a_configuration_that_broke_in_one_repeat_is_not_recommended(status: TrialStatus) -> None:
+    sweep = simulated(
+        [2.0, 2.0, 2.0],
+        3,
+        0,
+        status_of=lambda place, repeat: status if (place, repeat) == (0, 2) else TrialStatus.COMPLETED,
+    )
+    answer = recommend(sweep)
+    assert answer.label == "rank=8"
+    assert any(line.startswith("Left out") and "rank=4" in line for line in answer.evidence)
+
+
+def test_without_a_completed_trial_the_best_so_far_is_named_as_such() -> None:
+    sweep = simulated([2.0, 1.9], 1, 0, noise_sd=0.0, seed_sd=0.0, status_of=lambda *_: TrialStatus.STOPPED)
+    answer = recommend(sweep)
+    assert (answer.basis, answer.label) == ("provisional", "rank=8")
+    assert answer.answer.startswith("No trial has completed.")
+
+
+@pytest.mark.parametrize("trials", [[], [made_up_trial({"rank": 8}, status=TrialStatus.PENDING)]])
+def test_a_sweep_without_any_figure_has_no_answer(trials: list[statistics.TrialResult]) -> None:
+    answer = recommend(made_up_sweep(trials))
+    assert (answer.basis, answer.label) == ("nothing", None)
+
+
+def test_an_objective_to_be_maximised_is() -> None:
+    trials = [made_up_trial({"rank": rank}, repeat, step_time_s=time_s + repeat / 1000, memory_bytes=2**30)
+              for rank, time_s in ((8, 0.5), (16, 0.4)) for repeat in range(3)]  # fmt: skip
+    sweep = made_up_sweep(trials, objective_metric="tokens_per_s", objective_mode="max")
+    assert recommend(sweep).label == "rank=16"
+    assert recommend(sweep).comparisons[0].difference is not None
+    assert recommend(sweep).comparisons[0].difference.mean > 0
+
+
+def test_memory_within_two_percent_is_the_same_and_the_faster_one_is_taken() -> None:
+    trials = [
+        made_up_trial({"rank": rank}, repeat, memory_bytes=memory, step_time_s=time_s, objective=2 + repeat / 100)
+        for rank, memory, time_s in ((8, 1000, 0.5), (16, 1010, 0.4), (32, 1300, 0.1))
+        for repeat in range(3)
+    ]
+    assert recommend(made_up_sweep(trials)).label == "rank=16"
+
+
+def test_the_pareto_front_holds_what_nothing_beats() -> None:
+    trials = [
+        made_up_trial({"rank": rank}, objective=value, memory_bytes=memory, step_time_s=time_s)
+        for rank, value, memory, time_s in (
+            (8, 2.0, 100, 0.5),
+            (16, 1.9, 200, 0.5),
+            (32, 2.1, 200, 0.6),
+            (64, 2.2, 300, 0.1),
+        )
+    ]
+    found = statistics.summaries(made_up_sweep(trials))
+    front = statistics.pareto_front(found, 1)
+    assert {s.label for s in found if s.configuration_id in front} == {"rank=8", "rank=16", "rank=64"}
+
+
+def test_effects_compare_trials_that_differ_in_nothing_else() -> None:
+    settings = [{"rank": rank, "precision": p} for rank in (8, 16) for p in ("bf16", "nf4")]
+    sweep = simulated([2.0, 2.3, 1.9, 2.2], 3, 0, noise_sd=0.001, configurations=settings)
+    by_name = {effect.setting: effect for effect in main_effects(sweep)}
+    rank, precision = by_name["rank"], by_name["precision"]
+    assert [value.value for value in rank.values] == ["8", "16"]
+    assert rank.values[1].difference is not None
+    assert rank.values[1].difference.mean == pytest.approx(-0.1, abs=0.005)
+    assert precision.values[1].difference is not None
+    assert precision.values[1].difference.mean == pytest.approx(0.3, abs=0.005)
+    assert precision.values[1].difference.count == 6
+    assert precision.explained is not None
+    assert rank.explained is not None
+    assert precision.explained > rank.explained
+
+
+def test_a_sampled_range_is_put_into_quarters() -> None:
+    trials = [made_up_trial({"learning_rate": i * 1e-5}, objective=2.0 + i / 100) for i in range(1, 41)]
+    (effect,) = main_effects(made_up_sweep(trials, searched=("learning_rate",)))
+    assert [value.objective.count for value in effect.values] == [10, 10, 10, 10]
+    assert effect.values[0].value == "1e-05 to 0.00011"
+
+
+def test_the_label_names_only_what_was_searched() -> None:
+    trial = made_up_trial({"rank": 8, "precision": "nf4", "target_modules": ("q_proj", "v_proj")})
+    assert statistics.label(trial, ("rank", "precision")) == "rank=8 precision=nf4"
+    assert statistics.label(trial, ("target_modules",)) == "target_modules=q_proj+v_proj"
+    assert statistics.label(trial, ()) == "the only configuration"
