@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -101,3 +102,8 @@ def _zero(config: TrialConfig, on_gpu: bool) -> dict[str, Any]:
     if config.offload == "optimizer_and_parameters":
         zero["offload_param"] = dict(host)
     return zero
+
+
+def to_json(settings: dict[str, Any]) -> str:
+    """As deepspeed.json holds it."""
+    return json.dumps(settings, indent=1) + "\n"

@@ -1,0 +1,121 @@
+"""The device that a worker computes on: what it can do, what it holds, and how it says that it is full."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from orchestrator.training.deepspeed_config import HalfPrecision
+
+_ALLOCATION_FAILED = re.compile(
+    r"out of memory|can't allocate memory|not enough memory|bad_alloc|cannot allocate memory|ALLOC_FAILED", re.I
+)
+_ASKED = re.compile(r"tried to allocate ([\d.]+) ?(bytes|KiB|MiB|GiB)", re.I)
+_UNITS = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """What this worker held at most since `start_measuring`."""
+
+    held_bytes: int
+    reserved_bytes: int | None
+
+
+def has_gpu() -> bool:
+    """Whether a GPU is visible, asked so that a process that forks keeps no CUDA context."""
+    # Read by torch.cuda.is_available: NVML, which survives a fork, and not the CUDA runtime, which does not.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    return torch.cuda.is_available()
+
+
+def choose(local_rank: int, gpu_memory_fraction: float | None) -> torch.device:
+    """This worker's device; on a shared GPU no more than the fraction may be allocated."""
+    if not has_gpu():
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    if gpu_memory_fraction is not None:
+        torch.cuda.set_per_process_memory_fraction(gpu_memory_fraction, device)
+    return device
+
+
+def half_precision(device: torch.device) -> HalfPrecision:
+    """What the device computes in hardware."""
+    if device.type == "cuda":
+        major, _ = torch.cuda.get_device_capability(device)
+        return HalfPrecision(bf16=major >= 8, fp16=major >= 6)
+    flags = _cpu_flags()
+    return HalfPrecision(
+        bf16=bool(flags & {"avx512_bf16", "amx_bf16", "bf16"}), fp16=bool(flags & {"avx512_fp16", "amx_fp16"})
+    )
+
+
+def _cpu_flags() -> frozenset[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return frozenset()
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.M)
+    return frozenset(found.group(1).split()) if found else frozenset()
+
+
+def describe(device: torch.device) -> str:
+    """As a person names it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.M)
+    return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+def start_measuring(device: torch.device) -> None:
+    """Forget earlier peaks."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    # proc(5): 5 resets the peak resident set size; where that is forbidden the peak is the process's whole life's.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak(device: torch.device) -> Peak:
+    """The largest memory since `start_measuring`."""
+    if device.type == "cuda":
+        return Peak(torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device))
+    return Peak(_resident_bytes("VmHWM"), None)
+
+
+def held_bytes(device: torch.device) -> int:
+    """What is held now."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _resident_bytes("VmRSS")
+
+
+def _resident_bytes(field: str) -> int:
+    with contextlib.suppress(OSError), open("/proc/self/status", encoding="utf-8") as status:
+        for line in status:
+            if line.startswith(field):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed; torch has no class of its own for that on a CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError | OSError) and bool(_ALLOCATION_FAILED.search(str(error)))
+
+
+def asked_bytes(error: BaseException) -> int | None:
+    """How much the failed allocation asked for, where the message says."""
+    found = _ASKED.search(str(error))
+    return int(float(found.group(1)) * _UNITS[found.group(2).lower()]) if found else None

@@ -1,0 +1,166 @@
+"""Who steps: a DeepSpeed engine, or plain data parallelism, behind one small interface."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any, Protocol
+
+import deepspeed
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from orchestrator.config.trial_config import Precision, TrialConfig
+from orchestrator.training.deepspeed_config import ComputeDtype
+from orchestrator.training.model import DTYPES, Model
+
+
+class Engine(Protocol):
+    """What the training loop asks of an engine.
+
+    Gradients are summed over micro-batches and averaged over workers.
+    """
+
+    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+        """Logits: (sequences, longest, vocabulary)."""
+
+    def micro_batch(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
+        """What a micro-batch's forward and backward pass stand in; workers exchange gradients in the last one."""
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of a scalar."""
+
+    def step(self, learning_rate: float) -> float | None:
+        """Clip, update the weights, forget the gradients; returns the norm before clipping, None where it overflowed."""
+
+
+class DeepSpeedEngine:
+    """DeepSpeed with any ZeRO stage."""
+
+    def __init__(self, model: Model, config: TrialConfig, settings: dict[str, Any]) -> None:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        own = _adamw_8bit(trained, config) if config.optimizer == "adamw_8bit" else None
+        self._engine, *_ = deepspeed.initialize(
+            model=model, model_parameters=trained, optimizer=own, config=settings
+        )
+        self._trained = trained
+
+    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+        """See Engine."""
+        return self._engine(**inputs).logits  # type: ignore[no-any-return]
+
+    def micro_batch(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
+        """DeepSpeed counts micro-batches itself."""
+        return contextlib.nullcontext()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """See Engine."""
+        # The loss is a share of the global batch's already: nothing is left to divide by the accumulation.
+        self._engine.backward(loss, scale_wrt_gas=False)
+        if not self._engine.is_gradient_accumulation_boundary():
+            # It counts the micro-batch; weights change on the last one only.
+            self._engine.step()
+
+    def step(self, learning_rate: float) -> float | None:
+        """See Engine."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        plain_norm = self._plain_norm()
+        self._engine.step()
+        norm = plain_norm if plain_norm is not None else self._engine.get_global_grad_norm()
+        if norm is None or not self._engine.was_step_applied():
+            return None
+        return _finite(norm)
+
+    def _plain_norm(self) -> float | None:
+        # Without ZeRO and half precision DeepSpeed 0.19.8 clips and does not say what it saw (engine.py, _take_model_step).
+        if self._engine.zero_optimization() or hasattr(self._engine.optimizer, "_global_grad_norm"):
+            return None
+        if self._engine.fp16_enabled() or self._engine.bfloat16_enabled():
+            return None
+        scaler = self._engine.torch_autocast_z0_gradscaler
+        return _norm(self._trained) / (scaler.get_scale() if scaler else 1.0)
+
+
+class DdpEngine:
+    """torch's DistributedDataParallel: every worker holds everything."""
+
+    def __init__(
+        self, model: Model, config: TrialConfig, dtype: ComputeDtype, device: torch.device, workers: int
+    ) -> None:
+        if not config.precision.is_quantized:
+            model.to(device)
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._optimizer = _optimizer(self._trained, config)
+        self._max_grad_norm = config.max_grad_norm
+        self._autocast = _autocast(config.precision, dtype, device)
+        scales = config.precision in (Precision.FP16, Precision.AMP_FP16) or dtype == "fp16"
+        self._scaler = torch.amp.GradScaler(device.type, enabled=scales)
+        self._model: torch.nn.Module = model
+        if workers > 1:
+            self._model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+        """See Engine."""
+        with self._autocast:
+            return self._model(**inputs).logits  # type: ignore[no-any-return]
+
+    def micro_batch(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
+        """See Engine."""
+        if is_last or not isinstance(self._model, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self._model.no_sync()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """See Engine."""
+        self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+
+    def step(self, learning_rate: float) -> float | None:
+        """See Engine."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._scaler.unscale_(self._optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self._trained, self._max_grad_norm)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+        return _finite(norm)
+
+
+def _autocast(
+    precision: Precision, dtype: ComputeDtype, device: torch.device
+) -> contextlib.AbstractContextManager[Any]:
+    if precision.is_autocast:
+        chosen = torch.bfloat16 if precision is Precision.AMP_BF16 else torch.float16
+        return torch.autocast(device.type, dtype=chosen)
+    if precision.is_quantized and dtype != "fp32":
+        # prepare_model_for_kbit_training left norms and embeddings in fp32: without autocast attention would be too.
+        return torch.autocast(device.type, dtype=DTYPES[dtype])
+    return contextlib.nullcontext()
+
+
+def _optimizer(trained: list[torch.nn.Parameter], config: TrialConfig) -> torch.optim.Optimizer:
+    if config.optimizer == "adamw_8bit":
+        return _adamw_8bit(trained, config)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+
+
+def _adamw_8bit(trained: list[torch.nn.Parameter], config: TrialConfig) -> torch.optim.Optimizer:
+    import bitsandbytes  # an extra: only its own users need it
+
+    optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
+        trained, lr=config.learning_rate, weight_decay=config.weight_decay
+    )
+    return optimizer
+
+
+def _norm(parameters: list[torch.nn.Parameter]) -> float:
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients))
+
+
+def _finite(norm: torch.Tensor | float) -> float | None:
+    value = float(norm)
+    return value if math.isfinite(value) else None

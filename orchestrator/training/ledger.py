@@ -1,0 +1,128 @@
+"""What a worker knows of its trial so far: steps, times, memory, the best evaluation; told even if the trial fails."""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import math
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TextIO
+
+import torch
+
+from orchestrator.results.records import MetricPoint
+from orchestrator.training import device as devices
+from orchestrator.training.task import TrialProgress
+
+WARM_UP_STEPS = 2
+"""Left out of speeds: the first steps allocate, compile and autotune."""
+Phase = Literal["data", "model", "training", "evaluation", "saving"]
+
+
+@dataclass(slots=True)
+class Speed:
+    """Step times without the warm-up."""
+
+    warm_up_steps: int
+    sorted_s: list[float] = field(default_factory=list)
+    total_s: float = 0.0
+    tokens: int = 0
+    steps: int = 0
+
+    def add(self, step_s: float, tokens: int) -> None:
+        """Count one optimizer step of all workers."""
+        self.steps += 1
+        if self.steps <= self.warm_up_steps:
+            return
+        bisect.insort(self.sorted_s, step_s)
+        self.total_s += step_s
+        self.tokens += tokens
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Mean over the counted steps."""
+        return self.tokens / self.total_s if self.total_s > 0 else None
+
+    @property
+    def step_time_s(self) -> float | None:
+        """Median of the counted steps."""
+        return self.sorted_s[len(self.sorted_s) // 2] if self.sorted_s else None
+
+
+class Ledger:
+    """One worker's record of one trial."""
+
+    def __init__(self, device: torch.device, startup_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.device, self.startup_s, self._clock = device, startup_s, clock
+        self.seconds: dict[Phase, float] = dict.fromkeys(("data", "model", "training", "evaluation", "saving"), 0.0)
+        self.speed = Speed(WARM_UP_STEPS)
+        self.step = 0
+        self.tokens = 0
+        self.last: MetricPoint | None = None
+        self.best: MetricPoint | None = None
+        self.trainable_parameters = 0
+        self.peak_bytes = 0
+        self.reserved_bytes: int | None = None
+        self.has_adapter = False
+
+    @contextlib.contextmanager
+    def phase(self, name: Phase) -> Iterator[None]:
+        """Book the time inside, whether or not it ends well."""
+        started = self._clock()
+        try:
+            yield
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+        finally:
+            self.seconds[name] += self._clock() - started
+
+    def improves(self, point: MetricPoint, metric: str, mode: Literal["min", "max"]) -> bool:
+        """Whether the point beats the best so far."""
+        value = getattr(point, metric, None)
+        if value is None or not math.isfinite(value):
+            return False
+        best = getattr(self.best, metric, None) if self.best else None
+        return best is None or (value < best if mode == "min" else value > best)
+
+    def progress(self) -> TrialProgress:
+        """All of it as plain values."""
+        own = devices.peak(self.device)
+        return TrialProgress(
+            last=self.last,
+            best=self.best,
+            trainable_parameters=self.trainable_parameters,
+            startup_s=self.startup_s,
+            data_s=self.seconds["data"],
+            model_s=self.seconds["model"],
+            training_s=self.seconds["training"],
+            evaluation_s=self.seconds["evaluation"],
+            saving_s=self.seconds["saving"],
+            peak_memory_bytes=max(self.peak_bytes, own.held_bytes),
+            reserved_bytes=own.reserved_bytes and max(self.reserved_bytes or 0, own.reserved_bytes),
+            memory_kind="cuda_allocated" if self.device.type == "cuda" else "resident",
+            device=devices.describe(self.device),
+            host=socket.gethostname(),
+            has_adapter=self.has_adapter,
+        )
+
+
+def open_metrics(file: Path) -> TextIO:
+    """An attempt starts its curve anew; every line is in the file when `write` returns."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file.open("w", encoding="utf-8", buffering=1)
+
+
+def process_age_s() -> float:
+    """Seconds since this process was started or forked: its imports are in it."""
+    try:
+        with open("/proc/self/stat", encoding="utf-8") as stat, open("/proc/uptime", encoding="utf-8") as uptime:
+            # Field 22 of proc(5), counted behind the name, which may hold spaces.
+            started_ticks = int(stat.read().rpartition(")")[2].split()[19])
+            return float(uptime.read().split()[0]) - started_ticks / os.sysconf("SC_CLK_TCK")
+    except OSError:
+        return 0.0

@@ -1,0 +1,225 @@
+"""Base model and adapter: built under any precision and ZeRO stage, and saved whole."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import deepspeed
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
+from transformers.pytorch_utils import Conv1D
+
+from orchestrator.config.trial_config import Precision, TrialConfig
+from orchestrator.errors import ModelError
+from orchestrator.training.deepspeed_config import ComputeDtype
+
+DTYPES: dict[ComputeDtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Model = PreTrainedModel | PeftModel
+TargetModules = Literal["attention", "all-linear"] | tuple[str, ...]
+
+
+def seed_everything(seed: int) -> None:
+    """Adapter, dropout and whatever a library draws; a process forked from a template has its parent's random state."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def build(
+    config: TrialConfig, folder: Path, dtype: ComputeDtype, device: torch.device, zero3: dict[str, Any] | None
+) -> Model:
+    """The model as the trial trains it; `zero3` is DeepSpeed's configuration under stage 3, else None.
+
+    Raises:
+        ModelError: it cannot be read, or has no such target modules.
+    """
+    with _loading_into_shards(zero3):
+        model = _load(config, folder, dtype, device)
+        model.config.use_cache = False
+        if config.precision.is_quantized:
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        if config.gradient_checkpointing:
+            # The reentrant kind runs no backward hook of a frozen input, so that ZeRO-3 would lose gradients.
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if config.rank == "full":
+            model.requires_grad_(True)
+        else:
+            # Again, since loading draws more or fewer random numbers under each ZeRO stage.
+            seed_everything(config.seed)
+            model = _adapted(model, config, dtype)
+    model.train()
+    return model
+
+
+@contextlib.contextmanager
+def _loading_into_shards(zero3: dict[str, Any] | None) -> Iterator[None]:
+    # transformers holds it by a weak reference only: without the variable it would be gone before the model is loaded.
+    held = HfDeepSpeedConfig(zero3) if zero3 is not None else None
+    yield
+    del held
+
+
+def _load(config: TrialConfig, folder: Path, dtype: ComputeDtype, device: torch.device) -> PreTrainedModel:
+    wanted: dict[str, Any] = {
+        "dtype": DTYPES[dtype],
+        "attn_implementation": config.attention,
+        "quantization_config": _quantization(config.precision, dtype),
+        "use_safetensors": True,
+    }
+    if device.type == "cuda" and config.zero_stage != 3:
+        wanted["device_map"] = {"": device}
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, **wanted)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(
+            f"the model in {folder} cannot be loaded as precision {config.precision} with attention "
+            f"{config.attention}: {error}"
+        ) from error
+
+
+def _quantization(precision: Precision, dtype: ComputeDtype) -> BitsAndBytesConfig | None:
+    if precision is Precision.INT8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if precision is Precision.NF4:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=DTYPES[dtype],
+            # ZeRO-3 flattens all weights together, so the packed 4-bit ones must look like the rest.
+            bnb_4bit_quant_storage=DTYPES[dtype],
+        )
+    return None
+
+
+def _adapted(model: PreTrainedModel, config: TrialConfig, dtype: ComputeDtype) -> PeftModel:
+    assert config.rank != "full"
+    targets = find_target_modules(model, config.target_modules)
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.rank,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # declared int, used as a number
+        lora_dropout=config.lora_dropout,
+        target_modules=targets,
+        use_rslora=config.rslora,
+        use_dora=config.dora,
+    )
+    try:
+        adapted = get_peft_model(model, lora, autocast_adapter_dtype=False)
+    except ValueError as error:
+        raise ModelError(f"the model takes no such adapter: {error}") from error
+    # DeepSpeed keeps fp32 masters of half-precision weights by itself; DDP does not, so there the adapter is fp32.
+    adapter_dtype = DTYPES[dtype] if config.engine == "deepspeed" else torch.float32
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(adapter_dtype)
+    return adapted
+
+
+def check_target_modules(folder: Path, target_modules: TargetModules) -> None:
+    """Check before any launch, on a model without weights.
+
+    Raises:
+        ModelError: the model has no module of such a name.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the model in {folder} cannot be read: {error}; write it with save_pretrained") from error
+    find_target_modules(model, target_modules)
+
+
+def find_target_modules(model: torch.nn.Module, target_modules: TargetModules) -> list[str] | str:
+    """The names that PEFT is given.
+
+    Raises:
+        ModelError: the model has no module of such a name; those that it has are named.
+    """
+    if target_modules == "all-linear":
+        return target_modules
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+    if target_modules == "attention":
+        return _attention_projections(model, linear)
+    assert not isinstance(target_modules, str)
+    missing = [name for name in target_modules if not any(_matches(full, name) for full in linear)]
+    if missing:
+        present = sorted({full.rpartition(".")[2] for full in linear})
+        raise ModelError(f"target_modules: the model has no {', '.join(missing)}; it has {', '.join(present)}")
+    return list(target_modules)
+
+
+def _matches(full: str, name: str) -> bool:
+    """PEFT's own rule for a list (peft 0.21.2, tuners/tuners_utils.py, check_target_module_exists)."""
+    return full == name or full.endswith(f".{name}")
+
+
+def _attention_projections(model: torch.nn.Module, linear: list[str]) -> list[str]:
+    """Every matrix inside a module whose class is called an attention, by the shortest name that means no other."""
+    homes = [name for name, module in model.named_modules() if "Attention" in type(module).__name__]
+    inside = [name for name in linear if any(name.startswith(f"{home}.") for home in homes)]
+    if not inside:
+        raise ModelError("target_modules: no attention projections were found; name the modules, or use all-linear")
+    outside = {name.rpartition(".")[2] for name in set(linear) - set(inside)}
+    names = {}
+    for full in inside:
+        parts = full.split(".")
+        # GPT-2 calls a matrix of the feed-forward part c_proj as well: there it takes attn.c_proj.
+        names[parts[-1] if parts[-1] not in outside else ".".join(parts[-2:])] = None
+    return list(names)
+
+
+def trainable_parameters(model: torch.nn.Module) -> int:
+    """Weights that are trained, counted whole under ZeRO-3 too."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+
+
+def save(model: Model, folder: Path, writes: bool) -> None:
+    """Save the adapter, or the model where all weights are trained; `folder` is replaced as a whole.
+
+    Every worker must call it, since under ZeRO-3 all of them hold parts; the one with `writes` writes.
+    """
+    weights = _whole_weights(model)
+    if not writes:
+        return
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    if isinstance(model, PeftModel):
+        # Looking for changed embeddings would ask the hub for the base model's configuration.
+        model.save_pretrained(str(partial), state_dict=weights, save_embedding_layers=False)
+    else:
+        model.save_pretrained(str(partial), state_dict=weights)
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _whole_weights(model: Model) -> dict[str, torch.Tensor]:
+    """Copies of what is trained, gathered one at a time; PEFT only warns when it is given shards."""
+    weights = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            continue
+        with _gathered(parameter):
+            weights[name] = parameter.detach().to("cpu", copy=True).contiguous()
+        if weights[name].numel() != getattr(parameter, "ds_numel", parameter.numel()):
+            raise RuntimeError(f"{name} was not gathered before saving: a shard is no adapter")
+    return weights
+
+
+def _gathered(parameter: torch.nn.Parameter) -> contextlib.AbstractContextManager[Any]:
+    if hasattr(parameter, "ds_id"):
+        return deepspeed.zero.GatheredParameters([parameter])  # type: ignore[no-any-return]
+    return contextlib.nullcontext()

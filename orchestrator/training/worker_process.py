@@ -1,0 +1,136 @@
+"""One worker's process of one trial: its log, its process group, its trial, and how that ended."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import deepspeed.ops
+import torch
+import torch.distributed as dist
+
+from orchestrator.errors import OrchestratorError, TrialDivergedError, TrialOutOfMemoryError
+from orchestrator.results.records import TrialStatus
+from orchestrator.results.storage import TrialFolder, write_atomically
+from orchestrator.training import device as devices
+from orchestrator.training import training_loop
+from orchestrator.training.deepspeed_config import compute_dtype, deepspeed_config, to_json
+from orchestrator.training.ledger import Ledger, process_age_s
+from orchestrator.training.task import TrialEnd, TrialProgress, TrialTask, WorkerPlace
+
+Send = Callable[[TrialProgress | TrialEnd], None]
+
+
+def run(task: TrialTask, place: WorkerPlace, send: Send) -> None:
+    """Train this worker's part, and send how it ended; never raises.
+
+    Worker 0 sends a TrialProgress at every evaluation; every worker sends one TrialEnd.
+    """
+    ledger = None
+    try:
+        _redirect_output(TrialFolder(Path(task.trial_folder)).worker_log(place.rank))
+        device = devices.choose(place.local_rank, task.gpu_memory_fraction)
+        _join(place, device)
+        ledger = Ledger(device, startup_s=process_age_s())
+        if place.rank == 0:
+            _write_settings(task, place, device)
+        report = send if place.rank == 0 else _say_nothing
+        progress = training_loop.train(task, place, ledger, report)
+        end = TrialEnd(TrialStatus.COMPLETED, None, progress)
+    except BaseException as error:
+        # Whatever it is, the sweep must hear of it: this process has nobody else to tell.
+        traceback.print_exc()
+        end = ended_by(error, task, ledger)
+    _leave()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    send(end if place.rank == 0 else TrialEnd(end.status, end.reason, None))
+
+
+def ended_by(error: BaseException, task: TrialTask, ledger: Ledger | None) -> TrialEnd:
+    """What an exception means for the trial."""
+    progress = ledger.progress() if ledger and ledger.last else None
+    if isinstance(error, TrialDivergedError):
+        return TrialEnd(TrialStatus.DIVERGED, str(error), progress)
+    if devices.is_out_of_memory(error):
+        micro_batch_size = task.config.micro_batch_size
+        assert micro_batch_size != "auto"
+        held = devices.held_bytes(ledger.device) if ledger else 0
+        full = TrialOutOfMemoryError(
+            ledger.step if ledger else 0, held, devices.asked_bytes(error), micro_batch_size
+        )
+        return TrialEnd(TrialStatus.OUT_OF_MEMORY, str(full), progress)
+    said = str(error) if isinstance(error, OrchestratorError) else f"{type(error).__name__}: {_first_line(error)}"
+    where = "" if isinstance(error, OrchestratorError) else "; the whole story is in the trial's log.txt"
+    return TrialEnd(TrialStatus.FAILED, f"{said}{where}", progress)
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")[:500]
+
+
+def _say_nothing(_: TrialProgress | TrialEnd) -> None:
+    """Workers but the first have nothing to add."""
+
+
+def _redirect_output(log: Path) -> None:
+    """Into the log goes what libraries in C print too, hence the file descriptors."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(file)
+
+
+def prepare_deepspeed() -> None:
+    """Choose its accelerator and compile nothing: to be called before its first engine, by a template or a worker."""
+    if devices.has_gpu():
+        return
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    # On a CPU it would compile a shared-memory collective with g++ in the middle of the first trial (0.19.8,
+    # comm/torch.py, build_shm_op: 45 s); gloo does the same work. An op missing here counts as incompatible.
+    deepspeed.ops.__compatible_ops__ = {}
+
+
+def _join(place: WorkerPlace, device: torch.device) -> None:
+    """The process group, over the store of the sweep."""
+    prepare_deepspeed()
+    # DeepSpeed reads these, and without them looks for MPI.
+    os.environ |= {
+        "RANK": str(place.rank),
+        "LOCAL_RANK": str(place.local_rank),
+        "WORLD_SIZE": str(place.world_size),
+        "MASTER_ADDR": place.store_host,
+        "MASTER_PORT": str(place.store_port),
+    }
+    store: dist.Store = (
+        dist.HashStore()
+        if place.world_size == 1 and place.store_port == 0
+        else dist.TCPStore(place.store_host, place.store_port, is_master=False)
+    )
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore(place.store_prefix, store),
+        rank=place.rank,
+        world_size=place.world_size,
+        device_id=device if device.type == "cuda" else None,
+    )
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _write_settings(task: TrialTask, place: WorkerPlace, device: torch.device) -> None:
+    """deepspeed.json; a DDP trial has none."""
+    if task.config.engine != "deepspeed":
+        return
+    dtype = compute_dtype(task.config.precision, devices.half_precision(device))
+    settings = deepspeed_config(task.config, place.world_size, dtype, on_gpu=device.type == "cuda")
+    write_atomically(TrialFolder(Path(task.trial_folder)).deepspeed, to_json(settings))
