@@ -44,6 +44,10 @@ class DeepSpeedEngine:
             model=model, model_parameters=trained, optimizer=own, config=settings
         )
         self._trained = trained
+        if config.zero_stage == 0:
+            # The half-precision optimizer without ZeRO makes a step on zero gradients to allocate its states, which
+            # shifts Adam's bias correction (deepspeed 0.19.8, fp16/unfused_optimizer.py, initialize_optimizer_states).
+            self._engine.basic_optimizer.state.clear()
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
         """See Engine."""

@@ -62,8 +62,13 @@ def build(
 
 @contextlib.contextmanager
 def _loading_into_shards(zero3: dict[str, Any] | None) -> Iterator[None]:
+    if zero3 is None:
+        yield
+        return
+    # Otherwise zero.Init takes the trial for one of a single worker and refuses its batch sizes.
+    deepspeed.init_distributed()
     # transformers holds it by a weak reference only: without the variable it would be gone before the model is loaded.
-    held = HfDeepSpeedConfig(zero3) if zero3 is not None else None
+    held = HfDeepSpeedConfig(zero3)
     yield
     del held
 
