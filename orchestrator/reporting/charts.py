@@ -1,0 +1,242 @@
+"""The report's figures: curves, memory, speed, what a better objective costs, and each setting's effect."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from orchestrator.reporting import quantities
+from orchestrator.reporting.effects import grouping, sort_key
+from orchestrator.reporting.plot import Axis, Bar, Dot, Line, bar_plot, xy_plot
+from orchestrator.reporting.statistics import ConfigurationSummary, Effect, spell, t_quantile
+from orchestrator.results.records import MetricPoint, SweepResult
+
+MAX_COLOURS = 8
+MAX_LINES = 30
+MAX_GREY = 60
+MAX_BARS = 24
+MAX_CURVE_CHARTS = 4
+MAX_LABELS = 8
+MAX_POINTS = 200
+Curve = tuple[MetricPoint, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One line of a figure's legend."""
+
+    style: str
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A drawing with what a reader needs to read it."""
+
+    title: str
+    svg: str
+    keys: tuple[Key, ...]
+    caption: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """A configuration's mean curve over its repeats."""
+
+    summary: ConfigurationSummary
+    points: tuple[tuple[float, float], ...]
+    band: tuple[tuple[float, float, float], ...]
+    repeats: int
+
+
+def loss_curves(
+    sweep: SweepResult, found: Sequence[ConfigurationSummary], curves: Mapping[str, Curve]
+) -> tuple[Figure, ...]:
+    """The evaluation's loss over the steps: a figure for every searched setting, coloured by its values."""
+    drawn = [curve for summary in found if (curve := _mean_curve(summary, curves)).points]
+    if not drawn:
+        return ()
+    names = [name for name in sweep.searched if len({spell_of(d.summary, name) for d in drawn}) > 1]
+    return tuple(_curves_by(name, drawn) for name in names[:MAX_CURVE_CHARTS] or [""])
+
+
+def spell_of(summary: ConfigurationSummary, name: str) -> str:
+    """The value that a configuration has of a searched setting."""
+    return spell(dict(summary.settings).get(name))
+
+
+def _mean_curve(summary: ConfigurationSummary, curves: Mapping[str, Curve]) -> _Drawn:
+    by_step: dict[int, list[float]] = defaultdict(list)
+    repeats = 0
+    for trial_id in summary.trial_ids:
+        known = [p for p in curves.get(trial_id, ()) if p.eval_loss is not None and math.isfinite(p.eval_loss)]
+        repeats += bool(known)
+        for point in known:
+            by_step[point.step].append(point.eval_loss or 0.0)
+    # Where some repeats ended early the mean would jump: it is drawn as far as most of them came.
+    steps = [step for step in sorted(by_step) if 2 * len(by_step[step]) > repeats]
+    steps = steps[:: -max(1, math.ceil(len(steps) / MAX_POINTS))][::-1]
+    points = tuple((float(step), fmean(by_step[step])) for step in steps)
+    band = tuple(_band_at(step, by_step[step]) for step in steps if len(by_step[step]) > 1)
+    return _Drawn(summary, points, band, repeats)
+
+
+def _band_at(step: int, values: Sequence[float]) -> tuple[float, float, float]:
+    middle = fmean(values)
+    variance = sum((value - middle) ** 2 for value in values) / (len(values) - 1)
+    half_width = t_quantile(1, len(values) - 1) * math.sqrt(variance / len(values))
+    # Two repeats have intervals that would hide everything else: past the values' own range nothing is drawn.
+    reach = max(values) - min(values)
+    return float(step), middle - min(half_width, reach), middle + min(half_width, reach)
+
+
+def _curves_by(name: str, drawn: Sequence[_Drawn]) -> Figure:
+    settings = [dict(d.summary.settings).get(name) for d in drawn]
+    colour_of, keys = colours(settings)
+    bright, grey = drawn[:MAX_LINES], drawn[MAX_LINES : MAX_LINES + MAX_GREY]
+    has_bands = len(bright) <= MAX_COLOURS
+    lines = [Line(d.points, d.summary.label) for d in grey]
+    # The best is drawn last, on top of the others.
+    for curve in reversed(bright):
+        style = colour_of(dict(curve.summary.settings).get(name)) + (" best" if curve is drawn[0] else "")
+        lines.append(Line(curve.points, curve.summary.label, style, curve.band if has_bands else ()))
+    title = f"Evaluation loss by {name}" if name else "Evaluation loss"
+    told = f"{len(bright)} configurations" if len(bright) > 1 else drawn[0].summary.label
+    repeats = max(curve.repeats for curve in drawn)
+    words = [f"Mean of the evaluation's loss over optimizer steps; {told}, the best one thicker."]
+    if repeats > 1:
+        band = " with their 95 % interval, never wider than their spread" if has_bands else ""
+        words.append(f"Each line is the mean of up to {repeats} repeats{band}.")
+    if len(drawn) > MAX_LINES:
+        words.append(f"The best {MAX_LINES} of {len(drawn)} are in colour, {len(grey)} others in grey.")
+    svg = xy_plot(title, " ".join(words), Axis("optimizer step"), Axis("eval_loss (nats a token)"), lines)
+    return Figure(
+        title, svg, tuple(Key(key.style, f"{name} {key.label}") for key in keys) if name else (), " ".join(words)
+    )
+
+
+def colours(values: Sequence[Any]) -> tuple[Callable[[Any], str], tuple[Key, ...]]:
+    """A class of the palette for each value, numbers in their order; more than eight groups share quarters."""
+    group_of = grouping(values)
+    first: dict[str, Any] = {}
+    for value in sorted(values, key=sort_key):
+        first.setdefault(group_of(value), value)
+    styles = {group: f"s{place}" if place < MAX_COLOURS else "rest" for place, group in enumerate(first)}
+    return lambda value: styles[group_of(value)], tuple(Key(style, group) for group, style in styles.items())
+
+
+def memory_chart(found: Sequence[ConfigurationSummary], kind: str) -> Figure | None:
+    """Peak memory of one worker by configuration, measured as bars, predicted as marks."""
+    known = [s for s in found if s.peak_memory_bytes or s.predicted_memory_bytes][:MAX_BARS]
+    if not known:
+        return None
+    largest = max(max(s.peak_memory_bytes or 0, s.predicted_memory_bytes or 0) for s in known)
+    unit, name = (2**30, "GiB") if largest >= 2**30 else (2**20, "MiB")
+    bars = [
+        Bar(
+            s.label,
+            (s.peak_memory_bytes or 0) / unit,
+            quantities.memory(s.peak_memory_bytes) if s.peak_memory_bytes else "not run",
+            "s0",
+            s.predicted_memory_bytes / unit if s.predicted_memory_bytes else None,
+        )
+        for s in known
+    ]
+    what = "torch's max_memory_allocated" if kind == "cuda_allocated" else "the process's peak resident memory"
+    words = f"Peak memory of one worker, the largest of the repeats ({what}); {_shown(known, found)}."
+    ratios = [
+        s.predicted_memory_bytes / s.peak_memory_bytes
+        for s in known
+        if s.predicted_memory_bytes and s.peak_memory_bytes
+    ]
+    if ratios:
+        words += f" Predicted is {min(ratios):.2f} to {max(ratios):.2f} times what was measured."
+    svg = bar_plot("Peak memory", words, bars, Axis(f"peak memory of a worker ({name})"))
+    return Figure("Peak memory", svg, (Key("s0", "measured"), Key("mark", "predicted before launch")), words)
+
+
+def _shown(known: Sequence[ConfigurationSummary], found: Sequence[ConfigurationSummary]) -> str:
+    return (
+        f"the best {len(known)} of {len(found)} configurations" if len(known) < len(found) else "best objective first"
+    )
+
+
+def speed_chart(found: Sequence[ConfigurationSummary]) -> Figure | None:
+    """Tokens a second by configuration."""
+    known = [s for s in found if s.tokens_per_s][:MAX_BARS]
+    if not known:
+        return None
+    bars = [
+        Bar(
+            s.label,
+            s.tokens_per_s or 0.0,
+            f"{quantities.rate(s.tokens_per_s)} ({quantities.step_time(s.step_time_s)})",
+            "s2",
+        )
+        for s in known
+    ]
+    fastest, slowest = max(known, key=lambda s: s.tokens_per_s or 0), min(known, key=lambda s: s.tokens_per_s or 0)
+    words = f"Tokens a second over all workers of a trial, and the median step time; {_shown(known, found)}."
+    if fastest is not slowest:
+        times = (fastest.tokens_per_s or 0) / (slowest.tokens_per_s or 1)
+        words += f" {fastest.label} is {times:.2g} times as fast as {slowest.label}."
+    svg = bar_plot("Speed", words, bars, Axis("tokens a second", quantities.rate))
+    return Figure("Speed", svg, (), words)
+
+
+def pareto_chart(
+    sweep: SweepResult, found: Sequence[ConfigurationSummary], front: frozenset[str], recommended: str | None
+) -> Figure | None:
+    """Objective against peak memory; the Pareto front stands out."""
+    known = [s for s in found if s.objective and s.peak_memory_bytes]
+    if len(known) < 2:
+        return None
+    unit, name = (2**30, "GiB") if max(s.peak_memory_bytes or 0 for s in known) >= 2**30 else (2**20, "MiB")
+    on_front = [s for s in known if s.configuration_id in front]
+    labelled = {s.configuration_id for s in on_front[:MAX_LABELS]} | {recommended}
+    dots = []
+    for s in sorted(known, key=lambda s: s.configuration_id in front):
+        assert s.objective
+        style = "s1" if s.configuration_id == recommended else "s0" if s.configuration_id in front else "rest"
+        value = quantities.plus_minus(s.objective.mean, s.objective.half_width)
+        text = (
+            f"{s.label}: {value}, {quantities.memory(s.peak_memory_bytes)}, {quantities.rate(s.tokens_per_s)} tokens/s"
+        )
+        shown = s.label if s.configuration_id in labelled else ""
+        dots.append(Dot(((s.peak_memory_bytes or 0) / unit, s.objective.mean), text, style, shown))
+    words = (
+        f"{len(on_front)} of {len(known)} configurations are on the Pareto front of {sweep.objective_metric}, peak "
+        "memory and tokens a second: no other one beats them in all three. Such a one may look beaten here and be faster."
+    )
+    title = f"{sweep.objective_metric} against memory"
+    svg = xy_plot(title, words, Axis(f"peak memory of a worker ({name})"), Axis(sweep.objective_metric), dots=dots)
+    keys = (
+        Key("s1 dot", "recommended"),
+        Key("s0 dot", "on the Pareto front"),
+        Key("rest dot", "beaten by another one"),
+    )
+    return Figure(title, svg, keys if recommended else keys[1:], words)
+
+
+def effect_charts(sweep: SweepResult, effects: Sequence[Effect]) -> tuple[Figure, ...]:
+    """The mean objective by each value of each searched setting, with its 95 % interval."""
+    return tuple(_effect_chart(sweep, effect) for effect in effects)
+
+
+def _effect_chart(sweep: SweepResult, effect: Effect) -> Figure:
+    dots = []
+    for place, value in enumerate(effect.values):
+        text = quantities.plus_minus(value.objective.mean, value.objective.half_width)
+        title = f"{effect.setting}={value.value}: {text} over {value.objective.count} trials"
+        dots.append(Dot((place, value.objective.mean), title, "s0", half_height=value.objective.half_width))
+    words = f"Mean {sweep.objective_metric} of the completed trials with each value, with its 95 % interval."
+    if effect.explained is not None:
+        words += f" {effect.setting} alone accounts for {quantities.share(effect.explained)} of the variance."
+    places = tuple(float(place) for place in range(len(effect.values)))
+    axis = Axis(effect.setting, lambda place: effect.values[int(place)].value, places)
+    title = f"Effect of {effect.setting}"
+    return Figure(title, xy_plot(title, words, axis, Axis(sweep.objective_metric), dots=dots), (), words)

@@ -1,0 +1,214 @@
+"""Drawings as SVG text, made by hand: small, the same for the same input, and coloured by the page's own theme.
+
+matplotlib's SVG is ten times as large, cannot follow a dark theme, and takes a second to import. Colours and dashes are
+the classes `s0` … `s7` and `rest`; the report's style sheet says what they look like.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from html import escape
+
+WIDTH, HEIGHT = 560, 340
+LEFT, RIGHT, TOP, BOTTOM = 66, 14, 12, 46
+BAR_HEIGHT, BAR_LABELS, BAR_TOP = 24, 190, 8
+BAR_VALUES = 96
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A curve, with a band around it where `band` gives (x, low, high)."""
+
+    points: tuple[Point, ...]
+    title: str
+    style: str = "rest"
+    band: tuple[tuple[float, float, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Dot:
+    """A point with its own text and, where the page should show one, a label beside it."""
+
+    at: Point
+    title: str
+    style: str = "rest"
+    label: str = ""
+    half_height: float | None = None
+    """Of its error bar."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """A horizontal bar; `mark` is a second figure on the same scale."""
+
+    label: str
+    value: float
+    text: str
+    style: str = "s0"
+    mark: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """What stands beside a scale."""
+
+    label: str
+    format: Callable[[float], str] = field(default=lambda value: f"{value:.6g}")
+    at: tuple[float, ...] = ()
+    """Where its ticks are; round numbers where nothing is said."""
+
+
+def ticks(low: float, high: float, about: int = 5) -> tuple[float, ...]:
+    """Round numbers between two bounds, some `about` of them."""
+    span = high - low
+    if span <= 0 or not math.isfinite(span):
+        return (low,)
+    rough = span / about
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return tuple(round(i * step, 12) for i in range(first, last + 1))
+
+
+def xy_plot(title: str, summary: str, x: Axis, y: Axis, lines: Sequence[Line] = (), dots: Sequence[Dot] = ()) -> str:
+    """Lines and dots over two axes; where nothing can be drawn, an empty text."""
+    points = [point for line in lines for point in line.points] + [dot.at for dot in dots]
+    if not points:
+        return ""
+    heights = [point[1] for point in points]
+    heights += [edge for line in lines for _, low, high in line.band for edge in (low, high)]
+    heights += [dot.at[1] + side * (dot.half_height or 0) for dot in dots for side in (-1, 1)]
+    scale = _Scale(_padded([point[0] for point in points]), _padded(heights))
+    parts = [_grid(scale, x, y)]
+    parts += [_band(line, scale) for line in lines if len(line.band) > 1]
+    parts += [_line(line, scale) for line in lines]
+    parts += [_dot(dot, scale) for dot in dots]
+    return _svg(title, summary, WIDTH, HEIGHT, parts)
+
+
+def bar_plot(title: str, summary: str, bars: Sequence[Bar], axis: Axis) -> str:
+    """Horizontal bars from zero, each with its label and its figure."""
+    if not bars:
+        return ""
+    height = BAR_TOP + BAR_HEIGHT * len(bars) + BOTTOM
+    longest = max(max(bar.value, bar.mark or 0.0) for bar in bars) or 1.0
+    width = WIDTH - BAR_LABELS - BAR_VALUES
+    bottom = BAR_TOP + BAR_HEIGHT * len(bars)
+    parts = []
+    for tick in ticks(0, longest, 4):
+        at = BAR_LABELS + width * tick / longest
+        parts.append(f'<path class="grid" d="M{at:.1f} {BAR_TOP}V{bottom}"/>')
+        parts.append(f'<text x="{at:.1f}" y="{bottom + 17}" text-anchor="middle">{escape(axis.format(tick))}</text>')
+    for place, bar in enumerate(bars):
+        parts.append(_bar(bar, BAR_TOP + BAR_HEIGHT * place, width / longest))
+    parts.append(
+        f'<text class="axis" x="{BAR_LABELS + width / 2:.1f}" y="{bottom + 38}" text-anchor="middle">'
+        f"{escape(axis.label)}</text>"
+    )
+    return _svg(title, summary, WIDTH, height, parts)
+
+
+def _bar(bar: Bar, top: float, per_unit: float) -> str:
+    middle = top + BAR_HEIGHT / 2 + 4
+    length = max(1.0, bar.value * per_unit)
+    shown = bar.label if len(bar.label) <= 30 else bar.label[:29] + "…"
+    parts = [
+        f"<g><title>{escape(bar.label)}: {escape(bar.text)}</title>",
+        f'<text x="{BAR_LABELS - 8}" y="{middle:.1f}" text-anchor="end">{escape(shown)}</text>',
+        f'<rect class="bar {bar.style}" x="{BAR_LABELS}" y="{top + 4:.1f}" width="{length:.1f}" '
+        f'height="{BAR_HEIGHT - 8}" rx="2"/>',
+    ]
+    end = length
+    if bar.mark is not None:
+        at = bar.mark * per_unit
+        end = max(end, at)
+        parts.append(f'<path class="mark" d="M{BAR_LABELS + at:.1f} {top + 1:.1f}v{BAR_HEIGHT - 2}"/>')
+    parts.append(f'<text class="value" x="{BAR_LABELS + end + 6:.1f}" y="{middle:.1f}">{escape(bar.text)}</text></g>')
+    return "".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Scale:
+    """From figures to places in the drawing."""
+
+    x_range: Point
+    y_range: Point
+
+    def x(self, value: float) -> float:
+        low, high = self.x_range
+        return LEFT + (WIDTH - LEFT - RIGHT) * (value - low) / (high - low)
+
+    def y(self, value: float) -> float:
+        low, high = self.y_range
+        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (value - low) / (high - low)
+
+
+def _padded(values: Sequence[float]) -> Point:
+    low, high = min(values), max(values)
+    margin = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
+    # What cannot be negative does not begin below zero.
+    return (max(0.0, low - margin) if low >= 0 else low - margin), high + margin
+
+
+def _grid(scale: _Scale, x: Axis, y: Axis) -> str:
+    bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
+    parts = []
+    for tick in y.at or ticks(*scale.y_range):
+        at = scale.y(tick)
+        parts.append(f'<path class="grid" d="M{LEFT} {at:.1f}H{right}"/>')
+        parts.append(f'<text x="{LEFT - 7}" y="{at + 4:.1f}" text-anchor="end">{escape(y.format(tick))}</text>')
+    for tick in x.at or ticks(*scale.x_range, 6):
+        at = scale.x(tick)
+        parts.append(f'<path class="grid" d="M{at:.1f} {bottom}v5"/>')
+        parts.append(f'<text x="{at:.1f}" y="{bottom + 19}" text-anchor="middle">{escape(x.format(tick))}</text>')
+    middle = (TOP + bottom) / 2
+    parts.append(f'<path class="frame" d="M{LEFT} {bottom}H{right}"/>')
+    parts.append(
+        f'<text class="axis" x="{(LEFT + right) / 2:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x.label)}</text>'
+        f'<text class="axis" transform="translate(14 {middle:.1f}) rotate(-90)" text-anchor="middle">'
+        f"{escape(y.label)}</text>"
+    )
+    return "".join(parts)
+
+
+def _path(points: Sequence[Point], scale: _Scale) -> str:
+    return "M" + "L".join(f"{scale.x(x):.1f} {scale.y(y):.1f}" for x, y in points)
+
+
+def _band(line: Line, scale: _Scale) -> str:
+    upper = [(x, high) for x, _, high in line.band]
+    lower = [(x, low) for x, low, _ in reversed(line.band)]
+    return f'<path class="band {line.style}" d="{_path([*upper, *lower], scale)}Z"/>'
+
+
+def _line(line: Line, scale: _Scale) -> str:
+    if len(line.points) == 1:
+        return _dot(Dot(line.points[0], line.title, line.style), scale)
+    return f'<path class="line {line.style}" d="{_path(line.points, scale)}"><title>{escape(line.title)}</title></path>'
+
+
+def _dot(dot: Dot, scale: _Scale) -> str:
+    x, y = scale.x(dot.at[0]), scale.y(dot.at[1])
+    parts = [f"<g><title>{escape(dot.title)}</title>"]
+    if dot.half_height:
+        high, low = scale.y(dot.at[1] + dot.half_height), scale.y(dot.at[1] - dot.half_height)
+        parts.append(f'<path class="line error {dot.style}" d="M{x:.1f} {low:.1f}V{high:.1f}"/>')
+    parts.append(f'<circle class="dot {dot.style}" cx="{x:.1f}" cy="{y:.1f}" r="4.5"/>')
+    if dot.label:
+        # Towards the middle, so that no label leaves the drawing.
+        side, anchor = (-8, "end") if x > WIDTH * 0.6 else (8, "start")
+        parts.append(f'<text class="value" x="{x + side:.1f}" y="{y - 7:.1f}" text-anchor="{anchor}">')
+        parts.append(f"{escape(dot.label)}</text>")
+    return "".join([*parts, "</g>"])
+
+
+def _svg(title: str, summary: str, width: int, height: int, parts: Sequence[str]) -> str:
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="{escape(title)}: {escape(summary)}"><title>{escape(title)}</title><desc>{escape(summary)}</desc>'
+        f"{''.join(parts)}</svg>"
+    )

@@ -1,0 +1,366 @@
+"""A sweep's answer with its evidence, read from its folder: as text, as JSON, and as one self-contained page."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.config.trial_config import TrialConfig
+from orchestrator.reporting import charts, quantities
+from orchestrator.reporting.charts import Curve
+from orchestrator.reporting.effects import main_effects
+from orchestrator.reporting.recommendation import RULE, Comparison, Recommendation, recommend
+from orchestrator.reporting.statistics import (
+    ConfigurationSummary,
+    Effect,
+    label,
+    objective_of,
+    pareto_front,
+    sign_of,
+    spell,
+    summaries,
+)
+from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
+from orchestrator.results.storage import DamagedRecord, SweepFolder, read_sweep
+
+TEXT_ROWS = 40
+QUANTISED_MODEL = "builtin:smollm2-135m"
+_CREDENTIALS = re.compile(r"(?<=//)[^/@\s]+@")
+"""A report is shared: `https://user:password@host` in a sweep file must not be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Where the wall-clock time of the sweep and of its workers went, in seconds."""
+
+    wall_s: float | None
+    """From the sweep's start to its end, or to now."""
+    worker_s: float
+    """Launch to end, summed over trials."""
+    parts_s: Mapping[str, float]
+    """startup, data, model, training, evaluation, saving, other; they add up to `worker_s`."""
+
+    @property
+    def training_share(self) -> float | None:
+        """Of the trials' time."""
+        return self.parts_s["training"] / self.worker_s if self.worker_s else None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Everything that the renderings say."""
+
+    folder: Path
+    sweep: SweepResult
+    sweep_file: str | None
+    damaged: tuple[DamagedRecord, ...]
+    summaries: tuple[ConfigurationSummary, ...]
+    recommendation: Recommendation
+    front: frozenset[str]
+    effects: tuple[Effect, ...]
+    curves: Mapping[str, Curve]
+    times: Times
+
+    @property
+    def counts(self) -> dict[TrialStatus, int]:
+        """Trials by status, in the order of the statuses, without the empty ones."""
+        found = Counter(trial.status for trial in self.sweep.trials)
+        return {status: found[status] for status in TrialStatus if found[status]}
+
+    @property
+    def recommended(self) -> TrialResult | None:
+        """The trial whose configuration and adapter to take."""
+        trials = {trial.trial_id: trial for trial in self.sweep.trials}
+        return trials.get(self.recommendation.trial_id or "")
+
+    @property
+    def adapter(self) -> Path | None:
+        """The recommended trial's adapter."""
+        trial = self.recommended
+        if trial is None or not trial.adapter:
+            return None
+        return SweepFolder(self.folder).trial(trial.trial_id).root / trial.adapter
+
+    @property
+    def state(self) -> str:
+        """`ended`, `interrupted`, or `not ended`."""
+        if self.sweep.interrupted:
+            return "interrupted"
+        return "ended" if self.sweep.ended_ms else "not ended"
+
+
+def build(folder: SweepFolder, now_s: float | None = None) -> Report:
+    """Read a sweep, running or ended, and work out what it says.
+
+    Args:
+        folder: what `orchestrator run` made.
+        now_s: seconds since 1970 that a sweep which has not ended is measured to; the clock's where nothing is said.
+
+    Raises:
+        FolderError: the folder holds no sweep.
+    """
+    sweep, damaged = read_sweep(folder)
+    found = summaries(sweep)
+    return Report(
+        folder=folder.root,
+        sweep=sweep,
+        sweep_file=_sweep_file(folder),
+        damaged=damaged,
+        summaries=found,
+        recommendation=recommend(sweep),
+        front=pareto_front(found, sign_of(sweep)),
+        effects=main_effects(sweep),
+        curves={trial.trial_id: folder.trial(trial.trial_id).read_metrics() for trial in sweep.trials if trial.steps},
+        times=_times(sweep, time.time() if now_s is None else now_s),
+    )
+
+
+def _sweep_file(folder: SweepFolder) -> str | None:
+    try:
+        return without_credentials(folder.sweep_file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def without_credentials(text: str) -> str:
+    """The text with the user and password of every address in it left out."""
+    return _CREDENTIALS.sub("…@", text)
+
+
+def _times(sweep: SweepResult, now_s: float) -> Times:
+    end_s = sweep.ended_ms / 1000 if sweep.ended_ms else now_s
+    timings = [trial.timing for trial in sweep.trials]
+    names = ("startup", "data", "model", "training", "evaluation", "saving")
+    parts_s = {name: sum(getattr(timing, f"{name}_s") for timing in timings) for name in names}
+    known_s = sum(parts_s.values())
+    # A running trial has parts and no total yet.
+    worker_s = max(known_s, sum(max(t.total_s, sum(getattr(t, f"{n}_s") for n in names)) for t in timings))
+    wall_s = max(0.0, end_s - sweep.started_ms / 1000) if sweep.started_ms else None
+    return Times(wall_s, worker_s, {**parts_s, "other": worker_s - known_s})
+
+
+def trial_snippet(report: Report) -> str | None:
+    """The recommended configuration as a sweep file's `trial:`: what was searched, and what is no default."""
+    import yaml
+
+    trial = report.recommended
+    if trial is None:
+        return None
+    defaults = TrialConfig().model_dump(mode="json")
+    config = trial.config.model_dump(mode="json")
+    # The default precision depends on the hardware.
+    told = {*report.sweep.searched, "precision"}
+    wanted = {n: v for n, v in config.items() if n != "seed" and (n in told or v != defaults[n])}
+    return yaml.safe_dump({"trial": wanted}, sort_keys=False, allow_unicode=True, width=100)
+
+
+def comparison_of(report: Report, summary: ConfigurationSummary) -> Comparison | None:
+    """How a configuration stands against the best."""
+    return next((c for c in report.recommendation.comparisons if c.configuration_id == summary.configuration_id), None)
+
+
+def objective_text(summary: ConfigurationSummary) -> str:
+    """`2.413 ± 0.012`; in brackets where it is not that of a completed trial."""
+    if summary.objective:
+        return quantities.plus_minus(summary.objective.mean, summary.objective.half_width)
+    provisional = summary.provisional_objective
+    return f"({quantities.number(provisional)})" if provisional is not None else quantities.UNKNOWN
+
+
+def reasons(report: Report) -> tuple[tuple[TrialStatus, str, tuple[str, ...]], ...]:
+    """Why trials did not complete: status, reason and the labels that share it, in the order of the statuses."""
+    groups: dict[tuple[TrialStatus, str], list[str]] = {}
+    for trial in report.sweep.trials:
+        if trial.reason:
+            groups.setdefault((trial.status, without_credentials(trial.reason)), []).append(_name(report, trial))
+    order = list(TrialStatus)
+    ranked = sorted(groups.items(), key=lambda group: order.index(group[0][0]))
+    return tuple((status, reason, tuple(dict.fromkeys(names))) for (status, reason), names in ranked)
+
+
+def _name(report: Report, trial: TrialResult) -> str:
+    return label(trial, report.sweep.searched) if report.sweep.searched else trial.trial_id
+
+
+def render_text(report: Report) -> str:
+    """The answer for a terminal."""
+    answer = report.recommendation
+    lines = [
+        report.sweep.question or report.sweep.name,
+        "",
+        answer.answer,
+        *(f"  - {line}" for line in answer.evidence),
+    ]
+    lines += [f"  - damaged, left out: {record.file} ({_first_line(record.why)})" for record in report.damaged]
+    lines += ["", *_table(report)]
+    for status, reason, names in reasons(report):
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        lines.append(f"{_words(status)}: {shown}: {_first_line(reason)}")
+    if snippet := trial_snippet(report):
+        lines += ["", f"recommended ({answer.label}):", *(f"  {line}" for line in snippet.rstrip().splitlines())]
+    if report.adapter:
+        lines.append(f"  adapter: {report.adapter}")
+    return "\n".join([*lines, "", _closing(report)])
+
+
+def _first_line(text: str) -> str:
+    return text.splitlines()[0][:300] if text else text
+
+
+def _words(status: TrialStatus) -> str:
+    return "refused" if status is TrialStatus.INFEASIBLE else status.value.replace("_", " ")
+
+
+def _table(report: Report) -> list[str]:
+    metric = report.sweep.objective_metric
+    rows = [("", "configuration", "trials", metric, "tokens/s", "step", "memory", "predicted")]
+    for summary in report.summaries[:TEXT_ROWS]:
+        marked = "*" if summary.configuration_id == report.recommendation.configuration_id else ""
+        states = ", ".join(f"{summary.counts[s]} {_words(s)}" for s in TrialStatus if summary.counts.get(s))
+        rows.append(
+            (
+                marked,
+                summary.label,
+                states,
+                objective_text(summary),
+                quantities.rate(summary.tokens_per_s),
+                quantities.step_time(summary.step_time_s),
+                quantities.memory(summary.peak_memory_bytes),
+                quantities.memory(summary.predicted_memory_bytes),
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [c.ljust(w) if i < 4 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    if len(report.summaries) > TEXT_ROWS:
+        lines.append(f"… {len(report.summaries) - TEXT_ROWS} more configurations in results.csv")
+    return [*lines, ""]
+
+
+def _closing(report: Report) -> str:
+    counts = ", ".join(f"{count} {_words(status)}" for status, count in report.counts.items())
+    times = report.times
+    told = f"{len(report.sweep.trials)} trials ({counts}), {report.state}, {quantities.duration(times.wall_s)}"
+    if times.training_share is not None:
+        told += f"; {quantities.share(times.training_share)} of the trials' time was training"
+    return told
+
+
+def render_json(report: Report) -> str:
+    """Every figure, for scripts."""
+    trials = [
+        {**trial.model_dump(mode="json"), "label": label(trial, report.sweep.searched)} for trial in report.sweep.trials
+    ]
+    whole = {
+        "schema_version": 1,
+        **report.sweep.model_dump(mode="json", exclude={"trials", "schema_version"}),
+        "state": report.state,
+        "rule": RULE,
+        "recommendation": {**asdict(report.recommendation), "adapter": str(report.adapter) if report.adapter else None},
+        "counts": report.counts,
+        "configurations": [
+            {**asdict(summary), "is_on_pareto_front": summary.configuration_id in report.front}
+            for summary in report.summaries
+        ],
+        "effects": [asdict(effect) for effect in report.effects],
+        "times": {**asdict(report.times), "training_share": report.times.training_share},
+        "trials": trials,
+        "curves": {identity: [(p.step, p.loss, p.eval_loss) for p in c] for identity, c in report.curves.items()},
+        "damaged": [{"file": str(record.file), "why": record.why} for record in report.damaged],
+    }
+    return json.dumps(_plain(whole), indent=1, ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def render_html(report: Report) -> str:
+    """One file that needs no network and no script to be read."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "memory": quantities.memory,
+        "duration": quantities.duration,
+        "step_time": quantities.step_time,
+        "rate": quantities.rate,
+        "number": quantities.number,
+        "share": quantities.share,
+        "spell": spell,
+        "words": _words,
+        "shareable": without_credentials,
+    }
+    return environment.get_template("report.html.jinja").render(_page(report))
+
+
+def _page(report: Report) -> dict[str, Any]:
+    sweep, recommended = report.sweep, report.recommendation.configuration_id
+    kind = next((t.peak_memory.kind for t in sweep.trials if t.peak_memory), "resident")
+    cost = [
+        charts.memory_chart(report.summaries, kind),
+        charts.speed_chart(report.summaries),
+        charts.pareto_chart(sweep, report.summaries, report.front, recommended),
+    ]
+    sign = sign_of(sweep)
+    values = {trial.trial_id: objective_of(sweep, trial) for trial in sweep.trials}
+    return {
+        "report": report,
+        "sweep": sweep,
+        "answer": report.recommendation,
+        "rule": RULE,
+        "snippet": trial_snippet(report),
+        "curves": charts.loss_curves(sweep, report.summaries, report.curves),
+        "costs": [figure for figure in cost if figure],
+        "effect_figures": charts.effect_charts(sweep, report.effects),
+        "configurations": [(s, objective_text(s), comparison_of(report, s)) for s in report.summaries],
+        "plus_minus": lambda e: quantities.plus_minus(e.mean, e.half_width) if e else quantities.UNKNOWN,
+        "trials": sorted(sweep.trials, key=lambda t: _place(values[t.trial_id], sign)),
+        "objective": values,
+        "reasons": reasons(report),
+        "statuses": list(TrialStatus),
+        "environment": _environment(report),
+        "quantised": sweep.model == QUANTISED_MODEL,
+    }
+
+
+def _place(value: float | None, sign: int) -> tuple[bool, float]:
+    return value is None, sign * (value or 0.0)
+
+
+def _environment(report: Report) -> list[tuple[str, str]]:
+    trials = report.sweep.trials
+    versions = {f"{name} {version}" for trial in trials for name, version in trial.versions.items()}
+    git = {f"{t.git.commit[:12]}{' with uncommitted changes' if t.git.dirty else ''}" for t in trials if t.git}
+    rows = [
+        ("model", [report.sweep.model]),
+        ("data hash", [report.sweep.data_hash or quantities.UNKNOWN]),
+        ("hosts", sorted({host for trial in trials for host in trial.hosts})),
+        ("devices", sorted({device for trial in trials for device in trial.devices})),
+        ("git commit", sorted(git)),
+        ("versions", sorted(versions)),
+        ("sweep id", [report.sweep.sweep_id]),
+        ("MLflow run", [report.sweep.mlflow_run_id or quantities.UNKNOWN]),
+        ("folder", [str(report.folder)]),
+    ]
+    return [(name, ", ".join(values) or quantities.UNKNOWN) for name, values in rows]
