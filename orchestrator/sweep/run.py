@@ -38,6 +38,9 @@ from orchestrator.training.task import TrialTask
 log = logging.getLogger(__name__)
 Isolation = Literal["warm", "fresh"]
 TRACKING_LIMIT_S = 60.0
+# A slot takes nothing: its workers do, in placement groups of their own, and there are never more slots than groups that
+# fit. A slot that held a CPU could starve its own workers. Tune wants some resource (ray 2.60.0): one byte of memory.
+SLOT = tune.PlacementGroupFactory([{"memory": 1}])
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,9 +234,7 @@ def _tune(
         keeps_group=isolation == "warm",
     )
     tuner = tune.Tuner(
-        # The slots take nothing: their workers do, in placement groups of their own, and there are never more slots
-        # than groups that fit. A slot that held a CPU could starve its own workers.
-        tune.with_resources(trainable, {"cpu": 0}),
+        tune.with_resources(trainable, SLOT),
         param_space={"trial_id": tune.grid_search(list(tasks))},
         tune_config=tune.TuneConfig(
             scheduler=make_scheduler(prepared.sweep),
@@ -248,6 +249,8 @@ def _tune(
             callbacks=[recorder],
             stop=stopper,
             verbose=0,
+            # Trials save themselves; Tune's own checkpoint would only be asked for and thrown away.
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             failure_config=tune.FailureConfig(max_failures=2),
         ),
     )

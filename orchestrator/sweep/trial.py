@@ -34,7 +34,7 @@ class TrialOnWorkers(tune.Trainable):  # type: ignore[misc]
     ) -> None:
         """Called once an actor."""
         self._board, self._tasks, self._shape = board, tasks, shape
-        self._model, self._storage, self._keeps_group = model, storage, keeps_group
+        self._model, self._group_storage, self._keeps_group = model, storage, keeps_group
         self._group: WorkerGroup | None = None
         self._begin(config)
 
@@ -69,7 +69,7 @@ class TrialOnWorkers(tune.Trainable):  # type: ignore[misc]
     def _launch(self) -> None:
         self._attempt += 1
         if self._group is None:
-            self._group = WorkerGroup(self._board, self._shape, self._model, self._storage)
+            self._group = WorkerGroup(self._board, self._shape, self._model, self._group_storage)
         self._group.assign(self._task)
 
     def _close(self) -> None:
