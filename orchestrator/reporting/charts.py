@@ -10,9 +10,9 @@ from statistics import fmean
 from typing import Any
 
 from orchestrator.reporting import quantities
-from orchestrator.reporting.effects import grouping, sort_key
+from orchestrator.reporting.effects import Effect, grouping, sort_key
 from orchestrator.reporting.plot import Axis, Bar, Dot, Line, bar_plot, xy_plot
-from orchestrator.reporting.statistics import ConfigurationSummary, Effect, spell, t_quantile
+from orchestrator.reporting.statistics import ConfigurationSummary, spell, t_quantile
 from orchestrator.results.records import MetricPoint, SweepResult
 
 MAX_COLOURS = 8
@@ -199,7 +199,7 @@ def pareto_chart(
     on_front = [s for s in known if s.configuration_id in front]
     labelled = {s.configuration_id for s in on_front[:MAX_LABELS]} | {recommended}
     dots = []
-    for s in sorted(known, key=lambda s: s.configuration_id in front):
+    for s in sorted(known, key=lambda s: (s.configuration_id == recommended, s.configuration_id in front)):
         assert s.objective
         style = "s1" if s.configuration_id == recommended else "s0" if s.configuration_id in front else "rest"
         value = quantities.plus_minus(s.objective.mean, s.objective.half_width)
@@ -210,7 +210,7 @@ def pareto_chart(
         dots.append(Dot(((s.peak_memory_bytes or 0) / unit, s.objective.mean), text, style, shown))
     words = (
         f"{len(on_front)} of {len(known)} configurations are on the Pareto front of {sweep.objective_metric}, peak "
-        "memory and tokens a second: no other one beats them in all three. Such a one may look beaten here and be faster."
+        "memory and tokens a second: no other one beats them in all three. One that looks beaten here is faster."
     )
     title = f"{sweep.objective_metric} against memory"
     svg = xy_plot(title, words, Axis(f"peak memory of a worker ({name})"), Axis(sweep.objective_metric), dots=dots)

@@ -4,14 +4,35 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from orchestrator.reporting.statistics import Effect, Estimate, SettingValue, estimate, objective_of, spell
+from orchestrator.reporting.statistics import Estimate, estimate, objective_of, spell
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 
 MAX_VALUES = 8
 BINS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class SettingValue:
+    """What goes with one value of a searched setting, whatever the other settings are."""
+
+    value: str
+    objective: Estimate
+    difference: Estimate | None
+    """To the setting's first value, over pairs of trials that differ in nothing else, seed included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """The main effect of one searched setting."""
+
+    setting: str
+    values: tuple[SettingValue, ...]
+    explained: float | None
+    """Share of the objective's variance over completed trials that the setting alone accounts for (eta squared)."""
 
 
 def main_effects(sweep: SweepResult) -> tuple[Effect, ...]:

@@ -13,9 +13,12 @@ from html import escape
 
 WIDTH, HEIGHT = 560, 340
 LEFT, RIGHT, TOP, BOTTOM = 66, 14, 12, 46
-BAR_HEIGHT, BAR_LABELS, BAR_TOP = 24, 190, 8
-BAR_VALUES = 96
+ROW_HEIGHT, BAR_HEIGHT, BAR_LEFT, BAR_VALUES = 38, 13, 8, 120
+CHARACTER_WIDTH = 6.9
+"""Of the drawings' text at most: for keeping labels apart."""
 Point = tuple[float, float]
+Box = tuple[float, float, float, float]
+"""Left, top, width, height."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,8 @@ def xy_plot(title: str, summary: str, x: Axis, y: Axis, lines: Sequence[Line] = 
     parts += [_band(line, scale) for line in lines if len(line.band) > 1]
     parts += [_line(line, scale) for line in lines]
     parts += [_dot(dot, scale) for dot in dots]
+    # The last drawn are the ones that stand out: theirs come first.
+    parts.append(_labels(dots[::-1], scale))
     return _svg(title, summary, WIDTH, HEIGHT, parts)
 
 
@@ -94,41 +99,39 @@ def bar_plot(title: str, summary: str, bars: Sequence[Bar], axis: Axis) -> str:
     """Horizontal bars from zero, each with its label and its figure."""
     if not bars:
         return ""
-    height = BAR_TOP + BAR_HEIGHT * len(bars) + BOTTOM
+    bottom = ROW_HEIGHT * len(bars) + 6
     longest = max(max(bar.value, bar.mark or 0.0) for bar in bars) or 1.0
-    width = WIDTH - BAR_LABELS - BAR_VALUES
-    bottom = BAR_TOP + BAR_HEIGHT * len(bars)
+    per_unit = (WIDTH - BAR_LEFT - BAR_VALUES) / longest
     parts = []
     for tick in ticks(0, longest, 4):
-        at = BAR_LABELS + width * tick / longest
-        parts.append(f'<path class="grid" d="M{at:.1f} {BAR_TOP}V{bottom}"/>')
+        at = BAR_LEFT + tick * per_unit
+        parts.append(f'<path class="grid" d="M{at:.1f} 0V{bottom}"/>')
         parts.append(f'<text x="{at:.1f}" y="{bottom + 17}" text-anchor="middle">{escape(axis.format(tick))}</text>')
-    for place, bar in enumerate(bars):
-        parts.append(_bar(bar, BAR_TOP + BAR_HEIGHT * place, width / longest))
-    parts.append(
-        f'<text class="axis" x="{BAR_LABELS + width / 2:.1f}" y="{bottom + 38}" text-anchor="middle">'
-        f"{escape(axis.label)}</text>"
-    )
-    return _svg(title, summary, WIDTH, height, parts)
+    parts += [_bar(bar, ROW_HEIGHT * place, per_unit) for place, bar in enumerate(bars)]
+    parts.append(f'<text class="axis" x="{BAR_LEFT}" y="{bottom + 38}">{escape(axis.label)}</text>')
+    return _svg(title, summary, WIDTH, bottom + BOTTOM, parts)
 
 
 def _bar(bar: Bar, top: float, per_unit: float) -> str:
-    middle = top + BAR_HEIGHT / 2 + 4
-    length = max(1.0, bar.value * per_unit)
-    shown = bar.label if len(bar.label) <= 30 else bar.label[:29] + "…"
+    """Its label above it, so that a long one has room."""
+    end = max(1.0, bar.value * per_unit)
     parts = [
         f"<g><title>{escape(bar.label)}: {escape(bar.text)}</title>",
-        f'<text x="{BAR_LABELS - 8}" y="{middle:.1f}" text-anchor="end">{escape(shown)}</text>',
-        f'<rect class="bar {bar.style}" x="{BAR_LABELS}" y="{top + 4:.1f}" width="{length:.1f}" '
-        f'height="{BAR_HEIGHT - 8}" rx="2"/>',
+        f'<text class="value" x="{BAR_LEFT + 2}" y="{top + 15:.1f}">{escape(_shortened(bar.label, WIDTH))}</text>',
+        f'<rect class="bar {bar.style}" x="{BAR_LEFT}" y="{top + 20:.1f}" width="{end:.1f}" '
+        f'height="{BAR_HEIGHT}" rx="2"/>',
     ]
-    end = length
     if bar.mark is not None:
         at = bar.mark * per_unit
         end = max(end, at)
-        parts.append(f'<path class="mark" d="M{BAR_LABELS + at:.1f} {top + 1:.1f}v{BAR_HEIGHT - 2}"/>')
-    parts.append(f'<text class="value" x="{BAR_LABELS + end + 6:.1f}" y="{middle:.1f}">{escape(bar.text)}</text></g>')
+        parts.append(f'<path class="mark" d="M{BAR_LEFT + at:.1f} {top + 17:.1f}v{BAR_HEIGHT + 6}"/>')
+    parts.append(f'<text class="value" x="{BAR_LEFT + end + 7:.1f}" y="{top + 31:.1f}">{escape(bar.text)}</text></g>')
     return "".join(parts)
+
+
+def _shortened(text: str, room: float) -> str:
+    most = int(room / CHARACTER_WIDTH)
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,10 +168,10 @@ def _grid(scale: _Scale, x: Axis, y: Axis) -> str:
         at = scale.x(tick)
         parts.append(f'<path class="grid" d="M{at:.1f} {bottom}v5"/>')
         parts.append(f'<text x="{at:.1f}" y="{bottom + 19}" text-anchor="middle">{escape(x.format(tick))}</text>')
-    middle = (TOP + bottom) / 2
+    middle, centre = (TOP + bottom) / 2, (LEFT + right) / 2
     parts.append(f'<path class="frame" d="M{LEFT} {bottom}H{right}"/>')
     parts.append(
-        f'<text class="axis" x="{(LEFT + right) / 2:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x.label)}</text>'
+        f'<text class="axis" x="{centre:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x.label)}</text>'
         f'<text class="axis" transform="translate(14 {middle:.1f}) rotate(-90)" text-anchor="middle">'
         f"{escape(y.label)}</text>"
     )
@@ -198,12 +201,30 @@ def _dot(dot: Dot, scale: _Scale) -> str:
         high, low = scale.y(dot.at[1] + dot.half_height), scale.y(dot.at[1] - dot.half_height)
         parts.append(f'<path class="line error {dot.style}" d="M{x:.1f} {low:.1f}V{high:.1f}"/>')
     parts.append(f'<circle class="dot {dot.style}" cx="{x:.1f}" cy="{y:.1f}" r="4.5"/>')
-    if dot.label:
-        # Towards the middle, so that no label leaves the drawing.
-        side, anchor = (-8, "end") if x > WIDTH * 0.6 else (8, "start")
-        parts.append(f'<text class="value" x="{x + side:.1f}" y="{y - 7:.1f}" text-anchor="{anchor}">')
-        parts.append(f"{escape(dot.label)}</text>")
     return "".join([*parts, "</g>"])
+
+
+def _labels(dots: Sequence[Dot], scale: _Scale) -> str:
+    """Each label beside its dot, where it meets no other label or dot; one that finds no place is left to its title."""
+    taken = [(scale.x(d.at[0]) - 6, scale.y(d.at[1]) - 6, 12.0, 12.0) for d in dots]
+    parts = []
+    for dot in dots:
+        width, x, y = len(dot.label) * CHARACTER_WIDTH, scale.x(dot.at[0]), scale.y(dot.at[1])
+        places = [(x + side, y + lift) for lift in (-19, 5, -7) for side in (8, -8 - width)]
+        free = [p for p in places if dot.label and _is_free((*p, width, 14), taken)]
+        if free:
+            taken.append((*free[0], width, 14))
+            parts.append(
+                f'<text class="value" x="{free[0][0]:.1f}" y="{free[0][1] + 11:.1f}">{escape(dot.label)}</text>'
+            )
+    return "".join(parts)
+
+
+def _is_free(box: Box, taken: Sequence[Box]) -> bool:
+    x, y, width, height = box
+    if x < LEFT or x + width > WIDTH or y < 0 or y + height > HEIGHT - BOTTOM:
+        return False
+    return not any(x < a + w and a < x + width and y < b + h and b < y + height for a, b, w, h in taken)
 
 
 def _svg(title: str, summary: str, width: int, height: int, parts: Sequence[str]) -> str:

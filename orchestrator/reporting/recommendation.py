@@ -16,6 +16,7 @@ from orchestrator.reporting.statistics import (
     paired_difference,
     repeats_to_tell,
     sign_of,
+    spell,
     summaries,
 )
 from orchestrator.results.records import SweepResult, TrialStatus
@@ -123,7 +124,7 @@ def _by_rule(
         rejected = _cheaper_but_worse(best, contenders, comparisons)
         return _make("best", best, answer, [*rejected, *caveats], comparisons, noise, is_decided=True)
     against = next(c for c in comparisons if c.configuration_id == chosen.configuration_id)
-    answer = f"Take {chosen.label}: it {_within_words(against, best.label)}."
+    answer = f"Take {chosen.label}: it {_within_words(against, _apart_from(chosen, best))}."
     needed, doubt = _doubt(against, best, noise, len(contenders), metric)
     evidence = [f"Its {metric} is {_value(chosen)}; the best mean is {_value(best)} ({best.label}).", *doubt, *caveats]
     return _make("within_noise", chosen, answer, evidence, comparisons, noise, needed, is_decided=not doubt)
@@ -181,6 +182,13 @@ def _within_words(comparison: Comparison, best: str) -> str:
     return ", ".join([f"is within {apart} of {best}", *_cost_words(comparison)])
 
 
+def _apart_from(chosen: ConfigurationSummary, best: ConfigurationSummary) -> str:
+    """The best's label, without the settings that both share."""
+    differing = [f"{n}={spell(v)}" for n, v in best.settings if v != dict(chosen.settings)[n]]
+    alike = "" if len(differing) == len(best.settings) else " (all else alike)"
+    return f"{' '.join(differing)}{alike}" if differing else best.label
+
+
 def _cost_words(comparison: Comparison) -> list[str]:
     """`takes 31 % less memory and is 1.4× faster`; what differs by less than 1 % is left out."""
     words = []
@@ -222,8 +230,8 @@ def _doubt(
     times = f"about {needed} repeats" if needed else "more than 1,000 repeats"
     return needed, [
         f"The data cannot decide: {against.difference.count} repeats do not rule out that its {metric} is worse by "
-        f"{quantities.number(worst)}. It would take {times} (search.repeats) to tell a difference of "
-        f"{quantities.number(tell)} from the noise."
+        f"up to {worst:.2g}. It would take {times} (search.repeats) to tell a difference of "
+        f"{tell:.2g} from the noise."
     ]
 
 

@@ -15,17 +15,18 @@ from typing import Any
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.reporting import charts, quantities
 from orchestrator.reporting.charts import Curve
-from orchestrator.reporting.effects import main_effects
-from orchestrator.reporting.recommendation import RULE, Comparison, Recommendation, recommend
+from orchestrator.reporting.effects import Effect, main_effects
+from orchestrator.reporting.recommendation import RULE, Recommendation, recommend
 from orchestrator.reporting.statistics import (
     ConfigurationSummary,
-    Effect,
+    Times,
     label,
     objective_of,
     pareto_front,
     sign_of,
     spell,
     summaries,
+    times_of,
 )
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 from orchestrator.results.storage import DamagedRecord, SweepFolder, read_sweep
@@ -34,23 +35,6 @@ TEXT_ROWS = 40
 QUANTISED_MODEL = "builtin:smollm2-135m"
 _CREDENTIALS = re.compile(r"(?<=//)[^/@\s]+@")
 """A report is shared: `https://user:password@host` in a sweep file must not be."""
-
-
-@dataclass(frozen=True, slots=True)
-class Times:
-    """Where the wall-clock time of the sweep and of its workers went, in seconds."""
-
-    wall_s: float | None
-    """From the sweep's start to its end, or to now."""
-    worker_s: float
-    """Launch to end, summed over trials."""
-    parts_s: Mapping[str, float]
-    """startup, data, model, training, evaluation, saving, other; they add up to `worker_s`."""
-
-    @property
-    def training_share(self) -> float | None:
-        """Of the trials' time."""
-        return self.parts_s["training"] / self.worker_s if self.worker_s else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +102,7 @@ def build(folder: SweepFolder, now_s: float | None = None) -> Report:
         front=pareto_front(found, sign_of(sweep)),
         effects=main_effects(sweep),
         curves={trial.trial_id: folder.trial(trial.trial_id).read_metrics() for trial in sweep.trials if trial.steps},
-        times=_times(sweep, time.time() if now_s is None else now_s),
+        times=times_of(sweep, time.time() if now_s is None else now_s),
     )
 
 
@@ -132,18 +116,6 @@ def _sweep_file(folder: SweepFolder) -> str | None:
 def without_credentials(text: str) -> str:
     """The text with the user and password of every address in it left out."""
     return _CREDENTIALS.sub("…@", text)
-
-
-def _times(sweep: SweepResult, now_s: float) -> Times:
-    end_s = sweep.ended_ms / 1000 if sweep.ended_ms else now_s
-    timings = [trial.timing for trial in sweep.trials]
-    names = ("startup", "data", "model", "training", "evaluation", "saving")
-    parts_s = {name: sum(getattr(timing, f"{name}_s") for timing in timings) for name in names}
-    known_s = sum(parts_s.values())
-    # A running trial has parts and no total yet.
-    worker_s = max(known_s, sum(max(t.total_s, sum(getattr(t, f"{n}_s") for n in names)) for t in timings))
-    wall_s = max(0.0, end_s - sweep.started_ms / 1000) if sweep.started_ms else None
-    return Times(wall_s, worker_s, {**parts_s, "other": worker_s - known_s})
 
 
 def trial_snippet(report: Report) -> str | None:
@@ -161,9 +133,12 @@ def trial_snippet(report: Report) -> str | None:
     return yaml.safe_dump({"trial": wanted}, sort_keys=False, allow_unicode=True, width=100)
 
 
-def comparison_of(report: Report, summary: ConfigurationSummary) -> Comparison | None:
-    """How a configuration stands against the best."""
-    return next((c for c in report.recommendation.comparisons if c.configuration_id == summary.configuration_id), None)
+def behind_text(report: Report, summary: ConfigurationSummary) -> str:
+    """`0.004 ± 0.006`: by how much it is worse than the best."""
+    for comparison in report.recommendation.comparisons:
+        if comparison.configuration_id == summary.configuration_id and comparison.difference:
+            return quantities.plus_minus(comparison.difference.mean, comparison.difference.half_width)
+    return ""
 
 
 def objective_text(summary: ConfigurationSummary) -> str:
@@ -220,7 +195,7 @@ def _words(status: TrialStatus) -> str:
 
 def _table(report: Report) -> list[str]:
     metric = report.sweep.objective_metric
-    rows = [("", "configuration", "trials", metric, "tokens/s", "step", "memory", "predicted")]
+    rows = [("", "configuration", "trials", metric, "behind the best", "tokens/s", "step", "memory", "predicted")]
     for summary in report.summaries[:TEXT_ROWS]:
         marked = "*" if summary.configuration_id == report.recommendation.configuration_id else ""
         states = ", ".join(f"{summary.counts[s]} {_words(s)}" for s in TrialStatus if summary.counts.get(s))
@@ -230,6 +205,7 @@ def _table(report: Report) -> list[str]:
                 summary.label,
                 states,
                 objective_text(summary),
+                behind_text(report, summary),
                 quantities.rate(summary.tokens_per_s),
                 quantities.step_time(summary.step_time_s),
                 quantities.memory(summary.peak_memory_bytes),
@@ -239,7 +215,7 @@ def _table(report: Report) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
-        cells = [c.ljust(w) if i < 4 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        cells = [c.ljust(w) if i < 5 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
         lines.append("  ".join(cells).rstrip())
     if len(report.summaries) > TEXT_ROWS:
         lines.append(f"… {len(report.summaries) - TEXT_ROWS} more configurations in results.csv")
@@ -333,7 +309,7 @@ def _page(report: Report) -> dict[str, Any]:
         "curves": charts.loss_curves(sweep, report.summaries, report.curves),
         "costs": [figure for figure in cost if figure],
         "effect_figures": charts.effect_charts(sweep, report.effects),
-        "configurations": [(s, objective_text(s), comparison_of(report, s)) for s in report.summaries],
+        "configurations": [(s, objective_text(s), behind_text(report, s)) for s in report.summaries],
         "plus_minus": lambda e: quantities.plus_minus(e.mean, e.half_width) if e else quantities.UNKNOWN,
         "trials": sorted(sweep.trials, key=lambda t: _place(values[t.trial_id], sign)),
         "objective": values,

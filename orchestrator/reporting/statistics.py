@@ -73,23 +73,20 @@ class Noise:
 
 
 @dataclass(frozen=True, slots=True)
-class SettingValue:
-    """What goes with one value of a searched setting, whatever the other settings are."""
+class Times:
+    """Where the wall-clock time of the sweep and of its workers went, in seconds."""
 
-    value: str
-    objective: Estimate
-    difference: Estimate | None
-    """To the setting's first value, over pairs of trials that differ in nothing else, seed included."""
+    wall_s: float | None
+    """From the sweep's start to its end, or to now."""
+    worker_s: float
+    """Launch to end, summed over trials."""
+    parts_s: Mapping[str, float]
+    """startup, data, model, training, evaluation, saving, other; they add up to `worker_s`."""
 
-
-@dataclass(frozen=True, slots=True)
-class Effect:
-    """The main effect of one searched setting."""
-
-    setting: str
-    values: tuple[SettingValue, ...]
-    explained: float | None
-    """Share of the objective's variance over completed trials that the setting alone accounts for (eta squared)."""
+    @property
+    def training_share(self) -> float | None:
+        """Of the trials' time."""
+        return self.parts_s["training"] / self.worker_s if self.worker_s else None
 
 
 def label(trial: TrialResult, searched: Sequence[str]) -> str:
@@ -273,3 +270,16 @@ def pareto_front(found: Sequence[ConfigurationSummary], sign: int) -> frozenset[
         if not any(all(a <= b for a, b in zip(other, cost, strict=True)) for other in front.values()):
             front[identity] = cost
     return frozenset(front)
+
+
+def times_of(sweep: SweepResult, now_s: float) -> Times:
+    """Sums over all trials, those that still run too; a sweep that has not ended is measured to `now_s`, since 1970."""
+    end_s = sweep.ended_ms / 1000 if sweep.ended_ms else now_s
+    timings = [trial.timing for trial in sweep.trials]
+    names = ("startup", "data", "model", "training", "evaluation", "saving")
+    parts_s = {name: sum(getattr(timing, f"{name}_s") for timing in timings) for name in names}
+    known_s = sum(parts_s.values())
+    # A running trial has parts and no total yet.
+    worker_s = max(known_s, sum(max(t.total_s, sum(getattr(t, f"{n}_s") for n in names)) for t in timings))
+    wall_s = max(0.0, end_s - sweep.started_ms / 1000) if sweep.started_ms else None
+    return Times(wall_s, worker_s, {**parts_s, "other": worker_s - known_s})
