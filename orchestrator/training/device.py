@@ -101,7 +101,7 @@ def held_bytes(device: torch.device) -> int:
 
 
 def _resident_bytes(field: str) -> int:
-    with contextlib.suppress(OSError), open("/proc/self/status", encoding="utf-8") as status:
+    with contextlib.suppress(OSError), Path("/proc/self/status").open(encoding="utf-8") as status:
         for line in status:
             if line.startswith(field):
                 return int(line.split()[1]) * 1024

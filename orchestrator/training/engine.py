@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from orchestrator.config.trial_config import Precision, TrialConfig
 from orchestrator.training.deepspeed_config import ComputeDtype
-from orchestrator.training.model import DTYPES, Model
+from orchestrator.training.model import DTYPES
 
 
 class Engine(Protocol):
@@ -31,18 +31,19 @@ class Engine(Protocol):
         """Add the gradients of a scalar."""
 
     def step(self, learning_rate: float) -> float | None:
-        """Clip, update the weights, forget the gradients; returns the norm before clipping, None where it overflowed."""
+        """Clip, update the weights, forget the gradients.
+
+        Returns the norm before clipping; None where it overflowed, so that the weights stayed as they were.
+        """
 
 
 class DeepSpeedEngine:
     """DeepSpeed with any ZeRO stage."""
 
-    def __init__(self, model: Model, config: TrialConfig, settings: dict[str, Any]) -> None:
+    def __init__(self, model: torch.nn.Module, config: TrialConfig, settings: dict[str, Any]) -> None:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         own = _adamw_8bit(trained, config) if config.optimizer == "adamw_8bit" else None
-        self._engine, *_ = deepspeed.initialize(
-            model=model, model_parameters=trained, optimizer=own, config=settings
-        )
+        self._engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, optimizer=own, config=settings)
         self._trained = trained
         if config.zero_stage == 0:
             # The half-precision optimizer without ZeRO makes a step on zero gradients to allocate its states, which
@@ -53,7 +54,7 @@ class DeepSpeedEngine:
         """See Engine."""
         return self._engine(**inputs).logits  # type: ignore[no-any-return]
 
-    def micro_batch(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
+    def micro_batch(self, is_last: bool) -> contextlib.AbstractContextManager[None]:  # noqa: ARG002
         """DeepSpeed counts micro-batches itself."""
         return contextlib.nullcontext()
 
@@ -77,7 +78,8 @@ class DeepSpeedEngine:
         return _finite(norm)
 
     def _plain_norm(self) -> float | None:
-        # Without ZeRO and half precision DeepSpeed 0.19.8 clips and does not say what it saw (engine.py, _take_model_step).
+        # Without ZeRO and half precision DeepSpeed 0.19.8 clips and does not tell the norm (engine.py,
+        # _take_model_step).
         if self._engine.zero_optimization() or hasattr(self._engine.optimizer, "_global_grad_norm"):
             return None
         if self._engine.fp16_enabled() or self._engine.bfloat16_enabled():
@@ -90,7 +92,7 @@ class DdpEngine:
     """torch's DistributedDataParallel: every worker holds everything."""
 
     def __init__(
-        self, model: Model, config: TrialConfig, dtype: ComputeDtype, device: torch.device, workers: int
+        self, model: torch.nn.Module, config: TrialConfig, dtype: ComputeDtype, device: torch.device, workers: int
     ) -> None:
         if not config.precision.is_quantized:
             model.to(device)
@@ -100,7 +102,7 @@ class DdpEngine:
         self._autocast = _autocast(config.precision, dtype, device)
         scales = config.precision in (Precision.FP16, Precision.AMP_FP16) or dtype == "fp16"
         self._scaler = torch.amp.GradScaler(device.type, enabled=scales)
-        self._model: torch.nn.Module = model
+        self._model = model
         if workers > 1:
             self._model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 

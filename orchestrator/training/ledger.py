@@ -120,9 +120,9 @@ def open_metrics(file: Path) -> TextIO:
 def process_age_s() -> float:
     """Seconds since this process was started or forked: its imports are in it."""
     try:
-        with open("/proc/self/stat", encoding="utf-8") as stat, open("/proc/uptime", encoding="utf-8") as uptime:
-            # Field 22 of proc(5), counted behind the name, which may hold spaces.
-            started_ticks = int(stat.read().rpartition(")")[2].split()[19])
-            return float(uptime.read().split()[0]) - started_ticks / os.sysconf("SC_CLK_TCK")
+        # Field 22 of proc(5), counted behind the name, which may hold spaces.
+        started_ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
+        up_s = float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0])
+        return up_s - started_ticks / os.sysconf("SC_CLK_TCK")
     except OSError:
         return 0.0

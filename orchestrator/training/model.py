@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import random
 import shutil
@@ -23,7 +24,6 @@ from orchestrator.errors import ModelError
 from orchestrator.training.deepspeed_config import ComputeDtype
 
 DTYPES: dict[ComputeDtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-Model = PreTrainedModel | PeftModel
 TargetModules = Literal["attention", "all-linear"] | tuple[str, ...]
 
 
@@ -36,7 +36,7 @@ def seed_everything(seed: int) -> None:
 
 def build(
     config: TrialConfig, folder: Path, dtype: ComputeDtype, device: torch.device, zero3: dict[str, Any] | None
-) -> Model:
+) -> torch.nn.Module:
     """The model as the trial trains it; `zero3` is DeepSpeed's configuration under stage 3, else None.
 
     Raises:
@@ -56,8 +56,8 @@ def build(
             # Again, since loading draws more or fewer random numbers under each ZeRO stage.
             seed_everything(config.seed)
             model = _adapted(model, config, dtype)
-    model.train()
-    return model
+    built: torch.nn.Module = model.train()
+    return built
 
 
 @contextlib.contextmanager
@@ -83,12 +83,13 @@ def _load(config: TrialConfig, folder: Path, dtype: ComputeDtype, device: torch.
     if device.type == "cuda" and config.zero_stage != 3:
         wanted["device_map"] = {"": device}
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, **wanted)
+        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **wanted)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(
             f"the model in {folder} cannot be loaded as precision {config.precision} with attention "
             f"{config.attention}: {error}"
         ) from error
+    return loaded
 
 
 def _quantization(precision: Precision, dtype: ComputeDtype) -> BitsAndBytesConfig | None:
@@ -112,7 +113,7 @@ def _adapted(model: PreTrainedModel, config: TrialConfig, dtype: ComputeDtype) -
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.rank,
-        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # declared int, used as a number
+        lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets,
         use_rslora=config.rslora,
@@ -175,7 +176,7 @@ def _attention_projections(model: torch.nn.Module, linear: list[str]) -> list[st
     if not inside:
         raise ModelError("target_modules: no attention projections were found; name the modules, or use all-linear")
     outside = {name.rpartition(".")[2] for name in set(linear) - set(inside)}
-    names = {}
+    names: dict[str, None] = {}
     for full in inside:
         parts = full.split(".")
         # GPT-2 calls a matrix of the feed-forward part c_proj as well: there it takes attn.c_proj.
@@ -183,12 +184,18 @@ def _attention_projections(model: torch.nn.Module, linear: list[str]) -> list[st
     return list(names)
 
 
+def keeps_packed_rows_apart(model: torch.nn.Module) -> bool:
+    """Whether the model takes the position ids by which transformers tells packed rows from each other."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return "position_ids" in inspect.signature(base.forward).parameters
+
+
 def trainable_parameters(model: torch.nn.Module) -> int:
     """Weights that are trained, counted whole under ZeRO-3 too."""
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
 
 
-def save(model: Model, folder: Path, writes: bool) -> None:
+def save(model: torch.nn.Module, folder: Path, writes: bool) -> None:
     """Save the adapter, or the model where all weights are trained; `folder` is replaced as a whole.
 
     Every worker must call it, since under ZeRO-3 all of them hold parts; the one with `writes` writes.
@@ -198,11 +205,10 @@ def save(model: Model, folder: Path, writes: bool) -> None:
         return
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
-    if isinstance(model, PeftModel):
-        # Looking for changed embeddings would ask the hub for the base model's configuration.
-        model.save_pretrained(str(partial), state_dict=weights, save_embedding_layers=False)
-    else:
-        model.save_pretrained(str(partial), state_dict=weights)
+    saved: Any = model
+    # Looking for changed embeddings would ask the hub for the base model's configuration.
+    more = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
+    saved.save_pretrained(str(partial), state_dict=weights, **more)
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -211,7 +217,7 @@ def save(model: Model, folder: Path, writes: bool) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _whole_weights(model: Model) -> dict[str, torch.Tensor]:
+def _whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Copies of what is trained, gathered one at a time; PEFT only warns when it is given shards."""
     weights = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

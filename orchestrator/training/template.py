@@ -12,13 +12,13 @@ import os
 # Without a GPU DeepSpeed must be told so, before it looks.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
-import deepspeed  # noqa: F401
-import deepspeed.runtime.zero.stage3  # noqa: F401
+import deepspeed
+import deepspeed.runtime.zero.stage3
 import deepspeed.runtime.zero.stage_1_and_2  # noqa: F401
 import peft  # noqa: F401
 import torch  # noqa: F401
-import transformers.integrations.bitsandbytes  # noqa: F401
-import transformers.integrations.deepspeed  # noqa: F401
+import transformers.integrations.bitsandbytes
+import transformers.integrations.deepspeed
 import transformers.models.llama.modeling_llama  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
 from collections.abc import Callable
@@ -36,7 +35,7 @@ class Run:
     task: TrialTask
     place: WorkerPlace
     device: torch.device
-    model: models.Model
+    model: torch.nn.Module
     engine: Engine
     train: trial_data.Dataset
     held_out: trial_data.Dataset
@@ -108,8 +107,10 @@ def set_up(task: TrialTask, place: WorkerPlace, ledger: Ledger) -> Run:
     with ledger.phase("model"):
         zero3 = settings if config.engine == "deepspeed" and config.zero_stage == 3 else None
         model = models.build(config, folder, dtype, ledger.device, zero3)
-        if config.packing and "position_ids" not in inspect.signature(model.get_base_model().forward).parameters:
-            raise ModelError("this model takes no position_ids, so packed rows would see each other: set packing: false")
+        if config.packing and not models.keeps_packed_rows_apart(model):
+            raise ModelError(
+                "this model takes no position_ids, so packed rows would see each other: set packing: false"
+            )
         ledger.trainable_parameters = models.trainable_parameters(model)
         engine: Engine = (
             DeepSpeedEngine(model, config, settings)
@@ -216,9 +217,7 @@ def evaluate(run: Run) -> float:
     """Mean loss over the label tokens of the evaluation data."""
     run.model.eval()
     sums = torch.zeros((), dtype=torch.float64, device=run.device)
-    batches = trial_data.evaluation_batches(
-        run.held_out, run.place.rank, run.place.world_size, run.micro_batch_size
-    )
+    batches = trial_data.evaluation_batches(run.held_out, run.place.rank, run.place.world_size, run.micro_batch_size)
     for sequences, counts in batches:
         batch = trial_data.collate(run.held_out, sequences, run.config.packing, run.pad_token)
         loss = _cross_entropy(run, batch)

@@ -11,6 +11,7 @@ from pathlib import Path
 import deepspeed.ops
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
 from orchestrator.errors import OrchestratorError, TrialDivergedError, TrialOutOfMemoryError
 from orchestrator.results.records import TrialStatus
@@ -59,9 +60,7 @@ def ended_by(error: BaseException, task: TrialTask, ledger: Ledger | None) -> Tr
         micro_batch_size = task.config.micro_batch_size
         assert micro_batch_size != "auto"
         held = devices.held_bytes(ledger.device) if ledger else 0
-        full = TrialOutOfMemoryError(
-            ledger.step if ledger else 0, held, devices.asked_bytes(error), micro_batch_size
-        )
+        full = TrialOutOfMemoryError(ledger.step if ledger else 0, held, devices.asked_bytes(error), micro_batch_size)
         return TrialEnd(TrialStatus.OUT_OF_MEMORY, str(full), progress)
     said = str(error) if isinstance(error, OrchestratorError) else f"{type(error).__name__}: {_first_line(error)}"
     where = "" if isinstance(error, OrchestratorError) else "; the whole story is in the trial's log.txt"
@@ -108,14 +107,14 @@ def _join(place: WorkerPlace, device: torch.device) -> None:
         "MASTER_ADDR": place.store_host,
         "MASTER_PORT": str(place.store_port),
     }
-    store: dist.Store = (
-        dist.HashStore()
+    store: Store = (
+        HashStore()
         if place.world_size == 1 and place.store_port == 0
-        else dist.TCPStore(place.store_host, place.store_port, is_master=False)
+        else TCPStore(place.store_host, place.store_port, is_master=False)
     )
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore(place.store_prefix, store),
+        store=PrefixStore(place.store_prefix, store),
         rank=place.rank,
         world_size=place.world_size,
         device_id=device if device.type == "cuda" else None,
