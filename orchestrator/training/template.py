@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import os
 
-# Without a GPU DeepSpeed must be told so, before it looks.
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+from orchestrator.training import device
+
+# Told, DeepSpeed does not look for itself, through CUDA.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.has_gpu() else "cpu")
 
 import deepspeed
 import deepspeed.runtime.zero.stage3
@@ -27,4 +29,4 @@ from orchestrator.training import worker_process
 with contextlib.suppress(ImportError):
     import bitsandbytes  # noqa: F401
 
-worker_process.prepare_deepspeed()
+worker_process.compile_no_ops()

@@ -86,19 +86,17 @@ def _redirect_output(log: Path) -> None:
     os.close(file)
 
 
-def prepare_deepspeed() -> None:
-    """Choose its accelerator and compile nothing: to be called before its first engine, by a template or a worker."""
-    if devices.has_gpu():
-        return
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    # On a CPU it would compile a shared-memory collective with g++ in the middle of the first trial (0.19.8,
-    # comm/torch.py, build_shm_op: 45 s); gloo does the same work. An op missing here counts as incompatible.
+def compile_no_ops() -> None:
+    """Keep DeepSpeed from compiling: to be called before its first engine, by a template or a worker."""
+    # On a CPU it would build a shared-memory collective with g++ in the middle of the first trial (0.19.8,
+    # comm/torch.py, build_shm_op: 45 s); gloo does the same work. An op missing here counts as incompatible, and
+    # the settings in deepspeed_config use none.
     deepspeed.ops.__compatible_ops__ = {}
 
 
 def _join(place: WorkerPlace, device: torch.device) -> None:
     """The process group, over the store of the sweep."""
-    prepare_deepspeed()
+    compile_no_ops()
     # DeepSpeed reads these, and without them looks for MPI.
     os.environ |= {
         "RANK": str(place.rank),
