@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, variance
 from typing import Any
 
 from orchestrator.reporting import quantities
@@ -23,6 +23,8 @@ MAX_CURVE_CHARTS = 4
 MAX_LABELS = 8
 MAX_POINTS = 200
 Curve = tuple[MetricPoint, ...]
+Losses = dict[int, dict[str, dict[int, float]]]
+"""Step → configuration → repeat → eval_loss."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +59,21 @@ def loss_curves(
     sweep: SweepResult, found: Sequence[ConfigurationSummary], curves: Mapping[str, Curve]
 ) -> tuple[Figure, ...]:
     """The evaluation's loss over the steps: a figure for every searched setting, coloured by its values."""
-    drawn = [curve for summary in found if (curve := _mean_curve(summary, curves)).points]
+    grid = _losses(sweep, curves)
+    drawn = [curve for summary in found if (curve := _mean_curve(summary, grid)).points]
     if not drawn:
         return ()
     names = [name for name in sweep.searched if len({spell_of(d.summary, name) for d in drawn}) > 1]
     return tuple(_curves_by(name, drawn) for name in names[:MAX_CURVE_CHARTS] or [""])
+
+
+def _losses(sweep: SweepResult, curves: Mapping[str, Curve]) -> Losses:
+    grid: Losses = defaultdict(lambda: defaultdict(dict))
+    for trial in sweep.trials:
+        for point in curves.get(trial.trial_id, ()):
+            if point.eval_loss is not None and math.isfinite(point.eval_loss):
+                grid[point.step][trial.configuration_id][trial.repeat] = point.eval_loss
+    return grid
 
 
 def spell_of(summary: ConfigurationSummary, name: str) -> str:
@@ -69,28 +81,35 @@ def spell_of(summary: ConfigurationSummary, name: str) -> str:
     return spell(dict(summary.settings).get(name))
 
 
-def _mean_curve(summary: ConfigurationSummary, curves: Mapping[str, Curve]) -> _Drawn:
-    by_step: dict[int, list[float]] = defaultdict(list)
-    repeats = 0
-    for trial_id in summary.trial_ids:
-        known = [p for p in curves.get(trial_id, ()) if p.eval_loss is not None and math.isfinite(p.eval_loss)]
-        repeats += bool(known)
-        for point in known:
-            by_step[point.step].append(point.eval_loss or 0.0)
+def _mean_curve(summary: ConfigurationSummary, grid: Losses) -> _Drawn:
+    own = {step: cells[summary.configuration_id] for step, cells in grid.items() if summary.configuration_id in cells}
+    repeats = len({repeat for by_repeat in own.values() for repeat in by_repeat})
     # Where some repeats ended early the mean would jump: it is drawn as far as most of them came.
-    steps = [step for step in sorted(by_step) if 2 * len(by_step[step]) > repeats]
+    steps = [step for step in sorted(own) if 2 * len(own[step]) > repeats]
     steps = steps[:: -max(1, math.ceil(len(steps) / MAX_POINTS))][::-1]
-    points = tuple((float(step), fmean(by_step[step])) for step in steps)
-    band = tuple(_band_at(step, by_step[step]) for step in steps if len(by_step[step]) > 1)
+    points = tuple((float(step), fmean(own[step].values())) for step in steps)
+    band = tuple(_band_at(step, own[step], grid[step]) for step in steps if len(own[step]) > 1)
     return _Drawn(summary, points, band, repeats)
 
 
-def _band_at(step: int, values: Sequence[float]) -> tuple[float, float, float]:
-    middle = fmean(values)
-    variance = sum((value - middle) ** 2 for value in values) / (len(values) - 1)
-    half_width = t_quantile(1, len(values) - 1) * math.sqrt(variance / len(values))
+def _band_at(
+    step: int, own: Mapping[int, float], everyone: Mapping[str, Mapping[int, float]]
+) -> tuple[float, float, float]:
+    """The mean's 95 % interval once the shift that a seed gives all configurations alike is taken out.
+
+    Curves are compared seed by seed, as everywhere in the report. Source: Cousineau 2005 with Morey's correction, 2008.
+    """
+    complete = [by_repeat for by_repeat in everyone.values() if by_repeat.keys() >= own.keys()]
+    shifts = dict.fromkeys(own, 0.0)
+    inflation = 1.0
+    if len(complete) > 1:
+        shifts = {repeat: fmean(by_repeat[repeat] for by_repeat in complete) for repeat in own}
+        inflation = len(complete) / (len(complete) - 1)
+    levelled = [value - shifts[repeat] for repeat, value in own.items()]
+    middle = fmean(own.values())
+    half_width = t_quantile(1, len(own) - 1) * math.sqrt(variance(levelled) * inflation / len(own))
     # Two repeats have intervals that would hide everything else: past the values' own range nothing is drawn.
-    reach = max(values) - min(values)
+    reach = max(own.values()) - min(own.values())
     return float(step), middle - min(half_width, reach), middle + min(half_width, reach)
 
 
@@ -109,7 +128,7 @@ def _curves_by(name: str, drawn: Sequence[_Drawn]) -> Figure:
     repeats = max(curve.repeats for curve in drawn)
     words = [f"Mean of the evaluation's loss over optimizer steps; {told}, the best one thicker."]
     if repeats > 1:
-        band = " with their 95 % interval, never wider than their spread" if has_bands else ""
+        band = " with its 95 % interval, the seeds' common shift taken out" if has_bands else ""
         words.append(f"Each line is the mean of up to {repeats} repeats{band}.")
     if len(drawn) > MAX_LINES:
         words.append(f"The best {MAX_LINES} of {len(drawn)} are in colour, {len(grey)} others in grey.")
@@ -219,7 +238,8 @@ def pareto_chart(
         Key("s0 dot", "on the Pareto front"),
         Key("rest dot", "beaten by another one"),
     )
-    return Figure(title, svg, keys if recommended else keys[1:], words)
+    drawn = {f"{dot.style} dot" for dot in dots}
+    return Figure(title, svg, tuple(key for key in keys if key.style in drawn), words)
 
 
 def effect_charts(sweep: SweepResult, effects: Sequence[Effect]) -> tuple[Figure, ...]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 560, 340
 LEFT, RIGHT, TOP, BOTTOM = 66, 14, 12, 46
-ROW_HEIGHT, BAR_HEIGHT, BAR_LEFT, BAR_VALUES = 38, 13, 8, 120
+ROW_HEIGHT, BAR_HEIGHT, BAR_LEFT, BAR_VALUES = 38, 13, 14, 116
 CHARACTER_WIDTH = 6.9
 """Of the drawings' text at most: for keeping labels apart."""
 Point = tuple[float, float]
@@ -59,7 +59,8 @@ class Axis:
     """What stands beside a scale."""
 
     label: str
-    format: Callable[[float], str] = field(default=lambda value: f"{value:.6g}")
+    format: Callable[[float], str] | None = None
+    """Of its ticks; as many decimals as their steps have where nothing is said."""
     at: tuple[float, ...] = ()
     """Where its ticks are; round numbers where nothing is said."""
 
@@ -77,6 +78,14 @@ def ticks(low: float, high: float, about: int = 5) -> tuple[float, ...]:
     return tuple(round(i * step, 12) for i in range(first, last + 1))
 
 
+def _spelled(places: Sequence[float], axis: Axis) -> list[tuple[float, str]]:
+    if axis.format:
+        return [(place, axis.format(place)) for place in places]
+    decimals = max((len(f"{place:.6g}".partition(".")[2]) for place in places), default=0)
+    is_small = any(place and abs(place) < 1e-4 for place in places)
+    return [(place, f"{place:.3g}" if is_small else f"{place:.{decimals}f}") for place in places]
+
+
 def xy_plot(title: str, summary: str, x: Axis, y: Axis, lines: Sequence[Line] = (), dots: Sequence[Dot] = ()) -> str:
     """Lines and dots over two axes; where nothing can be drawn, an empty text."""
     points = [point for line in lines for point in line.points] + [dot.at for dot in dots]
@@ -85,7 +94,9 @@ def xy_plot(title: str, summary: str, x: Axis, y: Axis, lines: Sequence[Line] = 
     heights = [point[1] for point in points]
     heights += [edge for line in lines for _, low, high in line.band for edge in (low, high)]
     heights += [dot.at[1] + side * (dot.half_height or 0) for dot in dots for side in (-1, 1)]
-    scale = _Scale(_padded([point[0] for point in points]), _padded(heights))
+    # Ticks that are named are places in a row, not figures.
+    x_range = (min(x.at) - 0.5, max(x.at) + 0.5) if x.at else _padded([point[0] for point in points])
+    scale = _Scale(x_range, _padded(heights))
     parts = [_grid(scale, x, y)]
     parts += [_band(line, scale) for line in lines if len(line.band) > 1]
     parts += [_line(line, scale) for line in lines]
@@ -103,10 +114,10 @@ def bar_plot(title: str, summary: str, bars: Sequence[Bar], axis: Axis) -> str:
     longest = max(max(bar.value, bar.mark or 0.0) for bar in bars) or 1.0
     per_unit = (WIDTH - BAR_LEFT - BAR_VALUES) / longest
     parts = []
-    for tick in ticks(0, longest, 4):
+    for tick, text in _spelled(ticks(0, longest, 4), axis):
         at = BAR_LEFT + tick * per_unit
         parts.append(f'<path class="grid" d="M{at:.1f} 0V{bottom}"/>')
-        parts.append(f'<text x="{at:.1f}" y="{bottom + 17}" text-anchor="middle">{escape(axis.format(tick))}</text>')
+        parts.append(f'<text x="{at:.1f}" y="{bottom + 17}" text-anchor="middle">{escape(text)}</text>')
     parts += [_bar(bar, ROW_HEIGHT * place, per_unit) for place, bar in enumerate(bars)]
     parts.append(f'<text class="axis" x="{BAR_LEFT}" y="{bottom + 38}">{escape(axis.label)}</text>')
     return _svg(title, summary, WIDTH, bottom + BOTTOM, parts)
@@ -160,14 +171,14 @@ def _padded(values: Sequence[float]) -> Point:
 def _grid(scale: _Scale, x: Axis, y: Axis) -> str:
     bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
     parts = []
-    for tick in y.at or ticks(*scale.y_range):
+    for tick, text in _spelled(y.at or ticks(*scale.y_range), y):
         at = scale.y(tick)
         parts.append(f'<path class="grid" d="M{LEFT} {at:.1f}H{right}"/>')
-        parts.append(f'<text x="{LEFT - 7}" y="{at + 4:.1f}" text-anchor="end">{escape(y.format(tick))}</text>')
-    for tick in x.at or ticks(*scale.x_range, 6):
+        parts.append(f'<text x="{LEFT - 7}" y="{at + 4:.1f}" text-anchor="end">{escape(text)}</text>')
+    for tick, text in _spelled(x.at or ticks(*scale.x_range, 6), x):
         at = scale.x(tick)
         parts.append(f'<path class="grid" d="M{at:.1f} {bottom}v5"/>')
-        parts.append(f'<text x="{at:.1f}" y="{bottom + 19}" text-anchor="middle">{escape(x.format(tick))}</text>')
+        parts.append(f'<text x="{at:.1f}" y="{bottom + 19}" text-anchor="middle">{escape(text)}</text>')
     middle, centre = (TOP + bottom) / 2, (LEFT + right) / 2
     parts.append(f'<path class="frame" d="M{LEFT} {bottom}H{right}"/>')
     parts.append(
@@ -214,9 +225,8 @@ def _labels(dots: Sequence[Dot], scale: _Scale) -> str:
         free = [p for p in places if dot.label and _is_free((*p, width, 14), taken)]
         if free:
             taken.append((*free[0], width, 14))
-            parts.append(
-                f'<text class="value" x="{free[0][0]:.1f}" y="{free[0][1] + 11:.1f}">{escape(dot.label)}</text>'
-            )
+            left, top = free[0]
+            parts.append(f'<text class="value" x="{left:.1f}" y="{top + 11:.1f}">{escape(dot.label)}</text>')
     return "".join(parts)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 UNKNOWN = "–"
+MINUS = "\u2212"
 
 
 def memory(size_bytes: float | None) -> str:
@@ -43,8 +44,10 @@ def rate(tokens_per_s: float | None) -> str:
 
 
 def number(value: float | None) -> str:
-    """Four significant digits."""
-    return UNKNOWN if value is None else f"{value:.4g}"
+    """Four significant digits, whole above 10,000."""
+    if value is None:
+        return UNKNOWN
+    return (f"{value:.0f}" if abs(value) >= 10_000 else f"{value:#.4g}").replace("-", MINUS)
 
 
 def plus_minus(mean: float, half_width: float | None) -> str:
@@ -52,7 +55,7 @@ def plus_minus(mean: float, half_width: float | None) -> str:
     if half_width is None or not math.isfinite(half_width):
         return number(mean)
     decimals = decimals_for(half_width)
-    return f"{mean:.{decimals}f} ± {half_width:.{decimals}f}"
+    return f"{mean:.{decimals}f} ± {half_width:.{decimals}f}".replace("-", MINUS)
 
 
 def decimals_for(half_width: float) -> int:

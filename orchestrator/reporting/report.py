@@ -32,6 +32,7 @@ from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 from orchestrator.results.storage import DamagedRecord, SweepFolder, read_sweep
 
 TEXT_ROWS = 40
+PAGE_ROWS = 60
 QUANTISED_MODEL = "builtin:smollm2-135m"
 _CREDENTIALS = re.compile(r"(?<=//)[^/@\s]+@")
 """A report is shared: `https://user:password@host` in a sweep file must not be."""
@@ -310,6 +311,7 @@ def _page(report: Report) -> dict[str, Any]:
         "costs": [figure for figure in cost if figure],
         "effect_figures": charts.effect_charts(sweep, report.effects),
         "configurations": [(s, objective_text(s), behind_text(report, s)) for s in report.summaries],
+        "most": PAGE_ROWS,
         "plus_minus": lambda e: quantities.plus_minus(e.mean, e.half_width) if e else quantities.UNKNOWN,
         "trials": sorted(sweep.trials, key=lambda t: _place(values[t.trial_id], sign)),
         "objective": values,

@@ -1,0 +1,309 @@
+"""The report: what it says, that it is one harmless file, and that it can be made of any folder at any time."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from orchestrator.errors import FolderError
+from orchestrator.reporting import charts, quantities, report
+from orchestrator.reporting.plot import Axis, Dot, Line, ticks, xy_plot
+from orchestrator.results.records import SweepResult, Timing, TrialStatus
+from orchestrator.results.storage import SweepFolder, write_atomically
+from tests.made_up_sweep import START_MS, made_up_sweep, made_up_trial, simulated, write_made_up
+
+pytest.importorskip("jinja2")
+pytest.importorskip("scipy")
+
+VOID = {"meta", "link", "input", "br"}
+HOSTILE = "<script>alert(1)</script>\"'&"
+
+
+class Page(HTMLParser):
+    """Reads a page, and fails on tags that do not close in order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(html)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> at {self.getpos()}"
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.tags)
+
+
+def of_every_status() -> SweepResult:
+    statuses = list(TrialStatus)
+    settings = [{"rank": 2 ** (i + 1), "precision": p} for i in range(len(statuses)) for p in ("bf16", "nf4")]
+    return simulated(
+        [2.0 + i / 50 for i in range(len(settings))],
+        2,
+        0,
+        configurations=settings,
+        status_of=lambda place, repeat: statuses[place // 2] if place < 18 else TrialStatus.COMPLETED,
+    )
+
+
+def built(tmp_path: Path, sweep: SweepResult) -> report.Report:
+    return report.build(write_made_up(tmp_path / "sweep", sweep), now_s=START_MS / 1000 + 60)
+
+
+def test_the_text_has_the_answer_the_table_the_reasons_and_what_to_take(tmp_path: Path) -> None:
+    text = report.render_text(built(tmp_path, simulated([2.1, 2.0, 1.998], 3, 2, noise_sd=0.003)))
+    lines = text.splitlines()
+    assert lines[0] == "How high a LoRA rank pays for itself?"
+    assert lines[2].startswith("Take rank=8: it is within ")
+    assert [line.split()[0] for line in lines if re.match(r"^[* ]  rank=", line)].count("*") == 1
+    assert "    rank: 8" in lines
+    assert "seed" not in text
+    assert "sweep/trials/" in text
+    assert text.endswith("of the trials' time was training")
+
+
+def test_every_end_is_told_with_its_reason(tmp_path: Path) -> None:
+    text = report.render_text(built(tmp_path, of_every_status()))
+    for words in ("refused: rank=", "out of memory: rank=", "diverged: rank=", "failed: rank=", "stopped: rank="):
+        assert words in text
+    assert "have not ended yet" in text
+
+
+def test_the_page_is_well_formed_and_asks_for_nothing(tmp_path: Path) -> None:
+    html = report.render_html(built(tmp_path, of_every_status()))
+    page = Page(html)
+    assert page.count("svg") > 4
+    asked = [attrs.get(name) for _, attrs in page.tags for name in ("src", "href", "action", "data", "srcset")]
+    assert all(address.startswith(("#", "data:")) for address in asked if address)
+    assert "url(" not in html
+    assert "@import" not in html
+    assert set(re.findall(r"https?://[^\"' <]+", html)) <= {"http://www.w3.org/2000/svg"}
+    assert "default-src 'none'" in html
+    anchors = {attrs["href"] for tag, attrs in page.tags if tag == "a"}
+    assert anchors <= {f"#{attrs.get('id')}" for _, attrs in page.tags}
+
+
+def test_every_drawing_is_xml_with_a_title_and_a_description(tmp_path: Path) -> None:
+    html = report.render_html(built(tmp_path, of_every_status()))
+    drawings = re.findall(r"<svg xmlns.*?</svg>", html, flags=re.DOTALL)
+    assert drawings
+    for drawing in drawings:
+        tree = ElementTree.fromstring(drawing)
+        assert [child.tag.rpartition("}")[2] for child in tree][:2] == ["title", "desc"]
+        assert "nan" not in drawing
+
+
+def test_every_trial_is_in_the_page_without_a_script(tmp_path: Path) -> None:
+    sweep = of_every_status()
+    text = Page(report.render_html(built(tmp_path, sweep)).split("<script>")[0] + "</body></html>").text
+    assert all(trial.trial_id in text for trial in sweep.trials)
+    assert "needs 27.1 GiB of 24.0 GiB" in text
+
+
+def test_hostile_names_are_harmless(tmp_path: Path) -> None:
+    trial = made_up_trial({"target_modules": (HOSTILE,)}, status=TrialStatus.FAILED, reason=HOSTILE)
+    fine = made_up_trial({"target_modules": (HOSTILE, "q")})
+    sweep = made_up_sweep(
+        [trial.model_copy(update={"hosts": (HOSTILE,), "devices": (HOSTILE,), "notes": (HOSTILE,)}), fine],
+        searched=("target_modules",),
+        name=HOSTILE,
+        question=HOSTILE,
+        model=HOSTILE,
+    )
+    folder = write_made_up(tmp_path / "sweep", sweep)
+    write_atomically(folder.sweep_file, f"name: {HOSTILE}\n")
+    html = report.render_html(report.build(folder))
+    page = Page(html)
+    assert page.count("script") == 1
+    assert "<script>alert" not in html
+    assert HOSTILE in page.text
+
+
+def test_credentials_in_addresses_are_not_shared(tmp_path: Path) -> None:
+    failed = made_up_trial({"rank": 8}, status=TrialStatus.FAILED, reason="no answer from https://me:hunter2@host/x")
+    folder = write_made_up(tmp_path / "sweep", made_up_sweep([failed]))
+    write_atomically(folder.sweep_file, "tracking: {uri: 'https://me:hunter2@mlflow.example'}\n")
+    made = report.build(folder)
+    html = report.render_html(made)
+    assert "hunter2" not in html + report.render_text(made)
+    assert "https://…@mlflow.example" in html
+
+
+@pytest.mark.timeout(30)
+def test_a_thousand_trials_are_reported_in_seconds(tmp_path: Path) -> None:
+    settings = [{"rank": 1 + i % 250, "weight_decay": i // 250 / 10} for i in range(1000)]
+    folder = write_made_up(
+        tmp_path / "sweep",
+        simulated([2 + i % 97 / 97 for i in range(1000)], 1, 0, configurations=settings),
+        evaluations=5,
+    )
+    started = time.process_time()
+    html = report.render_html(report.build(folder))
+    assert time.process_time() - started < 5
+    assert len(html) < 2_000_000
+    assert html.count('class="line') < 400
+
+
+def test_the_json_has_every_figure_and_is_strict(tmp_path: Path) -> None:
+    sweep = of_every_status()
+
+    def refuse(constant: str) -> Any:
+        raise AssertionError(constant)
+
+    raw = json.loads(report.render_json(built(tmp_path, sweep)), parse_constant=refuse)
+    assert len(raw["trials"]) == len(sweep.trials)
+    assert raw["recommendation"]["label"]
+    assert raw["recommendation"]["adapter"].endswith("/adapter")
+    assert sum(raw["counts"].values()) == len(sweep.trials)
+    assert {effect["setting"] for effect in raw["effects"]} == {"rank", "precision"}
+    assert raw["times"]["wall_s"] == 3600
+
+
+def test_losses_that_are_no_numbers_break_nothing(tmp_path: Path) -> None:
+    sweep = made_up_sweep([made_up_trial({"rank": 8}, objective=float("nan")), made_up_trial({"rank": 16})])
+    made = built(tmp_path, sweep)
+    assert made.recommendation.label == "rank=16"
+    json.loads(report.render_json(made))
+    Page(report.render_html(made))
+    report.render_text(made)
+
+
+@pytest.mark.parametrize(
+    "sweep",
+    [
+        made_up_sweep([]),
+        made_up_sweep([made_up_trial({"rank": 8})], searched=(), question=None),
+        made_up_sweep([made_up_trial({"rank": 8}, status=TrialStatus.PENDING)], started_ms=None, ended_ms=None),
+        made_up_sweep([made_up_trial({"rank": 8}, memory_bytes=None, step_time_s=None)]),
+        made_up_sweep([made_up_trial({"rank": r}, status=TrialStatus.INFEASIBLE) for r in (8, 16)]),
+    ],
+    ids=["no trial", "no space", "nothing started", "nothing measured", "all refused"],
+)
+def test_a_sweep_with_little_in_it_can_be_reported(tmp_path: Path, sweep: SweepResult) -> None:
+    made = built(tmp_path, sweep)
+    Page(report.render_html(made))
+    assert report.render_text(made)
+    json.loads(report.render_json(made))
+
+
+def test_a_running_sweep_says_so_and_counts_to_now(tmp_path: Path) -> None:
+    sweep = simulated([2.0, 2.1], 2, 0, status_of=lambda place, repeat: list(TrialStatus)[1 + (repeat == 0)])
+    made = built(tmp_path, sweep.model_copy(update={"ended_ms": None}))
+    assert (made.state, made.times.wall_s) == ("not ended", 60)
+    assert "2 of 4 trials have not ended yet" in report.render_html(made)
+
+
+def test_damaged_records_are_named_and_taken_from_the_summary(tmp_path: Path) -> None:
+    sweep = simulated([2.0, 2.1], 1, 0)
+    folder = write_made_up(tmp_path / "sweep", sweep)
+    broken = folder.trial(sweep.trials[0].trial_id).result
+    broken.write_text("{", encoding="utf-8")
+    made = report.build(folder)
+    assert str(broken) in report.render_text(made)
+    assert str(broken) in report.render_html(made)
+    assert json.loads(report.render_json(made))["damaged"][0]["file"] == str(broken)
+    assert len(made.summaries) == 2
+
+
+def test_a_folder_without_a_sweep_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FolderError, match="holds no sweep"):
+        report.build(SweepFolder(tmp_path))
+
+
+def test_the_same_folder_gives_the_same_page(tmp_path: Path) -> None:
+    folder = write_made_up(tmp_path / "sweep", of_every_status())
+    assert report.render_html(report.build(folder)) == report.render_html(report.build(folder))
+
+
+def test_the_small_builtin_model_is_said_to_be_dequantised(tmp_path: Path) -> None:
+    sweep = made_up_sweep([made_up_trial({"rank": 8})], model="builtin:smollm2-135m")
+    assert "dequantised from 4 bits" in report.render_html(built(tmp_path, sweep))
+
+
+def test_the_snippet_is_a_trial_that_a_sweep_file_takes(tmp_path: Path) -> None:
+    import yaml
+
+    from orchestrator.config.trial_config import TrialConfig
+
+    settings = {"rank": 8, "target_modules": ("q_proj",), "learning_rate": 3e-5, "zero_stage": 1}
+    made = built(tmp_path, made_up_sweep([made_up_trial(settings)]))
+    snippet = report.trial_snippet(made)
+    assert snippet is not None
+    assert TrialConfig(**yaml.safe_load(snippet)["trial"]) == TrialConfig(**settings)
+
+
+def test_the_parts_of_the_time_add_up(tmp_path: Path) -> None:
+    timing = Timing(startup_s=5, model_s=5, training_s=20, evaluation_s=5, total_s=40)
+    trial = made_up_trial({"rank": 8}).model_copy(update={"timing": timing})
+    times = built(tmp_path, made_up_sweep([trial])).times
+    assert times.worker_s == sum(times.parts_s.values()) == 40
+    assert times.parts_s["other"] == 5
+    assert times.training_share == 0.5
+
+
+def test_bands_leave_out_what_a_seed_does_to_all_configurations_alike(tmp_path: Path) -> None:
+    made = built(tmp_path, simulated([2.0, 2.1, 2.2], 4, 0, noise_sd=1e-6, seed_sd=0.5))
+    (figure,) = charts.loss_curves(made.sweep, made.summaries, made.curves)
+    assert figure.svg.count('class="band') == 3
+    band = re.search(r'class="band s0[^"]*" d="M([^"]+)Z"', figure.svg)
+    assert band
+    heights = [float(point.split()[1]) for point in band[1].split("L")]
+    half = len(heights) // 2
+    assert heights[:half] == pytest.approx(heights[half:][::-1], abs=0.2)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0, 10, (0, 2, 4, 6, 8, 10)), (2.03, 2.11, (2.04, 2.06, 2.08, 2.1)), (5, 5, (5,)), (-1, 1, (-1, -0.5, 0, 0.5, 1))],
+)
+def test_ticks_are_round_numbers(low: float, high: float, expected: tuple[float, ...]) -> None:
+    assert ticks(low, high) == pytest.approx(expected)
+
+
+def test_labels_do_not_lie_on_each_other() -> None:
+    dots = [Dot((1 + i / 1000, 2.0), f"dot {i}", "s0", "a label of some length") for i in range(5)]
+    svg = xy_plot("t", "s", Axis("x"), Axis("y"), [Line(((1.0, 1.0), (3.0, 3.0)), "l")], dots)
+    assert 1 <= svg.count("a label of some length") < 5
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.84, "0.84 s"), (42, "42 s"), (200, "3 min 20 s"), (3840, "1 h 04 min"), (59.7, "1 min 00 s"), (None, "–")],
+)
+def test_durations_read_as_people_say_them(seconds: float | None, words: str) -> None:
+    assert quantities.duration(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("mean", "half_width", "words"),
+    [
+        (2.41312, 0.0123, "2.413 ± 0.012"),
+        (0.004, 0.006, "0.0040 ± 0.0060"),
+        (-0.1, None, "−0.1000"),
+        (1234.5, 20, "1234 ± 20"),
+    ],
+)
+def test_the_half_width_decides_how_many_digits_a_mean_has(mean: float, half_width: float | None, words: str) -> None:
+    assert quantities.plus_minus(mean, half_width) == words

@@ -1,0 +1,81 @@
+"""The few lines about a sweep's state."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import FolderError
+from orchestrator.reporting.status import render_status
+from orchestrator.results.records import TrialStatus
+from orchestrator.results.storage import SweepFolder, read_sweep, write_atomically
+from tests.made_up_sweep import START_MS, made_up_sweep, made_up_trial, simulated, write_made_up
+
+NOW_S = START_MS / 1000 + 300
+
+
+def running(tmp_path: Path) -> SweepFolder:
+    statuses = [TrialStatus.COMPLETED, TrialStatus.FAILED, TrialStatus.RUNNING, TrialStatus.PENDING]
+    sweep = simulated([2.0, 2.1, 1.0, 2.2], 1, 0, noise_sd=0, seed_sd=0, status_of=lambda place, _: statuses[place])
+    return write_made_up(tmp_path / "sweep", sweep.model_copy(update={"ended_ms": None}))
+
+
+def test_a_running_sweep_tells_counts_best_time_and_trouble(tmp_path: Path) -> None:
+    folder = running(tmp_path)
+    lines = render_status(folder, NOW_S).splitlines()
+    assert lines[0] == "made-up: 4 trials: 1 pending, 1 running, 1 completed, 1 failed"
+    assert lines[1].startswith("best so far: eval_loss 2.000, ")
+    assert lines[1].endswith("(rank=4), completed")
+    assert lines[2] == "time: 5 min 00 s gone, about 5 min 00 s left"
+    assert any(line.startswith("running: ") and "(rank=16), step 100" in line for line in lines)
+    assert any(line.startswith("failed: ") and "boom" in line for line in lines)
+
+
+def test_the_plan_says_how_long_what_is_left_takes(tmp_path: Path) -> None:
+    folder = running(tmp_path)
+    open_ = (TrialStatus.RUNNING, TrialStatus.PENDING)
+    seconds = {t.trial_id: 40.0 if t.status in open_ else 10.0 for t in read_sweep(folder)[0].trials}
+    trials = [{"trial_id": identity, "seconds": planned} for identity, planned in seconds.items()]
+    write_atomically(folder.plan, json.dumps({"trials": trials}))
+    # Two that took 10 s by the plan took 300 s: two of 40 s take four times as long.
+    assert "about 20 min 00 s left" in render_status(folder, NOW_S)
+
+
+@pytest.mark.parametrize(
+    "plan", ["{", "[]", "{}", '{"trials": 3}', '{"trials": [3]}', '{"trials": [{"trial_id": "x"}]}']
+)
+def test_a_plan_that_cannot_be_read_is_done_without(tmp_path: Path, plan: str) -> None:
+    folder = running(tmp_path)
+    write_atomically(folder.plan, plan)
+    assert "about 5 min 00 s left" in render_status(folder, NOW_S)
+
+
+def test_an_ended_sweep_says_how_long_it_took(tmp_path: Path) -> None:
+    folder = write_made_up(tmp_path / "sweep", simulated([2.0], 1, 0))
+    assert "time: ended after 1 h 00 min" in render_status(folder, NOW_S)
+    interrupted = simulated([2.0], 1, 0).model_copy(update={"interrupted": True})
+    assert "run the same command again" in render_status(write_made_up(tmp_path / "other", interrupted), NOW_S)
+
+
+def test_only_the_last_troubles_are_told(tmp_path: Path) -> None:
+    sweep = made_up_sweep([made_up_trial({"rank": 1 + i}, status=TrialStatus.FAILED) for i in range(20)])
+    text = render_status(write_made_up(tmp_path / "sweep", sweep), NOW_S)
+    assert text.count("boom") == 5
+    assert "15 more went wrong" in text
+    assert "no trial has been evaluated" in text
+
+
+def test_a_sweep_that_has_not_started_and_a_damaged_record(tmp_path: Path) -> None:
+    sweep = made_up_sweep([made_up_trial({"rank": 8}, status=TrialStatus.PENDING)], started_ms=None, ended_ms=None)
+    folder = write_made_up(tmp_path / "sweep", sweep)
+    folder.trial(sweep.trials[0].trial_id).result.write_text("{", encoding="utf-8")
+    text = render_status(folder, NOW_S)
+    assert "time: not started" in text
+    assert "damaged: " in text
+
+
+def test_a_folder_without_a_sweep_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FolderError):
+        render_status(SweepFolder(tmp_path))
