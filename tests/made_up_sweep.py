@@ -166,7 +166,7 @@ def write_made_up(root: Path, sweep: SweepResult, evaluations: int = 10) -> Swee
     folder = SweepFolder(root)
     for trial in sweep.trials:
         where = folder.trial(trial.trial_id)
-        where.root.mkdir(parents=True)
+        where.root.mkdir(parents=True, exist_ok=True)
         # Plainly: a thousand waits for the disk would take longer than the tests.
         where.result.write_text(trial.model_dump_json(indent=1), encoding="utf-8")
         if trial.steps and trial.best:

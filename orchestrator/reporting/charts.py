@@ -12,7 +12,7 @@ from typing import Any
 from orchestrator.reporting import quantities
 from orchestrator.reporting.effects import Effect, grouping, sort_key
 from orchestrator.reporting.plot import Axis, Bar, Dot, Line, bar_plot, xy_plot
-from orchestrator.reporting.statistics import ConfigurationSummary, spell, t_quantile
+from orchestrator.reporting.statistics import ConfigurationSummary, Estimate, spell, t_quantile
 from orchestrator.results.records import MetricPoint, SweepResult
 
 MAX_COLOURS = 8
@@ -243,20 +243,32 @@ def pareto_chart(
 
 
 def effect_charts(sweep: SweepResult, effects: Sequence[Effect]) -> tuple[Figure, ...]:
-    """The mean objective by each value of each searched setting, with its 95 % interval."""
+    """What each value of each searched setting does to the objective, with its 95 % interval."""
     return tuple(_effect_chart(sweep, effect) for effect in effects)
 
 
 def _effect_chart(sweep: SweepResult, effect: Effect) -> Figure:
-    dots = []
-    for place, value in enumerate(effect.values):
-        text = quantities.plus_minus(value.objective.mean, value.objective.half_width)
-        title = f"{effect.setting}={value.value}: {text} over {value.objective.count} trials"
-        dots.append(Dot((place, value.objective.mean), title, "s0", half_height=value.objective.half_width))
-    words = f"Mean {sweep.objective_metric} of the completed trials with each value, with its 95 % interval."
+    metric, first = sweep.objective_metric, effect.values[0]
+    matched = [value.difference for value in effect.values[1:]]
+    if all(difference and difference.half_width is not None for difference in matched):
+        estimates = [Estimate(0.0, None, first.objective.count), *(difference for difference in matched if difference)]
+        label = f"change of {metric}"
+        words = f"Change of {metric} from {effect.setting}={first.value}, all else alike, seed by seed; 95 % intervals."
+    else:
+        estimates, label = [value.objective for value in effect.values], metric
+        words = f"Mean {metric} of the completed trials with each value, with its 95 % interval where it has one."
     if effect.explained is not None:
         words += f" {effect.setting} alone accounts for {quantities.share(effect.explained)} of the variance."
-    places = tuple(float(place) for place in range(len(effect.values)))
+    dots = [
+        Dot(
+            (place, known.mean),
+            f"{effect.setting}={value.value}: {quantities.plus_minus(known.mean, known.half_width)}",
+            "s0",
+            half_height=known.half_width,
+        )
+        for place, (value, known) in enumerate(zip(effect.values, estimates, strict=True))
+    ]
+    places = tuple(float(place) for place in range(len(dots)))
     axis = Axis(effect.setting, lambda place: effect.values[int(place)].value, places)
     title = f"Effect of {effect.setting}"
-    return Figure(title, xy_plot(title, words, axis, Axis(sweep.objective_metric), dots=dots), (), words)
+    return Figure(title, xy_plot(title, words, axis, Axis(label), dots=dots), (), words)

@@ -251,8 +251,7 @@ def _by_single_runs(
         cheaper = _cheapest([best, other]) is other
         if difference and cheaper and best.objective and difference.mean <= CLOSE * abs(best.objective.mean):
             words = " and ".join(_cost_words(comparison)) or "costs the same"
-            apart = quantities.number(difference.mean)
-            close.append(f"{other.label} is within {apart} of it, less than 1 %, and {words}.")
+            close.append(f"{other.label} is within {difference.mean:.2g} of it, less than 1 %, and {words}.")
     return _make("single_runs", best, answer, [*close[:5], *caveats], comparisons, None, FIRST_REPEATS)
 
 
