@@ -23,6 +23,8 @@ class SettingValue:
     objective: Estimate
     difference: Estimate | None
     """To the setting's first value, over pairs of trials that differ in nothing else, seed included."""
+    gain: Estimate | None
+    """The same, to the value before: what one step more still brings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +54,16 @@ def _effect(name: str, searched: Sequence[str], completed: Sequence[tuple[TrialR
     for trial, value in completed:
         groups[group_of(getattr(trial.config, name))].append(value)
     order = sorted(groups, key=lambda group: _first(group, group_of, name, completed))
-    matched = _matched_differences(name, searched, completed, group_of, order[0]) if order else {}
-    values = tuple(SettingValue(group, estimate(groups[group]), matched.get(group)) for group in order)
+    cells = _cells(name, searched, completed, group_of)
+    values = tuple(
+        SettingValue(
+            value=group,
+            objective=estimate(groups[group]),
+            difference=_difference(cells, group, order[0]) if place else None,
+            gain=_difference(cells, group, order[place - 1]) if place else None,
+        )
+        for place, group in enumerate(order)
+    )
     return Effect(name, values, _explained(list(groups.values())))
 
 
@@ -86,25 +96,24 @@ def grouping(values: Sequence[Any]) -> Callable[[Any], str]:
     return quarter
 
 
-def _matched_differences(
+def _cells(
     name: str,
     searched: Sequence[str],
     completed: Sequence[tuple[TrialResult, float]],
     group_of: Callable[[Any], str],
-    reference: str,
-) -> Mapping[str, Estimate]:
-    """Differences to the reference value between trials that are alike in every other searched setting and the seed."""
+) -> Sequence[Mapping[str, float]]:
+    """Trials that are alike in every other searched setting and the seed: the setting's value → objective."""
     others = [other for other in searched if other != name]
     cells: dict[tuple[Any, ...], dict[str, float]] = defaultdict(dict)
     for trial, value in completed:
         cell = (trial.repeat, *(spell(getattr(trial.config, other)) for other in others))
         cells[cell][group_of(getattr(trial.config, name))] = value
-    differences: dict[str, list[float]] = defaultdict(list)
-    for by_value in cells.values():
-        if reference in by_value:
-            for group in by_value.keys() - {reference}:
-                differences[group].append(by_value[group] - by_value[reference])
-    return {group: estimate(values) for group, values in differences.items()}
+    return list(cells.values())
+
+
+def _difference(cells: Sequence[Mapping[str, float]], group: str, reference: str) -> Estimate | None:
+    pairs = [cell[group] - cell[reference] for cell in cells if group in cell and reference in cell]
+    return estimate(pairs) if pairs else None
 
 
 def _explained(groups: Sequence[Sequence[float]]) -> float | None:

@@ -165,7 +165,7 @@ def _padded(values: Sequence[float]) -> Point:
     low, high = min(values), max(values)
     margin = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
     # What cannot be negative does not begin below zero.
-    return (max(0.0, low - margin) if low >= 0 else low - margin), high + margin
+    return (max(0.0, low - margin) if low > 0 else low - margin), high + margin
 
 
 def _grid(scale: _Scale, x: Axis, y: Axis) -> str:

@@ -15,6 +15,7 @@ from orchestrator.reporting.statistics import (
     noise_of,
     paired_difference,
     repeats_to_tell,
+    scattered,
     sign_of,
     spell,
     summaries,
@@ -71,13 +72,17 @@ def recommend(sweep: SweepResult) -> Recommendation:
     """Apply RULE; where it cannot be applied, say why and take the best that there is."""
     found = summaries(sweep)
     completed = [summary for summary in found if summary.objective]
-    contenders = [summary for summary in completed if not summary.is_broken] or completed
+    whole = [summary for summary in completed if not summary.is_broken] or completed
+    wild = scattered({summary.configuration_id: summary.objective_by_repeat for summary in whole})
+    contenders = [summary for summary in whole if summary.configuration_id not in wild]
     caveats = _caveats(sweep, found, completed, contenders)
     if not contenders:
         return _without_completed(sweep, found, caveats)
     best = contenders[0]
     if len(contenders) == 1:
-        answer = f"Take {best.label}: no other configuration has completed, so there is nothing to compare it with."
+        answer = (
+            f"Take {best.label}: no other configuration has completed soundly, so there is nothing to compare it with."
+        )
         return _make("only_one", best, answer, caveats)
     noise = noise_of({summary.configuration_id: summary.objective_by_repeat for summary in contenders})
     if noise is None:
@@ -281,8 +286,12 @@ def _caveats(
     open_ = sum(trial.status in (TrialStatus.PENDING, TrialStatus.RUNNING) for trial in sweep.trials)
     if open_:
         told.append(f"{open_} of {len(sweep.trials)} trials have not ended yet: the answer may change.")
+    competing = {summary.configuration_id for summary in contenders}
+    wild = [s.label for s in completed if s.configuration_id not in competing and not s.is_broken]
+    if wild:
+        told.append(f"Left out, since their repeats scatter ten times as far as the others': {_some(wild)}.")
     broken = [summary.label for summary in completed if summary.is_broken]
-    if broken and len(contenders) < len(completed):
+    if broken and not any(summary.is_broken for summary in contenders):
         told.append(f"Left out, since a repeat of theirs diverged or ran out of memory: {_some(broken)}.")
     elif broken:
         told.append(f"Every completed configuration also diverged or ran out of memory in a repeat: {_some(broken)}.")

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import Any
 
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
@@ -19,6 +19,7 @@ from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 CONFIDENCE = 0.95
 POWER = 0.8
 MAX_REPEATS = 1000
+SCATTER = 10.0
 # Without a completed trial these may be looked at; the other ends say that their configuration does not work.
 PROVISIONAL = frozenset({TrialStatus.RUNNING, TrialStatus.STOPPED, TrialStatus.PREEMPTED, TrialStatus.CANCELLED})
 BROKEN = frozenset({TrialStatus.DIVERGED, TrialStatus.OUT_OF_MEMORY})
@@ -133,17 +134,18 @@ def _best(sweep: SweepResult, trials: Iterable[TrialResult]) -> TrialResult | No
 
 
 def summaries(sweep: SweepResult) -> tuple[ConfigurationSummary, ...]:
-    """Every configuration, the best objective first, those without one last."""
+    """Every configuration, the best objective first (by its levelled mean), those without one last."""
     groups: dict[str, list[TrialResult]] = defaultdict(list)
     for trial in sweep.trials:
         groups[trial.configuration_id].append(trial)
     found = [_summary(sweep, trials) for trials in groups.values()]
-    return tuple(sorted(found, key=lambda summary: _place(summary, sign_of(sweep))))
+    levelled = levelled_means({s.configuration_id: s.objective_by_repeat for s in found if s.objective})
+    return tuple(sorted(found, key=lambda summary: _place(summary, levelled, sign_of(sweep))))
 
 
-def _place(summary: ConfigurationSummary, sign: int) -> tuple[int, float]:
-    if summary.objective:
-        return 0, sign * summary.objective.mean
+def _place(summary: ConfigurationSummary, levelled: Mapping[str, float], sign: int) -> tuple[int, float]:
+    if summary.configuration_id in levelled:
+        return 0, sign * levelled[summary.configuration_id]
     return (1, sign * summary.provisional_objective) if summary.provisional_objective is not None else (2, 0.0)
 
 
@@ -201,25 +203,67 @@ def noise_of(values: Mapping[str, Mapping[int, float]]) -> Noise | None:
     configurations it is the paired t-test. Source: randomised complete blocks, Montgomery, Design and Analysis of
     Experiments, section 4.1; least squares where blocks are incomplete. None without a repeat to learn it from.
     """
+    # A configuration with a single run is fitted exactly and would say nothing.
+    repeated = {identity: by_repeat for identity, by_repeat in values.items() if len(by_repeat) > 1}
+    if not repeated:
+        return None
+    _, squares, degrees_of_freedom = _fit(repeated)
+    return Noise(math.sqrt(squares / degrees_of_freedom), degrees_of_freedom) if degrees_of_freedom > 0 else None
+
+
+def levelled_means(values: Mapping[str, Mapping[int, float]]) -> dict[str, float]:
+    """Each configuration's mean as if it had run every seed: one that only ran a lucky seed has no advantage."""
+    if len({frozenset(by_repeat) for by_repeat in values.values()}) < 2:
+        return {identity: fmean(by_repeat.values()) for identity, by_repeat in values.items()}
+    return _fit(values)[0]
+
+
+def _fit(values: Mapping[str, Mapping[int, float]]) -> tuple[dict[str, float], float, int]:
+    """Least squares of configuration + seed: levelled means, sum of squared residuals, degrees of freedom."""
     import numpy as np
 
-    # A configuration with a single run is fitted exactly and would say nothing.
-    repeated = [by_repeat for by_repeat in values.values() if len(by_repeat) > 1]
-    repeats = sorted({repeat for by_repeat in repeated for repeat in by_repeat})
-    cells = [(i, repeats.index(r), value) for i, by_repeat in enumerate(repeated) for r, value in by_repeat.items()]
-    if not cells:
-        return None
-    design = np.zeros((len(cells), len(repeated) + len(repeats)))
+    repeats = sorted({repeat for by_repeat in values.values() for repeat in by_repeat})
+    cells = [(i, repeats.index(r), v) for i, by_repeat in enumerate(values.values()) for r, v in by_repeat.items()]
+    design = np.zeros((len(cells), len(values) + len(repeats)))
     rows = np.arange(len(cells))
     design[rows, [i for i, _, _ in cells]] = 1
-    design[rows, [len(repeated) + j for _, j, _ in cells]] = 1
+    design[rows, [len(values) + j for _, j, _ in cells]] = 1
     observed = np.array([value for _, _, value in cells])
-    observed -= observed.mean()
-    fitted, _, rank, _ = np.linalg.lstsq(design, observed, rcond=None)
-    degrees_of_freedom = len(cells) - int(rank)
-    if degrees_of_freedom < 1:
-        return None
-    return Noise(float(np.sqrt(((observed - design @ fitted) ** 2).sum() / degrees_of_freedom)), degrees_of_freedom)
+    middle = observed.mean()
+    fitted, _, rank, _ = np.linalg.lstsq(design, observed - middle, rcond=None)
+    squares = float(((observed - middle - design @ fitted) ** 2).sum())
+    means = middle + fitted[: len(values)] + fitted[len(values) :].mean()
+    return dict(zip(values, means.tolist(), strict=True)), squares, len(cells) - int(rank)
+
+
+def scattered(values: Mapping[str, Mapping[int, float]]) -> frozenset[str]:
+    """Configurations whose repeats scatter ten times as far as is usual in the sweep, or further.
+
+    One that is about to diverge would otherwise blow up the pooled noise, and everything would be within it. The limit
+    is also past the F-test's at 1 in 1,000, so that chance alone leaves no configuration out.
+    """
+    repeated = {identity: by_repeat for identity, by_repeat in values.items() if len(by_repeat) > 1}
+    if len(repeated) < 3:
+        return frozenset()
+    centred = {i: {r: v - fmean(by.values()) for r, v in by.items()} for i, by in repeated.items()}
+    # The median over configurations, so that one of them cannot pass its own noise on as the seed's shift.
+    repeats = {repeat for by_repeat in centred.values() for repeat in by_repeat}
+    shifts = {r: median(by_repeat[r] for by_repeat in centred.values() if r in by_repeat) for r in repeats}
+    degrees = {identity: len(by_repeat) - 1 for identity, by_repeat in centred.items()}
+    spreads = {
+        identity: sum((value - shifts[repeat]) ** 2 for repeat, value in by_repeat.items()) / degrees[identity]
+        for identity, by_repeat in centred.items()
+    }
+    usual, all_degrees = median(spreads.values()), sum(degrees.values())
+    limits = {i: max(SCATTER**2, _f_quantile(own, all_degrees - own)) for i, own in degrees.items()}
+    return frozenset(identity for identity, spread in spreads.items() if spread > limits[identity] * usual > 0)
+
+
+@lru_cache(maxsize=4096)
+def _f_quantile(numerator: int, denominator: int) -> float:
+    from scipy import stats
+
+    return float(stats.f.ppf(0.999, numerator, denominator))
 
 
 def paired_difference(

@@ -61,6 +61,22 @@ def test_the_seeds_own_shift_takes_no_part_in_the_comparison() -> None:
     assert answer.is_decided
 
 
+def test_a_configuration_that_only_ran_a_lucky_seed_has_no_advantage() -> None:
+    stopped = {(1, 1): TrialStatus.STOPPED, (1, 2): TrialStatus.STOPPED}
+    lucky = 0
+    for seed in range(100):
+        sweep = simulated(
+            [2.0, 2.1, 2.0],
+            3,
+            seed,
+            noise_sd=0.01,
+            seed_sd=0.5,
+            status_of=lambda place, repeat: stopped.get((place, repeat), TrialStatus.COMPLETED),
+        )
+        lucky += statistics.summaries(sweep)[0].label == "rank=8"
+    assert lucky == 0
+
+
 def test_the_words_name_the_difference_the_memory_and_the_speed() -> None:
     trials = [
         made_up_trial({"rank": rank}, repeat, objective=value, memory_bytes=memory, step_time_s=time_s)
@@ -75,6 +91,28 @@ def test_the_words_name_the_difference_the_memory_and_the_speed() -> None:
         "Take rank=64: it is within 0.0040 ± 0.0066 of rank=256, takes 31 % less memory and is 1.4× faster."
     )
     assert answer.is_decided
+
+
+def test_one_configuration_that_scatters_does_not_hide_what_the_others_show() -> None:
+    found = []
+    for seed in range(50):
+        sweep = simulated([2.1, 2.0, 2.0, 2.0, 2.5], 3, seed, noise_sd=0.01)
+        wild = {0: -0.9, 1: 0.7, 2: 0.5}
+        trials = [
+            made_up_trial({"rank": 64}, t.repeat, objective=2.5 + wild[t.repeat]) if t.config.rank == 64 else t
+            for t in sweep.trials
+        ]
+        found.append(recommend(sweep.model_copy(update={"trials": tuple(trials)})))
+    assert sum(answer.label == "rank=8" for answer in found) >= 45
+    assert any("scatter ten times" in line for line in found[0].evidence)
+
+
+def test_no_configuration_scatters_far_more_where_all_have_the_same_noise() -> None:
+    scattered = 0
+    for seed in range(200):
+        values = {s.label: s.objective_by_repeat for s in statistics.summaries(simulated([2.0] * 6, 3, seed))}
+        scattered += bool(statistics.scattered(values))
+    assert scattered == 0
 
 
 def test_single_runs_take_the_best_and_say_that_noise_is_unknown() -> None:
@@ -189,6 +227,8 @@ def test_effects_compare_trials_that_differ_in_nothing_else() -> None:
     assert precision.values[1].difference is not None
     assert precision.values[1].difference.mean == pytest.approx(0.3, abs=0.005)
     assert precision.values[1].difference.count == 6
+    assert rank.values[0].gain is None
+    assert rank.values[1].gain == rank.values[1].difference
     assert precision.explained is not None
     assert rank.explained is not None
     assert precision.explained > rank.explained
