@@ -121,14 +121,14 @@ class TrialOutOfMemoryError(TrialError):
 
 
 class TrialDivergedError(TrialError):
-    """The loss of `step` was NaN or infinite."""
+    """The loss of `step`, or its gradient norm, was NaN or infinite."""
 
-    def __init__(self, step: int, loss: float) -> None:
-        super().__init__(step, loss)
-        self.step, self.loss = step, loss
+    def __init__(self, step: int, value: float, what: str = "loss") -> None:
+        super().__init__(step, value, what)
+        self.step, self.value, self.what = step, value, what
 
     def __str__(self) -> str:
-        return f"the loss became {self.loss} at step {self.step}; lower learning_rate or max_grad_norm, or use bf16"
+        return f"the {self.what} became {self.value} at step {self.step}; lower learning_rate or max_grad_norm, or use bf16"
 
 
 class TrialFailedError(TrialError):

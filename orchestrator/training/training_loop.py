@@ -144,6 +144,9 @@ def optimizer_step(run: Run, step: int, ledger: Ledger) -> MetricPoint:
         if not math.isfinite(mean_loss):
             raise TrialDivergedError(step + 1, mean_loss)
         grad_norm = run.engine.step(rate)
+        if grad_norm is None and not run.engine.scales_loss:
+            # The engine skipped the step and would skip every one that follows: the loss would stand still.
+            raise TrialDivergedError(step + 1, math.inf, "gradient norm")
     tokens = int(run.train.sequence_tokens[sequences].sum())
     ledger.tokens += tokens
     ledger.speed.add(time.monotonic() - started, tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import traceback
@@ -56,6 +57,10 @@ def ended_by(error: BaseException, task: TrialTask, ledger: Ledger | None) -> Tr
     progress = ledger.progress() if ledger and ledger.last else None
     if isinstance(error, TrialDivergedError):
         return TrialEnd(TrialStatus.DIVERGED, str(error), progress)
+    if "loss scale already at minimum" in str(error):
+        # deepspeed 0.19.8, fp16/loss_scaler.py: no scale is low enough, so the gradients themselves are infinite.
+        diverged = TrialDivergedError(ledger.step if ledger else 0, math.inf, "gradient norm")
+        return TrialEnd(TrialStatus.DIVERGED, str(diverged), progress)
     if devices.is_out_of_memory(error):
         micro_batch_size = task.config.micro_batch_size
         assert micro_batch_size != "auto"

@@ -40,9 +40,8 @@ def tiny_model() -> Path:
 def tiny_data(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     # A small file: evaluations are the tests' cost.
     source = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    from pydoc_data.topics import topics
-
     import json
+    from pydoc_data.topics import topics
 
     words = " ".join(topics[name] for name in sorted(topics)[:8]).split()
     rows = [{"text": " ".join(words[start : start + 4 + start % 37])} for start in range(0, 3000, 30)]

@@ -1,0 +1,242 @@
+"""Rows, tokens, masks and batches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from orchestrator.config.sweep_config import DataConfig
+from orchestrator.errors import DataError
+from orchestrator.training import data
+from orchestrator.training.data_rows import Row, read_rows
+from orchestrator.training.data_tokens import tokenize
+
+ROWS = [{"text": f"row {number} of a small file"} for number in range(20)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: Path) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+def _write_jsonl(file: Path, rows: list[dict[str, Any]]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _write_csv(file: Path, rows: list[dict[str, Any]]) -> None:
+    file.write_text("text\n" + "".join(f'"{row["text"]}"\n' for row in rows))
+
+
+def _write_parquet(file: Path, rows: list[dict[str, Any]]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "write"), [("jsonl", _write_jsonl), ("csv", _write_csv), ("parquet", _write_parquet)]
+)
+def test_every_kind_of_file_gives_the_same_tokens(
+    suffix: str, write: Callable[[Path, list[dict[str, Any]]], None], tiny_model: Path, tmp_path: Path
+) -> None:
+    _write_jsonl(tmp_path / "plain.jsonl", ROWS)
+    write(tmp_path / f"rows.{suffix}", ROWS)
+    plain = data.prepare(DataConfig(train=str(tmp_path / "plain.jsonl")), tiny_model, tmp_path / "plain")
+    summary = data.prepare(DataConfig(train=str(tmp_path / f"rows.{suffix}")), tiny_model, tmp_path / "out")
+    assert (summary.train_rows, summary.eval_rows, summary.skipped_count) == (19, 1, 0)
+    assert summary.hash == plain.hash
+
+
+def test_a_folder_is_all_its_files_and_text_files_are_cut_in_documents(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n\n".join(["word " * 60] * 5))
+    _write_jsonl(tmp_path / "b.jsonl", ROWS)
+    rows = list(read_rows(str(tmp_path), "train"))
+    assert len(rows) == 3 + 20
+    assert all(row.columns for row in rows)
+
+
+def test_an_unreadable_row_is_counted_and_named_and_not_fatal(tiny_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    _write_jsonl(file, ROWS)
+    with file.open("ab") as more:
+        more.write(
+            b'{"text": \n'
+            + b'"no object"\n'
+            + b'{"text": 3}\n'
+            + b'{"other": "x"}\n'
+            + b"\xff\xfe\n"
+            + b'{"text": ""}\n'
+        )
+    summary = data.prepare(DataConfig(train=str(file)), tiny_model, tmp_path / "out")
+    assert (summary.train_rows + summary.eval_rows, summary.skipped_count) == (20, 6)
+    assert [where for where, _ in summary.skipped] == [f"{file}:{line}" for line in range(21, 27)]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "data_format", "said"),
+    [
+        ("a.jsonl", '{"body": "x", "title": "y"}\n', "text", "no column text.*columns seen: body, title"),
+        ("a.jsonl", '{"prompt": "x"}\n', "prompt_completion", "no column completion.*columns seen: prompt"),
+        ("a.jsonl", "", "text", "no usable row"),
+        ("a.jsonl", "{\n{\n", "text", "no usable row: 2 could not be used.*a.jsonl:1.*not JSON"),
+        ("a.csv", "text\n", "text", "no usable row"),
+        ("a.parquet", "nonsense", "text", "no readable parquet"),
+        ("a.docx", "x", "text", "write one of .jsonl"),
+        ("a.jsonl", '{"text": "alone"}\n', "text", "one usable row"),
+    ],
+)
+def test_data_that_cannot_be_used_is_refused_with_what_was_seen(
+    name: str, text: str, data_format: str, said: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(text)
+    config = DataConfig.model_validate({"train": str(tmp_path / name), "format": data_format})
+    with pytest.raises(DataError, match=said):
+        data.prepare(config, tiny_model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("source", ["no/such/file.jsonl", "./nowhere", "~/nowhere/at/all", "builtin:python-doc"])
+def test_a_source_that_does_not_exist_is_refused(source: str, tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no such file or folder|did you mean builtin:python-docs"):
+        data.prepare(DataConfig(train=source), tiny_model, tmp_path / "out")
+
+
+def test_prepared_data_is_found_again_and_made_anew_when_its_source_changes(tiny_model: Path, tmp_path: Path) -> None:
+    file, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    _write_jsonl(file, ROWS)
+    first = data.prepare(DataConfig(train=str(file)), tiny_model, out)
+    written = (out / "summary.json").stat().st_mtime_ns
+    assert data.prepare(DataConfig(train=str(file)), tiny_model, out) == first
+    assert (out / "summary.json").stat().st_mtime_ns == written
+    _write_jsonl(file, [*ROWS, {"text": "one more"}])
+    assert data.prepare(DataConfig(train=str(file)), tiny_model, out).hash != first.hash
+
+
+def test_an_evaluation_source_of_its_own_is_used_whole(tiny_model: Path, tmp_path: Path) -> None:
+    _write_jsonl(tmp_path / "train.jsonl", ROWS)
+    _write_jsonl(tmp_path / "eval.jsonl", ROWS[:7])
+    config = DataConfig(train=str(tmp_path / "train.jsonl"), eval=str(tmp_path / "eval.jsonl"))
+    summary = data.prepare(config, tiny_model, tmp_path / "out")
+    assert (summary.train_rows, summary.eval_rows) == (20, 7)
+
+
+def _tokenized(row: dict[str, Any], data_format: Any, tokenizer: Any) -> tuple[str, str]:
+    """The whole text and the part of it that is learned."""
+    outcome = next(iter(tokenize([Row("here", row)], data_format, tokenizer)))
+    assert not isinstance(outcome, Row), outcome.why
+    _, tokens, mask = outcome
+    return tokenizer.decode(tokens), tokenizer.decode(tokens[mask])
+
+
+def test_a_prompt_is_read_and_not_learned(tokenizer: Any) -> None:
+    whole, learned = _tokenized({"prompt": "two plus two: ", "completion": "four"}, "prompt_completion", tokenizer)
+    assert whole == "two plus two: four<|end|>"
+    assert learned == "four<|end|>"
+
+
+def test_text_is_learned_but_for_its_first_token_which_nothing_predicts(tokenizer: Any) -> None:
+    whole, learned = _tokenized({"text": "a b"}, "text", tokenizer)
+    assert whole == "a b<|end|>"
+    assert learned == " b<|end|>"
+
+
+CONVERSATION = {
+    "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Who?"},
+        {"role": "assistant", "content": "Me."},
+        {"role": "user", "content": "Why?"},
+        {"role": "assistant", "content": "So."},
+    ]
+}
+
+
+def test_only_the_assistants_turns_are_learned(tokenizer: Any) -> None:
+    whole, learned = _tokenized(CONVERSATION, "messages", tokenizer)
+    assert whole.startswith("<|system|>\nBe brief.<|end|>\n<|user|>\nWho?<|end|>\n<|assistant|>\nMe.<|end|>")
+    assert learned == "Me.<|end|>So.<|end|>"
+
+
+def test_a_chat_template_without_generation_marks_gives_the_same_turns(tokenizer: Any, tiny_model: Path) -> None:
+    plain = AutoTokenizer.from_pretrained(tiny_model)
+    plain.chat_template = plain.chat_template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    assert _tokenized(CONVERSATION, "messages", plain) == _tokenized(CONVERSATION, "messages", tokenizer)
+
+
+@pytest.mark.parametrize(
+    "messages", ["hello", [], [{"role": "user", "content": "alone"}], [{"role": "assistant"}], [3], None]
+)
+def test_a_conversation_without_an_answer_is_no_usable_row(messages: Any, tokenizer: Any) -> None:
+    outcome = next(iter(tokenize([Row("here", {"messages": messages})], "messages", tokenizer)))
+    assert isinstance(outcome, Row)
+    assert outcome.why
+
+
+def test_a_model_without_a_chat_template_cannot_read_messages(tiny_model: Path) -> None:
+    plain = AutoTokenizer.from_pretrained(tiny_model)
+    plain.chat_template = None
+    with pytest.raises(DataError, match="prompt_completion"):
+        next(iter(tokenize([Row("here", CONVERSATION)], "messages", plain)))
+
+
+def test_the_batches_of_a_step_are_the_same_however_they_are_cut(tiny_data: Path) -> None:
+    dataset = data.load(tiny_data, "train", 32, packing=False)
+    whole = data.global_batch(dataset, 3, 8, seed=5)
+    cut = [part for rank in range(2) for part in data.worker_slice(whole, rank, 2, 2)]
+    assert [len(part) for part in cut] == [2, 2, 2, 2]
+    assert np.concatenate(cut).tolist() == whole.tolist()
+
+
+def test_an_epoch_shows_every_row_once_and_seeds_change_the_order(tiny_data: Path) -> None:
+    dataset = data.load(tiny_data, "train", 32, packing=False)
+    size = len(dataset) // 3
+    epoch = np.concatenate([data.global_batch(dataset, step, size, seed=0) for step in range(3)])
+    assert len(set(epoch.tolist())) == 3 * size
+    assert data.global_batch(dataset, 0, size, seed=0).tolist() != data.global_batch(dataset, 0, size, seed=1).tolist()
+
+
+def test_a_batch_larger_than_the_data_goes_on_in_the_next_epoch(tiny_data: Path) -> None:
+    dataset = data.load(tiny_data, "train", 32, packing=False)
+    count = len(dataset)
+    assert sorted(data.global_batch(dataset, 0, 2 * count, seed=0).tolist()) == sorted([*range(count)] * 2)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_every_worker_makes_as_many_evaluation_passes_and_every_row_counts_once(workers: int, tiny_data: Path) -> None:
+    dataset = data.load(tiny_data, "eval", 32, packing=False)
+    batches = [list(data.evaluation_batches(dataset, rank, workers, 4)) for rank in range(workers)]
+    assert len({len(own) for own in batches}) == 1
+    counted = [row for own in batches for sequences, counts in own if counts for row in sequences.tolist()]
+    assert sorted(counted) == list(range(len(dataset)))
+
+
+def test_rows_are_cut_to_the_sequence_length_and_packing_fills_it(tiny_data: Path) -> None:
+    assert data.load(tiny_data, "train", 32, packing=False).lengths.max() == 32
+    plain = data.load(tiny_data, "train", 64, packing=False)
+    packed = data.load(tiny_data, "train", 64, packing=True)
+    assert packed.sequence_tokens.max() <= 64
+    assert len(packed) < len(plain)
+    assert packed.sequence_tokens.sum() == plain.sequence_tokens.sum()
+    assert packed.sequence_labels.sum() == plain.sequence_labels.sum()
+
+
+def test_a_sequence_length_that_leaves_nothing_to_learn_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    _write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "long " * 50, "completion": "x"}] * 4)
+    config = DataConfig(train=str(tmp_path / "rows.jsonl"), format="prompt_completion", eval=0.5)
+    data.prepare(config, tiny_model, tmp_path / "out")
+    with pytest.raises(DataError, match="raise sequence_length"):
+        data.load(tmp_path / "out", "train", 8, packing=False)
+
+
+def test_the_builtin_instructions_are_signatures_and_their_docstrings() -> None:
+    rows = (row for row in read_rows("builtin:python-docstrings", "train") if row.columns)
+    first = next(row.columns for row in rows if row.where.startswith("textwrap.py") and row.columns)
+    assert first["prompt"].startswith("# textwrap\ndef ")
+    assert first["messages"][1]["content"] == first["completion"]

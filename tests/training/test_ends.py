@@ -1,0 +1,138 @@
+"""How a trial can end, and what the sweep hears of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from orchestrator.config.trial_config import TrialConfig
+from orchestrator.results.records import TrialStatus
+from orchestrator.training import device as devices
+from orchestrator.training.ledger import Ledger
+from orchestrator.training.task import TrialEnd
+from orchestrator.training.training_loop import learning_rate
+from orchestrator.training.worker_process import ended_by
+from tests.training.conftest import tiny
+from tests.training.launch import make_task, run_trial
+
+
+def test_a_trial_reports_every_evaluation_and_its_end(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    outcome = run_trial(make_task(tiny(max_steps=5, eval_every=2), tiny_model, tiny_data, tmp_path / "trial"), 2)
+    assert [report.last.step for report in outcome.reports if report.last] == [2, 4, 5]
+    assert [point.step for point in outcome.points] == [1, 2, 3, 4, 5]
+    assert [point.step for point in outcome.points if point.eval_loss is not None] == [2, 4, 5]
+    first, second = outcome.ends
+    assert (first.status, first.reason) == (TrialStatus.COMPLETED, None)
+    assert second == TrialEnd(TrialStatus.COMPLETED, None, None)
+    progress = first.progress
+    assert progress
+    assert progress.last
+    assert progress.last.tokens_per_s
+    assert progress.peak_memory_bytes > 50 * 2**20
+    assert (progress.memory_kind, progress.has_adapter) == ("resident", True)
+    assert min(progress.data_s, progress.model_s, progress.training_s, progress.evaluation_s, progress.saving_s) > 0
+    settings = json.loads(outcome.folder.deepspeed.read_text())
+    assert settings["train_micro_batch_size_per_gpu"] == 4
+    assert outcome.folder.worker_log(1).exists()
+
+
+def test_a_trial_of_one_step_has_a_step_time(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    outcome = run_trial(make_task(tiny(max_steps=1), tiny_model, tiny_data, tmp_path / "trial"))
+    assert outcome.points[0].step_time_s
+    assert outcome.points[0].tokens_per_s
+
+
+@pytest.mark.parametrize("changes", [{"zero_stage": 2}, {"zero_stage": 3}, {"engine": "ddp"}], ids=str)
+def test_a_loss_that_is_no_number_ends_every_worker_as_diverged(
+    changes: dict[str, object], tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    config = tiny(learning_rate=10.0, max_grad_norm=1e9, optimizer="sgd", rank="full", max_steps=60, **changes)
+    outcome = run_trial(make_task(config, tiny_model, tiny_data, tmp_path / "trial"), workers=2)
+    assert [end.status for end in outcome.ends] == [TrialStatus.DIVERGED] * 2, outcome.log
+    assert "lower learning_rate" in (outcome.end.reason or "")
+    assert outcome.end.progress, "the steps before it are not lost"
+
+
+def test_memory_that_runs_out_is_told_as_such(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    # 512 rows × 512 tokens × 1024 words in fp32 are 1 GiB of logits, several times over; imports alone map 10 GiB.
+    config = tiny(micro_batch_size=512, global_batch_size=512, sequence_length=512)
+    task = make_task(config, tiny_model, tiny_data, tmp_path / "trial")
+    roomy = run_trial(
+        make_task(tiny(), tiny_model, tiny_data, tmp_path / "roomy"), address_space_bytes=_mapped() + 2**30
+    )
+    assert roomy.end.status == TrialStatus.COMPLETED, roomy.log
+    outcome = run_trial(task, address_space_bytes=_mapped() + 600 * 2**20)
+    assert outcome.end.status == TrialStatus.OUT_OF_MEMORY, outcome.log
+    assert "lower micro_batch_size (now 512)" in (outcome.end.reason or "")
+
+
+def _mapped() -> int:
+    """Address space of a process with the template's imports, as this one is."""
+    import orchestrator.training.template  # noqa: F401
+
+    with Path("/proc/self/status").open() as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmSize"))
+
+
+@pytest.mark.parametrize(
+    ("error", "asked"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has"), int(2.5 * 2**30)),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 96 bytes."),
+            96,
+        ),
+        (MemoryError(), None),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), None),
+    ],
+)
+def test_every_way_of_running_out_of_memory_is_known(error: Exception, asked: int | None, tmp_path: Path) -> None:
+    task = make_task(tiny(), tmp_path, tmp_path, tmp_path)
+    end = ended_by(error, task, Ledger(torch.device("cpu"), 0.0))
+    assert end.status == TrialStatus.OUT_OF_MEMORY
+    assert devices.asked_bytes(error) == asked
+
+
+def test_another_error_fails_the_trial_and_its_traceback_is_in_the_log(tiny_model: Path, tmp_path: Path) -> None:
+    outcome = run_trial(make_task(tiny(), tiny_model, tmp_path / "nowhere", tmp_path / "trial"), workers=2)
+    assert [end.status for end in outcome.ends] == [TrialStatus.FAILED] * 2
+    assert "FileNotFoundError" in (outcome.end.reason or "")
+    assert "Traceback" in outcome.log
+
+
+def test_an_error_of_ours_is_told_in_its_own_words(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    config = tiny(target_modules=("c_attn",))
+    outcome = run_trial(make_task(config, tiny_model, tiny_data, tmp_path / "trial"))
+    assert outcome.end.status == TrialStatus.FAILED
+    assert (outcome.end.reason or "").startswith("target_modules: the model has no c_attn; it has ")
+
+
+def test_the_best_evaluation_is_kept_and_not_the_last(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    # With the objective turned round the first evaluation is the best, since the loss falls.
+    task = make_task(tiny(max_steps=6), tiny_model, tiny_data, tmp_path / "trial")
+    import dataclasses
+
+    outcome = run_trial(dataclasses.replace(task, objective_mode="max"))
+    assert outcome.end.progress
+    assert outcome.end.progress.best
+    assert outcome.end.progress.best.step == 2
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 1, 7])
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_the_learning_rate_is_the_one_of_transformers(schedule: str, warmup_steps: int) -> None:
+    from transformers import get_scheduler
+
+    config = TrialConfig.model_validate(
+        {"lr_schedule": schedule, "warmup_steps": warmup_steps, "max_steps": 30, "learning_rate": 3e-3}
+    )
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=30)
+    for step in range(30):
+        assert learning_rate(config, step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9, abs=1e-15)
+        optimizer.step()
+        scheduler.step()

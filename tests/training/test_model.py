@@ -1,0 +1,176 @@
+"""The adapter: its size, its places, and what is saved of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, PreTrainedConfig
+
+from orchestrator.errors import ModelError
+from orchestrator.training import model as models
+from tests.training.conftest import tiny
+from tests.training.launch import make_task, run_trial
+
+CPU = torch.device("cpu")
+LLAMA_2_7B = LlamaConfig()  # transformers' own defaults are that model's
+LLAMA_3_2_3B = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=3072,
+    intermediate_size=8192,
+    num_hidden_layers=28,
+    num_attention_heads=24,
+    num_key_value_heads=8,
+    head_dim=128,
+    tie_word_embeddings=True,
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "rank", "published"), [(LLAMA_2_7B, 8, 4_194_304), (LLAMA_3_2_3B, 32, 9_175_040)], ids=["7B", "3B"]
+)
+def test_adapters_of_published_models_have_their_published_sizes(
+    config: LlamaConfig, rank: int, published: int
+) -> None:
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config)
+        lora = LoraConfig(r=rank, target_modules=models.find_target_modules(base, ("q_proj", "v_proj")))
+        adapted = get_peft_model(base, lora)
+    assert models.trainable_parameters(adapted) == published
+
+
+@pytest.mark.parametrize("target_modules", ["attention", "all-linear", ("q_proj", "down_proj")])
+def test_the_adapter_has_as_many_parameters_as_peft_counts(tiny_model: Path, target_modules: str) -> None:
+    built = models.build(tiny(target_modules=target_modules), tiny_model, "fp32", CPU, zero3=None)
+    assert isinstance(built, PeftModel)
+    assert models.trainable_parameters(built) == built.get_nb_trainable_parameters()[0]
+
+
+SMALL = {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (LlamaConfig(num_hidden_layers=1), {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        (GPT2Config(**SMALL), {"c_attn", "attn.c_proj"}),
+        (GPTNeoXConfig(num_hidden_layers=1, hidden_size=32, num_attention_heads=2), {"query_key_value", "dense"}),
+    ],
+    ids=["llama", "gpt2", "gpt-neox"],
+)
+def test_attention_means_every_projection_of_the_attention_and_nothing_else(
+    config: PreTrainedConfig, expected: set[str]
+) -> None:
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config)
+    assert set(models.find_target_modules(base, "attention")) == expected
+
+
+def test_target_modules_that_the_model_has_not_are_refused_with_those_it_has(tiny_model: Path) -> None:
+    with pytest.raises(ModelError, match=r"no c_attn; it has .*q_proj"):
+        models.check_target_modules(tiny_model, ("q_proj", "c_attn"))
+    models.check_target_modules(tiny_model, ("q_proj", "self_attn.v_proj"))
+
+
+def test_alpha_and_rslora_reach_the_adapter(tiny_model: Path) -> None:
+    def scaling(**changes: object) -> float:
+        built = models.build(tiny(rank=16, **changes), tiny_model, "fp32", CPU, zero3=None)
+        return next(module.scaling["default"] for module in built.modules() if hasattr(module, "lora_A"))
+
+    assert scaling(alpha="2x") == 2
+    assert scaling(alpha=8) == 0.5
+    assert scaling(alpha=8, rslora=True) == 2
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_adapter_trained_under_zero_3_is_saved_whole(
+    workers: int, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    saved = {}
+    for stage in (0, 3):
+        task = make_task(tiny(zero_stage=stage), tiny_model, tiny_data, tmp_path / str(stage))
+        outcome = run_trial(task, workers)
+        assert outcome.end.status == "completed", outcome.log
+        assert sorted(path.name for path in outcome.folder.adapter.iterdir()) == [
+            "README.md",
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        ]
+        saved[stage] = load_file(outcome.folder.adapter / "adapter_model.safetensors")
+    assert saved[0].keys() == saved[3].keys()
+    for name, weights in saved[0].items():
+        torch.testing.assert_close(saved[3][name], weights, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_saved_adapter_reproduces_the_best_evaluation(
+    stage: int, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    outcome = run_trial(make_task(tiny(zero_stage=stage), tiny_model, tiny_data, tmp_path / "trial"))
+    assert outcome.end.progress
+    assert outcome.end.progress.best
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    loaded = PeftModel.from_pretrained(base, outcome.folder.adapter).eval()
+    assert _eval_loss(loaded, tiny_data) == pytest.approx(outcome.end.progress.best.eval_loss, rel=1e-4)
+
+
+@torch.no_grad()
+def _eval_loss(model: torch.nn.Module, folder: Path) -> float:
+    """One row at a time, with transformers' own loss: nothing of ours but the data."""
+    from orchestrator.training import data
+
+    dataset = data.load(folder, "eval", 32, packing=False)
+    total = 0.0
+    for sequence in range(len(dataset)):
+        batch = data.collate(dataset, data.np.array([sequence]), packing=False, pad_token=1)
+        labels = torch.from_numpy(batch.labels)
+        loss = model(input_ids=torch.from_numpy(batch.input_ids), labels=labels).loss
+        total += loss.item() * dataset.sequence_labels[sequence]
+    return total / dataset.sequence_labels.sum()
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_whole_model_is_saved_where_all_weights_are_trained(
+    stage: int, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    config = tiny(zero_stage=stage, rank="full", learning_rate=1e-3)
+    outcome = run_trial(make_task(config, tiny_model, tiny_data, tmp_path / "trial"), workers=2)
+    assert outcome.end.progress
+    assert outcome.end.progress.best
+    loaded = AutoModelForCausalLM.from_pretrained(outcome.folder.adapter)
+    assert _eval_loss(loaded, tiny_data) == pytest.approx(outcome.end.progress.best.eval_loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_rows_do_not_see_each_other(attention: str, tiny_model: Path, tiny_data: Path) -> None:
+    from orchestrator.training import data
+
+    # As the loop builds it: with a cache for generation transformers would not look for packed rows.
+    model = models.build(tiny(attention=attention), tiny_model, "fp32", CPU, zero3=None).eval()
+    dataset = data.load(tiny_data, "train", 64, packing=True)
+    several = data.np.flatnonzero(data.np.diff(dataset.bounds) > 1)[:3]
+    batch = data.collate(dataset, several, packing=True, pad_token=1)
+    with torch.no_grad():
+        packed = model(
+            input_ids=torch.from_numpy(batch.input_ids), position_ids=torch.from_numpy(batch.position_ids)
+        ).logits
+    for line, sequence in enumerate(several):
+        place = 0
+        for row in range(dataset.bounds[sequence], dataset.bounds[sequence + 1]):
+            length = int(dataset.lengths[row])
+            alone = torch.from_numpy(batch.input_ids[line : line + 1, place : place + length])
+            with torch.no_grad():
+                expected = model(input_ids=alone).logits[0]
+            torch.testing.assert_close(packed[line, place : place + length], expected, rtol=1e-4, atol=1e-4)
+            place += length
+
+
+def test_the_evaluation_does_not_depend_on_packing(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    # No learning: only then are two differently cut trainings the same model.
+    still = {"learning_rate": 1e-12, "max_steps": 1, "packing": False}
+    plain = run_trial(make_task(tiny(**still), tiny_model, tiny_data, tmp_path / "plain"))
+    packed = run_trial(make_task(tiny(**{**still, "packing": True}), tiny_model, tiny_data, tmp_path / "packed"))
+    assert packed.points[0].eval_loss == pytest.approx(plain.points[0].eval_loss, rel=1e-6)
