@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import fmean, variance
 from typing import Any
 
 from orchestrator.reporting import quantities
+from orchestrator.reporting.curves import MeanCurve
 from orchestrator.reporting.effects import Effect, grouping, sort_key
 from orchestrator.reporting.plot import Axis, Bar, Dot, Line, bar_plot, xy_plot
-from orchestrator.reporting.statistics import ConfigurationSummary, Estimate, spell, t_quantile
-from orchestrator.results.records import MetricPoint, SweepResult
+from orchestrator.reporting.statistics import ConfigurationSummary, Estimate, spell
+from orchestrator.results.records import SweepResult
 
 MAX_COLOURS = 8
 MAX_LINES = 30
@@ -21,10 +19,6 @@ MAX_GREY = 60
 MAX_BARS = 24
 MAX_CURVE_CHARTS = 4
 MAX_LABELS = 8
-MAX_POINTS = 200
-Curve = tuple[MetricPoint, ...]
-Losses = dict[int, dict[str, dict[int, float]]]
-"""Step → configuration → repeat → eval_loss."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,35 +39,12 @@ class Figure:
     caption: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Drawn:
-    """A configuration's mean curve over its repeats."""
-
-    summary: ConfigurationSummary
-    points: tuple[tuple[float, float], ...]
-    band: tuple[tuple[float, float, float], ...]
-    repeats: int
-
-
-def loss_curves(
-    sweep: SweepResult, found: Sequence[ConfigurationSummary], curves: Mapping[str, Curve]
-) -> tuple[Figure, ...]:
+def loss_curves(sweep: SweepResult, drawn: Sequence[MeanCurve]) -> tuple[Figure, ...]:
     """The evaluation's loss over the steps: a figure for every searched setting, coloured by its values."""
-    grid = _losses(sweep, curves)
-    drawn = [curve for summary in found if (curve := _mean_curve(summary, grid)).points]
     if not drawn:
         return ()
     names = [name for name in sweep.searched if len({spell_of(d.summary, name) for d in drawn}) > 1]
     return tuple(_curves_by(name, drawn) for name in names[:MAX_CURVE_CHARTS] or [""])
-
-
-def _losses(sweep: SweepResult, curves: Mapping[str, Curve]) -> Losses:
-    grid: Losses = defaultdict(lambda: defaultdict(dict))
-    for trial in sweep.trials:
-        for point in curves.get(trial.trial_id, ()):
-            if point.eval_loss is not None and math.isfinite(point.eval_loss):
-                grid[point.step][trial.configuration_id][trial.repeat] = point.eval_loss
-    return grid
 
 
 def spell_of(summary: ConfigurationSummary, name: str) -> str:
@@ -81,39 +52,7 @@ def spell_of(summary: ConfigurationSummary, name: str) -> str:
     return spell(dict(summary.settings).get(name))
 
 
-def _mean_curve(summary: ConfigurationSummary, grid: Losses) -> _Drawn:
-    own = {step: cells[summary.configuration_id] for step, cells in grid.items() if summary.configuration_id in cells}
-    repeats = len({repeat for by_repeat in own.values() for repeat in by_repeat})
-    # Where some repeats ended early the mean would jump: it is drawn as far as most of them came.
-    steps = [step for step in sorted(own) if 2 * len(own[step]) > repeats]
-    steps = steps[:: -max(1, math.ceil(len(steps) / MAX_POINTS))][::-1]
-    points = tuple((float(step), fmean(own[step].values())) for step in steps)
-    band = tuple(_band_at(step, own[step], grid[step]) for step in steps if len(own[step]) > 1)
-    return _Drawn(summary, points, band, repeats)
-
-
-def _band_at(
-    step: int, own: Mapping[int, float], everyone: Mapping[str, Mapping[int, float]]
-) -> tuple[float, float, float]:
-    """The mean's 95 % interval once the shift that a seed gives all configurations alike is taken out.
-
-    Curves are compared seed by seed, as everywhere in the report. Source: Cousineau 2005 with Morey's correction, 2008.
-    """
-    complete = [by_repeat for by_repeat in everyone.values() if by_repeat.keys() >= own.keys()]
-    shifts = dict.fromkeys(own, 0.0)
-    inflation = 1.0
-    if len(complete) > 1:
-        shifts = {repeat: fmean(by_repeat[repeat] for by_repeat in complete) for repeat in own}
-        inflation = len(complete) / (len(complete) - 1)
-    levelled = [value - shifts[repeat] for repeat, value in own.items()]
-    middle = fmean(own.values())
-    half_width = t_quantile(1, len(own) - 1) * math.sqrt(variance(levelled) * inflation / len(own))
-    # Two repeats have intervals that would hide everything else: past the values' own range nothing is drawn.
-    reach = max(own.values()) - min(own.values())
-    return float(step), middle - min(half_width, reach), middle + min(half_width, reach)
-
-
-def _curves_by(name: str, drawn: Sequence[_Drawn]) -> Figure:
+def _curves_by(name: str, drawn: Sequence[MeanCurve]) -> Figure:
     settings = [dict(d.summary.settings).get(name) for d in drawn]
     colour_of, keys = colours(settings)
     bright, grey = drawn[:MAX_LINES], drawn[MAX_LINES : MAX_LINES + MAX_GREY]

@@ -1,168 +1,34 @@
-"""A sweep's answer with its evidence, read from its folder: as text, as JSON, and as one self-contained page."""
+"""A sweep's answer with its evidence: as text, as JSON, and as one self-contained page."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
-import time
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from orchestrator.config.trial_config import TrialConfig
 from orchestrator.reporting import charts, quantities
-from orchestrator.reporting.charts import Curve
-from orchestrator.reporting.effects import Effect, main_effects
-from orchestrator.reporting.recommendation import RULE, Recommendation, recommend
-from orchestrator.reporting.statistics import (
-    ConfigurationSummary,
-    Times,
-    label,
-    objective_of,
-    pareto_front,
-    sign_of,
-    spell,
-    summaries,
-    times_of,
+from orchestrator.reporting.curves import mean_curves
+from orchestrator.reporting.findings import (
+    Report,
+    behind_text,
+    build,
+    objective_text,
+    reasons,
+    trial_snippet,
+    without_credentials,
 )
-from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
-from orchestrator.results.storage import DamagedRecord, SweepFolder, read_sweep
+from orchestrator.reporting.recommendation import RULE
+from orchestrator.reporting.statistics import label, objective_of, sign_of, spell
+from orchestrator.results.records import TrialStatus
+
+__all__ = ["Report", "build", "render_html", "render_json", "render_text"]
 
 TEXT_ROWS = 40
 PAGE_ROWS = 60
 QUANTISED_MODEL = "builtin:smollm2-135m"
-_CREDENTIALS = re.compile(r"(?<=//)[^/@\s]+@")
-"""A report is shared: `https://user:password@host` in a sweep file must not be."""
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """Everything that the renderings say."""
-
-    folder: Path
-    sweep: SweepResult
-    sweep_file: str | None
-    damaged: tuple[DamagedRecord, ...]
-    summaries: tuple[ConfigurationSummary, ...]
-    recommendation: Recommendation
-    front: frozenset[str]
-    effects: tuple[Effect, ...]
-    curves: Mapping[str, Curve]
-    times: Times
-
-    @property
-    def counts(self) -> dict[TrialStatus, int]:
-        """Trials by status, in the order of the statuses, without the empty ones."""
-        found = Counter(trial.status for trial in self.sweep.trials)
-        return {status: found[status] for status in TrialStatus if found[status]}
-
-    @property
-    def recommended(self) -> TrialResult | None:
-        """The trial whose configuration and adapter to take."""
-        trials = {trial.trial_id: trial for trial in self.sweep.trials}
-        return trials.get(self.recommendation.trial_id or "")
-
-    @property
-    def adapter(self) -> Path | None:
-        """The recommended trial's adapter."""
-        trial = self.recommended
-        if trial is None or not trial.adapter:
-            return None
-        return SweepFolder(self.folder).trial(trial.trial_id).root / trial.adapter
-
-    @property
-    def state(self) -> str:
-        """`ended`, `interrupted`, or `not ended`."""
-        if self.sweep.interrupted:
-            return "interrupted"
-        return "ended" if self.sweep.ended_ms else "not ended"
-
-
-def build(folder: SweepFolder, now_s: float | None = None) -> Report:
-    """Read a sweep, running or ended, and work out what it says.
-
-    Args:
-        folder: what `orchestrator run` made.
-        now_s: seconds since 1970 that a sweep which has not ended is measured to; the clock's where nothing is said.
-
-    Raises:
-        FolderError: the folder holds no sweep.
-    """
-    sweep, damaged = read_sweep(folder)
-    found = summaries(sweep)
-    return Report(
-        folder=folder.root,
-        sweep=sweep,
-        sweep_file=_sweep_file(folder),
-        damaged=damaged,
-        summaries=found,
-        recommendation=recommend(sweep),
-        front=pareto_front(found, sign_of(sweep)),
-        effects=main_effects(sweep),
-        curves={trial.trial_id: folder.trial(trial.trial_id).read_metrics() for trial in sweep.trials if trial.steps},
-        times=times_of(sweep, time.time() if now_s is None else now_s),
-    )
-
-
-def _sweep_file(folder: SweepFolder) -> str | None:
-    try:
-        return without_credentials(folder.sweep_file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError):
-        return None
-
-
-def without_credentials(text: str) -> str:
-    """The text with the user and password of every address in it left out."""
-    return _CREDENTIALS.sub("…@", text)
-
-
-def trial_snippet(report: Report) -> str | None:
-    """The recommended configuration as a sweep file's `trial:`: what was searched, and what is no default."""
-    import yaml
-
-    trial = report.recommended
-    if trial is None:
-        return None
-    defaults = TrialConfig().model_dump(mode="json")
-    config = trial.config.model_dump(mode="json")
-    # The default precision depends on the hardware.
-    told = {*report.sweep.searched, "precision"}
-    wanted = {n: v for n, v in config.items() if n != "seed" and (n in told or v != defaults[n])}
-    return yaml.safe_dump({"trial": wanted}, sort_keys=False, allow_unicode=True, width=100)
-
-
-def behind_text(report: Report, summary: ConfigurationSummary) -> str:
-    """`0.004 ± 0.006`: by how much it is worse than the best."""
-    for comparison in report.recommendation.comparisons:
-        if comparison.configuration_id == summary.configuration_id and comparison.difference:
-            return quantities.plus_minus(comparison.difference.mean, comparison.difference.half_width)
-    return ""
-
-
-def objective_text(summary: ConfigurationSummary) -> str:
-    """`2.413 ± 0.012`; in brackets where it is not that of a completed trial."""
-    if summary.objective:
-        return quantities.plus_minus(summary.objective.mean, summary.objective.half_width)
-    provisional = summary.provisional_objective
-    return f"({quantities.number(provisional)})" if provisional is not None else quantities.UNKNOWN
-
-
-def reasons(report: Report) -> tuple[tuple[TrialStatus, str, tuple[str, ...]], ...]:
-    """Why trials did not complete: status, reason and the labels that share it, in the order of the statuses."""
-    groups: dict[tuple[TrialStatus, str], list[str]] = {}
-    for trial in report.sweep.trials:
-        if trial.reason:
-            groups.setdefault((trial.status, without_credentials(trial.reason)), []).append(_name(report, trial))
-    order = list(TrialStatus)
-    ranked = sorted(groups.items(), key=lambda group: order.index(group[0][0]))
-    return tuple((status, reason, tuple(dict.fromkeys(names))) for (status, reason), names in ranked)
-
-
-def _name(report: Report, trial: TrialResult) -> str:
-    return label(trial, report.sweep.searched) if report.sweep.searched else trial.trial_id
 
 
 def render_text(report: Report) -> str:
@@ -245,7 +111,11 @@ def render_json(report: Report) -> str:
         "recommendation": {**asdict(report.recommendation), "adapter": str(report.adapter) if report.adapter else None},
         "counts": report.counts,
         "configurations": [
-            {**asdict(summary), "is_on_pareto_front": summary.configuration_id in report.front}
+            {
+                **asdict(summary),
+                "is_on_pareto_front": summary.configuration_id in report.front,
+                "plateau": asdict(level) if (level := report.plateaus.get(summary.configuration_id)) else None,
+            }
             for summary in report.summaries
         ],
         "effects": [asdict(effect) for effect in report.effects],
@@ -307,7 +177,7 @@ def _page(report: Report) -> dict[str, Any]:
         "answer": report.recommendation,
         "rule": RULE,
         "snippet": trial_snippet(report),
-        "curves": charts.loss_curves(sweep, report.summaries, report.curves),
+        "curves": charts.loss_curves(sweep, mean_curves(sweep, report.summaries, report.curves)),
         "costs": [figure for figure in cost if figure],
         "effect_figures": charts.effect_charts(sweep, report.effects),
         "configurations": [(s, objective_text(s), behind_text(report, s)) for s in report.summaries],

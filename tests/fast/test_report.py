@@ -14,10 +14,12 @@ import pytest
 
 from orchestrator.errors import FolderError
 from orchestrator.reporting import charts, quantities, report
+from orchestrator.reporting.curves import mean_curves, plateaus
+from orchestrator.reporting.findings import trial_snippet
 from orchestrator.reporting.plot import Axis, Dot, Line, ticks, xy_plot
 from orchestrator.results.records import SweepResult, Timing, TrialStatus
 from orchestrator.results.storage import SweepFolder, write_atomically
-from tests.made_up_sweep import START_MS, made_up_sweep, made_up_trial, simulated, write_made_up
+from tests.made_up_sweep import START_MS, made_up_point, made_up_sweep, made_up_trial, simulated, write_made_up
 
 pytest.importorskip("jinja2")
 pytest.importorskip("scipy")
@@ -249,7 +251,7 @@ def test_the_snippet_is_a_trial_that_a_sweep_file_takes(tmp_path: Path) -> None:
 
     settings = {"rank": 8, "target_modules": ("q_proj",), "learning_rate": 3e-5, "zero_stage": 1}
     made = built(tmp_path, made_up_sweep([made_up_trial(settings)]))
-    snippet = report.trial_snippet(made)
+    snippet = trial_snippet(made)
     assert snippet is not None
     assert TrialConfig(**yaml.safe_load(snippet)["trial"]) == TrialConfig(**settings)
 
@@ -265,13 +267,26 @@ def test_the_parts_of_the_time_add_up(tmp_path: Path) -> None:
 
 def test_bands_leave_out_what_a_seed_does_to_all_configurations_alike(tmp_path: Path) -> None:
     made = built(tmp_path, simulated([2.0, 2.1, 2.2], 4, 0, noise_sd=1e-6, seed_sd=0.5))
-    (figure,) = charts.loss_curves(made.sweep, made.summaries, made.curves)
+    (figure,) = charts.loss_curves(made.sweep, mean_curves(made.sweep, made.summaries, made.curves))
     assert figure.svg.count('class="band') == 3
     band = re.search(r'class="band s0[^"]*" d="M([^"]+)Z"', figure.svg)
     assert band
     heights = [float(point.split()[1]) for point in band[1].split("L")]
     half = len(heights) // 2
     assert heights[:half] == pytest.approx(heights[half:][::-1], abs=0.2)
+
+
+def test_a_curve_that_still_falls_has_not_levelled_off(tmp_path: Path) -> None:
+    sweep = simulated([2.0, 2.0], 2, 0, noise_sd=0)
+    flat = tuple(made_up_point(step, 2.0 + (1 if step < 40 else 0.001)) for step in range(10, 101, 10))
+    falling = tuple(made_up_point(step, 3.0 - step / 100) for step in range(10, 101, 10))
+    curves = {t.trial_id: flat if t.config.rank == 4 else falling for t in sweep.trials}
+    level = plateaus(sweep, curves)
+    first, second = (level[sweep.trials[i].configuration_id] for i in (0, 1))
+    assert first.levelled_off_at_step == 40
+    assert second.levelled_off_at_step is None
+    assert second.late_fall.mean == pytest.approx(0.3)
+    assert "has not levelled off" in report.render_text(built(tmp_path, sweep))
 
 
 @pytest.mark.parametrize(

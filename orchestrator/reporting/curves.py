@@ -1,0 +1,120 @@
+"""What the evaluations of a sweep say over their steps: mean curves, their bands, and where they have levelled off."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, variance
+
+from orchestrator.reporting.statistics import ConfigurationSummary, Estimate, estimate, t_quantile
+from orchestrator.results.records import MetricPoint, SweepResult, TrialStatus
+
+MAX_POINTS = 200
+LEVEL = 0.005
+LAST_PART = 0.25
+MIN_EVALUATIONS = 4
+Curve = tuple[MetricPoint, ...]
+Losses = dict[int, dict[str, dict[int, float]]]
+"""Step → configuration → repeat → eval_loss."""
+
+
+@dataclass(frozen=True, slots=True)
+class MeanCurve:
+    """A configuration's eval_loss, mean over its repeats."""
+
+    summary: ConfigurationSummary
+    points: tuple[tuple[float, float], ...]
+    """(step, mean)."""
+    band: tuple[tuple[float, float, float], ...]
+    """(step, low, high)."""
+    repeats: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plateau:
+    """Whether more steps would still help a configuration."""
+
+    levelled_off_at_step: int | None
+    """From there to the end eval_loss stays within 0.5 % of its last value; None where that is true of less than the
+    last quarter of the steps."""
+    late_fall: Estimate
+    """By how much eval_loss still fell in the last quarter of the steps."""
+
+
+def mean_curves(
+    sweep: SweepResult, found: Sequence[ConfigurationSummary], curves: Mapping[str, Curve]
+) -> tuple[MeanCurve, ...]:
+    """One curve for every configuration that was evaluated, in the order of `found`."""
+    losses: Losses = defaultdict(lambda: defaultdict(dict))
+    for trial in sweep.trials:
+        for point in evaluations(curves.get(trial.trial_id, ())):
+            losses[point.step][trial.configuration_id][trial.repeat] = point.eval_loss or 0.0
+    return tuple(curve for summary in found if (curve := _mean_curve(summary, losses)).points)
+
+
+def evaluations(curve: Curve) -> Curve:
+    """The points that were evaluated, with a result that is a number."""
+    return tuple(point for point in curve if point.eval_loss is not None and math.isfinite(point.eval_loss))
+
+
+def _mean_curve(summary: ConfigurationSummary, losses: Losses) -> MeanCurve:
+    own = {step: cells[summary.configuration_id] for step, cells in losses.items() if summary.configuration_id in cells}
+    repeats = len({repeat for by_repeat in own.values() for repeat in by_repeat})
+    # Where some repeats ended early the mean would jump: it is drawn as far as most of them came.
+    steps = [step for step in sorted(own) if 2 * len(own[step]) > repeats]
+    steps = steps[:: -max(1, math.ceil(len(steps) / MAX_POINTS))][::-1]
+    points = tuple((float(step), fmean(own[step].values())) for step in steps)
+    band = tuple(_band_at(step, own[step], losses[step]) for step in steps if len(own[step]) > 1)
+    return MeanCurve(summary, points, band, repeats)
+
+
+def _band_at(
+    step: int, own: Mapping[int, float], everyone: Mapping[str, Mapping[int, float]]
+) -> tuple[float, float, float]:
+    """The mean's 95 % interval once the shift that a seed gives all configurations alike is taken out.
+
+    Curves are compared seed by seed, as everywhere in the report. Source: Cousineau 2005 with Morey's correction, 2008.
+    """
+    complete = [by_repeat for by_repeat in everyone.values() if by_repeat.keys() >= own.keys()]
+    shifts = dict.fromkeys(own, 0.0)
+    inflation = 1.0
+    if len(complete) > 1:
+        shifts = {repeat: fmean(by_repeat[repeat] for by_repeat in complete) for repeat in own}
+        inflation = len(complete) / (len(complete) - 1)
+    levelled = [value - shifts[repeat] for repeat, value in own.items()]
+    middle = fmean(own.values())
+    half_width = t_quantile(1, len(own) - 1) * math.sqrt(variance(levelled) * inflation / len(own))
+    # Two repeats have intervals that would hide everything else: past the values' own range nothing is drawn.
+    reach = max(own.values()) - min(own.values())
+    return float(step), middle - min(half_width, reach), middle + min(half_width, reach)
+
+
+def plateaus(sweep: SweepResult, curves: Mapping[str, Curve]) -> dict[str, Plateau]:
+    """By configuration, over its completed repeats; left out where there are too few evaluations to tell."""
+    groups: dict[str, list[Curve]] = defaultdict(list)
+    for trial in sweep.trials:
+        evaluated = evaluations(curves.get(trial.trial_id, ()))
+        if trial.status is TrialStatus.COMPLETED and len(evaluated) >= MIN_EVALUATIONS:
+            groups[trial.configuration_id].append(evaluated)
+    return {identity: _plateau(group) for identity, group in groups.items()}
+
+
+def _plateau(group: Sequence[Curve]) -> Plateau:
+    falls = []
+    levelled: list[int | None] = []
+    for curve in group:
+        late_step = curve[-1].step * (1 - LAST_PART)
+        last = curve[-1].eval_loss or 0.0
+        before = [point for point in curve if point.step <= late_step] or [curve[0]]
+        falls.append((before[-1].eval_loss or 0.0) - last)
+        levelled.append(_levelled_off_at(curve, last, late_step))
+    known = [step for step in levelled if step is not None]
+    return Plateau(max(known) if len(known) == len(levelled) else None, estimate(falls))
+
+
+def _levelled_off_at(curve: Curve, last: float, late_step: float) -> int | None:
+    away = [i for i, point in enumerate(curve) if abs((point.eval_loss or 0.0) - last) > LEVEL * abs(last)]
+    first = curve[away[-1] + 1 if away else 0].step
+    return first if first <= late_step else None
