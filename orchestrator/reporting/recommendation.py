@@ -30,6 +30,7 @@ RULE = (
 SAME_MEMORY = 1.02
 CLOSE = 0.01
 FIRST_REPEATS = 3
+STEP_SIZES = frozenset({"global_batch_size", "sequence_length", "packing"})
 
 Basis = Literal["within_noise", "best", "single_runs", "only_one", "provisional", "nothing"]
 
@@ -45,7 +46,7 @@ class Comparison:
     memory_saved: float | None
     """Share of the best's peak memory that it does not need."""
     speedup: float | None
-    """Over the best, by step time."""
+    """Over the best, by step time, or by tokens a second where steps are not of one size."""
     is_within_noise: bool
 
 
@@ -129,8 +130,10 @@ def _by_rule(
         rejected = _cheaper_but_worse(best, contenders, comparisons)
         return _make("best", best, answer, [*rejected, *caveats], comparisons, noise, is_decided=True)
     against = next(c for c in comparisons if c.configuration_id == chosen.configuration_id)
-    answer = f"Take {chosen.label}: it {_within_words(against, _apart_from(chosen, best))}."
     needed, doubt = _doubt(against, best, noise, len(contenders), metric)
+    answer = (
+        f"Take {chosen.label}{' for now' if doubt else ''}: it {_within_words(against, _apart_from(chosen, best))}."
+    )
     evidence = [f"Its {metric} is {_value(chosen)}; the best mean is {_value(best)} ({best.label}).", *doubt, *caveats]
     return _make("within_noise", chosen, answer, evidence, comparisons, noise, needed, is_decided=not doubt)
 
@@ -156,7 +159,7 @@ def _compare(
                 other.label,
                 difference,
                 _saved(other.peak_memory_bytes, best.peak_memory_bytes),
-                best.step_time_s / other.step_time_s if best.step_time_s and other.step_time_s else None,
+                _ratio(_slowness(best), _slowness(other)),
                 difference is not None
                 and difference.half_width is not None
                 and difference.mean <= difference.half_width,
@@ -173,7 +176,18 @@ def _cheapest(candidates: Sequence[ConfigurationSummary]) -> ConfigurationSummar
     """The least memory; within 2 % of it the least time; the first, which has the best objective, where they tie."""
     memory = [c.peak_memory_bytes if c.peak_memory_bytes is not None else math.inf for c in candidates]
     light = [c for c, size in zip(candidates, memory, strict=True) if size <= min(memory) * SAME_MEMORY]
-    return min(light, key=lambda c: c.step_time_s if c.step_time_s is not None else math.inf)
+    return min(light, key=lambda c: slowness if (slowness := _slowness(c)) is not None else math.inf)
+
+
+def _slowness(summary: ConfigurationSummary) -> float | None:
+    """Step time; seconds a token where steps are not of one size."""
+    if STEP_SIZES.isdisjoint(name for name, _ in summary.settings):
+        return summary.step_time_s
+    return 1 / summary.tokens_per_s if summary.tokens_per_s else None
+
+
+def _ratio(over: float | None, under: float | None) -> float | None:
+    return over / under if over and under else None
 
 
 def _value(summary: ConfigurationSummary) -> str:
@@ -300,6 +314,9 @@ def _caveats(
         told.append(
             f"The scheduler stopped repeats of {_some(early)}: their means stand on the repeats that went well."
         )
+    devices = {device for trial in sweep.trials if trial.status is TrialStatus.COMPLETED for device in trial.devices}
+    if len(devices) > 1:
+        told.append(f"Trials ran on different devices ({_some(sorted(devices))}): their speeds are not comparable.")
     ended = _counts_of_ends(found)
     if ended:
         told.append(f"Not in the comparison: {ended}.")

@@ -126,6 +126,7 @@ def test_where_noise_hides_what_matters_it_says_so_and_how_many_repeats_would_do
     answer = recommend(simulated([2.1, 2.0, 2.05], 2, 5, noise_sd=0.1))
     assert answer.basis == "within_noise"
     assert not answer.is_decided
+    assert answer.answer.startswith("Take rank=4 for now: ")
     assert answer.repeats_needed is not None
     assert answer.repeats_needed > 2
     assert any("cannot decide" in line for line in answer.evidence)
@@ -199,6 +200,24 @@ def test_memory_within_two_percent_is_the_same_and_the_faster_one_is_taken() -> 
         for repeat in range(3)
     ]
     assert recommend(made_up_sweep(trials)).label == "rank=16"
+
+
+def test_where_steps_are_not_of_one_size_tokens_a_second_decide_what_is_fast() -> None:
+    trials = [
+        made_up_trial({"sequence_length": length}, repeat, objective=2 + repeat / 100, step_time_s=1.0).model_copy(
+            update={"tokens_per_s": tokens_per_s}
+        )
+        for length, tokens_per_s in ((512, 1000.0), (1024, 2000.0))
+        for repeat in range(3)
+    ]
+    answer = recommend(made_up_sweep(trials, searched=("sequence_length",)))
+    assert answer.label == "sequence_length=1024"
+    assert "is 2× faster" in answer.answer
+
+
+def test_different_devices_are_told() -> None:
+    trials = [made_up_trial({"rank": 8}), made_up_trial({"rank": 16}).model_copy(update={"devices": ("NVIDIA H100",)})]
+    assert any("NVIDIA A10G, NVIDIA H100" in line for line in recommend(made_up_sweep(trials)).evidence)
 
 
 def test_the_pareto_front_holds_what_nothing_beats() -> None:
