@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +56,8 @@ def spell_of(summary: ConfigurationSummary, name: str) -> str:
 def _curves_by(name: str, drawn: Sequence[MeanCurve]) -> Figure:
     settings = [dict(d.summary.settings).get(name) for d in drawn]
     colour_of, keys = colours(settings)
-    bright, grey = drawn[:MAX_LINES], drawn[MAX_LINES : MAX_LINES + MAX_GREY]
+    bright, others = drawn[:MAX_LINES], drawn[MAX_LINES:]
+    grey = others[:: math.ceil(len(others) / MAX_GREY) or 1]
     has_bands = len(bright) <= MAX_COLOURS
     lines = [Line(d.points, d.summary.label) for d in grey]
     # The best is drawn last, on top of the others.
@@ -93,7 +95,7 @@ def memory_chart(found: Sequence[ConfigurationSummary], kind: str) -> Figure | N
     if not known:
         return None
     largest = max(max(s.peak_memory_bytes or 0, s.predicted_memory_bytes or 0) for s in known)
-    unit, name = (2**30, "GiB") if largest >= 2**30 else (2**20, "MiB")
+    unit, name = _memory_unit(largest)
     bars = [
         Bar(
             s.label,
@@ -153,32 +155,42 @@ def pareto_chart(
     known = [s for s in found if s.objective and s.peak_memory_bytes]
     if len(known) < 2:
         return None
-    unit, name = (2**30, "GiB") if max(s.peak_memory_bytes or 0 for s in known) >= 2**30 else (2**20, "MiB")
-    on_front = [s for s in known if s.configuration_id in front]
-    labelled = {s.configuration_id for s in on_front[:MAX_LABELS]} | {recommended}
-    dots = []
-    for s in sorted(known, key=lambda s: (s.configuration_id == recommended, s.configuration_id in front)):
-        assert s.objective
-        style = "s1" if s.configuration_id == recommended else "s0" if s.configuration_id in front else "rest"
-        value = quantities.plus_minus(s.objective.mean, s.objective.half_width)
-        text = (
-            f"{s.label}: {value}, {quantities.memory(s.peak_memory_bytes)}, {quantities.rate(s.tokens_per_s)} tokens/s"
-        )
-        shown = s.label if s.configuration_id in labelled else ""
-        dots.append(Dot(((s.peak_memory_bytes or 0) / unit, s.objective.mean), text, style, shown))
+    unit, name = _memory_unit(max(s.peak_memory_bytes or 0 for s in known))
+    on_front = [s.configuration_id for s in known if s.configuration_id in front]
+    styles = {**dict.fromkeys(on_front, "s0"), recommended: "s1"}
+    labelled = {*on_front[:MAX_LABELS], recommended}
+    # What stands out is drawn last, on top of the others.
+    ordered = sorted(known, key=lambda s: (s.configuration_id == recommended, s.configuration_id in front))
+    dots = [_pareto_dot(s, unit, styles, s.configuration_id in labelled) for s in ordered]
+    metric = sweep.objective_metric
     words = (
-        f"{len(on_front)} of {len(known)} configurations are on the Pareto front of {sweep.objective_metric}, peak "
-        "memory and tokens a second: no other one beats them in all three. One that looks beaten here is faster."
+        f"{len(on_front)} of {len(known)} configurations are on the Pareto front of {metric}, peak memory and tokens a "
+        "second: no other one is as good in all three."
     )
-    title = f"{sweep.objective_metric} against memory"
-    svg = xy_plot(title, words, Axis(f"peak memory of a worker ({name})"), Axis(sweep.objective_metric), dots=dots)
-    keys = (
-        Key("s1 dot", "recommended"),
-        Key("s0 dot", "on the Pareto front"),
-        Key("rest dot", "beaten by another one"),
+    title = f"{metric} against memory"
+    svg = xy_plot(title, words, Axis(f"peak memory of a worker ({name})"), Axis(metric), dots=dots)
+    keys = (Key("s1", "recommended"), Key("s0", "on the Pareto front"), Key("rest", "beaten by another one"))
+    drawn = {dot.style for dot in dots}
+    return Figure(title, svg, tuple(Key(f"{k.style} dot", k.label) for k in keys if k.style in drawn), words)
+
+
+def _pareto_dot(summary: ConfigurationSummary, unit: int, styles: Mapping[str | None, str], is_labelled: bool) -> Dot:
+    assert summary.objective
+    figures = (
+        quantities.plus_minus(summary.objective.mean, summary.objective.half_width),
+        quantities.memory(summary.peak_memory_bytes),
+        f"{quantities.rate(summary.tokens_per_s)} tokens/s",
     )
-    drawn = {f"{dot.style} dot" for dot in dots}
-    return Figure(title, svg, tuple(key for key in keys if key.style in drawn), words)
+    return Dot(
+        ((summary.peak_memory_bytes or 0) / unit, summary.objective.mean),
+        f"{summary.label}: {', '.join(figures)}",
+        styles.get(summary.configuration_id, "rest"),
+        summary.label if is_labelled else "",
+    )
+
+
+def _memory_unit(largest_bytes: int) -> tuple[int, str]:
+    return (2**30, "GiB") if largest_bytes >= 2**30 else (2**20, "MiB")
 
 
 def effect_charts(sweep: SweepResult, effects: Sequence[Effect]) -> tuple[Figure, ...]:

@@ -60,7 +60,8 @@ def plus_minus(mean: float, half_width: float | None) -> str:
 
 def decimals_for(half_width: float) -> int:
     """Decimals that show two significant digits of a half-width, between 0 and 6."""
-    if half_width <= 0:
+    # Losses that are equal to the last bit but a few would otherwise read 0.000000 ± 0.000000.
+    if half_width < 5e-7:
         return 4
     return min(6, max(0, 1 - math.floor(math.log10(half_width))))
 
