@@ -157,7 +157,7 @@ def pareto_chart(
         return None
     unit, name = _memory_unit(max(s.peak_memory_bytes or 0 for s in known))
     on_front = [s.configuration_id for s in known if s.configuration_id in front]
-    styles = {**dict.fromkeys(on_front, "s0"), recommended: "s1"}
+    styles: dict[str | None, str] = {**dict.fromkeys(on_front, "s0"), recommended: "s1"}
     labelled = {*on_front[:MAX_LABELS], recommended}
     # What stands out is drawn last, on top of the others.
     ordered = sorted(known, key=lambda s: (s.configuration_id == recommended, s.configuration_id in front))

@@ -6,6 +6,8 @@ import math
 
 UNKNOWN = "–"
 MINUS = "\u2212"
+NOTHING = 5e-7
+"""What six decimals do not show."""
 
 
 def memory(size_bytes: float | None) -> str:
@@ -16,7 +18,7 @@ def memory(size_bytes: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """`0.8 s`, `42 s`, `3 min 20 s`, `1 h 04 min`."""
+    """`0.8 s`, `42 s`, `3 min 20 s`, `1 h 04 min`, `2 d 07 h`."""
     if seconds is None:
         return UNKNOWN
     if seconds < 10:
@@ -26,7 +28,9 @@ def duration(seconds: float | None) -> str:
         return f"{whole} s"
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+    if whole < 48 * 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600:02} h"
 
 
 def step_time(seconds: float | None) -> str:
@@ -61,7 +65,7 @@ def plus_minus(mean: float, half_width: float | None) -> str:
 def decimals_for(half_width: float) -> int:
     """Decimals that show two significant digits of a half-width, between 0 and 6."""
     # Losses that are equal to the last bit but a few would otherwise read 0.000000 ± 0.000000.
-    if half_width < 5e-7:
+    if half_width < NOTHING:
         return 4
     return min(6, max(0, 1 - math.floor(math.log10(half_width))))
 

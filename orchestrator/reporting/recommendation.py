@@ -24,10 +24,13 @@ from orchestrator.results.records import SweepResult, TrialStatus
 
 RULE = (
     "Of the configurations whose objective is within the noise of the best (the 95 % interval of their difference, "
-    "seed by seed, contains 0; all comparisons together hold with 95 %, Bonferroni), take the one with the smallest "
-    "peak memory; of those within 2 % of it, the fastest."
+    "seed by seed, contains 0, corrected for the number of comparisons by Bonferroni; or it differs by less than "
+    "0.01 %), take the one with the least peak memory; of those within 2 % of it, the fastest. Only completed trials "
+    "compete."
 )
 SAME_MEMORY = 1.02
+SAME_OBJECTIVE = 1e-4
+"""ZeRO stages at one seed differ in the last bits alone, every time in the same direction: significant, and nothing."""
 CLOSE = 0.01
 FIRST_REPEATS = 3
 STEP_SIZES = frozenset({"global_batch_size", "sequence_length", "packing"})
@@ -142,6 +145,7 @@ def _compare(
     sweep: SweepResult, contenders: Sequence[ConfigurationSummary], noise: Noise | None
 ) -> tuple[Comparison, ...]:
     best, sign = contenders[0], sign_of(sweep)
+    resolution = SAME_OBJECTIVE * abs(best.objective.mean) if best.objective else 0.0
     comparisons = []
     for other in contenders[1:]:
         difference = None
@@ -160,9 +164,7 @@ def _compare(
                 difference,
                 _saved(other.peak_memory_bytes, best.peak_memory_bytes),
                 _ratio(_slowness(best), _slowness(other)),
-                difference is not None
-                and difference.half_width is not None
-                and difference.mean <= difference.half_width,
+                difference is not None and difference.mean <= max(difference.half_width or 0.0, resolution),
             )
         )
     return tuple(comparisons)
@@ -197,8 +199,11 @@ def _value(summary: ConfigurationSummary) -> str:
 
 def _within_words(comparison: Comparison, best: str) -> str:
     assert comparison.difference
-    apart = quantities.plus_minus(comparison.difference.mean, comparison.difference.half_width)
-    return ", ".join([f"is within {apart} of {best}", *_cost_words(comparison)])
+    difference = comparison.difference
+    apart = f"is within {quantities.plus_minus(difference.mean, difference.half_width)} of {best}"
+    if max(abs(difference.mean), difference.half_width or 0.0) < quantities.NOTHING:
+        apart = f"is as good as {best}"
+    return ", ".join([apart, *_cost_words(comparison)])
 
 
 def _apart_from(chosen: ConfigurationSummary, best: ConfigurationSummary) -> str:
@@ -257,7 +262,10 @@ def _doubt(
 def _by_single_runs(
     sweep: SweepResult, contenders: Sequence[ConfigurationSummary], caveats: Sequence[str]
 ) -> Recommendation:
-    best = contenders[0]
+    level = _compare(sweep, contenders, None)
+    same = [other for other, c in zip(contenders[1:], level, strict=True) if c.is_within_noise]
+    best = _cheapest([contenders[0], *same])
+    contenders = [best, *(other for other in contenders if other is not best)]
     comparisons = _compare(sweep, contenders, None)
     metric = sweep.objective_metric
     answer = (

@@ -46,7 +46,8 @@ def render_text(report: Report) -> str:
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         lines.append(f"{_words(status)}: {shown}: {_first_line(reason)}")
     if snippet := trial_snippet(report):
-        lines += ["", f"recommended ({answer.label}):", *(f"  {line}" for line in snippet.rstrip().splitlines())]
+        word = "best so far" if answer.basis == "provisional" else "recommended"
+        lines += ["", f"{word} ({answer.label}):", *(f"  {line}" for line in snippet.rstrip().splitlines())]
     if report.adapter:
         lines.append(f"  adapter: {report.adapter}")
     return "\n".join([*lines, "", _closing(report)])

@@ -305,7 +305,15 @@ def test_labels_do_not_lie_on_each_other() -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "words"),
-    [(0.84, "0.84 s"), (42, "42 s"), (200, "3 min 20 s"), (3840, "1 h 04 min"), (59.7, "1 min 00 s"), (None, "–")],
+    [
+        (0.84, "0.84 s"),
+        (42, "42 s"),
+        (200, "3 min 20 s"),
+        (3840, "1 h 04 min"),
+        (59.7, "1 min 00 s"),
+        (200_000, "2 d 07 h"),
+        (None, "–"),
+    ],
 )
 def test_durations_read_as_people_say_them(seconds: float | None, words: str) -> None:
     assert quantities.duration(seconds) == words

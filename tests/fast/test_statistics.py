@@ -220,6 +220,16 @@ def test_different_devices_are_told() -> None:
     assert any("NVIDIA A10G, NVIDIA H100" in line for line in recommend(made_up_sweep(trials)).evidence)
 
 
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_objectives_that_differ_in_their_last_bits_are_the_same(repeats: int) -> None:
+    trials = [
+        made_up_trial({"zero_stage": stage}, r, objective=2.5 + r / 10 + 1e-9 * stage, memory_bytes=(4 - stage) * 2**30)
+        for stage in (0, 1, 2, 3)
+        for r in range(repeats)
+    ]
+    assert recommend(made_up_sweep(trials, searched=("zero_stage",))).label == "zero_stage=3"
+
+
 def test_the_pareto_front_holds_what_nothing_beats() -> None:
     trials = [
         made_up_trial({"rank": rank}, objective=value, memory_bytes=memory, step_time_s=time_s)
