@@ -256,6 +256,13 @@ def test_the_snippet_is_a_trial_that_a_sweep_file_takes(tmp_path: Path) -> None:
     assert TrialConfig(**yaml.safe_load(snippet)["trial"]) == TrialConfig(**settings)
 
 
+@pytest.mark.parametrize(("rank", "loader"), [(8, "PeftModel"), ("full", "AutoModelForCausalLM")])
+def test_the_page_says_how_to_load_the_best_weights(tmp_path: Path, rank: int | str, loader: str) -> None:
+    assert f"{loader}.from_pretrained" in report.render_html(
+        built(tmp_path, made_up_sweep([made_up_trial({"rank": rank})]))
+    )
+
+
 def test_the_parts_of_the_time_add_up(tmp_path: Path) -> None:
     timing = Timing(startup_s=5, model_s=5, training_s=20, evaluation_s=5, total_s=40)
     trial = made_up_trial({"rank": 8}).model_copy(update={"timing": timing})
