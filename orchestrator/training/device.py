@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import platform
 import re
@@ -57,6 +58,7 @@ def half_precision(device: torch.device) -> HalfPrecision:
     )
 
 
+@functools.cache
 def _cpu_flags() -> frozenset[str]:
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
@@ -66,6 +68,7 @@ def _cpu_flags() -> frozenset[str]:
     return frozenset(found.group(1).split()) if found else frozenset()
 
 
+@functools.cache
 def describe(device: torch.device) -> str:
     """As a person names it."""
     if device.type == "cuda":

@@ -41,12 +41,13 @@ def run(task: TrialTask, place: WorkerPlace, send: Send) -> None:
             _write_settings(task, place, device)
         report = send if place.rank == 0 else _say_nothing
         progress = training_loop.train(task, place, ledger, report)
+        # Only after a good end: with a worker that failed, the others' collectives would be waited for.
+        dist.destroy_process_group()
         end = TrialEnd(TrialStatus.COMPLETED, None, progress)
     except BaseException as error:
         # Whatever it is, the sweep must hear of it: this process has nobody else to tell.
         traceback.print_exc()
         end = ended_by(error, task, ledger)
-    _leave()
     sys.stdout.flush()
     sys.stderr.flush()
     send(end if place.rank == 0 else TrialEnd(end.status, end.reason, None))
@@ -122,11 +123,6 @@ def _join(place: WorkerPlace, device: torch.device) -> None:
         world_size=place.world_size,
         device_id=device if device.type == "cuda" else None,
     )
-
-
-def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _write_settings(task: TrialTask, place: WorkerPlace, device: torch.device) -> None:
