@@ -165,6 +165,18 @@ def read_sweep(folder: SweepFolder) -> tuple[SweepResult, tuple[DamagedRecord, .
     return sweep.model_copy(update={"trials": trials}), damaged
 
 
+def newest_sweep(storage: Path) -> SweepFolder:
+    """The sweep in `storage` that was written to last.
+
+    Raises:
+        FolderError: there is none.
+    """
+    found = [SweepFolder(entry.parent) for entry in storage.glob("*/results.json")]
+    if not found:
+        raise FolderError(f"{storage} holds no sweep: name a folder that `orchestrator run` made")
+    return max(found, key=lambda folder: folder.results_json.stat().st_mtime)
+
+
 def write_sweep(folder: SweepFolder, sweep: SweepResult) -> None:
     """Write results.json and results.csv."""
     write_atomically(folder.results_json, sweep.model_dump_json(indent=1) + "\n")

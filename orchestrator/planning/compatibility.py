@@ -1,0 +1,217 @@
+"""Which settings exclude each other, anywhere or on this hardware: one pure function a rule.
+
+Each rule returns a reason that ends in what to change, or None. `Case` holds what a rule may look at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from orchestrator.config.trial_config import Precision, TrialConfig
+from orchestrator.planning.hardware import Hardware
+from orchestrator.planning.model_shape import ModelShape
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A trial, the model, and where it would run."""
+
+    config: TrialConfig
+    shape: ModelShape
+    hardware: Hardware
+    workers: int
+
+
+Rule = Callable[[Case], str | None]
+
+
+def refusals(case: Case) -> tuple[str, ...]:
+    """Every reason why the trial cannot run."""
+    return tuple(reason for rule in REFUSALS if (reason := rule(case)))
+
+
+def notes(case: Case) -> tuple[str, ...]:
+    """What a user should know of a trial that runs all the same."""
+    return tuple(note for rule in NOTES if (note := rule(case)))
+
+
+def fp16_needs_hardware(case: Case) -> str | None:
+    """Source: deepspeed 0.19.8, runtime/config.py: "Type fp16 is not supported on your device"."""
+    if case.config.precision in (Precision.FP16, Precision.AMP_FP16) and not case.hardware.has_fp16:
+        return f"precision {case.config.precision}: this device does not compute fp16; use bf16 or fp32"
+    return None
+
+
+def bf16_needs_ampere(case: Case) -> str | None:
+    """Source: bfloat16 tensor operations need compute capability 8.0 (CUDA programming guide, table of arithmetic)."""
+    capability = case.hardware.compute_capability
+    if case.config.precision in (Precision.BF16, Precision.AMP_BF16) and capability and capability < (8, 0):
+        return f"precision {case.config.precision}: {case.hardware.gpu_name} does not compute bf16; use fp16 or amp_fp16"
+    return None
+
+
+def flash_attention_needs_ampere(case: Case) -> str | None:
+    """Source: flash-attn's README: Ampere, Ada or Hopper GPUs, fp16 and bf16, head dimension up to 256."""
+    if case.config.attention != "flash_attention_2":
+        return None
+    capability = case.hardware.compute_capability
+    if capability is None or capability < (8, 0):
+        return "attention flash_attention_2: it needs an Ampere GPU or newer; use sdpa"
+    if case.config.precision is Precision.FP32:
+        return "attention flash_attention_2: it computes in half precision only; use precision bf16, or sdpa"
+    if case.hardware.has_flash_attention is False:
+        return "attention flash_attention_2: flash-attn is not installed; install orchestrator[gpu], or use sdpa"
+    if case.shape.head_dim > 256:
+        return f"attention flash_attention_2: heads of {case.shape.head_dim} are wider than its 256; use sdpa"
+    return None
+
+
+def offload_needs_zero(case: Case) -> str | None:
+    """Source: DeepSpeed's configuration reference, ZeRO optimizations: offload_optimizer needs stage 2 or 3."""
+    config = case.config
+    if config.offload == "none":
+        return None
+    if config.engine == "ddp":
+        return f"offload {config.offload}: it is DeepSpeed's; use engine deepspeed, or offload none"
+    if config.zero_stage < 2:
+        return f"offload {config.offload}: it needs zero_stage 2 or 3, not {config.zero_stage}; raise zero_stage"
+    if config.offload == "optimizer_and_parameters" and config.zero_stage < 3:
+        return f"offload {config.offload}: parameters are offloaded at zero_stage 3 only; use offload optimizer"
+    return None
+
+
+def int8_excludes_zero3(case: Case) -> str | None:
+    """Source: bitsandbytes' Int8Params keep integer weights, which ZeRO-3 cannot partition and gather as floats."""
+    if case.config.precision is Precision.INT8 and case.config.zero_stage == 3:
+        return "precision int8: ZeRO-3 cannot shard integer weights; use zero_stage 2, or nf4"
+    return None
+
+
+def quantisation_needs_an_adapter(case: Case) -> str | None:
+    """Source: transformers 5.23, trainer.py: purely quantised models cannot be fine-tuned without adapters."""
+    if case.config.precision.is_quantized and case.config.trains_all_weights:
+        return f"rank full: quantised weights ({case.config.precision}) cannot be trained; use a rank, or bf16"
+    return None
+
+
+def quantisation_needs_bitsandbytes(case: Case) -> str | None:
+    """Source: transformers 5.23, quantizers/quantizer_bnb_4bit.py: bitsandbytes must be installed."""
+    if case.config.precision.is_quantized and case.hardware.has_bitsandbytes is False:
+        return f"precision {case.config.precision}: bitsandbytes is not installed; install orchestrator[quantization]"
+    return None
+
+
+def eight_bit_adamw_needs_a_gpu(case: Case) -> str | None:
+    """Source: bitsandbytes 0.50, optim/adamw.py: its optimizers update tensors on GPUs."""
+    if case.config.optimizer != "adamw_8bit":
+        return None
+    if case.hardware.device == "cpu":
+        return "optimizer adamw_8bit: it works on GPUs only; use adamw"
+    if case.hardware.has_bitsandbytes is False:
+        return "optimizer adamw_8bit: bitsandbytes is not installed; install orchestrator[gpu], or use adamw"
+    if case.config.offload != "none":
+        return "optimizer adamw_8bit: its states cannot be offloaded; use adamw, or offload none"
+    return None
+
+
+def pure_fp16_excludes_plain_ddp(case: Case) -> str | None:
+    """Source: torch 2.13, amp/grad_scaler.py: "Attempting to unscale FP16 gradients"."""
+    config = case.config
+    if config.precision is Precision.FP16 and config.engine == "ddp" and config.trains_all_weights:
+        return "precision fp16: torch cannot scale fp16 gradients; use amp_fp16, or engine deepspeed"
+    return None
+
+
+def adapters_only_options(case: Case) -> str | None:
+    """DoRA and rank stabilisation are properties of an adapter, and there is none."""
+    if case.config.trains_all_weights and (case.config.dora or case.config.rslora):
+        return "rank full: there is no adapter for dora or rslora; leave them out, or use a rank"
+    return None
+
+
+def targets_must_exist(case: Case) -> str | None:
+    """Source: peft 0.21.2, tuners/tuners_utils.py: target modules that match nothing are an error."""
+    targets, known = case.config.target_modules, {matrix.name for matrix in case.shape.matrices}
+    if isinstance(targets, str) or case.config.trains_all_weights:
+        return None
+    missing = [name for name in targets if name.rpartition(".")[2] not in known]
+    if not missing:
+        return None
+    near = get_close_matches(missing[0], known, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return f"target_modules: the model has no {', '.join(missing)}{hint}; it has {', '.join(sorted(known))}: name those"
+
+
+def global_batch_must_divide(case: Case) -> str | None:
+    """Equal steps over all trials: accumulation is global ÷ (micro × workers)."""
+    config, workers = case.config, case.workers
+    micro = 1 if config.micro_batch_size == "auto" else config.micro_batch_size
+    if config.global_batch_size % (micro * workers):
+        return (
+            f"global_batch_size {config.global_batch_size} is no multiple of micro_batch_size "
+            f"{config.micro_batch_size} × {workers} workers; change one of them"
+        )
+    return None
+
+
+def sequence_must_fit_the_model(case: Case) -> str | None:
+    """Positions past the model's last were never trained, and learned ones do not exist."""
+    longest = case.shape.max_positions
+    if case.config.sequence_length > longest:
+        return f"sequence_length {case.config.sequence_length}: the model has {longest} positions; lower it"
+    return None
+
+
+def zero_on_one_worker(case: Case) -> str | None:
+    """Allowed, since a space may cross stages with workers."""
+    if case.workers == 1 and case.config.zero_stage and case.config.offload == "none":
+        return f"zero_stage {case.config.zero_stage} with one worker shards nothing"
+    return None
+
+
+def emulated_half_precision(case: Case) -> str | None:
+    """Measured: a bf16 product without bf16 instructions takes 4 times as long as in fp32, a QLoRA step 18 times."""
+    half = case.config.precision in (Precision.BF16, Precision.AMP_BF16)
+    if half and case.hardware.device == "cpu" and not case.hardware.has_bf16:
+        return f"precision {case.config.precision} is emulated on this CPU and slow; fp32 or nf4 are faster here"
+    return None
+
+
+def quantised_compute_dtype(case: Case) -> str | None:
+    """The compute dtype follows the machine, so results of two machines differ."""
+    if not case.config.precision.is_quantized or case.hardware.has_bf16:
+        return None
+    dtype = "fp16" if case.hardware.has_fp16 else "fp32"
+    return f"precision {case.config.precision} computes in {dtype}, since this device lacks bf16"
+
+
+def warm_up_that_never_ends(case: Case) -> str | None:
+    """The learning rate never reaches what the file says."""
+    if case.config.warmup_steps >= case.config.max_steps:
+        return f"warmup_steps {case.config.warmup_steps} is not below max_steps {case.config.max_steps}"
+    return None
+
+
+REFUSALS: tuple[Rule, ...] = (
+    fp16_needs_hardware,
+    bf16_needs_ampere,
+    flash_attention_needs_ampere,
+    offload_needs_zero,
+    int8_excludes_zero3,
+    quantisation_needs_an_adapter,
+    quantisation_needs_bitsandbytes,
+    eight_bit_adamw_needs_a_gpu,
+    pure_fp16_excludes_plain_ddp,
+    adapters_only_options,
+    targets_must_exist,
+    global_batch_must_divide,
+    sequence_must_fit_the_model,
+)
+NOTES: tuple[Rule, ...] = (
+    zero_on_one_worker,
+    emulated_half_precision,
+    quantised_compute_dtype,
+    warm_up_that_never_ends,
+)

@@ -1,0 +1,95 @@
+"""The `estimate` command: JSON lines in, JSON lines out; a line that cannot be read answers for itself alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from pydantic import ValidationError
+
+from orchestrator.config.trial_config import TrialConfig
+from orchestrator.errors import InputError, OrchestratorError
+from orchestrator.planning.compatibility import Case, refusals
+from orchestrator.planning.hardware import Hardware
+from orchestrator.planning.memory import estimate
+from orchestrator.planning.model_shape import ModelShape, shape_of
+
+ConfigOf = Callable[[str], Mapping[str, Any]]
+MAX_WORKERS = 100_000
+
+
+def estimate_lines(lines: Iterable[str], config_of: ConfigOf) -> Iterator[str]:
+    """One answer a line; `config_of` gives the transformers config of a hub id or folder."""
+    shapes: dict[str, ModelShape] = {}
+    for line in lines:
+        if line.strip():
+            yield json.dumps(_answer(line, config_of, shapes))
+
+
+def _answer(line: str, config_of: ConfigOf, shapes: dict[str, ModelShape]) -> dict[str, Any]:
+    identity = None
+    try:
+        raw = json.loads(line)
+        if not isinstance(raw, dict):
+            raise InputError('a line is an object, as {"id": 1, "model": "…", "trial": {"rank": 8}}')
+        identity = raw.get("id")
+        return {"id": identity, **_estimated(raw, config_of, shapes)}
+    except ValidationError as error:
+        told = "; ".join(f"{'.'.join(map(str, d['loc']))}: {d['msg']}" for d in error.errors(include_url=False))
+        return {"id": identity, "error": told}
+    except (OrchestratorError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        return {"id": identity, "error": str(error) or type(error).__name__}
+
+
+def _estimated(raw: Mapping[str, Any], config_of: ConfigOf, shapes: dict[str, ModelShape]) -> dict[str, Any]:
+    unknown = set(raw) - {"id", "model", "trial", "workers", "gpu_memory_bytes"}
+    if unknown:
+        raise InputError(f"unknown key {sorted(unknown)[0]}: known are id, model, trial, workers, gpu_memory_bytes")
+    workers, memory_bytes = _whole(raw, "workers", 1, MAX_WORKERS), _whole(raw, "gpu_memory_bytes", None, 2**50)
+    shape = _shape(raw.get("model"), config_of, shapes)
+    assert workers is not None
+    config = TrialConfig.model_validate(raw.get("trial") or {})
+    hardware = _gpu(memory_bytes)
+    reasons = list(refusals(Case(config, shape, hardware, workers)))
+    if config.micro_batch_size == "auto":
+        config = _largest(config, shape, workers, memory_bytes)
+    memory = estimate(config, shape, workers, "cuda", has_bf16=True)
+    if memory_bytes is not None and memory.device_bytes > memory_bytes:
+        reasons.append(f"needs {memory.device_bytes:,} bytes of {memory_bytes:,}: lower micro_batch_size or use nf4")
+    figures = {name: value for name, value in asdict(memory).items() if name != "parts"}
+    return {**figures, "parts": asdict(memory.parts), "feasible": not reasons, "reasons": reasons}
+
+
+def _whole(raw: Mapping[str, Any], name: str, default: int | None, most: int) -> int | None:
+    value = raw.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise InputError(f"{name} is {value!r}: give a whole number from 1 to {most:,}")
+    return value
+
+
+def _shape(model: Any, config_of: ConfigOf, shapes: dict[str, ModelShape]) -> ModelShape:
+    if not isinstance(model, str | dict) or not model:
+        raise InputError("model is missing: give a hub id, a folder, or a transformers config as an object")
+    key = model if isinstance(model, str) else json.dumps(model, sort_keys=True)
+    if key not in shapes:
+        shapes[key] = shape_of(config_of(model) if isinstance(model, str) else model)
+    return shapes[key]
+
+
+def _gpu(memory_bytes: int | None) -> Hardware:
+    """A GPU that can all: an estimate is refused for its memory, or for what no GPU can."""
+    return Hardware("cuda", 1, 1, 1, 0, True, True, gpu_memory_bytes=memory_bytes, compute_capability=(9, 0))
+
+
+def _largest(config: TrialConfig, shape: ModelShape, workers: int, memory_bytes: int | None) -> TrialConfig:
+    share = max(1, config.global_batch_size // workers)
+    fits = config.model_copy(update={"micro_batch_size": 1})
+    for micro in (n for n in range(1, share + 1) if share % n == 0):
+        tried = config.model_copy(update={"micro_batch_size": micro})
+        if memory_bytes is None or estimate(tried, shape, workers, "cuda", True).device_bytes <= memory_bytes:
+            fits = tried
+    return fits

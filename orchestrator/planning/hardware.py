@@ -1,0 +1,189 @@
+"""What the trials would run on: this machine, a cluster's, or a GPU that is only named."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from orchestrator.errors import InputError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """One worker's device, and how much of it the cluster has."""
+
+    device: Literal["cuda", "cpu"]
+    gpus: int
+    cpus: int
+    nodes: int
+    host_memory_bytes: int
+    """Of one node."""
+    has_bf16: bool
+    """The device computes it; emulated does not count."""
+    has_fp16: bool
+    gpu_name: str | None = None
+    gpu_memory_bytes: int | None = None
+    compute_capability: tuple[int, int] | None = None
+    half_flops: float = 0.0
+    """Dense half-precision matrix FLOP/s of one GPU, as its data sheet says."""
+    fp32_flops: float = 0.0
+    bandwidth_bytes_per_s: float = 0.0
+    has_flash_attention: bool | None = None
+    """None: unknown, as of a GPU that is only named."""
+    has_bitsandbytes: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Gpu:
+    memory_gib: float
+    capability: tuple[int, int]
+    half_tflops: float
+    fp32_tflops: float
+    bandwidth_gb_per_s: float
+
+
+# NVIDIA's data sheets: memory, compute capability, dense half-precision tensor TFLOP/s, fp32 TFLOP/s, GB/s.
+GPUS = {
+    "T4": _Gpu(15, (7, 5), 65, 8.1, 300),
+    "V100": _Gpu(32, (7, 0), 112, 14, 900),
+    "A10G": _Gpu(22.5, (8, 6), 70, 35, 600),
+    "A100-40GB": _Gpu(40, (8, 0), 312, 19.5, 1555),
+    "A100": _Gpu(80, (8, 0), 312, 19.5, 2039),
+    "A6000": _Gpu(48, (8, 6), 155, 38.7, 768),
+    "RTX-3090": _Gpu(24, (8, 6), 71, 35.6, 936),
+    "RTX-4080": _Gpu(16, (8, 9), 97, 48.7, 717),
+    "RTX-4090": _Gpu(24, (8, 9), 165, 82.6, 1008),
+    "L4": _Gpu(22.5, (8, 9), 121, 30.3, 300),
+    "L40S": _Gpu(45, (8, 9), 362, 91.6, 864),
+    "H100": _Gpu(80, (9, 0), 989, 67, 3350),
+    "H200": _Gpu(141, (9, 0), 989, 67, 4800),
+    "B200": _Gpu(180, (10, 0), 2250, 80, 8000),
+}
+
+
+def hardware_for(gpu: str | None, gpus: int, memory: str | None) -> Hardware:
+    """The named GPU so many times, or this machine where none is named.
+
+    Raises:
+        InputError: the name or the size of memory is not understood.
+    """
+    return named_gpu(gpu, gpus, parse_memory(memory) if memory else None) if gpu else this_machine()
+
+
+def named_gpu(name: str, count: int, memory_bytes: int | None = None) -> Hardware:
+    """A cluster of `count` GPUs of this name.
+
+    Raises:
+        InputError: the name is not known.
+    """
+    by_spelling = {_plain(known): known for known in GPUS}
+    found = by_spelling.get(_plain(name))
+    if found is None:
+        near = get_close_matches(_plain(name), by_spelling, n=1)
+        hint = f"; did you mean {by_spelling[near[0]]}?" if near else ""
+        raise InputError(f"--gpu {name} is not known{hint}; known: {', '.join(GPUS)}")
+    gpu = GPUS[found]
+    return Hardware(
+        device="cuda",
+        gpus=count,
+        cpus=16 * count,
+        nodes=-(-count // 8),
+        host_memory_bytes=128 * GIB * min(count, 8),
+        has_bf16=gpu.capability >= (8, 0),
+        has_fp16=True,
+        gpu_name=found,
+        gpu_memory_bytes=memory_bytes or int(gpu.memory_gib * GIB),
+        compute_capability=gpu.capability,
+        half_flops=gpu.half_tflops * 1e12,
+        fp32_flops=gpu.fp32_tflops * 1e12,
+        bandwidth_bytes_per_s=gpu.bandwidth_gb_per_s * 1e9,
+    )
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]|nvidia|geforce|tesla", "", name.lower())
+
+
+def parse_memory(text: str) -> int:
+    """`80GiB`, `24GB` or a number of bytes.
+
+    Raises:
+        InputError: it is none of these.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|B?)\s*", text)
+    if not found or float(found[1]) <= 0:
+        raise InputError(f"{text!r} is no size of memory: write it as 80GiB")
+    power = " KMGT".index(found[2][0]) if found[2] not in ("", "B") else 0
+    return int(float(found[1]) * (1024 if "i" in found[2] else 1000) ** power)
+
+
+def this_machine() -> Hardware:
+    """What is here, asked without loading torch."""
+    cpus, memory = os.cpu_count() or 1, psutil.virtual_memory().total
+    has_bitsandbytes = importlib.util.find_spec("bitsandbytes") is not None
+    gpus = _local_gpus()
+    if not gpus:
+        has_bf16, has_fp16 = cpu_half_precision(_cpu_flags())
+        return Hardware("cpu", 0, cpus, 1, memory, has_bf16, has_fp16, has_bitsandbytes=has_bitsandbytes)
+    name, memory_bytes, capability = gpus[0]
+    near = get_close_matches(_plain(name), [_plain(known) for known in GPUS], n=1, cutoff=0.3)
+    like = next((gpu for known, gpu in GPUS.items() if near and _plain(known) == near[0]), GPUS["A10G"])
+    return Hardware(
+        device="cuda",
+        gpus=len(gpus),
+        cpus=cpus,
+        nodes=1,
+        host_memory_bytes=memory,
+        has_bf16=capability >= (8, 0),
+        has_fp16=True,
+        gpu_name=name,
+        gpu_memory_bytes=memory_bytes,
+        compute_capability=capability,
+        half_flops=like.half_tflops * 1e12,
+        fp32_flops=like.fp32_tflops * 1e12,
+        bandwidth_bytes_per_s=like.bandwidth_gb_per_s * 1e9,
+        has_flash_attention=importlib.util.find_spec("flash_attn") is not None,
+        has_bitsandbytes=has_bitsandbytes,
+    )
+
+
+def _local_gpus() -> list[tuple[str, int, tuple[int, int]]]:
+    """Name, bytes and compute capability of every GPU."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
+    try:
+        text = subprocess.run(query, capture_output=True, text=True, check=True, timeout=10).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    found = []
+    for line in text.splitlines():
+        name, mebibytes, capability = (part.strip() for part in line.split(","))
+        major, _, minor = capability.partition(".")
+        found.append((name, int(mebibytes) * 2**20, (int(major), int(minor))))
+    return found
+
+
+def _cpu_flags() -> frozenset[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    found = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", text, re.MULTILINE)
+    return frozenset(found[1].split()) if found else frozenset()
+
+
+def cpu_half_precision(flags: frozenset[str]) -> tuple[bool, bool]:
+    """Whether a CPU with these flags computes bf16 and fp16, rather than emulating them.
+
+    Source: oneDNN's ISA dispatch (avx512_core_bf16, avx512_core_fp16, avx10_1_512_amx_fp16), which torch asks.
+    """
+    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"}), bool(flags & {"avx512_fp16", "amx_fp16", "asimdhp"})

@@ -1,0 +1,265 @@
+"""Every trial before anything starts: does it run, what memory, what time, what money."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from orchestrator.config.search_space import Trial
+from orchestrator.config.sweep_config import ResourcesConfig, SweepConfig
+from orchestrator.config.trial_config import TrialConfig
+from orchestrator.planning.compatibility import Case, notes, refusals
+from orchestrator.planning.hardware import GIB, Hardware
+from orchestrator.planning.memory import MemoryEstimate, estimate_on
+from orchestrator.planning.model_shape import ModelShape
+from orchestrator.planning.step_time import Range, step_seconds
+
+STARTUP_S = 3.0
+"""Seconds of a trial that are not training, on a warm worker group: model, evaluations, saving."""
+SPARE = 0.97
+"""Share of a GPU's memory that a trial may be planned to take: the driver keeps some for itself."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class PlannedTrial(_Part):
+    """One trial: it runs, or `reasons` says why it does not."""
+
+    trial_id: str
+    configuration_id: str
+    config: TrialConfig
+    """`micro_batch_size` is a number, unless the trial is refused."""
+    repeat: int
+    reasons: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    memory: MemoryEstimate | None = None
+    seconds: float | None = None
+    """Expected, on a warm worker group."""
+    seconds_range: tuple[float, float] | None = None
+
+
+class SweepPlan(_Part):
+    """plan.json."""
+
+    schema_version: Literal[1] = 1
+    name: str
+    model: str
+    hardware: str
+    workers_per_trial: int
+    gpus_per_worker: float
+    concurrent: int
+    searched: tuple[str, ...]
+    trials: tuple[PlannedTrial, ...]
+    runs: int
+    refused: int
+    makespan_s: tuple[float, float, float]
+    """Low, expected and high: under the scheduler, so many trials at a time."""
+    gpu_hours: tuple[float, float, float]
+    cost: tuple[float, float, float] | None
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerShape:
+    """What one trial takes."""
+
+    workers: int
+    gpus_per_worker: float
+    cpus_per_worker: float
+
+
+def worker_shape(resources: ResourcesConfig, hardware: Hardware) -> WorkerShape:
+    """The shape that the sweep file asks for on this hardware."""
+    gpus = resources.gpus_per_worker
+    if not isinstance(gpus, float | int):
+        gpus = 1.0 if hardware.device == "cuda" else 0.0
+    return WorkerShape(resources.workers_per_trial, float(gpus), resources.cpus_per_worker)
+
+
+def max_concurrent(resources: ResourcesConfig, shape: WorkerShape, hardware: Hardware) -> int:
+    """Trials at a time; at least one, since what cannot fit at all is told when the cluster is joined."""
+    by_cpu = hardware.cpus / shape.cpus_per_worker
+    by_gpu = hardware.gpus / shape.gpus_per_worker if shape.gpus_per_worker else math.inf
+    room = max(1, int(min(by_cpu, by_gpu)) // shape.workers)
+    return room if resources.max_concurrent == "auto" else min(room, resources.max_concurrent)
+
+
+def plan_trial(trial: Trial, model: ModelShape, hardware: Hardware, shape: WorkerShape, memory_bytes: int) -> PlannedTrial:
+    """Decide about one trial, which may take `memory_bytes` a worker."""
+    case = Case(trial.config, model, hardware, shape.workers)
+    reasons = refusals(case)
+    if reasons:
+        return _planned(trial, trial.config, reasons=reasons)
+    config = with_micro_batch(trial.config, model, hardware, shape.workers, memory_bytes)
+    memory = estimate_on(config, model, shape.workers, hardware)
+    if memory.device_bytes > memory_bytes:
+        return _planned(trial, config, reasons=(_does_not_fit(config, model, hardware, shape, memory, memory_bytes),))
+    step = step_seconds(config, model, hardware, shape.workers, shape.cpus_per_worker)
+    whole = step.times(config.max_steps)
+    return _planned(
+        trial,
+        config,
+        notes=notes(case),
+        memory=memory,
+        seconds=whole.expected + STARTUP_S,
+        seconds_range=(whole.low + STARTUP_S, whole.high + STARTUP_S),
+    )
+
+
+def _planned(trial: Trial, config: TrialConfig, **more: object) -> PlannedTrial:
+    # The config is validated already: model_construct keeps a thousand trials within a fraction of a second.
+    fields = {"trial_id": trial.trial_id, "configuration_id": trial.configuration_id, "repeat": trial.repeat}
+    return PlannedTrial.model_construct(**fields, config=config, **more)  # type: ignore[arg-type]
+
+
+def with_micro_batch(
+    config: TrialConfig, model: ModelShape, hardware: Hardware, workers: int, memory_bytes: int
+) -> TrialConfig:
+    """`auto` becomes the largest divisor of a worker's share of the global batch that fits; 1 where none does."""
+    if config.micro_batch_size != "auto":
+        return config
+    share = config.global_batch_size // workers
+    for micro in (n for n in range(share, 0, -1) if share % n == 0):
+        tried = config.model_copy(update={"micro_batch_size": micro})
+        if estimate_on(tried, model, workers, hardware).device_bytes <= memory_bytes:
+            return tried
+    return config.model_copy(update={"micro_batch_size": 1})
+
+
+def _does_not_fit(
+    config: TrialConfig,
+    model: ModelShape,
+    hardware: Hardware,
+    shape: WorkerShape,
+    memory: MemoryEstimate,
+    memory_bytes: int,
+) -> str:
+    reason = (
+        f"needs about {memory.device_bytes / GIB:.1f} GiB of memory a worker, of which {memory.parts.biggest} takes "
+        f"{getattr(memory.parts, memory.parts.biggest) / GIB:.1f} GiB, and {memory_bytes / GIB:.1f} GiB are there"
+    )
+    fitting = [
+        told
+        for told, change in _cheaper(config)
+        if _fits(config.model_copy(update=change), model, hardware, shape, memory_bytes)
+    ]
+    return f"{reason}; fits with {', or '.join(fitting)}" if fitting else f"{reason}; use a smaller model or larger GPUs"
+
+
+def _cheaper(config: TrialConfig) -> list[tuple[str, dict[str, object]]]:
+    changes: list[tuple[str, dict[str, object]]] = []
+    micro = config.micro_batch_size
+    if isinstance(micro, int) and micro > 1:
+        changes += [(f"micro_batch_size {n}", {"micro_batch_size": n}) for n in (micro // 2, 1) if n < micro]
+    if not config.gradient_checkpointing:
+        changes.append(("gradient_checkpointing: true", {"gradient_checkpointing": True}))
+    if not config.precision.is_quantized and not config.trains_all_weights:
+        changes.append(("precision nf4", {"precision": "nf4"}))
+    if config.zero_stage < 3:
+        changes.append(("zero_stage 3 on more workers", {"zero_stage": 3, "engine": "deepspeed"}))
+    return changes[:4]
+
+
+def _fits(config: TrialConfig, model: ModelShape, hardware: Hardware, shape: WorkerShape, memory_bytes: int) -> bool:
+    config = TrialConfig.model_validate(config.model_dump())
+    if refusals(Case(config, model, hardware, shape.workers)):
+        return False
+    return estimate_on(config, model, shape.workers, hardware).device_bytes <= memory_bytes
+
+
+def memory_for_a_worker(hardware: Hardware, shape: WorkerShape, concurrent: int) -> int:
+    """Bytes that one worker may take: its share of a GPU, or of the host's memory."""
+    if hardware.device == "cuda":
+        assert hardware.gpu_memory_bytes is not None
+        share = shape.gpus_per_worker if 0 < shape.gpus_per_worker < 1 else 1.0
+        return int(hardware.gpu_memory_bytes * share * SPARE)
+    workers_a_node = max(1, math.ceil(concurrent * shape.workers / hardware.nodes))
+    return int(hardware.host_memory_bytes * 0.9 / workers_a_node)
+
+
+def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware) -> SweepPlan:
+    """Plan all trials of a sweep whose hardware defaults are filled in."""
+    shape = worker_shape(sweep.resources, hardware)
+    concurrent = max_concurrent(sweep.resources, shape, hardware)
+    memory_bytes = memory_for_a_worker(hardware, shape, concurrent)
+    trials = tuple(plan_trial(trial, model, hardware, shape, memory_bytes) for trial in sweep.trials())
+    running = [trial for trial in trials if not trial.reasons]
+    makespan = _makespan(running, sweep, concurrent)
+    gpus = shape.workers * shape.gpus_per_worker
+    hours = makespan.times(min(concurrent, max(1, len(running))) * gpus / 3600)
+    price = sweep.budget.price_per_gpu_hour
+    return SweepPlan(
+        name=sweep.name,
+        model=sweep.model,
+        hardware=_describe(hardware),
+        workers_per_trial=shape.workers,
+        gpus_per_worker=shape.gpus_per_worker,
+        concurrent=concurrent,
+        searched=tuple(sweep.domains),
+        trials=trials,
+        runs=len(running),
+        refused=len(trials) - len(running),
+        makespan_s=(makespan.low, makespan.expected, makespan.high),
+        gpu_hours=(hours.low, hours.expected, hours.high),
+        cost=(hours.low * price, hours.expected * price, hours.high * price) if price is not None else None,
+        warnings=_warnings(sweep, running, makespan, hours),
+    )
+
+
+def _describe(hardware: Hardware) -> str:
+    if hardware.device == "cpu":
+        return f"{hardware.cpus} CPU cores, {hardware.host_memory_bytes / GIB:.0f} GiB"
+    return f"{hardware.gpus} × {hardware.gpu_name}, {(hardware.gpu_memory_bytes or 0) / GIB:.0f} GiB each"
+
+
+def _makespan(trials: Sequence[PlannedTrial], sweep: SweepConfig, concurrent: int) -> Range:
+    """The sweep's length: each trial takes the first slot that is free, and ASHA ends so many at each rung."""
+    seconds = [(trial.seconds_range, trial.seconds) for trial in trials]
+    low = _packed([r[0] * share for (r, _), share in zip(seconds, _shares(trials, sweep), strict=True) if r], concurrent)
+    expected = _packed([s * share for (_, s), share in zip(seconds, _shares(trials, sweep), strict=True) if s], concurrent)
+    # At worst the scheduler stops nobody: every trial came after those that it beats.
+    high = _packed([r[1] for r, _ in seconds if r], concurrent)
+    return Range(low, expected, high)
+
+
+def _packed(seconds: Sequence[float], concurrent: int) -> float:
+    free = [0.0] * concurrent
+    for trial_s in seconds:
+        first = min(range(concurrent), key=free.__getitem__)
+        free[first] += trial_s
+    return max(free, default=0.0)
+
+
+def _shares(trials: Sequence[PlannedTrial], sweep: SweepConfig) -> list[float]:
+    """The share of its steps that each trial is expected to train: all under fifo; under ASHA the n-th best goes on
+    to rung k where n is among the first 1 / factor^k, and which trial that is nobody knows before."""
+    asha = sweep.scheduler.asha
+    if asha is None:
+        return [1.0] * len(trials)
+    shares = []
+    for place, trial in enumerate(trials, 1):
+        steps, goes_on = trial.config.max_steps, len(trials) / asha.reduction_factor
+        reached = min(asha.grace_steps, steps)
+        # The place in a shuffled order stands for the rank: each share of places is equally likely.
+        while place <= goes_on and reached < steps:
+            reached, goes_on = min(steps, reached * asha.reduction_factor), goes_on / asha.reduction_factor
+        shares.append(reached / steps)
+    return shares
+
+
+def _warnings(sweep: SweepConfig, running: Sequence[PlannedTrial], makespan: Range, hours: Range) -> tuple[str, ...]:
+    told = []
+    budget = sweep.budget
+    if not running:
+        told.append("no trial of this sweep can run: see the reasons above")
+    if budget.hours and makespan.expected > budget.hours * 3600:
+        told.append(f"about {makespan.expected / 3600:.1f} hours are needed, and budget.hours is {budget.hours:g}")
+    if budget.gpu_hours and hours.expected > budget.gpu_hours:
+        told.append(f"about {hours.expected:.1f} GPU-hours are needed, and budget.gpu_hours is {budget.gpu_hours:g}")
+    return tuple(told)

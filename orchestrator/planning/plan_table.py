@@ -1,0 +1,87 @@
+"""A plan as a person reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from orchestrator.planning.hardware import GIB
+from orchestrator.planning.plan import PlannedTrial, SweepPlan
+
+
+def render(plan: SweepPlan) -> str:
+    """A table of the trials, what is refused and why, and the totals."""
+    runs = [trial for trial in plan.trials if not trial.reasons]
+    lines = [f"{plan.name}: {plan.model} on {plan.hardware}", ""]
+    if runs:
+        lines += _table(plan, runs) + [""]
+    for reason, trials in _grouped((reason, trial) for trial in plan.trials for reason in trial.reasons):
+        lines.append(f"refused ({len(trials)}): {reason}")
+        lines.append(f"  {_some([_label(trial, plan.searched) for trial in trials])}")
+    for note, trials in _grouped((note, trial) for trial in runs for note in trial.notes):
+        lines.append(f"note ({len(trials)} trials): {note}")
+    return "\n".join([*lines, *_totals(plan)])
+
+
+def _table(plan: SweepPlan, trials: Sequence[PlannedTrial]) -> list[str]:
+    rows = [("trial", *plan.searched, "micro-batch", "memory", "biggest part", "time")]
+    for trial in trials:
+        memory = trial.memory
+        assert memory is not None
+        assert trial.seconds is not None
+        biggest = memory.parts.biggest
+        rows.append(
+            (
+                trial.trial_id,
+                *(_shown(getattr(trial.config, name)) for name in plan.searched),
+                str(trial.config.micro_batch_size),
+                f"{memory.device_bytes / GIB:.2f} GiB",
+                f"{biggest} {getattr(memory.parts, biggest) / GIB:.2f} GiB",
+                duration(trial.seconds),
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _totals(plan: SweepPlan) -> list[str]:
+    low, expected, high = plan.makespan_s
+    lines = [
+        f"{plan.runs} trials run, {plan.concurrent} at a time; {plan.refused} are refused",
+        f"time: about {duration(expected)} ({duration(low)} to {duration(high)})",
+    ]
+    if plan.gpus_per_worker:
+        hours = plan.gpu_hours
+        lines.append(f"GPU-hours: about {hours[1]:.2f} ({hours[0]:.2f} to {hours[2]:.2f})")
+    if plan.cost:
+        lines.append(f"cost: about {plan.cost[1]:.2f} ({plan.cost[0]:.2f} to {plan.cost[2]:.2f})")
+    return lines + [f"warning: {warning}" for warning in plan.warnings]
+
+
+def _grouped(pairs: Any) -> list[tuple[str, list[PlannedTrial]]]:
+    found: dict[str, list[PlannedTrial]] = {}
+    for text, trial in pairs:
+        found.setdefault(text, []).append(trial)
+    return list(found.items())
+
+
+def _label(trial: PlannedTrial, searched: Sequence[str]) -> str:
+    return " ".join(f"{name}={_shown(getattr(trial.config, name))}" for name in searched) or trial.trial_id
+
+
+def _some(labels: Sequence[str]) -> str:
+    distinct = list(dict.fromkeys(labels))
+    return ", ".join(distinct[:4]) + (f" and {len(distinct) - 4} more" if len(distinct) > 4 else "")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "+".join(value) if isinstance(value, tuple) else str(value)
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `12 min` or `3.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,102 @@
+"""Sweeps as a user runs them: a process of their own, a folder of their own, a real local cluster."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from orchestrator.results.records import SweepResult, TrialResult
+from orchestrator.results.storage import SweepFolder, read_sweep
+
+LIMIT_S = 200.0
+BASE: dict[str, Any] = {
+    "name": "test",
+    "model": "builtin:tiny-llama",
+    "data": {"train": "builtin:python-docstrings", "eval": 0.01, "format": "prompt_completion"},
+    "trial": {
+        "precision": "fp32",
+        "learning_rate": 5e-3,
+        "global_batch_size": 4,
+        "micro_batch_size": 2,
+        "sequence_length": 32,
+        "max_steps": 6,
+        "eval_every": 2,
+    },
+    "resources": {"workers_per_trial": 1, "cpus_per_worker": 1},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One `orchestrator run` and where its sweep lies."""
+
+    process: subprocess.Popen[str]
+    folder: SweepFolder
+
+    def wait(self) -> tuple[int, str, str]:
+        """Exit code, stdout, stderr."""
+        try:
+            out, err = self.process.communicate(timeout=LIMIT_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            out, err = self.process.communicate()
+            raise AssertionError(f"the sweep hangs; it said:\n{err}") from None
+        return self.process.returncode, out, err
+
+    def sweep(self) -> SweepResult:
+        return read_sweep(self.folder)[0]
+
+    def trials(self) -> dict[str, TrialResult]:
+        return {trial.trial_id: trial for trial in self.sweep().trials}
+
+    def statuses(self) -> list[str]:
+        return [trial.status.value for trial in self.sweep().trials]
+
+
+def start(storage: Path, *arguments: str, **keys: Any) -> Run:
+    """Start a sweep; `trial` and others are merged into BASE key by key."""
+    merged = {key: {**BASE.get(key, {}), **value} if isinstance(value, dict) else value for key, value in keys.items()}
+    raw = {**BASE, **merged, "storage": str(storage)}
+    raw["trial"] = {name: value for name, value in raw["trial"].items() if name not in raw.get("space", {})}
+    file = storage / "sweep.yaml"
+    storage.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(raw))
+    command = [sys.executable, "-m", "orchestrator", "run", str(file), *arguments]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "NO_COLOR": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return Run(process, SweepFolder(storage / raw["name"]))
+
+
+def processes_of(run: Run) -> list[psutil.Process]:
+    """Everything below the run: Ray's processes, workers, templates and trials."""
+    try:
+        return psutil.Process(run.process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def command_of(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline()) or process.name()
+    except psutil.Error:
+        return ""
+
+
+def trial_processes(run: Run) -> list[psutil.Process]:
+    """The forked processes that train: children of a template."""
+    found = []
+    for process in processes_of(run):
+        try:
+            parent = process.parent()
+            if parent and "multiprocessing.forkserver" in command_of(process) and "forkserver" in command_of(parent):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
