@@ -112,7 +112,9 @@ def run(
     ] = None,
     isolation: Annotated[
         Isolation,
-        typer.Option(help="warm: worker groups serve trial after trial; fresh: each trial has a TorchTrainer of its own."),
+        typer.Option(
+            help="warm: worker groups serve trial after trial; fresh: each trial has a TorchTrainer of its own."
+        ),
     ] = Isolation.WARM,
     overrides: SetOption = None,
 ) -> None:

@@ -128,7 +128,8 @@ class TrialDivergedError(TrialError):
         self.step, self.value, self.what = step, value, what
 
     def __str__(self) -> str:
-        return f"the {self.what} became {self.value} at step {self.step}; lower learning_rate or max_grad_norm, or use bf16"
+        remedy = "lower learning_rate or max_grad_norm, or use bf16"
+        return f"the {self.what} became {self.value} at step {self.step}; {remedy}"
 
 
 class TrialFailedError(TrialError):

@@ -17,6 +17,7 @@ from orchestrator.config.trial_config import TrialConfig
 
 Value = TypeVar("Value")
 Settings = dict[str, Any]
+WholeNumber = int  # inside a class with a field `int`, the name is the field's
 
 
 class _Part(BaseModel):
@@ -60,9 +61,9 @@ class LogUniform(When):
 class IntRange(When):
     """A whole number between two bounds, both included."""
 
-    int: tuple[int, int]
+    int: tuple[WholeNumber, WholeNumber]
 
-    def sample(self, rng: random.Random) -> int:
+    def sample(self, rng: random.Random) -> WholeNumber:
         """Draw one value."""
         return rng.randint(*self.int)
 
@@ -105,7 +106,7 @@ def _domain(annotation: Any) -> Any:
 
 
 # One optional field a setting, so that the JSON schema and every error know the setting's own type.
-Space: type[_Part] = create_model(
+Space: type[_Part] = create_model(  # type: ignore[call-overload]
     "Space",
     __base__=_Part,
     **{

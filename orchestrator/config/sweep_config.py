@@ -22,7 +22,7 @@ class DataConfig(_Part):
     """What the trials read."""
 
     train: Annotated[str, Field(min_length=1)]
-    """Hub id, local file or folder (jsonl, parquet, csv, txt), or `builtin:python-docs`, `builtin:python-docstrings`."""
+    """Hub id, local file or folder (jsonl, parquet, csv, txt), or `builtin:python-docs`, `…-docstrings`."""
     eval: Annotated[float, Field(gt=0, lt=1)] | Annotated[str, Field(min_length=1)] = 0.05
     """A fraction of `train`, or a source of its own."""
     format: Literal["text", "prompt_completion", "messages"] = "text"
@@ -122,7 +122,7 @@ class SweepConfig(_Part):
     data: DataConfig
     trial: TrialConfig = TrialConfig()
     """Settings that all trials share."""
-    space: Space = Space()  # type: ignore[valid-type]
+    space: Space = Space()
     """Settings that are searched: a list, `{choice: [...], when: {...}}`, or a range."""
     exclude: tuple[dict[str, Any], ...] = ()
     """Partial configurations that must not run."""

@@ -108,12 +108,12 @@ def _construct(node: yaml.Node, path: Path_, lines: Lines, problems: list[Proble
 def _scalar(node: yaml.Node, path: Path_, problems: list[Problem]) -> Any:
     loader = yaml.SafeLoader("")
     try:
-        return loader.construct_object(node, deep=True)  # type: ignore[no-untyped-call]
+        return loader.construct_object(node, deep=True)
     except (yaml.YAMLError, ValueError) as error:
         problems.append(Problem(_spell(path), f"cannot be read ({error})", node.start_mark.line + 1))
         return None
     finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
+        loader.dispose()
 
 
 def _override(raw: dict[str, Any], override: str) -> None:
@@ -152,7 +152,7 @@ def _problems_of(error: ValidationError, raw: Any) -> Iterator[Problem]:
     said: dict[Path_, list[str]] = {}
     for detail in error.errors(include_url=False):
         path = _real_path(detail["loc"], raw)
-        said.setdefault(path, []).append(_sentence(detail, path, raw))
+        said.setdefault(path, []).append(_sentence(detail, path))
     for path, sentences in said.items():
         # An element that is wrong leaves its list too short in pydantic's eyes: the element's own problem is enough.
         if any(len(other) > len(path) and other[: len(path)] == path for other in said):
@@ -166,17 +166,16 @@ def _real_path(loc: Iterable[str | int], raw: Any) -> Path_:
     at = raw
     items = list(loc)
     for i, item in enumerate(items):
-        if isinstance(at, Mapping) and item in at:
-            at = at[item]
-        elif isinstance(at, Sequence) and not isinstance(at, str) and isinstance(item, int) and item < len(at):
-            at = at[item]
+        held = at if isinstance(at, Mapping) else dict(enumerate(at)) if isinstance(at, list) else {}
+        if item in held:
+            at = held[item]
         elif not (isinstance(at, Mapping) and i == len(items) - 1 and isinstance(item, str) and item.isidentifier()):
             continue
         path.append(item)
     return tuple(path)
 
 
-def _sentence(detail: Any, path: Path_, raw: Any) -> str:
+def _sentence(detail: Any, path: Path_) -> str:
     kind, message, value = detail["type"], str(detail["msg"]), detail["input"]
     if kind == "missing":
         return "is missing: write it"
@@ -262,7 +261,7 @@ def _problems_of_condition(condition: Mapping[str, Any], path: str) -> Iterator[
             try:
                 TypeAdapter(_SETTING_TYPES[name]).validate_python(value)
             except ValidationError as error:
-                sentences = " or ".join(_sentence(d, (), None) for d in error.errors(include_url=False))
+                sentences = " or ".join(_sentence(d, ()) for d in error.errors(include_url=False))
                 yield Problem(f"{path}.{name}", f"can never hold: {sentences}")
 
 
@@ -271,7 +270,9 @@ def _problems_of_range(name: str, domain: Range, algorithm: str) -> Iterator[Pro
     low, high = getattr(domain, kind)
     numbers = {hint for hint in (int, float) if _admits(_SETTING_TYPES[name], hint)}
     if algorithm == "grid":
-        yield Problem(f"space.{name}", "is a range, which a grid cannot walk: list its values, or search.algorithm: random")
+        yield Problem(
+            f"space.{name}", "is a range, which a grid cannot walk: list its values, or search.algorithm: random"
+        )
     if low >= high:
         yield Problem(f"space.{name}.{kind}", f"begins at {low}, not below its end {high}")
     if not numbers:
@@ -282,7 +283,7 @@ def _problems_of_range(name: str, domain: Range, algorithm: str) -> Iterator[Pro
         try:
             TypeAdapter(_SETTING_TYPES[name]).validate_python(bound)
         except ValidationError as error:
-            yield Problem(f"space.{name}.{kind}", _sentence(error.errors(include_url=False)[0], (), None))
+            yield Problem(f"space.{name}.{kind}", _sentence(error.errors(include_url=False)[0], ()))
 
 
 def _admits(hint: Any, number: type) -> bool:

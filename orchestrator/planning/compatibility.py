@@ -48,7 +48,9 @@ def bf16_needs_ampere(case: Case) -> str | None:
     """Source: bfloat16 tensor operations need compute capability 8.0 (CUDA programming guide, table of arithmetic)."""
     capability = case.hardware.compute_capability
     if case.config.precision in (Precision.BF16, Precision.AMP_BF16) and capability and capability < (8, 0):
-        return f"precision {case.config.precision}: {case.hardware.gpu_name} does not compute bf16; use fp16 or amp_fp16"
+        return (
+            f"precision {case.config.precision}: {case.hardware.gpu_name} does not compute bf16; use fp16 or amp_fp16"
+        )
     return None
 
 
@@ -133,8 +135,13 @@ def adapters_only_options(case: Case) -> str | None:
 
 def targets_must_exist(case: Case) -> str | None:
     """Source: peft 0.21.2, tuners/tuners_utils.py: target modules that match nothing are an error."""
-    targets, known = case.config.target_modules, {matrix.name for matrix in case.shape.matrices}
-    if isinstance(targets, str) or case.config.trains_all_weights:
+    return missing_targets(case.config, case.shape)
+
+
+def missing_targets(config: TrialConfig, shape: ModelShape) -> str | None:
+    """Which target modules the model does not have, and which it has."""
+    targets, known = config.target_modules, {matrix.name for matrix in shape.matrices}
+    if isinstance(targets, str) or config.trains_all_weights:
         return None
     missing = [name for name in targets if name.rpartition(".")[2] not in known]
     if not missing:

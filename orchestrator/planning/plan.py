@@ -90,7 +90,9 @@ def max_concurrent(resources: ResourcesConfig, shape: WorkerShape, hardware: Har
     return room if resources.max_concurrent == "auto" else min(room, resources.max_concurrent)
 
 
-def plan_trial(trial: Trial, model: ModelShape, hardware: Hardware, shape: WorkerShape, memory_bytes: int) -> PlannedTrial:
+def plan_trial(
+    trial: Trial, model: ModelShape, hardware: Hardware, shape: WorkerShape, memory_bytes: int
+) -> PlannedTrial:
     """Decide about one trial, which may take `memory_bytes` a worker."""
     case = Case(trial.config, model, hardware, shape.workers)
     reasons = refusals(case)
@@ -149,7 +151,9 @@ def _does_not_fit(
         for told, change in _cheaper(config)
         if _fits(config.model_copy(update=change), model, hardware, shape, memory_bytes)
     ]
-    return f"{reason}; fits with {', or '.join(fitting)}" if fitting else f"{reason}; use a smaller model or larger GPUs"
+    return (
+        f"{reason}; fits with {', or '.join(fitting)}" if fitting else f"{reason}; use a smaller model or larger GPUs"
+    )
 
 
 def _cheaper(config: TrialConfig) -> list[tuple[str, dict[str, object]]]:
@@ -221,8 +225,12 @@ def _describe(hardware: Hardware) -> str:
 def _makespan(trials: Sequence[PlannedTrial], sweep: SweepConfig, concurrent: int) -> Range:
     """The sweep's length: each trial takes the first slot that is free, and ASHA ends so many at each rung."""
     seconds = [(trial.seconds_range, trial.seconds) for trial in trials]
-    low = _packed([r[0] * share for (r, _), share in zip(seconds, _shares(trials, sweep), strict=True) if r], concurrent)
-    expected = _packed([s * share for (_, s), share in zip(seconds, _shares(trials, sweep), strict=True) if s], concurrent)
+    low = _packed(
+        [r[0] * share for (r, _), share in zip(seconds, _shares(trials, sweep), strict=True) if r], concurrent
+    )
+    expected = _packed(
+        [s * share for (_, s), share in zip(seconds, _shares(trials, sweep), strict=True) if s], concurrent
+    )
     # At worst the scheduler stops nobody: every trial came after those that it beats.
     high = _packed([r[1] for r, _ in seconds if r], concurrent)
     return Range(low, expected, high)

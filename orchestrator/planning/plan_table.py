@@ -14,7 +14,7 @@ def render(plan: SweepPlan) -> str:
     runs = [trial for trial in plan.trials if not trial.reasons]
     lines = [f"{plan.name}: {plan.model} on {plan.hardware}", ""]
     if runs:
-        lines += _table(plan, runs) + [""]
+        lines += [*_table(plan, runs), ""]
     for reason, trials in _grouped((reason, trial) for trial in plan.trials for reason in trial.reasons):
         lines.append(f"refused ({len(trials)}): {reason}")
         lines.append(f"  {_some([_label(trial, plan.searched) for trial in trials])}")

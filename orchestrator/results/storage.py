@@ -159,7 +159,9 @@ def read_sweep(folder: SweepFolder) -> tuple[SweepResult, tuple[DamagedRecord, .
     except FileNotFoundError as error:
         raise FolderError(f"{folder.root} holds no sweep: name a folder that `orchestrator run` made") from error
     except (OSError, ValueError) as error:
-        raise FolderError(f"{folder.results_json} cannot be read ({error}): run the sweep again to rebuild it") from error
+        raise FolderError(
+            f"{folder.results_json} cannot be read ({error}): run the sweep again to rebuild it"
+        ) from error
     results, damaged = read_trial_results(folder)
     trials = tuple(results.get(trial.trial_id, trial) for trial in sweep.trials)
     return sweep.model_copy(update={"trials": trials}), damaged
@@ -234,4 +236,6 @@ def write_atomically(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
-        raise StorageError(f"cannot write {path} ({error}): free some space there, or name another --storage") from error
+        raise StorageError(
+            f"cannot write {path} ({error}): free some space there, or name another --storage"
+        ) from error

@@ -41,11 +41,10 @@ def connect(address: str | None) -> None:
         os.environ.setdefault(name, value)
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     _check_reachable(address)
-    local = address == "local"
     # A cluster of our own ends with us: it needs no dashboard, whose start takes seconds.
-    own = {"include_dashboard": False} if local else {}
+    dashboard = False if address == "local" else None
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=dashboard)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterUnreachableError(
             f"no Ray cluster answers at {address} ({error}): start one with `ray start --head`, or leave --address out"
@@ -110,5 +109,5 @@ def start_switchboard() -> Any:
         ray.get_runtime_context().get_node_id(), soft=True
     )
     # Every group waits here with several calls at a time.
-    actor = ray.remote(num_cpus=0, max_concurrency=10_000, scheduling_strategy=here)(Switchboard)
-    return actor.remote()
+    actor: Any = ray.remote(Switchboard)
+    return actor.options(num_cpus=0, max_concurrency=10_000, scheduling_strategy=here).remote()

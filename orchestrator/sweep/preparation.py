@@ -9,10 +9,11 @@ from typing import Literal
 import ray
 
 from orchestrator.config.sweep_config import SweepConfig
-from orchestrator.errors import InputError
+from orchestrator.errors import InputError, ModelError
 from orchestrator.planning import hardware as hardware_module
+from orchestrator.planning.compatibility import missing_targets
 from orchestrator.planning.hardware import Hardware
-from orchestrator.planning.model_shape import shape_of
+from orchestrator.planning.model_shape import ModelShape, shape_of
 from orchestrator.planning.plan import SweepPlan, plan_sweep
 from orchestrator.results.storage import SweepFolder
 from orchestrator.sweep import cluster
@@ -44,6 +45,7 @@ def prepare(sweep: SweepConfig, folder: SweepFolder, address: str | None, say: C
     """
     source = model_source.resolve(sweep.model)
     model_shape = shape_of(source.config)
+    _require_targets(sweep, model_shape)
     say("starting Ray here" if not address else f"joining the cluster at {address}")
     cluster.connect(address)
     hardware = cluster_hardware()
@@ -69,6 +71,13 @@ def prepare(sweep: SweepConfig, folder: SweepFolder, address: str | None, say: C
         "cuda_allocated" if hardware.device == "cuda" else "resident",
         share if 0 < share < 1 else None,
     )
+
+
+def _require_targets(sweep: SweepConfig, model_shape: ModelShape) -> None:
+    """A module that the model does not have is a slip of the pen in every trial, not one trial's refusal."""
+    for trial in sweep.trials():
+        if reason := missing_targets(trial.config, model_shape):
+            raise ModelError(f"model {sweep.model}: {reason}")
 
 
 def group_shape(sweep: SweepConfig) -> GroupShape:

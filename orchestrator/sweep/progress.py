@@ -35,7 +35,9 @@ class Progress:
             self._live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._live:
             self._live.stop()
 
@@ -68,13 +70,13 @@ class Progress:
         parts = ", ".join(f"{counts[status]} {status}" for status in TrialStatus if counts[status])
         gone_s = time.monotonic() - self._started
         text = f"{parts} · {_clock(gone_s)} gone"
-        if left_s := self._left_s(gone_s):
+        if left_s := self._left_s():
             text += f", about {_clock(left_s)} left"
         if best := self._best():
             text += f"\nbest so far: {self._metric} {self._value(best.best):.4g}  {self._label(best)}"
         return Text(text, style="bold")
 
-    def _left_s(self, gone_s: float) -> float | None:
+    def _left_s(self) -> float | None:
         """By the mean time of the trials that ended in this run."""
         ended = [r.timing.total_s for r in self._records.values() if r.status.is_final and r.timing.total_s]
         open_ = sum(r.status in (TrialStatus.PENDING, TrialStatus.RUNNING) for r in self._records.values())

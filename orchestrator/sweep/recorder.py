@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -16,7 +17,7 @@ from orchestrator.training.task import TrialProgress
 STOP_LIMIT_S = 10.0
 
 
-class Recorder(tune.Callback):  # type: ignore[misc]
+class Recorder(tune.Callback):
     """Turns what Tune tells into TrialResults; nobody else writes a result.json."""
 
     def __init__(
@@ -44,7 +45,9 @@ class Recorder(tune.Callback):  # type: ignore[misc]
             self._launched_at[record.trial_id] = time.time()
             self.save(record.model_copy(update={"status": TrialStatus.RUNNING}))
 
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
         """An evaluation, or the end; `done` without a status of ours is the scheduler's stop."""
         record = self.records[trial.config["trial_id"]]
         if record.status is not TrialStatus.RUNNING:
@@ -65,8 +68,7 @@ class Recorder(tune.Callback):  # type: ignore[misc]
         """The slot itself died: its node is gone, or we have a bug."""
         record = self.records[trial.config["trial_id"]]
         if not record.status.needs_reason and record.status is not TrialStatus.COMPLETED:
-            lines = (trial.error_file and open(trial.error_file).read().strip().splitlines()) or ["no more is known"]
-            self.save(self._ended(record, TrialStatus.FAILED, f"its slot on the cluster died: {lines[-1][:500]}"))
+            self.save(self._ended(record, TrialStatus.FAILED, f"its slot on the cluster died: {_last_line(trial)}"))
 
     def cancel_rest(self, reason: str) -> None:
         """What had not ended when the sweep did goes on when it is resumed."""
@@ -131,3 +133,9 @@ class Recorder(tune.Callback):  # type: ignore[misc]
             total_s = time.time() - launched_at
             update["timing"] = record.timing.model_copy(update={"total_s": total_s})
         return record.model_copy(update=update)
+
+
+def _last_line(trial: Any) -> str:
+    """Of the traceback that Tune keeps in the trial's folder."""
+    lines = Path(trial.error_file).read_text().strip().splitlines() if trial.error_file else []
+    return str(lines[-1])[:500] if lines else "no more is known"

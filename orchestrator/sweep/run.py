@@ -38,8 +38,8 @@ from orchestrator.training.task import TrialTask
 log = logging.getLogger(__name__)
 Isolation = Literal["warm", "fresh"]
 TRACKING_LIMIT_S = 60.0
-# A slot takes nothing: its workers do, in placement groups of their own, and there are never more slots than groups that
-# fit. A slot that held a CPU could starve its own workers. Tune wants some resource (ray 2.60.0): one byte of memory.
+# A slot takes nothing: its workers do, in placement groups of their own, and there are never more slots than groups
+# that fit. A slot that held a CPU could starve its own workers. Tune wants something (ray 2.60.0): a byte of memory.
 SLOT = tune.PlacementGroupFactory([{"memory": 1}])
 
 
@@ -302,7 +302,7 @@ def _finish(
     return Outcome(result, tracked)
 
 
-class Stopper(tune.Stopper):  # type: ignore[misc]
+class Stopper(tune.Stopper):
     """Ends the whole sweep cleanly: on Ctrl-C, on SIGTERM, or when the hours of the budget are over."""
 
     def __init__(self, board: Any, hours: float | None) -> None:
@@ -351,5 +351,3 @@ def _signals_to(stopper: Stopper) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-

@@ -217,9 +217,7 @@ class Tracker:
         tags = {"sweep_id": self._sweep_id, "trial_id": best.trial_id}
         have = self._client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
         version = (
-            have[0]
-            if have
-            else self._client.create_model_version(name, f"runs:/{run_id}/adapter", run_id, tags=tags)
+            have[0] if have else self._client.create_model_version(name, f"runs:/{run_id}/adapter", run_id, tags=tags)
         )
         self._client.set_registered_model_alias(name, "best", version.version)
 
@@ -258,5 +256,3 @@ def _first_line(error: Exception) -> str:
 def _without_secret(uri: str) -> str:
     scheme, sign, rest = uri.partition("://")
     return f"{scheme}{sign}{rest.rpartition('@')[2]}" if sign else uri
-
-

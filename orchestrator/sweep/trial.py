@@ -15,13 +15,13 @@ from orchestrator.training.task import TrialEnd, TrialProgress, TrialTask
 MAX_ATTEMPTS = 3
 
 
-class TrialOnWorkers(tune.Trainable):  # type: ignore[misc]
+class TrialOnWorkers(tune.Trainable):
     """A concurrency slot: it keeps its worker group while Tune gives it one trial after the other (`reuse_actors`).
 
     The trial's own failures are results, not exceptions: Tune would not reuse the actor of a trial that raised.
     """
 
-    def setup(
+    def setup(  # type: ignore[override]
         self,
         config: dict[str, Any],
         *,

@@ -43,13 +43,13 @@ class GroupShape:
     cpus_per_worker: float
 
 
-class _NoProcessGroup(Backend):  # type: ignore[misc]
+class _NoProcessGroup(Backend):
     """The trials' processes make their own process groups; the workers that fork them must hold no GPU memory."""
 
     share_cuda_visible_devices = True
 
 
-class WorkerConfig(TorchConfig):  # type: ignore[misc]
+class WorkerConfig(TorchConfig):
     """A TorchTrainer's backend that leaves torch.distributed and CUDA alone."""
 
     @property
@@ -150,7 +150,7 @@ def _local_model(model: str) -> str:
 
 def _open_store(board: Any, group_id: str) -> Any:
     # The store lives in the worker and not in a trial's process: no port has to be found anew for every trial.
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     host = ray.util.get_node_ip_address()
     store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
@@ -211,9 +211,7 @@ def _messages(reports: Connection, process: ForkServerProcess) -> Iterator[Trial
             return
 
 
-def _kill_when_told(
-    board: Any, group_id: str, turn: int, process: ForkServerProcess, stopped: threading.Event
-) -> None:
+def _kill_when_told(board: Any, group_id: str, turn: int, process: ForkServerProcess, stopped: threading.Event) -> None:
     with contextlib.suppress(ray.exceptions.RayActorError):
         ray.get(board.wait_for_stop.remote(group_id, turn))
     # The turn's own end wakes this wait too: then there is nothing left to kill.

@@ -77,7 +77,11 @@ def test_a_sweep_with_two_workers_a_trial_refusals_and_asha_runs_to_its_report(t
 
 
 def test_ctrl_c_saves_the_state_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    keys = {"space": {"rank": [2, 4, 8]}, "trial": {"max_steps": 60, "eval_every": 10}, "resources": {"cpus_per_worker": 2}}
+    keys = {
+        "space": {"rank": [2, 4, 8]},
+        "trial": {"max_steps": 60, "eval_every": 10},
+        "resources": {"cpus_per_worker": 2},
+    }
     run = start(tmp_path, **keys)
     wait_until(run_statuses(run), lambda seen: seen.count("completed") >= 1, 120)
     below = processes_of(run)
