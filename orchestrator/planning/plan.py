@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from orchestrator.config.search_space import Trial
 from orchestrator.config.sweep_config import ResourcesConfig, SweepConfig
-from orchestrator.config.trial_config import TrialConfig
+from orchestrator.config.trial_config import Precision, TrialConfig
 from orchestrator.planning.compatibility import Case, notes, refusals
 from orchestrator.planning.hardware import GIB, Hardware
 from orchestrator.planning.memory import MemoryEstimate, estimate_on
@@ -164,7 +164,7 @@ def _cheaper(config: TrialConfig) -> list[tuple[str, dict[str, object]]]:
     if not config.gradient_checkpointing:
         changes.append(("gradient_checkpointing: true", {"gradient_checkpointing": True}))
     if not config.precision.is_quantized and not config.trains_all_weights:
-        changes.append(("precision nf4", {"precision": "nf4"}))
+        changes.append(("precision nf4", {"precision": Precision.NF4}))
     if config.zero_stage < 3:
         changes.append(("zero_stage 3 on more workers", {"zero_stage": 3, "engine": "deepspeed"}))
     return changes[:4]

@@ -1,0 +1,108 @@
+"""What users and scripts may rely on: help, schema, exit codes, quiet stdout, documents that are true."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from orchestrator.cli import app
+from orchestrator.planning.plan import SweepPlan
+from tests.golden_files import commands, expected
+
+ROOT = Path(__file__).parent.parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+HEAVY = ("ray", "torch", "deepspeed", "transformers", "peft", "mlflow", "scipy", "numpy", "pandas")
+
+
+@pytest.mark.parametrize(
+    ("file", "text"), list(expected()), ids=lambda value: value.name if isinstance(value, Path) else ""
+)
+def test_the_surface_is_what_it_was(file: Path, text: str) -> None:
+    assert file.read_text() == text, "if this change is meant, run scripts/golden and review its diff"
+
+
+def test_help_and_plan_load_no_heavy_package() -> None:
+    code = (
+        "import sys\nfrom typer.testing import CliRunner\nfrom orchestrator.cli import app\n"
+        "for words in (['--help'], ['plan', 'search_spaces/demo.yaml']):\n"
+        "    assert CliRunner().invoke(app, words).exit_code == 0, words\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=30)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_plan_prints_one_json_document_and_nothing_else() -> None:
+    result = CliRunner().invoke(
+        app, ["plan", "search_spaces/zero_stage.yaml", "--gpu", "A100", "--gpus", "2", "--json"]
+    )
+    assert result.exit_code == 0
+    assert SweepPlan.model_validate_json(result.stdout).runs == 7
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "search_spaces").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_search_space_can_be_planned_on_its_hardware(file: Path) -> None:
+    result = CliRunner().invoke(app, ["plan", str(file), "--gpu", "A100-40GB", "--gpus", "2", "--json"])
+    assert result.exit_code == 0, result.stderr
+    plan = json.loads(result.stdout)
+    assert plan["runs"] > 0
+    assert plan["makespan_s"][0] <= plan["makespan_s"][1] <= plan["makespan_s"][2]
+
+
+@pytest.mark.parametrize(
+    ("words", "exit_code", "told"),
+    [
+        (["plan", "no-such.yaml"], 2, "cannot be read"),
+        (["plan", "search_spaces/demo.yaml", "--gpu", "H10"], 2, "did you mean H100"),
+        (["plan", "search_spaces/demo.yaml", "--gpu", "H100", "--gpu-memory", "much"], 2, "80GiB"),
+        (["plan", "search_spaces/demo.yaml", "--set", "model=builtin:tiny-lama"], 2, "tiny-llama"),
+        (["report", "no/such/folder"], 2, "holds no sweep"),
+        (["status", "no/such/folder"], 2, "holds no sweep"),
+        (["nonsense"], 2, "No such command"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_wrong_input_ends_with_2_and_says_what_is_wrong(words: list[str], exit_code: int, told: str) -> None:
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == exit_code
+    assert told in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: file.name)
+def test_every_link_and_file_that_a_document_names_exists(document: Path) -> None:
+    text = document.read_text()
+    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
+    named = re.findall(r"`((?:orchestrator|search_spaces|tests|scripts|docs|benchmarks)/[\w./-]+)`", text)
+    missing = [link for link in links if not (document.parent / link).exists()]
+    missing += [name for name in named if not (ROOT / name).exists()]
+    assert missing == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: file.name)
+def test_every_command_that_a_document_shows_parses(document: Path) -> None:
+    for block in re.findall(r"```console\n(.*?)```", document.read_text(), re.DOTALL):
+        for line in block.splitlines():
+            words = shlex.split(line.removeprefix("$ "), comments=True)
+            if words and words[0] == "orchestrator":
+                assert words[1] in commands(), line
+                help_text = CliRunner().invoke(app, [words[1], "--help"]).stdout
+                assert all(word.partition("=")[0] in help_text for word in words[2:] if word.startswith("--")), line
+            elif words and words[0].startswith("scripts/"):
+                assert (ROOT / words[0]).exists(), line
+
+
+def test_the_documented_import_order_is_the_enforced_one() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
+    table = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
+    assert table == layers

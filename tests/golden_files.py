@@ -1,0 +1,45 @@
+"""What the contract freezes: the sweep file's schema and the help of every command, as files to compare with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from orchestrator.cli import app
+from orchestrator.config.sweep_config import SweepConfig
+
+GOLDEN = Path(__file__).parent / "golden"
+EDITORS_SCHEMA = Path(__file__).parent.parent / "search_spaces" / "sweep.schema.json"
+
+
+def commands() -> list[str]:
+    return sorted(str(c.name or c.callback.__name__) for c in app.registered_commands if c.callback)
+
+
+def help_of(*command: str) -> str:
+    result = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "100"}, prog_name="orchestrator")
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def expected() -> Iterator[tuple[Path, str]]:
+    """Every golden file with what it should hold."""
+    schema = json.dumps(SweepConfig.model_json_schema(), indent=2) + "\n"
+    yield GOLDEN / "sweep.schema.json", schema
+    yield EDITORS_SCHEMA, schema
+    yield GOLDEN / "help" / "orchestrator.txt", help_of()
+    for command in commands():
+        yield GOLDEN / "help" / f"{command}.txt", help_of(command)
+
+
+def main() -> None:
+    for file, text in expected():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
