@@ -76,6 +76,13 @@ class Recorder(tune.Callback):
             if record.status in (TrialStatus.PENDING, TrialStatus.RUNNING):
                 self.save(self._ended(record, TrialStatus.CANCELLED, reason))
 
+    def trial_seconds(self) -> float:
+        """Seconds that trials have held their resources: all that ended, in earlier runs too, and those at work."""
+        ended = sum(record.timing.total_s for record in self.records.values())
+        at_work = [i for i, record in self.records.items() if record.status is TrialStatus.RUNNING]
+        now = time.time()
+        return ended + sum(now - self._launched_at.get(trial_id, now) for trial_id in at_work)
+
     def save(self, record: TrialResult) -> None:
         """Keep a record, on disk first."""
         write_atomically(self._folder.trial(record.trial_id).result, record.model_dump_json(indent=1) + "\n")

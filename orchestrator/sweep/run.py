@@ -18,7 +18,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 from ray import tune
 
-from orchestrator.config.sweep_config import SweepConfig
+from orchestrator.config.sweep_config import BudgetConfig, SweepConfig
 from orchestrator.config.sweep_file import load, to_yaml
 from orchestrator.errors import FolderError, StorageError
 from orchestrator.planning.plan import PlannedTrial
@@ -131,11 +131,12 @@ def _run_prepared(
         write_atomically(folder.trial(record.trial_id).result, record.model_dump_json(indent=1) + "\n")
     write_sweep(folder, result)
     board = cluster.start_switchboard()
-    stopper = Stopper(board, sweep.budget.hours)
     label = _labeller(result)
     progress = Progress(records.values(), label, sweep.objective.metric, sweep.objective.mode, prepared.slots)
     listeners = (tracker.track, progress)
     recorder = Recorder(folder, records, started_at, board, describe(sweep), listeners)
+    gpus = prepared.shape.workers * prepared.shape.gpus_per_worker
+    stopper = Stopper(board, sweep.budget, lambda: recorder.trial_seconds() * gpus / 3600)
     for record in records.values():
         if record.mlflow_run_id is None and record.status is not TrialStatus.PENDING:
             tracker.track(record)
@@ -303,11 +304,11 @@ def _finish(
 
 
 class Stopper(tune.Stopper):
-    """Ends the whole sweep cleanly: on Ctrl-C, on SIGTERM, or when the hours of the budget are over."""
+    """Ends the whole sweep cleanly: on Ctrl-C, on SIGTERM, or when a limit of the budget is reached."""
 
-    def __init__(self, board: Any, hours: float | None) -> None:
-        self._board = board
-        self._deadline = time.monotonic() + hours * 3600 if hours else None
+    def __init__(self, board: Any, budget: BudgetConfig, gpu_hours_spent: Callable[[], float]) -> None:
+        self._board, self._budget, self._gpu_hours_spent = board, budget, gpu_hours_spent
+        self._started = time.monotonic()
         self.reason: str | None = None
         self.interrupted = False
         self._told = False
@@ -326,13 +327,21 @@ class Stopper(tune.Stopper):
 
     def stop_all(self) -> bool:
         """Asked by Tune in every round of its loop."""
-        if self.reason is None and self._deadline and time.monotonic() > self._deadline:
-            self.reason = "budget.hours is used up: raise it and run the same command again to go on"
+        if self.reason is None and (limit := self._limit_reached()):
+            self.reason = f"{limit} is used up: raise it and run the same command again to go on"
         if self.reason and not self._told:
             self._told = True
             # Slots that wait for a report would not hear Tune's stop before their trial ends.
             self._board.stop_all.remote()
         return self.reason is not None
+
+    def _limit_reached(self) -> str | None:
+        hours, gpu_hours = self._budget.hours, self._budget.gpu_hours
+        if hours and time.monotonic() - self._started > hours * 3600:
+            return "budget.hours"
+        if gpu_hours and self._gpu_hours_spent() > gpu_hours:
+            return "budget.gpu_hours"
+        return None
 
 
 @contextmanager
