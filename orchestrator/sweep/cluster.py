@@ -11,9 +11,10 @@ from typing import Any
 import ray
 
 from orchestrator.errors import ClusterUnreachableError, InputError
-from orchestrator.sweep.worker_group import GroupShape
+from orchestrator.sweep.worker import GroupShape
 
 CONNECT_LIMIT_S = 5.0
+NO_DASHBOARD = "http://127.0.0.1:9"  # the discard port: refused at once
 # Read by Ray in this process and handed on to its workers; each is our need, and a user's own value wins.
 ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -41,10 +42,24 @@ def connect(address: str | None) -> None:
         os.environ.setdefault(name, value)
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     _check_reachable(address)
-    # A cluster of our own ends with us: it needs no dashboard, whose start takes seconds.
-    dashboard = False if address == "local" else None
+    runtime_env = None
+    if address == "local":
+        # Ray Train's placement group cleaner asks a dashboard whether its controller lives, and without one of its own
+        # finds that of any other cluster on this machine, which does not know the controller: the cleaner then takes
+        # our workers away (seen in ray 2.60.0). Where nothing answers, it leaves them alone.
+        os.environ["RAY_API_SERVER_ADDRESS"] = NO_DASHBOARD
+    elif ":" in address and "://" not in address:
+        # The same question, asked on a cluster that shares its machines with another.
+        runtime_env = {"env_vars": {"RAY_ADDRESS": address}}
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=dashboard)
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            # A cluster of our own ends with us: it needs no dashboard, whose start takes seconds.
+            include_dashboard=False if address == "local" else None,
+            runtime_env=runtime_env,
+        )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterUnreachableError(
             f"no Ray cluster answers at {address} ({error}): start one with `ray start --head`, or leave --address out"

@@ -17,7 +17,7 @@ from orchestrator.planning.model_shape import ModelShape, shape_of
 from orchestrator.planning.plan import SweepPlan, plan_sweep
 from orchestrator.results.storage import SweepFolder
 from orchestrator.sweep import cluster
-from orchestrator.sweep.worker_group import GroupShape
+from orchestrator.sweep.worker import GroupShape
 from orchestrator.training import data, model_source
 
 

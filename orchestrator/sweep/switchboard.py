@@ -39,7 +39,8 @@ class _Turn:
 @dataclass(slots=True)
 class _Group:
     workers: int
-    store: asyncio.Future[tuple[str, int]]
+    store_host: str
+    store_port: int
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     turns: list[_Turn] = field(default_factory=list)
     closed: bool = False
@@ -54,9 +55,9 @@ class Switchboard:
 
     # --- the trial's side ---
 
-    async def open_group(self, group_id: str, workers: int) -> None:
+    async def open_group(self, group_id: str, workers: int, store_host: str, store_port: int) -> None:
         """Make a group known, before its workers start."""
-        self._groups[group_id] = _Group(workers, asyncio.get_running_loop().create_future())
+        self._groups[group_id] = _Group(workers, store_host, store_port)
 
     async def assign(self, group_id: str, task: TrialTask) -> None:
         """Hand the next trial to all workers of a group."""
@@ -114,12 +115,6 @@ class Switchboard:
 
     # --- the worker's side ---
 
-    async def announce_store(self, group_id: str, host: str, port: int) -> None:
-        """Worker 0 says where the group's processes meet."""
-        group = self._groups.get(group_id)
-        if group and not group.store.done():
-            group.store.set_result((host, port))
-
     async def next_assignment(self, group_id: str, rank: int, local_rank: int, turn: int) -> Assignment | None:
         """Wait for the trial after number `turn`; None: the group is closed."""
         group = self._groups.get(group_id)
@@ -129,8 +124,8 @@ class Switchboard:
             await group.changed.wait_for(lambda: group.closed or len(group.turns) > turn)
         if group.closed:
             return None
-        host, port = await group.store
-        place = WorkerPlace(rank, group.workers, local_rank, host, port, f"{group_id}/{turn + 1}")
+        meeting = f"{group_id}/{turn + 1}"
+        place = WorkerPlace(rank, group.workers, local_rank, group.store_host, group.store_port, meeting)
         return Assignment(turn + 1, group.turns[turn].task, place)
 
     async def wait_for_stop(self, group_id: str, turn: int) -> None:

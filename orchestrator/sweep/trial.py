@@ -9,7 +9,8 @@ import ray
 from ray import tune
 
 from orchestrator.results.records import TrialStatus
-from orchestrator.sweep.worker_group import GroupShape, WorkerGroup
+from orchestrator.sweep.worker import GroupShape
+from orchestrator.sweep.worker_group import WorkerGroup
 from orchestrator.training.task import TrialEnd, TrialProgress, TrialTask
 
 MAX_ATTEMPTS = 3

@@ -8,7 +8,7 @@ pytest.importorskip("ray")
 
 from orchestrator.errors import ClusterUnreachableError, InputError
 from orchestrator.sweep.cluster import connect, room_for
-from orchestrator.sweep.worker_group import GroupShape
+from orchestrator.sweep.worker import GroupShape
 
 TWO_GPU_NODES = [{"CPU": 16.0, "GPU": 4.0}, {"CPU": 16.0, "GPU": 4.0}]
 

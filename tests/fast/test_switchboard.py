@@ -24,8 +24,7 @@ def play(scene: Awaitable[None]) -> None:
 
 async def a_group_at_work(workers: int) -> Switchboard:
     board = Switchboard()
-    await board.open_group("g", workers)
-    await board.announce_store("g", "host", 1)
+    await board.open_group("g", workers, "host", 1)
     await board.assign("g", TASK)
     return board
 
@@ -33,10 +32,9 @@ async def a_group_at_work(workers: int) -> Switchboard:
 def test_a_worker_that_waits_gets_the_next_trial_with_its_place() -> None:
     async def scene() -> None:
         board = Switchboard()
-        await board.open_group("g", 2)
+        await board.open_group("g", 2, "host", 7)
         waiting = asyncio.create_task(board.next_assignment("g", 1, 1, 0))
         await board.assign("g", TASK)
-        await board.announce_store("g", "host", 7)
         assignment = await waiting
         assert assignment is not None
         assert assignment.task == TASK
@@ -102,7 +100,7 @@ def test_a_lost_group_ends_its_trial_as_preempted() -> None:
 def test_a_closed_group_sends_its_workers_home() -> None:
     async def scene() -> None:
         board = Switchboard()
-        await board.open_group("g", 1)
+        await board.open_group("g", 1, "host", 1)
         waiting = asyncio.create_task(board.next_assignment("g", 0, 0, 0))
         await asyncio.sleep(0)
         await board.close_group("g")

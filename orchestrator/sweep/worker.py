@@ -1,0 +1,159 @@
+"""What runs in every worker of a group: wait for a trial, fork its process, pass on what it says.
+
+The worker itself imports no torch: its template does, in a process of its own, and that is what a trial waits for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerProcess
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.backend import Backend, BackendConfig
+
+from orchestrator.results.records import TrialStatus
+from orchestrator.sweep.switchboard import STOPPED, Assignment
+from orchestrator.training.child import run_child
+from orchestrator.training.task import TrialEnd, TrialProgress
+
+TEMPLATE = "orchestrator.training.template"
+
+
+@dataclass(frozen=True, slots=True)
+class GroupShape:
+    """What a worker group takes of the cluster."""
+
+    workers: int
+    gpus_per_worker: float
+    cpus_per_worker: float
+
+
+class _NoProcessGroup(Backend):
+    """The trials' processes make their own process groups; the workers that fork them must hold no GPU memory."""
+
+    share_cuda_visible_devices = True
+
+
+@dataclass
+class WorkerConfig(BackendConfig):
+    """A TorchTrainer's `torch_config` that leaves torch.distributed and CUDA alone."""
+
+    backend: str = "none"
+    """TorchTrainer asks for it (ray 2.60.0)."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        """No set-up in the workers."""
+        return _NoProcessGroup
+
+
+def serve(config: dict[str, Any]) -> None:
+    """The loop of every worker: wait for a trial, run its process, tell how it ended, wait again."""
+    board, group_id, shape = config["board"], config["group_id"], config["shape"]
+    context = ray.train.get_context()
+    rank, local_rank = context.get_world_rank(), context.get_local_rank()
+    os.environ["OMP_NUM_THREADS"] = str(max(1, int(shape.cpus_per_worker)))
+    template = multiprocessing.get_context("forkserver")
+    template.set_forkserver_preload([TEMPLATE])
+    _start_template()
+    model_folder = _local_model(config["model"])
+    turn = 0
+    while assignment := ray.get(board.next_assignment.remote(group_id, rank, local_rank, turn)):
+        turn = assignment.turn
+        task = replace(assignment.task, model_folder=model_folder)
+        _run_trial(board, group_id, replace(assignment, task=task))
+
+
+def _start_template() -> None:
+    from multiprocessing import forkserver
+
+    with _without_main_module():
+        forkserver.ensure_running()
+
+
+def _local_model(model: str) -> str:
+    """A folder of this node with the base model: fetched or built once a node, whoever comes first."""
+    from orchestrator.training import model_source
+
+    return str(model_source.materialize(model_source.resolve(model)))
+
+
+@contextlib.contextmanager
+def _without_main_module() -> Iterator[None]:
+    # multiprocessing would run Ray's worker script once more in every child, 0.2 s and an import of ray for nothing.
+    main = sys.modules["__main__"]
+    file = main.__dict__.pop("__file__", None)
+    try:
+        yield
+    finally:
+        if file is not None:
+            main.__file__ = file
+
+
+def _run_trial(board: Any, group_id: str, assignment: Assignment) -> None:
+    reports, child_end = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("forkserver").Process(
+        target=run_child, args=(assignment.task, assignment.place, child_end), daemon=True
+    )
+    with _without_main_module():
+        process.start()
+    child_end.close()
+    stopped = threading.Event()
+    # A thread, since Ray's wait cannot be joined with that on a pipe; it ends with the turn.
+    stopper = threading.Thread(
+        target=_kill_when_told, args=(board, group_id, assignment.turn, process, stopped), daemon=True
+    )
+    stopper.start()
+    rank = assignment.place.rank
+    ended = False
+    for message in _messages(reports, process):
+        ended = ended or isinstance(message, TrialEnd)
+        board.send.remote(group_id, assignment.turn, rank, message)
+    process.join()
+    if not ended:
+        end = STOPPED if stopped.is_set() else _unexpected_end(process.exitcode)
+        board.send.remote(group_id, assignment.turn, rank, end)
+    process.close()
+    reports.close()
+    stopper.join()
+
+
+def _messages(reports: Connection, process: ForkServerProcess) -> Iterator[TrialProgress | TrialEnd]:
+    """What the child sends, until it is gone and its pipe is empty."""
+    while True:
+        wait([reports, process.sentinel])
+        try:
+            while reports.poll():
+                yield reports.recv()
+        except EOFError:
+            return
+        if not process.is_alive():
+            return
+
+
+def _kill_when_told(board: Any, group_id: str, turn: int, process: ForkServerProcess, stopped: threading.Event) -> None:
+    with contextlib.suppress(ray.exceptions.RayActorError):
+        ray.get(board.wait_for_stop.remote(group_id, turn))
+    # The turn's own end wakes this wait too: then there is nothing left to kill.
+    with contextlib.suppress(ValueError):
+        if process.is_alive():
+            stopped.set()
+            process.kill()
+
+
+def _unexpected_end(exit_code: int | None) -> TrialEnd:
+    if exit_code == -9:
+        # Linux's out-of-memory killer is the one sender of SIGKILL that a trial meets.
+        reason = "its process was killed (SIGKILL), most likely because host memory ran out: lower micro_batch_size"
+        return TrialEnd(TrialStatus.OUT_OF_MEMORY, reason, None)
+    what = f"signal {-exit_code}" if exit_code is not None and exit_code < 0 else f"exit code {exit_code}"
+    return TrialEnd(TrialStatus.FAILED, f"its process ended with {what} before the trial did: see its log.txt", None)
