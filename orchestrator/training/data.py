@@ -77,7 +77,8 @@ def prepare(data: DataConfig, model_folder: Path, out: Path) -> DataSummary:
         return present
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    # Rows are cut to sequence_length when they are loaded: a longer one is no matter to warn of.
+    tokenizer = AutoTokenizer.from_pretrained(model_folder, model_max_length=10**9)
     skipped: list[Row] = []
     train = _collect(data.train, "train", data, tokenizer, skipped)
     if isinstance(data.eval, str):
