@@ -129,7 +129,7 @@ def train_driver_fn(config: dict[str, Any]) -> None:
         run_config=ray.train.RunConfig(
             name=f"train-trial_id={ray.tune.get_context().get_trial_id()}",
             storage_path=str(job.folder / "train"),
-            callbacks=[TuneReportCallback()],
+            callbacks=[TuneReportCallback()],  # type: ignore[list-item]
         ),
     )
     trainer.fit()

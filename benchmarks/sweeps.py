@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 import os
 import platform
 import re
@@ -126,8 +127,9 @@ def losses(folder: TrialFolder) -> tuple[float | None, ...]:
 
 
 def best_loss(trials: Iterable[TrialResult]) -> float:
-    """The lowest evaluation loss of all."""
-    return min(t.best.eval_loss for t in trials if t.best and t.best.eval_loss is not None)
+    """The lowest evaluation loss of all; infinite where none was evaluated, as of a trial that diverged."""
+    found = [t.best.eval_loss for t in trials if t.best and t.best.eval_loss is not None]
+    return min(found, default=math.inf)
 
 
 def median(values: Iterable[float]) -> float | None:
