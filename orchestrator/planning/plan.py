@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from orchestrator.config.search_space import Trial
 from orchestrator.config.sweep_config import ResourcesConfig, SweepConfig
-from orchestrator.config.trial_config import Precision, TrialConfig
+from orchestrator.config.trial_config import TrialConfig
 from orchestrator.planning.compatibility import Case, notes, refusals
 from orchestrator.planning.hardware import GIB, Hardware
 from orchestrator.planning.memory import MemoryEstimate, estimate_on
@@ -147,31 +147,45 @@ def _does_not_fit(
         f"{getattr(memory.parts, memory.parts.biggest) / GIB:.1f} GiB, and {memory_bytes / GIB:.1f} GiB are there"
     )
     fitting = [
-        told
-        for told, change in _cheaper(config)
-        if _fits(config.model_copy(update=change), model, hardware, shape, memory_bytes)
+        " and ".join(change.told for change in changes)
+        for changes in _cheaper(config)
+        if _fits(_changed(config, changes), model, hardware, shape, memory_bytes)
     ]
-    return (
-        f"{reason}; fits with {', or '.join(fitting)}" if fitting else f"{reason}; use a smaller model or larger GPUs"
-    )
+    return f"{reason}; fits with {', or '.join(fitting[:3])}" if fitting else f"{reason}; use a smaller model"
 
 
-def _cheaper(config: TrialConfig) -> list[tuple[str, dict[str, object]]]:
-    changes: list[tuple[str, dict[str, object]]] = []
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """A cheaper setting, as a hint names it."""
+
+    told: str
+    settings: dict[str, Any]
+
+
+def _cheaper(config: TrialConfig) -> list[tuple[_Change, ...]]:
+    """Single changes first, those that alter the result least in front; then more and more of them together."""
+    changes: list[_Change] = []
     micro = config.micro_batch_size
     if isinstance(micro, int) and micro > 1:
-        changes += [(f"micro_batch_size {n}", {"micro_batch_size": n}) for n in (micro // 2, 1) if n < micro]
+        changes.append(_Change("micro_batch_size 1", {"micro_batch_size": 1}))
     if not config.gradient_checkpointing:
-        changes.append(("gradient_checkpointing: true", {"gradient_checkpointing": True}))
+        changes.append(_Change("gradient_checkpointing", {"gradient_checkpointing": True}))
     if not config.precision.is_quantized and not config.trains_all_weights:
-        changes.append(("precision nf4", {"precision": Precision.NF4}))
+        changes.append(_Change("precision nf4", {"precision": "nf4"}))
     if config.zero_stage < 3:
-        changes.append(("zero_stage 3 on more workers", {"zero_stage": 3, "engine": "deepspeed"}))
-    return changes[:4]
+        changes.append(_Change("zero_stage 3", {"zero_stage": 3, "engine": "deepspeed"}))
+    together = [tuple(changes[: i + 1]) for i in range(1, len(changes))]
+    return [(change,) for change in changes] + together
+
+
+def _changed(config: TrialConfig, changes: Sequence[_Change]) -> TrialConfig:
+    raw = config.model_dump()
+    for change in changes:
+        raw |= change.settings
+    return TrialConfig.model_validate(raw)
 
 
 def _fits(config: TrialConfig, model: ModelShape, hardware: Hardware, shape: WorkerShape, memory_bytes: int) -> bool:
-    config = TrialConfig.model_validate(config.model_dump())
     if refusals(Case(config, model, hardware, shape.workers)):
         return False
     return estimate_on(config, model, shape.workers, hardware).device_bytes <= memory_bytes

@@ -1,0 +1,41 @@
+"""Shapes and machines that the planning tests share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from orchestrator.config.trial_config import TrialConfig
+from orchestrator.planning.compatibility import Case
+from orchestrator.planning.hardware import Hardware, named_gpu
+from orchestrator.planning.model_shape import shape_of
+
+LLAMA_2_7B: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "intermediate_size": 11008,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+}
+LLAMA_32_3B: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 8192,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
+}
+CPU = Hardware("cpu", 0, 2, 1, 24 * 2**30, has_bf16=False, has_fp16=False, has_bitsandbytes=True)
+CPU_WITH_HALF = Hardware("cpu", 0, 2, 1, 24 * 2**30, has_bf16=True, has_fp16=True, has_bitsandbytes=True)
+A100 = named_gpu("A100", 8)
+V100 = named_gpu("V100", 8)
+
+
+def case(hardware: Hardware, workers: int = 1, **settings: Any) -> Case:
+    return Case(TrialConfig.model_validate(settings), shape_of(LLAMA_2_7B), hardware, workers)

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from orchestrator.errors import ModelError
+from orchestrator.planning.estimate import estimate_lines
+from tests.fast.cases import LLAMA_2_7B
+
+PARTS = {"weights", "adapter", "gradients", "optimizer", "activations", "logits", "communication", "framework"}
+
+
+def unknown(model: str) -> dict[str, Any]:
+    raise ModelError(f"no model {model}: name another")
+
+
+def answer(*lines: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in estimate_lines(lines, unknown)]
+
+
+def line(**keys: Any) -> str:
+    return json.dumps({"id": 1, "model": LLAMA_2_7B, "trial": {"micro_batch_size": 1}, **keys})
+
+
+def test_an_estimate_has_all_that_the_contract_names() -> None:
+    (got,) = answer(line(gpu_memory_bytes=2**36))
+    figures = {"allocated_bytes", "reserved_bytes", "device_bytes", "low_bytes", "high_bytes"}
+    assert set(got) == {"id", "parts", "feasible", "reasons"} | figures
+    assert set(got["parts"]) == PARTS
+    assert got["low_bytes"] < got["allocated_bytes"] < got["high_bytes"]
+    assert got["feasible"] is True
+
+
+def test_what_does_not_fit_says_so_and_still_has_its_figures() -> None:
+    (got,) = answer(line(gpu_memory_bytes=2**30))
+    assert got["feasible"] is False
+    assert got["reasons"]
+    assert got["allocated_bytes"] > 2**33
+
+
+@pytest.mark.parametrize(
+    ("bad", "told"),
+    [
+        ("{", "Expecting"),
+        ("[]", "object"),
+        ('{"id": 7}', "model is missing"),
+        (line(id=7, model="no/model"), "no model"),
+        (line(id=7, trial={"rnk": 8}), "rnk"),
+        (line(id=7, trial={"rank": -8}), "greater"),
+        (line(id=7, trial={"sequence_length": 10**30}), "less"),
+        (line(id=7, workers=0), "workers"),
+        (line(id=7, workers=10**40), "workers"),
+        (line(id=7, gpu_memory_bytes="24GiB"), "gpu_memory_bytes"),
+        (line(id=7, model={**LLAMA_2_7B, "hidden_size": None}), "hidden_size"),
+        (line(id=7, wrkers=2), "wrkers"),
+    ],
+)
+def test_a_bad_line_answers_for_itself_and_the_rest_go_on(bad: str, told: str) -> None:
+    good, wrong, after = answer(line(), bad, line(id=2))
+    assert told in wrong["error"]
+    assert wrong["id"] in (7, None)
+    assert "error" not in good
+    assert after["id"] == 2
+    assert after["allocated_bytes"] == good["allocated_bytes"]

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestrator.config.sweep_config import SweepConfig
+from orchestrator.config.trial_config import TrialConfig
+from orchestrator.errors import InputError, ModelError
+from orchestrator.planning.hardware import Hardware, cpu_half_precision, named_gpu, parse_memory
+from orchestrator.planning.memory import estimate, estimate_on, memory_parts, trainable_adapter_parameters
+from orchestrator.planning.model_shape import shape_of
+from orchestrator.planning.plan import SweepPlan, plan_sweep
+from orchestrator.planning.plan_table import render
+from orchestrator.planning.step_time import step_seconds
+from tests.fast.cases import A100, CPU, LLAMA_2_7B, LLAMA_32_3B
+
+SEVEN_B, THREE_B = shape_of(LLAMA_2_7B), shape_of(LLAMA_32_3B)
+
+
+def plan(hardware: Hardware, model: Any = SEVEN_B, **keys: Any) -> SweepPlan:
+    raw = {"name": "p", "model": "builtin:tiny-llama", "data": {"train": "builtin:python-docs"}, **keys}
+    sweep = SweepConfig.model_validate(raw).on_hardware(has_gpus=hardware.device == "cuda")
+    return plan_sweep(sweep, model, hardware)
+
+
+def test_published_parameter_counts() -> None:
+    assert SEVEN_B.parameters == 6_738_415_616
+    assert THREE_B.parameters == 3_212_749_824
+    on_queries_and_values = {"target_modules": ("q_proj", "v_proj")}
+    assert trainable_adapter_parameters(TrialConfig(rank=8, **on_queries_and_values), SEVEN_B) == 4_194_304
+    assert trainable_adapter_parameters(TrialConfig(rank=32, **on_queries_and_values), THREE_B) == 9_175_040
+
+
+def test_a_config_that_lacks_a_field_names_it() -> None:
+    with pytest.raises(ModelError, match="num_hidden_layers"):
+        shape_of({key: value for key, value in LLAMA_2_7B.items() if key != "num_hidden_layers"})
+
+
+def test_a_trial_that_does_not_fit_is_refused_with_numbers_and_what_would_fit() -> None:
+    small = named_gpu("RTX-4090", 1)
+    refused = plan(small, trial={"precision": "bf16", "micro_batch_size": 8, "sequence_length": 2048}).trials[0]
+    (reason,) = refused.reasons
+    assert "GiB" in reason
+    assert "fits with" in reason
+    assert not plan(small, trial={"precision": "nf4", "micro_batch_size": 1, "gradient_checkpointing": True}).refused
+
+
+def test_an_automatic_micro_batch_is_the_largest_that_fits_and_divides() -> None:
+    def chosen(hardware: Hardware) -> Any:
+        return plan(hardware, trial={"precision": "bf16", "global_batch_size": 24}).trials[0].config.micro_batch_size
+
+    large, small = chosen(named_gpu("H200", 1)), chosen(named_gpu("RTX-4090", 1))
+    assert 24 % large == 24 % small == 0
+    assert large > small
+    for micro, hardware in ((large, named_gpu("H200", 1)), (small, named_gpu("RTX-4090", 1))):
+        following = next(n for n in range(micro + 1, 49) if 24 % n == 0 or n == 48)
+        config = TrialConfig(precision="bf16", micro_batch_size=following)
+        assert estimate_on(config, SEVEN_B, 1, hardware).device_bytes > 0.97 * hardware.gpu_memory_bytes
+
+
+def test_asha_makes_the_expected_sweep_shorter_and_the_worst_no_longer_than_the_full_grid() -> None:
+    space = {"rank": [2, 4, 8, 16, 32, 64, 128, 256, 512]}
+    full = plan(A100, space=space, trial={"max_steps": 900})
+    halved = plan(A100, space=space, trial={"max_steps": 900}, scheduler={"asha": {"grace_steps": 100}})
+    assert halved.makespan_s[1] < full.makespan_s[1]
+    assert halved.makespan_s[2] == full.makespan_s[2]
+
+
+def test_what_the_budget_does_not_hold_is_said_before_the_start() -> None:
+    warned = plan(A100, trial={"max_steps": 10**6}, budget={"hours": 1, "gpu_hours": 1, "price_per_gpu_hour": 2})
+    assert any("budget.hours" in warning for warning in warned.warnings)
+    assert any("budget.gpu_hours" in warning for warning in warned.warnings)
+    assert warned.cost == pytest.approx(tuple(hours * 2 for hours in warned.gpu_hours))
+    assert plan(A100, trial={"max_steps": 10}, budget={"hours": 100}).warnings == ()
+
+
+def test_a_plan_as_text_names_every_trial_each_refusal_and_the_totals() -> None:
+    text = render(plan(CPU, model=THREE_B, space={"precision": ["nf4", "fp16"]}, trial={"sequence_length": 64}))
+    assert "1 trials run" in text
+    assert "refused (1): precision fp16" in text
+    assert "time: about" in text
+
+
+def test_trials_at_a_time_follow_from_what_each_takes() -> None:
+    shape = {"workers_per_trial": 2, "gpus_per_worker": 1, "cpus_per_worker": 4}
+    assert plan(A100, resources=shape).concurrent == 4
+    assert plan(A100, resources={**shape, "max_concurrent": 3}).concurrent == 3
+    assert plan(CPU, resources={"workers_per_trial": 2}).concurrent == 1
+
+
+@settings(max_examples=60)
+@given(
+    rank=st.integers(1, 256),
+    micro=st.integers(1, 16),
+    sequence=st.integers(64, 4096),
+    precision=st.sampled_from(["fp32", "amp_bf16", "bf16", "int8", "nf4"]),
+    attention=st.sampled_from(["eager", "sdpa"]),
+    checkpointing=st.booleans(),
+)
+def test_more_of_anything_never_takes_less_memory(
+    rank: int, micro: int, sequence: int, precision: str, attention: Any, checkpointing: bool
+) -> None:
+    config = TrialConfig(
+        rank=rank,
+        micro_batch_size=micro,
+        sequence_length=sequence,
+        precision=precision,
+        attention=attention,
+        gradient_checkpointing=checkpointing,
+    )
+    before = estimate(config, SEVEN_B, 1, "cuda", True)
+    for more in ({"rank": rank * 2}, {"micro_batch_size": micro + 1}, {"sequence_length": sequence + 64}):
+        after = estimate(config.model_copy(update=more), SEVEN_B, 1, "cuda", True)
+        assert after.allocated_bytes >= before.allocated_bytes
+    assert before.low_bytes < before.allocated_bytes < before.high_bytes
+    assert before.allocated_bytes < before.reserved_bytes < before.device_bytes
+
+
+@given(st.sampled_from(["fp32", "bf16", "nf4"]), st.integers(2, 64))
+def test_a_higher_zero_stage_never_holds_more_model_states(precision: str, workers: int) -> None:
+    from orchestrator.planning.memory import _bytes_of
+
+    held = []
+    for stage in range(4):
+        config = TrialConfig(precision=precision, zero_stage=stage, micro_batch_size=1, global_batch_size=workers)
+        parts = memory_parts(config, SEVEN_B, workers, _bytes_of(config, "cuda", True))
+        held.append(parts.weights + parts.adapter + parts.gradients + parts.optimizer)
+    assert held[1] >= held[2] >= held[3]
+    assert held[0] >= held[3]
+
+
+def test_time_grows_with_work_and_shrinks_with_workers() -> None:
+    def seconds(workers: int = 1, **changes: Any) -> float:
+        config = TrialConfig(micro_batch_size=1, **changes)
+        return step_seconds(config, SEVEN_B, A100, workers, 4).expected
+
+    assert seconds(sequence_length=1024) > seconds(sequence_length=512)
+    assert seconds(gradient_checkpointing=True) > seconds()
+    assert seconds(precision="fp32") > seconds(precision="bf16")
+    assert seconds(workers=4) < seconds(workers=2) < seconds()
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("80GiB", 80 * 2**30), ("24 GB", 24 * 10**9), ("1024", 1024), ("0.5TiB", 2**39)]
+)
+def test_sizes_of_memory_are_read(text: str, size: int) -> None:
+    assert parse_memory(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "-1GiB", "0", "80 XB", "1e400"])
+def test_what_is_no_size_of_memory_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="80GiB"):
+        parse_memory(text)
+
+
+def test_an_unknown_gpu_lists_those_that_are_known() -> None:
+    with pytest.raises(InputError, match=r"did you mean H100\?; known: .*A100.*L40S"):
+        named_gpu("H10", 1)
+    assert named_gpu("nvidia geforce rtx 4090", 1).gpu_name == "RTX-4090"
+
+
+def test_a_cpu_says_by_its_flags_what_it_computes() -> None:
+    assert cpu_half_precision(frozenset({"avx2"})) == (False, False)
+    assert cpu_half_precision(frozenset({"avx512_bf16"})) == (True, False)
+    assert cpu_half_precision(frozenset({"amx_bf16", "avx512_fp16"})) == (True, True)
