@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ from benchmarks.sweeps import (
     work_of,
 )
 from orchestrator.config.sweep_config import SweepConfig
-from orchestrator.results.storage import SweepFolder, TrialFolder
+from orchestrator.results.storage import TrialFolder
 from orchestrator.training.task import TrialEnd, TrialProgress, TrialTask, WorkerPlace
 
 VARIANTS = ("guide", "fresh", "warm", "plain")
@@ -70,6 +71,15 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
+class Launch:
+    """What a variant says beside what its trials wrote."""
+
+    at: float
+    """Seconds since 1970."""
+    imports_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Figures:
     """What one run of a variant came to, in seconds."""
 
@@ -82,6 +92,10 @@ class Figures:
     startup_s: float | None
     """Of the trials after it; None where there were none."""
     startup_max_s: float | None
+    later_trial_s: float | None
+    """Start-up and work of a trial after a slot's first: what one trial more would take."""
+    imports_s: float | None
+    """Of plain's template, which its makespan leaves out and all others' holds."""
     command_s: float
 
 
@@ -135,8 +149,8 @@ def train_driver_fn(config: dict[str, Any]) -> None:
     trainer.fit()
 
 
-def run_guide(job: Job) -> float:
-    """All trials; returns when they were launched."""
+def run_guide(job: Job) -> Launch:
+    """All trials, under Tune."""
     import ray
     import ray.tune
 
@@ -153,14 +167,14 @@ def run_guide(job: Job) -> float:
     results = tuner.fit()
     if results.errors:
         raise RuntimeError(f"a trial of the guide's pattern failed: {results.errors[0]}")
-    return launched
+    return Launch(launched)
 
 
 # --- (d) The limit: plain processes ---
 
 
-def run_plain(job: Job) -> float:
-    """All trials; returns when they were launched."""
+def run_plain(job: Job) -> Launch:
+    """All trials, so many at a time."""
     import multiprocessing
     import os
     from concurrent.futures import ThreadPoolExecutor
@@ -170,16 +184,18 @@ def run_plain(job: Job) -> float:
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["orchestrator.training.template"])
+    begun = time.monotonic()
     first = context.Process(target=time.sleep, args=(0,))
     first.start()
     first.join()
+    imports_s = time.monotonic() - begun
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     launched = time.time()
     with ThreadPoolExecutor(job.slots) as pool:
         for end in pool.map(lambda task: run_plain_trial(task, job.workers, store.port), job.tasks):
             if end.progress is None or end.reason:
                 raise RuntimeError(f"a trial in plain processes failed: {end.reason}")
-    return launched
+    return Launch(launched, imports_s)
 
 
 def run_plain_trial(task: TrialTask, workers: int, port: int) -> TrialEnd:
@@ -265,18 +281,18 @@ def measure(variant: str, raw: dict[str, Any], model: Path, data: Path, folder: 
     slots, workers = raw["resources"]["max_concurrent"], raw["resources"]["workers_per_trial"]
     if variant in ("fresh", "warm"):
         ran = run_sweep(folder, raw, "--isolation", variant)
-        works, launched, command_s = ran.works(), ran.launched, ran.command_s
+        works, launch, command_s = ran.works(), Launch(ran.launched), ran.command_s
         trials = [ran.folder.trial(work.trial_id) for work in works]
     else:
-        job = Job(make_tasks(raw, model, data, SweepFolder(folder).root / "trials"), slots, workers, folder)
-        launched, command_s = run_in_process(variant, job)
+        job = Job(make_tasks(raw, model, data, folder / "trials"), slots, workers, folder)
+        launch, command_s = run_in_process(variant, job)
         trials = [TrialFolder(Path(task.trial_folder)) for task in job.tasks]
         works = [work_of(trial, json.loads((trial.root / "setup.json").read_text())) for trial in trials]
-    return figures(works, slots, launched, command_s), [losses(trial) for trial in trials]
+    return figures(works, slots, launch, command_s), [losses(trial) for trial in trials]
 
 
-def run_in_process(variant: str, job: Job) -> tuple[float, float]:
-    """Run guide or plain in a process of its own; returns when it launched its trials, and all its seconds."""
+def run_in_process(variant: str, job: Job) -> tuple[Launch, float]:
+    """Run guide or plain in a process of its own; returns its launch and all its seconds."""
     job.folder.mkdir(parents=True)
     file = job.folder / "job.pickle"
     file.write_bytes(pickle.dumps(job))
@@ -286,20 +302,23 @@ def run_in_process(variant: str, job: Job) -> tuple[float, float]:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environ(), check=False)
     if done.returncode:
         raise RuntimeError(f"{variant} failed:\n{(job.folder / 'log.txt').read_text()[-3000:]}")
-    return float(done.stdout.split()[-1]), time.monotonic() - started
+    return Launch(**json.loads(done.stdout.splitlines()[-1])), time.monotonic() - started
 
 
-def figures(works: list[Work], slots: int, launched: float, command_s: float) -> Figures:
+def figures(works: list[Work], slots: int, launch: Launch, command_s: float) -> Figures:
     """What the variants are compared by."""
-    first, later = startups(works, slots, launched)
+    works = sorted(works, key=lambda work: work.started)
+    first, later = startups(works, slots, launch.at)
     work_s = statistics.mean(work.seconds for work in works)
     return Figures(
-        makespan_s=max(work.ended for work in works) - launched,
+        makespan_s=max(work.ended for work in works) - launch.at,
         trial_s=work_s + statistics.mean(first + later),
         work_s=work_s,
         startup_first_s=statistics.mean(first),
         startup_s=median(later),
         startup_max_s=max(later, default=None),
+        later_trial_s=median(gap + work.seconds for gap, work in zip(later, works[slots:], strict=True)),
+        imports_s=launch.imports_s,
         command_s=command_s,
     )
 
@@ -311,16 +330,22 @@ def medians(runs: list[Figures]) -> dict[str, float | None]:
 
 
 def ratios(runs: dict[str, list[Figures]]) -> dict[str, float | None]:
-    """Of makespans, repeat by repeat, then their median."""
-    wanted = {
-        "guide_over_warm": ("guide", "warm"),
-        "warm_over_plain": ("warm", "plain"),
-        "fresh_over_guide": ("fresh", "guide"),
-        "guide_over_plain": ("guide", "plain"),
+    """Repeat by repeat, then their median."""
+    wanted: dict[str, tuple[str, str, Callable[[Figures], float | None]]] = {
+        "makespan, guide over warm": ("guide", "warm", lambda run: run.makespan_s),
+        "makespan, fresh over guide": ("fresh", "guide", lambda run: run.makespan_s),
+        "makespan, warm over plain": ("warm", "plain", lambda run: run.makespan_s),
+        "makespan, warm over plain with its imports": ("warm", "plain", lambda r: r.makespan_s + (r.imports_s or 0)),
+        "a trial after a slot's first, guide over warm": ("guide", "warm", lambda run: run.later_trial_s),
+        "a trial after a slot's first, warm over plain": ("warm", "plain", lambda run: run.later_trial_s),
     }
     return {
-        name: median(up.makespan_s / down.makespan_s for up, down in zip(runs[over], runs[under], strict=True))
-        for name, (over, under) in wanted.items()
+        name: median(
+            up / down
+            for up, down in zip(map(value, runs[over]), map(value, runs[under]), strict=True)
+            if up is not None and down
+        )
+        for name, (over, under, value) in wanted.items()
         if over in runs and under in runs
     }
 
@@ -352,7 +377,8 @@ def run_all(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def render(result: dict[str, Any]) -> str:
     """The tables."""
-    header = ["seconds", "makespan", "a trial", "of it work", "start-up, slot's first", "after", "at most", "command"]
+    header = ["seconds", "makespan", "a trial", "of it work", "start-up, slot's first", "after", "at most"]
+    header += ["a trial after", "imports before", "command"]
     rows = [[TITLES[variant], *found.values()] for variant, found in result["medians"].items()]
     trials, resources = len(result["sweep"]["space"]["learning_rate"]), result["sweep"]["resources"]
     lines = [
@@ -362,7 +388,7 @@ def render(result: dict[str, Any]) -> str:
         "",
         table(header, rows),
         "",
-        *(f"{name.replace('_', ' ')} (makespan): {value:.2f}" for name, value in result["ratios"].items()),
+        *(f"{name}: {value:.2f}" for name, value in result["ratios"].items() if value is not None),
         f"losses identical in all variants: {'yes' if result['losses_identical'] else 'NO'}",
     ]
     return "\n".join(lines)
@@ -371,7 +397,7 @@ def render(result: dict[str, Any]) -> str:
 def main() -> None:
     if sys.argv[1:2] == ["--run-job"]:
         run = {"guide": run_guide, "plain": run_plain}[sys.argv[2]]
-        print(run(pickle.loads(Path(sys.argv[3]).read_bytes())))
+        print(json.dumps(asdict(run(pickle.loads(Path(sys.argv[3]).read_bytes())))))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=6)

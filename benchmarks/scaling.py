@@ -7,7 +7,7 @@
 without CPUs and nodes with one CPU each): Tune, switchboard, worker groups, templates, forked processes, process
 groups, records, results, MLflow and report are real. Replaced is what a trial computes: `trivial_training.py` says how.
 
-- a trial: seconds that a slot stood idle between two trials; the trial's own work and a slot's first start are not in it.
+- a trial: seconds that a slot stood idle between two trials; neither their work nor a slot's first start is in it.
 - first tenth, last tenth: the same over the sweep's first and last trials, which shows growth inside a sweep.
 - end: from the last trial's end to the command's exit (MLflow's rest, results, report), per trial.
 - driver: peak resident memory of the `orchestrator run` process; growth: per trial, from the first trial's end on.

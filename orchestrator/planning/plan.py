@@ -147,11 +147,14 @@ def _does_not_fit(
         f"{getattr(memory.parts, memory.parts.biggest) / GIB:.1f} GiB, and {memory_bytes / GIB:.1f} GiB are there"
     )
     fitting = [
-        " and ".join(change.told for change in changes)
+        changes
         for changes in _cheaper(config)
         if _fits(_changed(config, changes), model, hardware, shape, memory_bytes)
     ]
-    return f"{reason}; fits with {', or '.join(fitting[:3])}" if fitting else f"{reason}; use a smaller model"
+    if not fitting:
+        return f"{reason}; use a smaller model"
+    shortest = [changes for changes in fitting if len(changes) == len(fitting[0])]
+    return f"{reason}; fits with " + ", or ".join(" and ".join(c.told for c in changes) for changes in shortest)
 
 
 @dataclass(frozen=True, slots=True)
