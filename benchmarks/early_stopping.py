@@ -5,7 +5,7 @@
 
 Both sweeps of a seed train builtin:tiny-llama (rank, learning rate and target modules searched) on the documentation
 strings of Python's library, the same seed, data and engine; only `scheduler:` differs. A trial trains the same in both
-until it is stopped, so ASHA's best can at best equal the grid's.
+until it is stopped (the script compares their curves), so ASHA's best can at best equal the grid's.
 
 - steps: optimizer steps that ASHA's trials took, as a share of the grid's.
 - best loss: the lowest evaluation loss found by each; the difference is what stopping cost.
@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.sweeps import Ran, best_loss, describe, machine, run_sweep, say, table
+from benchmarks.sweeps import Ran, best_loss, describe, losses, machine, run_sweep, say, table
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,8 @@ class Comparison:
     spread: float
     """Of the grid: its median trial's best loss, less the best of all."""
     rank: int
+    same_curves: bool
+    """Whether every trial's losses were the same in both, as far as ASHA let it go."""
     grid_s: float
     """From the first trial's first work to the last one's end; each sweep's start-up is left out."""
     asha_s: float
@@ -102,9 +104,16 @@ def compare(grid: Ran, asha: Ran, seed: int) -> Comparison:
         asha_loss=best_loss(asha.sweep.trials),
         spread=statistics.median(grid_best.values()) - min(grid_best.values()),
         rank=1 + in_order.index(found.trial_id),
+        same_curves=all(same_curve(grid, asha, trial_id) for trial_id in grid_best),
         grid_s=working_s(grid),
         asha_s=working_s(asha),
     )
+
+
+def same_curve(grid: Ran, asha: Ran, trial_id: str) -> bool:
+    """Whether ASHA's curve is the beginning of the grid's."""
+    whole, part = (losses(ran.folder.trial(trial_id)) for ran in (grid, asha))
+    return whole[: len(part)] == part
 
 
 def working_s(ran: Ran) -> float:
@@ -157,7 +166,7 @@ def render(result: dict[str, Any]) -> str:
     mean, sweep = result["mean"], result["sweep"]
     return "\n".join(
         [
-            f"{sweep['scheduler']} against the full grid, {sweep['trial']['max_steps']} steps a trial; "
+            f"ASHA ({sweep['scheduler']['asha']}) against the full grid, {sweep['trial']['max_steps']} steps a trial; "
             + describe(result["machine"]),
             "",
             table(header, rows),
@@ -166,6 +175,7 @@ def render(result: dict[str, Any]) -> str:
             f"(at worst {mean['worst_loss_difference']:+.4f}; best to median trial of the grid: "
             f"{statistics.mean(one['spread'] for one in result['seeds']):.4f}); "
             f"the grid's best trial found in {mean['same_answer']:.0%} of the seeds",
+            f"curves identical in both: {'yes' if all(one['same_curves'] for one in result['seeds']) else 'NO'}",
         ]
     )
 
