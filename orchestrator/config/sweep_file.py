@@ -236,6 +236,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def _problems_of_meaning(sweep: SweepConfig) -> Iterator[Problem]:
     """What is well formed and yet cannot be meant."""
+    if "://" in sweep.storage:
+        yield Problem("storage", "takes a folder or a mount that all nodes see; object stores are not supported yet")
     for i, partial in enumerate(sweep.exclude):
         yield from _problems_of_condition(partial, f"exclude[{i}]")
     for name, domain in sweep.domains.items():

@@ -54,17 +54,24 @@ class TrialFolder:
 
     def read_metrics(self) -> tuple[MetricPoint, ...]:
         """The curve so far; a last line that is still being written is left out."""
+        return self.read_metrics_from(0)[0]
+
+    def read_metrics_from(self, offset_bytes: int) -> tuple[tuple[MetricPoint, ...], int]:
+        """The points after `offset_bytes`, and where to read on; from the start where the file began anew."""
         try:
-            text = self.metrics.read_text(encoding="utf-8", errors="replace")
+            with self.metrics.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                start = file.seek(offset_bytes if offset_bytes <= size else 0)
+                whole, newline, _ = file.read().rpartition(b"\n")
         except FileNotFoundError:
-            return ()
+            return (), 0
         points = []
-        for line in text.splitlines():
+        for line in whole.splitlines():
             try:
                 points.append(MetricPoint.model_validate_json(line))
             except ValidationError:
                 continue
-        return tuple(points)
+        return tuple(points), start + len(whole) + len(newline)
 
 
 @dataclass(frozen=True, slots=True)

@@ -171,11 +171,12 @@ class Tracker:
         assert result is not None
         if trial.run_id is None:
             trial.run_id = self._open_trial(result)
-        points = self._folder.trial(result.trial_id).read_metrics()
-        for start in range(trial.points, len(points), BATCH // len(METRICS)):
+        points, offset_bytes = self._folder.trial(result.trial_id).read_metrics_from(trial.offset_bytes)
+        for start in range(0, len(points), BATCH // len(METRICS)):
             some = points[start : start + BATCH // len(METRICS)]
             self._client.log_batch(trial.run_id, metrics=[m for point in some for m in metrics_of(point)])
-            trial.points = start + len(some)
+        # Moved only once all of it has arrived: what is logged twice is still one point.
+        trial.offset_bytes = offset_bytes
         if result.status is not trial.carried:
             if result.status is not TrialStatus.RUNNING:
                 self._close_trial(trial.run_id, result)
@@ -231,7 +232,7 @@ class _TrackedTrial:
     def __init__(self) -> None:
         self.result: TrialResult | None = None
         self.run_id: str | None = None
-        self.points = 0
+        self.offset_bytes = 0
         self.carried: TrialStatus | None = None
 
     @property

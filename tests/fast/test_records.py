@@ -65,6 +65,19 @@ def test_a_metrics_line_that_is_half_written_is_left_out(tmp_path: Path) -> None
     assert trial_folder.read_metrics() == (point,)
 
 
+def test_metrics_are_read_on_from_where_they_were_and_anew_when_the_trial_began_anew(tmp_path: Path) -> None:
+    trial_folder = SweepFolder(tmp_path).trial("a-0")
+    points = [MetricPoint(step=i, tokens=i, seconds=i, learning_rate=1e-4, time_ms=i) for i in range(1, 4)]
+    lines = [point.model_dump_json() + "\n" for point in points]
+    write_atomically(trial_folder.metrics, lines[0] + lines[1][:9])
+    first, offset_bytes = trial_folder.read_metrics_from(0)
+    write_atomically(trial_folder.metrics, "".join(lines))
+    rest, end_bytes = trial_folder.read_metrics_from(offset_bytes)
+    assert (first, rest) == ((points[0],), (points[1], points[2]))
+    write_atomically(trial_folder.metrics, lines[2])
+    assert trial_folder.read_metrics_from(end_bytes)[0] == (points[2],)
+
+
 def test_a_write_leaves_no_partial_file_behind(tmp_path: Path) -> None:
     write_atomically(tmp_path / "x.json", "1")
     write_atomically(tmp_path / "x.json", "2")

@@ -106,6 +106,34 @@ def test_ctrl_c_saves_the_state_and_the_same_command_goes_on(tmp_path: Path) -> 
     assert sorted(child.data.tags["trial_id"] for child in children) == sorted(after)
 
 
+def test_a_killed_driver_leaves_no_process_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    keys = {
+        "space": {"rank": [2, 4]},
+        "trial": {"max_steps": 80, "eval_every": 10},
+        "resources": {"cpus_per_worker": 2},
+    }
+    run = start(tmp_path, **keys)
+    wait_until(run_statuses(run), lambda seen: "completed" in seen and "running" in seen, 120)
+    wait_until(lambda: trial_processes(run), bool, 30)
+    below = processes_of(run)
+    run.process.kill()
+    run.wait()
+    assert psutil.wait_procs(below, 40)[1] == []
+    before = run.trials()
+    assert sorted(t.status.value for t in before.values()) == ["completed", "running"]
+
+    again = start(tmp_path, **keys)
+    exit_code, _, err = again.wait()
+    assert exit_code == 0, err
+    after = again.trials()
+    assert again.statuses() == ["completed"] * 2
+    finished = {i: t for i, t in before.items() if t.status is TrialStatus.COMPLETED}
+    # The finished one was not run again; only its MLflow run may have become known since.
+    assert {i: after[i].last for i in finished} == {i: t.last for i, t in finished.items()}
+    parents, children = runs_of(tmp_path)
+    assert (len(parents), len(children)) == (1, 2)
+
+
 def run_statuses(run: object) -> object:
     def look() -> list[str]:
         try:
