@@ -1,0 +1,157 @@
+"""One warm group in this process's own cluster: what one trial does must not be felt by the next."""
+
+from __future__ import annotations
+
+import os
+import signal
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+
+from orchestrator.config.sweep_config import DataConfig
+from orchestrator.config.trial_config import TrialConfig
+from orchestrator.results.records import TrialStatus
+from orchestrator.sweep import cluster
+from orchestrator.sweep.worker import GroupShape
+from orchestrator.sweep.worker_group import WorkerGroup
+from orchestrator.training import data, model_source
+from orchestrator.training.task import TrialEnd, TrialProgress, TrialTask
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.timeout(240)
+MODEL = "builtin:tiny-llama"
+LIMIT_S = 120.0
+
+
+@dataclass
+class Bench:
+    """A board, a group, and the worker's process."""
+
+    board: Any
+    group: WorkerGroup
+    data_folder: Path
+    folder: Path
+    count: int = 0
+
+    def assign(self, **settings: object) -> str:
+        self.count += 1
+        trial_id = f"t-{self.count}"
+        small = {"precision": "fp32", "global_batch_size": 2, "micro_batch_size": 2, "sequence_length": 16, "rank": 2}
+        config = TrialConfig.model_validate(small | {"max_steps": 2, "eval_every": 1} | settings)
+        where = (str(self.data_folder), str(self.folder / trial_id))
+        self.group.assign(TrialTask(trial_id, config, "", *where, "eval_loss", "min"))
+        return trial_id
+
+    def end_of(self, trial_id: str) -> TrialEnd:
+        while isinstance(event := ray.get(self.board.next_event.remote(trial_id), timeout=LIMIT_S), TrialProgress):
+            continue
+        return event
+
+    def run(self, **settings: object) -> TrialEnd:
+        return self.end_of(self.assign(**settings))
+
+    def process(self) -> psutil.Process:
+        """The Ray worker that serves this group."""
+        below = psutil.Process().children(recursive=True)
+        return next(p for p in below if "RayTrainWorker" in " ".join(p.cmdline()))
+
+    def trial_process(self) -> psutil.Process:
+        def look() -> list[psutil.Process]:
+            template = [p for p in self.process().children() if "forkserver" in " ".join(p.cmdline())]
+            return [child for p in template for child in p.children()]
+
+        return wait_until(look, bool, LIMIT_S)[0]
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    folder = tmp_path_factory.mktemp("bench")
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(f'{{"text": "{"word " * (5 + i % 9)}"}}\n' for i in range(40)))
+    data.prepare(
+        DataConfig(train=str(rows), eval=0.1), model_source.materialize(model_source.resolve(MODEL)), folder / "data"
+    )
+    cluster.connect(None)
+    board = cluster.start_switchboard()
+    group = WorkerGroup(board, GroupShape(1, 0, 1), MODEL, str(folder / "groups"))
+    yield Bench(board, group, folder / "data", folder)
+    group.close()
+    cluster.disconnect()
+
+
+def test_fifty_trials_in_one_group_leave_memory_handles_and_threads_as_they_were(bench: Bench) -> None:
+    def held() -> tuple[int, int, int]:
+        both = [bench.process(), *bench.process().children()]
+        return (
+            sum(p.memory_full_info().uss for p in both),
+            sum(p.num_fds() for p in both),
+            sum(p.num_threads() for p in both),
+        )
+
+    stages = [0, 1, 2, 3]
+    for i in range(8):
+        assert bench.run(zero_stage=stages[i % 4]).status is TrialStatus.COMPLETED
+    memory_bytes, handles, threads = held()
+    for i in range(42):
+        assert bench.run(zero_stage=stages[i % 4], seed=i).status is TrialStatus.COMPLETED
+    after = held()
+    assert after[0] < memory_bytes + 16 * 2**20
+    assert after[1] <= handles + 2
+    assert after[2] <= threads + 1
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM])
+def test_a_trial_process_that_dies_is_told_and_the_next_trial_is_as_ever(bench: Bench, how: signal.Signals) -> None:
+    before = bench.run(seed=7)
+    trial_id = bench.assign(max_steps=10_000, eval_every=10_000)
+    bench.trial_process().send_signal(how)
+    end = bench.end_of(trial_id)
+    assert end.status in (TrialStatus.FAILED, TrialStatus.OUT_OF_MEMORY)
+    assert end.reason
+    after = bench.run(seed=7)
+    assert before.progress is not None
+    assert after.progress is not None
+    assert before.progress.best.eval_loss == after.progress.best.eval_loss
+
+
+def test_a_stop_ends_the_trial_within_a_tenth_of_a_second_and_the_group_goes_on(bench: Bench) -> None:
+    stops_s = []
+    for _ in range(5):
+        trial_id = bench.assign(max_steps=100_000, eval_every=100_000)
+        process = bench.trial_process()
+        started = time.perf_counter()
+        assert ray.get(bench.board.stop.remote(trial_id, 10.0))
+        stops_s.append(time.perf_counter() - started)
+        assert not process.is_running()
+        assert bench.end_of(trial_id).status is TrialStatus.STOPPED
+    # Not a measurement: ten times the contract's figure, so that a busy machine does not fail it.
+    assert statistics.median(stops_s) < 1.0
+    assert bench.run().status is TrialStatus.COMPLETED
+
+
+def test_a_worker_that_is_killed_takes_template_and_trial_along_and_the_group_says_so(bench: Bench) -> None:
+    group = WorkerGroup(bench.board, GroupShape(1, 0, 1), MODEL, str(bench.folder / "groups"))
+    other = Bench(bench.board, group, bench.data_folder, bench.folder / "other", count=1000)
+    mine = {bench.process().pid}
+
+    def new_worker() -> list[psutil.Process]:
+        below = psutil.Process().children(recursive=True)
+        return [p for p in below if p.pid not in mine and "RayTrainWorker" in " ".join(p.cmdline())]
+
+    trial_id = other.assign(max_steps=100_000, eval_every=100_000)
+    worker = wait_until(new_worker, bool, LIMIT_S)[0]
+    below = wait_until(lambda: worker.children(recursive=True), lambda seen: len(seen) >= 2, LIMIT_S)
+    worker.kill()
+    end = other.end_of(trial_id)
+    assert end.status is TrialStatus.PREEMPTED
+    assert psutil.wait_procs(below, 10)[1] == []
+    group.close()
+    assert not group.is_alive
