@@ -140,7 +140,7 @@ def targets_must_exist(case: Case) -> str | None:
 
 def missing_targets(config: TrialConfig, shape: ModelShape) -> str | None:
     """Which target modules the model does not have, and which it has."""
-    targets, known = config.target_modules, {matrix.name for matrix in shape.matrices}
+    targets, known = config.target_modules, shape.adaptable
     if isinstance(targets, str) or config.trains_all_weights:
         return None
     missing = [name for name in targets if name.rpartition(".")[2] not in known]

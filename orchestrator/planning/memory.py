@@ -12,7 +12,7 @@ from typing import Literal
 
 from orchestrator.config.trial_config import Precision, TrialConfig
 from orchestrator.planning.hardware import Hardware
-from orchestrator.planning.model_shape import ModelShape, lora_parameters, target_names
+from orchestrator.planning.model_shape import ModelShape, lora_parameters, targeted
 
 # Bytes of a 4-bit weight: half a byte, an 8-bit constant for 64 weights and an fp32 one for 256 of those (QLoRA,
 # Dettmers et al. 2023, section 3: 0.127 bits).
@@ -139,9 +139,9 @@ def trainable_adapter_parameters(config: TrialConfig, shape: ModelShape) -> int:
     """LoRA's weights; DoRA adds a magnitude for each output; 0 where all weights are trained."""
     if config.rank == "full":
         return 0
-    targets = target_names(shape, config.target_modules)
-    magnitudes = sum(m.rows * m.count for m in shape.matrices if m.name in targets) if config.dora else 0
-    return lora_parameters(shape, config.rank, targets) + magnitudes
+    targets = targeted(shape, config.target_modules)
+    magnitudes = sum(m.rows * m.count for m in targets) if config.dora else 0
+    return lora_parameters(config.rank, targets) + magnitudes
 
 
 def _optimizer_bytes(config: TrialConfig, width: _Bytes) -> int:
@@ -183,8 +183,9 @@ def _layer_activations(config: TrialConfig, shape: ModelShape, width: _Bytes) ->
     c, hidden = width.compute, shape.hidden
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     wide = shape.intermediate * max(1, shape.experts_per_token)
-    targets = target_names(shape, config.target_modules)
-    adapted = {m.name for m in shape.matrices if m.name in targets or config.trains_all_weights}
+    adapted = {
+        m.name for m in (shape.matrices if config.trains_all_weights else targeted(shape, config.target_modules))
+    }
     # Two norms keep an fp32 copy of what they normalise, and the half-precision result where an adapter reads it.
     per_token = 2 * 4.0 * hidden
     per_token += (c + (width.adapter if width.adapter != c else 0)) * hidden  # read by the attention's adapters

@@ -1,14 +1,20 @@
-"""The matrices of a model, out of its transformers config: what the estimates count with."""
+"""The matrices of a model, out of its transformers config: what the estimates count with.
+
+`test_model_shape_counts` compares the parameters of every family here with those of the model that transformers builds.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
 
 from orchestrator.errors import ModelError
 
-ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "c_attn", "query_key_value", "dense"})
+LARGEST_FIELD = 2**31
+"""No config means more than this by any of its fields."""
+LONGEST_MODEL_LAYERS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +26,10 @@ class Matrix:
     columns: int
     count: int
     is_attention: bool
+    is_expert: bool = False
+    """Of a mixture's experts, stacked in one tensor (transformers 5), or its router."""
+    adapter: Literal["plain", "fused", "none"] = "plain"
+    """peft 0.21.2 gives half of a fused gate and up as many rows of B as both have; some it cannot adapt at all."""
 
     @property
     def parameters(self) -> int:
@@ -27,7 +37,7 @@ class Matrix:
         return self.rows * self.columns * self.count
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ModelShape:
     """Layer counts and widths of a decoder."""
 
@@ -38,16 +48,29 @@ class ModelShape:
     kv_heads: int
     head_dim: int
     intermediate: int
+    """Of one expert in a mixture."""
     vocabulary: int
     max_positions: int
     tied_embeddings: bool
     experts: int
     experts_per_token: int
+    shared_intermediate: int
+    """Of the expert that every token takes, 0 where there is none."""
+    sliding_window: int | None
     matrices: tuple[Matrix, ...]
     other_parameters: int
     """Norms and biases."""
     position_parameters: int
     """Learned positions, as GPT-2 has."""
+    norms_per_layer: int
+    rms_norm: bool
+    """transformers' own RMSNorm computes and keeps fp32; torch's LayerNorm keeps its input alone."""
+    qk_norm: bool
+    gated: bool
+    """down(act(gate) × up), rather than down(act(up))."""
+    rotary: bool
+    softcapped_logits: bool
+    """The logits go through tanh (Gemma 2), which keeps them once more."""
 
     @property
     def embedding_parameters(self) -> int:
@@ -59,168 +82,418 @@ class ModelShape:
         """The output head, 0 where it is the embedding."""
         return 0 if self.tied_embeddings else self.vocabulary * self.hidden
 
-    @property
+    @cached_property
     def linear_parameters(self) -> int:
         """All matrices of the decoder layers: what quantisation stores in less."""
         return sum(matrix.parameters for matrix in self.matrices)
 
-    @property
+    @cached_property
+    def expert_parameters(self) -> int:
+        """Those of `linear_parameters` of which a token uses only some."""
+        return sum(matrix.parameters for matrix in self.matrices if matrix.is_expert)
+
+    @cached_property
     def parameters(self) -> int:
         """All weights."""
         outside = self.embedding_parameters + self.head_parameters + self.position_parameters
         return self.linear_parameters + outside + self.other_parameters
 
+    @cached_property
+    def adaptable(self) -> tuple[str, ...]:
+        """Names of the modules that can carry an adapter."""
+        return tuple(dict.fromkeys(matrix.name for matrix in self.matrices if matrix.adapter != "none"))
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """How a model type builds its layers; a text names the config's field that decides."""
+
+    attention: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    """Query, key, value and output, or the fused first three and the output."""
+    mlp: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    """Gate, up and down; two names are the fused first two and down, or up and down where nothing is gated."""
+    experts: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    """What PEFT calls their gate, up and down (peft 0.21.2, utils/transformers_weight_conversion.py)."""
+    expert_adapters: bool = True
+    gated: bool = True
+    qkv_bias: bool | str = False
+    out_bias: bool | str = False
+    mlp_bias: bool | str = False
+    head_bias: bool = False
+    norms: int = 2
+    norm_width: Literal[0, 1, 2] = 1
+    """Vectors a norm: 0 none, 1 a weight, 2 a weight and a bias."""
+    layer_norm: bool = False
+    qk_norm: Literal["head", "all"] | None = None
+    extra_norms: int = 1
+    """Outside the layers."""
+    rotary: bool = True
+    tied: bool = False
+    positions_offset: int | None = None
+    """Rows of a learned position table beyond `max_position_embeddings`; None: there is no table."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """What transformers' config class fills in where a config.json leaves it out."""
+
+
+_GEMMA: Mapping[str, Any] = {"head_dim": 256, "num_attention_heads": 8, "num_key_value_heads": 4}
+_LLAMA_BIAS: Mapping[str, Any] = {"qkv_bias": "attention_bias", "out_bias": "attention_bias", "mlp_bias": "mlp_bias"}
+_FUSED = ("query_key_value", "dense")
+_NEOX_MLP = ("dense_h_to_4h", "dense_4h_to_h")
+_GPT2 = _Family(
+    ("c_attn", "c_proj"),
+    ("c_fc", "c_proj"),
+    gated=False,
+    qkv_bias=True,
+    out_bias=True,
+    mlp_bias=True,
+    norm_width=2,
+    layer_norm=True,
+    rotary=False,
+    tied=True,
+    positions_offset=0,
+)
+_LLAMA = _Family(**_LLAMA_BIAS)
+_FAMILIES = {
+    "llama": _LLAMA,
+    "granite": _LLAMA,
+    "smollm3": _Family(tied=True, **_LLAMA_BIAS),
+    "mistral": _Family(defaults={"num_key_value_heads": 8}),
+    "ministral": _Family(defaults={"num_key_value_heads": 8}),
+    "mixtral": _Family(
+        experts=("w1", "w3", "w2"),
+        defaults={"num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2},
+    ),
+    "qwen2": _Family(qkv_bias=True),
+    "qwen2_moe": _Family(
+        qkv_bias=True,
+        # Only its shared expert: the names meet that first.
+        expert_adapters=False,
+        defaults={"num_experts": 60, "num_experts_per_tok": 4, "shared_expert_intermediate_size": 5632},
+    ),
+    "qwen3": _Family(qk_norm="head", qkv_bias="attention_bias", out_bias="attention_bias", defaults={"head_dim": 128}),
+    "qwen3_moe": _Family(
+        qk_norm="head",
+        qkv_bias="attention_bias",
+        out_bias="attention_bias",
+        defaults={"num_experts": 128, "num_experts_per_tok": 8, "num_key_value_heads": 4},
+    ),
+    "olmo": _Family(norm_width=0, layer_norm=True, extra_norms=0),
+    "olmo2": _Family(qk_norm="all"),
+    "olmoe": _Family(qk_norm="all", defaults={"num_experts": 64, "num_experts_per_tok": 8}),
+    "gemma": _Family(tied=True, defaults={"head_dim": 256}),
+    "gemma2": _Family(tied=True, norms=4, defaults={**_GEMMA, "final_logit_softcapping": 30.0}),
+    "gemma3": _Family(
+        tied=True, norms=4, qk_norm="head", defaults={**_GEMMA, "vocab_size": 262_208, "max_position_embeddings": 2**17}
+    ),
+    "cohere": _Family(tied=True, norms=1, layer_norm=True, qkv_bias="attention_bias", out_bias="attention_bias"),
+    "phi": _Family(
+        ("q_proj", "k_proj", "v_proj", "dense"),
+        ("fc1", "fc2"),
+        gated=False,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        head_bias=True,
+        norms=1,
+        norm_width=2,
+        layer_norm=True,
+    ),
+    "phi3": _Family(("qkv_proj", "o_proj"), ("gate_up_proj", "down_proj")),
+    "glm": _Family(mlp=("gate_up_proj", "down_proj"), qkv_bias="attention_bias", defaults={"attention_bias": True}),
+    "glm4": _Family(
+        mlp=("gate_up_proj", "down_proj"), norms=4, qkv_bias="attention_bias", defaults={"attention_bias": True}
+    ),
+    "stablelm": _Family(qkv_bias="use_qkv_bias", norm_width=2, layer_norm=True),
+    "starcoder2": _Family(
+        mlp=("c_fc", "c_proj"),
+        gated=False,
+        qkv_bias="use_bias",
+        out_bias="use_bias",
+        mlp_bias="use_bias",
+        norm_width=2,
+        layer_norm=True,
+        tied=True,
+        defaults={"use_bias": True},
+    ),
+    "gpt2": _GPT2,
+    "gpt_bigcode": _GPT2,
+    "gpt_neox": _Family(
+        _FUSED,
+        _NEOX_MLP,
+        gated=False,
+        qkv_bias="attention_bias",
+        out_bias="attention_bias",
+        mlp_bias=True,
+        norm_width=2,
+        layer_norm=True,
+        defaults={"attention_bias": True},
+    ),
+    "gptj": _Family(
+        ("q_proj", "k_proj", "v_proj", "out_proj"),
+        ("fc_in", "fc_out"),
+        gated=False,
+        mlp_bias=True,
+        head_bias=True,
+        norms=1,
+        norm_width=2,
+        layer_norm=True,
+    ),
+    "falcon": _Family(
+        _FUSED,
+        _NEOX_MLP,
+        gated=False,
+        qkv_bias="bias",
+        out_bias="bias",
+        mlp_bias="bias",
+        norm_width=2,
+        layer_norm=True,
+        tied=True,
+        defaults={"multi_query": True, "parallel_attn": True},
+    ),
+    "bloom": _Family(
+        _FUSED,
+        _NEOX_MLP,
+        gated=False,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        norm_width=2,
+        layer_norm=True,
+        extra_norms=2,
+        rotary=False,
+        tied=True,
+    ),
+    "opt": _Family(
+        ("q_proj", "k_proj", "v_proj", "out_proj"),
+        ("fc1", "fc2"),
+        gated=False,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        norm_width=2,
+        layer_norm=True,
+        rotary=False,
+        tied=True,
+        positions_offset=2,
+    ),
+}
+_ALIASES = {"gemma3_text": "gemma3", "mistral3": "mistral"}
+_SPELLINGS = {
+    "hidden_size": ("n_embd", "d_model"),
+    "num_hidden_layers": ("n_layer", "num_layers"),
+    "num_attention_heads": ("n_head", "num_heads"),
+    "intermediate_size": ("n_inner", "ffn_dim", "ffn_hidden_size"),
+    "num_key_value_heads": ("num_kv_heads",),
+    "max_position_embeddings": ("n_positions",),
+    "num_local_experts": ("num_experts",),
+}
+
 
 def shape_of(config: Mapping[str, Any]) -> ModelShape:
-    """Read the shape out of a transformers config.
+    """Read the shape out of a transformers config; a family that is not known is read as if it were Llama's.
 
     Raises:
-        ModelError: the config lacks a field, or its family is not known.
+        ModelError: the config lacks a field, or one makes no sense.
     """
-    config = config.get("text_config") or config
-    family = str(config.get("model_type", ""))
-    if family == "gpt2":
-        return _gpt2(config)
-    if family == "gpt_neox":
-        return _gpt_neox(config)
-    return _llama_like(config, family)
+    inner = config.get("text_config")
+    config = inner if isinstance(inner, Mapping) else config
+    name = str(config.get("model_type", ""))
+    family = _FAMILIES.get(_ALIASES.get(name, name), _LLAMA)
+    return _Reader({**family.defaults, **{k: v for k, v in config.items() if v is not None}}, family, name).shape()
 
 
-def _field(config: Mapping[str, Any], name: str) -> int:
-    value = config.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ModelError(
-            f"the model's config has no usable `{name}` (it is {value!r}): use a config.json that transformers writes"
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """One config, read field by field."""
+
+    config: Mapping[str, Any]
+    family: _Family
+    name: str
+
+    def shape(self) -> ModelShape:
+        """The whole shape."""
+        hidden, layers, heads = (self.need(n) for n in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
+        if layers > LONGEST_MODEL_LAYERS:
+            raise ModelError(f"the model's config has {layers} layers as `num_hidden_layers`: correct it")
+        if "head_dim" not in self.config and hidden % heads:
+            raise ModelError(
+                f"the model's config has no `head_dim`, and {hidden} is no multiple of {heads} heads: correct "
+                "`hidden_size` or `num_attention_heads`"
+            )
+        head_dim = self.whole("head_dim") or hidden // heads
+        kv_heads = self._kv_heads(heads)
+        experts = self.whole("num_local_experts") or 0
+        positions = self.whole("max_position_embeddings") or 2**30
+        offset = self.family.positions_offset
+        intermediate = self._intermediate(hidden, experts)
+        matrices = self._matrices(hidden, layers, heads * head_dim, kv_heads * head_dim, intermediate, experts)
+        return ModelShape(
+            model_type=self.name,
+            hidden=hidden,
+            layers=layers,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            intermediate=intermediate,
+            vocabulary=self.need("vocab_size"),
+            max_positions=positions,
+            tied_embeddings=bool(self.config.get("tie_word_embeddings", self.family.tied)),
+            experts=experts,
+            experts_per_token=self.whole("num_experts_per_tok") or 1,
+            shared_intermediate=(self.whole("shared_expert_intermediate_size") or 0) if experts else 0,
+            sliding_window=self.whole("sliding_window") if self.config.get("use_sliding_window", True) else None,
+            matrices=tuple(matrices),
+            other_parameters=self._others(hidden, layers, heads, kv_heads, head_dim, matrices),
+            position_parameters=0 if offset is None else (positions + offset) * hidden,
+            norms_per_layer=self._norms(),
+            rms_norm=not self.family.layer_norm,
+            qk_norm=self.family.qk_norm is not None,
+            gated=self.family.gated,
+            rotary=self.family.rotary,
+            softcapped_logits=bool(self.config.get("final_logit_softcapping")),
         )
-    return value
 
+    def whole(self, name: str) -> int | None:
+        """A whole number by any of its spellings, None where there is none.
 
-def _llama_like(config: Mapping[str, Any], family: str) -> ModelShape:
-    """Llama, Mistral, Qwen, Gemma, Phi-3, StableLM and all that have their fields; Mixtral and the Qwen MoEs."""
-    hidden, layers, heads = (_field(config, n) for n in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
-    kv_heads = config.get("num_key_value_heads") or heads
-    head_dim = config.get("head_dim") or hidden // heads
-    intermediate = config.get("moe_intermediate_size") or _field(config, "intermediate_size")
-    experts = int(config.get("num_local_experts") or config.get("num_experts") or 0)
-    q, kv = heads * head_dim, kv_heads * head_dim
-    if family == "phi3":
-        attention = [("qkv_proj", q + 2 * kv, hidden), ("o_proj", hidden, q)]
-        mlp = [("gate_up_proj", 2 * intermediate, hidden), ("down_proj", hidden, intermediate)]
-    else:
-        attention = [("q_proj", q, hidden), ("k_proj", kv, hidden), ("v_proj", kv, hidden), ("o_proj", hidden, q)]
-        mlp = [
-            ("gate_proj", intermediate, hidden),
-            ("up_proj", intermediate, hidden),
-            ("down_proj", hidden, intermediate),
+        Raises:
+            ModelError: it is there and makes no sense.
+        """
+        for spelling in (name, *_SPELLINGS.get(name, ())):
+            value = self.config.get(spelling)
+            if value is None or value == 0:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < LARGEST_FIELD:
+                raise ModelError(f"the model's config has {value!r} as `{spelling}`: it must be a whole number above 0")
+            return value
+        return None
+
+    def need(self, name: str) -> int:
+        """A whole number that must be there.
+
+        Raises:
+            ModelError: it is missing.
+        """
+        value = self.whole(name)
+        if value is None:
+            raise ModelError(
+                f"the model's config has no usable `{name}` (it is {self.config.get(name)!r}): use a config.json that "
+                "transformers writes"
+            )
+        return value
+
+    def _kv_heads(self, heads: int) -> int:
+        if self.name == "gpt_bigcode":
+            return 1 if self.config.get("multi_query", True) else heads
+        if self.name == "falcon" and not self.config.get("new_decoder_architecture"):
+            return 1 if self.config["multi_query"] else heads
+        return self.whole("num_key_value_heads") or heads
+
+    def _intermediate(self, hidden: int, experts: int) -> int:
+        if experts and (width := self.whole("moe_intermediate_size")):
+            return width
+        width = self.whole("intermediate_size")
+        if width is None and self.name in ("gpt2", "gpt_bigcode", "gptj", "falcon", "bloom"):
+            return 4 * hidden
+        return width or self.need("intermediate_size")
+
+    def _matrices(self, hidden: int, layers: int, q: int, kv: int, intermediate: int, experts: int) -> list[Matrix]:
+        names, rows = self.family.attention, (q, kv, kv)
+        widths = rows if len(names) == 4 else (sum(rows),)
+        matrices = [
+            *(Matrix(n, width, hidden, layers, True) for n, width in zip(names[:-1], widths, strict=True)),
+            Matrix(names[-1], hidden, q, layers, True),
         ]
-    matrices = [Matrix(name, rows, columns, layers, True) for name, rows, columns in attention]
-    matrices += [Matrix(name, rows, columns, layers * max(1, experts), False) for name, rows, columns in mlp]
-    if experts:
-        matrices.append(Matrix("gate", experts, hidden, layers, False))
-    if shared := int(config.get("shared_expert_intermediate_size") or 0):
-        matrices += [
-            Matrix("gate_proj", shared, hidden, layers, False),
-            Matrix("up_proj", shared, hidden, layers, False),
-            Matrix("down_proj", hidden, shared, layers, False),
-            Matrix("shared_expert_gate", 1, hidden, layers, False),
+        if not experts:
+            return [*matrices, *self._mlp(hidden, intermediate, layers)]
+        dense, sparse = self._dense_layers(layers), layers - self._dense_layers(layers)
+        matrices += self._experts(hidden, intermediate, sparse, experts)
+        if dense:
+            matrices += self._mlp(hidden, self.need("intermediate_size"), dense)
+        shared = self.whole("shared_expert_intermediate_size")
+        if shared and sparse:
+            matrices += self._mlp(hidden, shared, sparse)
+            matrices.append(Matrix("shared_expert_gate", 1, hidden, sparse, False))
+        return matrices
+
+    def _dense_layers(self, layers: int) -> int:
+        """Layers of a mixture that have one feed-forward part all the same (Qwen's fields)."""
+        only = self.config.get("mlp_only_layers") or ()
+        every = self.whole("decoder_sparse_step") or 1
+        return sum(1 for layer in range(layers) if layer in only or (layer + 1) % every)
+
+    def _experts(self, hidden: int, width: int, layers: int, experts: int) -> list[Matrix]:
+        gate, up, down = self.family.experts
+        plain: Literal["plain", "none"] = "plain" if self.family.expert_adapters else "none"
+        fused: Literal["fused", "none"] = "fused" if self.family.expert_adapters else "none"
+        count = layers * experts
+        return [
+            Matrix(gate, width, hidden, count, False, True, fused),
+            Matrix(up, width, hidden, count, False, True, fused),
+            Matrix(down, hidden, width, count, False, True, plain),
+            Matrix("gate", experts, hidden, layers, False, True, plain),
         ]
-    norms = 4 if family in ("gemma2", "gemma3", "gemma3_text") else 2
-    others = (norms * layers + 1) * hidden
-    if family in ("qwen2", "qwen2_moe"):
-        others += layers * (q + 2 * kv)
-    if family in ("qwen3", "qwen3_moe", "gemma3", "gemma3_text"):
-        others += layers * 2 * head_dim
-    tied = bool(config.get("tie_word_embeddings", family.startswith("gemma")))
-    return ModelShape(
-        family,
-        hidden,
-        layers,
-        heads,
-        kv_heads,
-        head_dim,
-        intermediate,
-        _field(config, "vocab_size"),
-        int(config.get("max_position_embeddings") or 2**30),
-        tied,
-        experts,
-        int(config.get("num_experts_per_tok") or 1),
-        tuple(matrices),
-        others,
-        0,
-    )
+
+    def _mlp(self, hidden: int, width: int, count: int) -> list[Matrix]:
+        names = self.family.mlp
+        first = [(n, width) for n in names[:-1]]
+        if self.family.gated and len(names) == 2:
+            first = [(names[0], 2 * width)]
+        inward = [Matrix(n, rows, hidden, count, False) for n, rows in first]
+        return [*inward, Matrix(names[-1], hidden, width, count, False)]
+
+    def _norms(self) -> int:
+        norms = self.family.norms
+        if self.name == "falcon":
+            return 2 if self.config.get("new_decoder_architecture") or not self.config["parallel_attn"] else 1
+        if self.name == "stablelm" and self.config.get("use_parallel_residual"):
+            return 1
+        return norms
+
+    def _others(
+        self, hidden: int, layers: int, heads: int, kv_heads: int, head_dim: int, matrices: list[Matrix]
+    ) -> int:
+        family = self.family
+        total = (self._norms() * layers + family.extra_norms) * family.norm_width * hidden
+        if family.qk_norm == "head":
+            total += layers * 2 * head_dim
+        elif family.qk_norm == "all":
+            total += layers * (heads + kv_heads) * head_dim
+        out = family.attention[-1]
+        for matrix in matrices:
+            if not matrix.is_attention:
+                biased = family.mlp_bias
+            else:
+                is_out = matrix.name == out and matrix.rows == hidden
+                biased = family.out_bias if is_out and matrix is not matrices[0] else family.qkv_bias
+            if self.config.get(biased) if isinstance(biased, str) else biased:
+                total += matrix.rows * matrix.count
+        return total + (self.need("vocab_size") if family.head_bias else 0)
 
 
-def _gpt2(config: Mapping[str, Any]) -> ModelShape:
-    hidden, layers, heads = (_field(config, name) for name in ("n_embd", "n_layer", "n_head"))
-    intermediate = config.get("n_inner") or 4 * hidden
-    positions = _field(config, "n_positions")
-    matrices = (
-        Matrix("c_attn", 3 * hidden, hidden, layers, True),
-        Matrix("c_proj", hidden, hidden, layers, True),
-        Matrix("c_fc", intermediate, hidden, layers, False),
-        Matrix("c_proj", hidden, intermediate, layers, False),
-    )
-    others = layers * (3 * hidden + hidden + intermediate + hidden + 4 * hidden) + 2 * hidden
-    return ModelShape(
-        "gpt2",
-        hidden,
-        layers,
-        heads,
-        heads,
-        hidden // heads,
-        intermediate,
-        _field(config, "vocab_size"),
-        positions,
-        bool(config.get("tie_word_embeddings", True)),
-        0,
-        1,
-        matrices,
-        others,
-        positions * hidden,
-    )
+def targeted(shape: ModelShape, target_modules: str | Collection[str]) -> tuple[Matrix, ...]:
+    """The matrices that get an adapter.
 
-
-def _gpt_neox(config: Mapping[str, Any]) -> ModelShape:
-    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    hidden, layers, heads, intermediate = (_field(config, name) for name in names)
-    matrices = (
-        Matrix("query_key_value", 3 * hidden, hidden, layers, True),
-        Matrix("dense", hidden, hidden, layers, True),
-        Matrix("dense_h_to_4h", intermediate, hidden, layers, False),
-        Matrix("dense_4h_to_h", hidden, intermediate, layers, False),
-    )
-    others = layers * (3 * hidden + hidden + intermediate + hidden + 4 * hidden) + 2 * hidden
-    return ModelShape(
-        "gpt_neox",
-        hidden,
-        layers,
-        heads,
-        heads,
-        hidden // heads,
-        intermediate,
-        _field(config, "vocab_size"),
-        int(config.get("max_position_embeddings") or 2**30),
-        bool(config.get("tie_word_embeddings", False)),
-        0,
-        1,
-        matrices,
-        others,
-        0,
-    )
-
-
-def target_names(shape: ModelShape, target_modules: str | Collection[str]) -> frozenset[str]:
-    """The names that `target_modules` stands for in this model."""
+    A dotted name is told from its namesake by the part before: GPT-2 has `attn.c_proj` and `mlp.c_proj`.
+    """
     if target_modules == "attention":
-        return frozenset(matrix.name for matrix in shape.matrices if matrix.is_attention)
+        return tuple(matrix for matrix in shape.matrices if matrix.is_attention)
     if target_modules == "all-linear":
-        return frozenset(matrix.name for matrix in shape.matrices)
-    return frozenset(target_modules)
+        return tuple(matrix for matrix in shape.matrices if matrix.adapter != "none")
+    return tuple(m for m in shape.matrices if any(_is_named(m, name) for name in target_modules))
 
 
-def lora_parameters(shape: ModelShape, rank: int, targets: Collection[str]) -> int:
+def _is_named(matrix: Matrix, name: str) -> bool:
+    home, _, last = name.rpartition(".")
+    if matrix.name != last or matrix.adapter == "none":
+        return False
+    home = home.rpartition(".")[2]
+    return not home or matrix.is_attention == ("att" in home)
+
+
+def lora_parameters(rank: int, matrices: Collection[Matrix]) -> int:
     """Trainable parameters that LoRA adds: A (rank, in) and B (out, rank) for each target matrix (out, in).
 
     Source: Hu et al. 2021 (arXiv:2106.09685), section 4.1.
     """
-    return sum(rank * (m.rows + m.columns) * m.count for m in shape.matrices if m.name in targets)
+    return sum(rank * (m.columns + m.rows * (2 if m.adapter == "fused" else 1)) * m.count for m in matrices)

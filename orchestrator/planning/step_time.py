@@ -46,7 +46,8 @@ def step_flops(config: TrialConfig, shape: ModelShape) -> float:
     forward, twice that backward (Kaplan et al. 2020, arXiv:2001.08361, table 1).
     """
     tokens = config.global_batch_size * config.sequence_length
-    active = shape.linear_parameters / max(1, shape.experts) * max(1, shape.experts_per_token)
+    idle = shape.expert_parameters * (1 - shape.experts_per_token / shape.experts) if shape.experts else 0.0
+    active = shape.linear_parameters - idle
     weights = active + shape.vocabulary * shape.hidden
     passes = 6.0 if config.trains_all_weights else 4.0
     if config.gradient_checkpointing:
