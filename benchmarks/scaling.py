@@ -9,6 +9,7 @@ groups, records, results, MLflow and report are real. Replaced is what a trial c
 
 - a trial: seconds that a slot stood idle between two trials; neither their work nor a slot's first start is in it.
 - first tenth, last tenth: the same over the sweep's first and last trials, which shows growth inside a sweep.
+  A sweep of few trials has few such gaps, hence the median of several sweeps there.
 - end: from the last trial's end to the command's exit (MLflow's rest, results, report), per trial.
 - driver: peak resident memory of the `orchestrator run` process; growth: per trial, from the first trial's end on.
 - board: peak resident memory of the switchboard's process.
@@ -83,6 +84,7 @@ class Size:
     in_mlflow: int
     """Trials whose run in MLflow has ended."""
     trial_s: float
+    trial_median_s: float
     first_tenth_s: float
     last_tenth_s: float
     start_s: float
@@ -125,6 +127,7 @@ def measure(trials: int, slots: int, address: str, folder: Path) -> Size:
         completed=sum(trial.status.value == "completed" for trial in ran.sweep.trials),
         in_mlflow=finished_runs(ran, folder),
         trial_s=statistics.mean(later),
+        trial_median_s=statistics.median(later),
         first_tenth_s=statistics.mean(later[:tenth]),
         last_tenth_s=statistics.mean(later[-tenth:]),
         start_s=max(first),
@@ -165,14 +168,20 @@ def cluster_of(nodes: int) -> Iterator[str]:
         cluster.shutdown()
 
 
+def medians(sizes: list[Size]) -> Size:
+    """Field by field, of repeats of one size."""
+    return Size(**{name: statistics.median_low(asdict(size)[name] for size in sizes) for name in asdict(sizes[0])})
+
+
 def run_all(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Every size, each on a cluster of its own."""
     about, sizes = machine(), []
     say(describe(about))
     for trials in arguments.trials:
+        repeats = arguments.repeats if trials < 100 else 1
         with cluster_of(arguments.nodes) as address:
-            size = measure(trials, arguments.slots, address, folder / str(trials))
-        sizes.append(size)
+            found = [measure(trials, arguments.slots, address, folder / f"{trials}-{n}") for n in range(repeats)]
+        sizes.append(size := medians(found))
         say(f"{trials} trials: {size.trial_s:.3f} s each, driver {size.driver_peak_bytes / 2**20:.0f} MiB")
     first, last = sizes[0], sizes[-1]
     return {
@@ -220,6 +229,9 @@ def main() -> None:
     parser.add_argument("--trials", type=int, nargs="+", default=[10, 100, 1000])
     parser.add_argument("--nodes", type=int, default=8, help="of one CPU each (default: %(default)s)")
     parser.add_argument("--slots", type=int, default=2, help="trials at a time (default: %(default)s)")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="of sizes under 100 trials, medians taken (default: %(default)s)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured there")
     arguments = parser.parse_args()
     if min(arguments.trials) <= arguments.slots:
