@@ -16,6 +16,8 @@ import psutil
 from orchestrator.errors import InputError
 
 GIB = 2**30
+LARGEST_MEMORY = 2**50
+"""Bytes; more than any device has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +126,10 @@ def parse_memory(text: str) -> int:
     if not found or float(found[1]) <= 0:
         raise InputError(f"{text!r} is no size of memory: write it as 80GiB")
     power = " KMGT".index(found[2][0]) if found[2] not in ("", "B") else 0
-    return int(float(found[1]) * (1024 if "i" in found[2] else 1000) ** power)
+    size = float(found[1]) * (1024 if "i" in found[2] else 1000) ** power
+    if not 1 <= size <= LARGEST_MEMORY:
+        raise InputError(f"{text!r} is no memory that a GPU has: write it as 80GiB")
+    return int(size)
 
 
 def this_machine() -> Hardware:

@@ -1,0 +1,70 @@
+"""GPUs by name, memory as people write it, and what a CPU computes."""
+
+from __future__ import annotations
+
+import pytest
+
+from orchestrator.errors import InputError
+from orchestrator.planning.hardware import GIB, GPUS, cpu_half_precision, hardware_for, named_gpu, parse_memory
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("80GiB", 80 * GIB),
+        ("24GB", 24 * 10**9),
+        ("1.5 GiB", 3 * GIB // 2),
+        ("512MiB", 2**29),
+        ("1TiB", 2**40),
+        ("1000", 1000),
+        ("16B", 16),
+    ],
+)
+def test_a_size_of_memory_is_read_as_written(text: str, expected: int) -> None:
+    assert parse_memory(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "0GiB", "-1GiB", "GiB", "80 gibs", "nan", "1e3GiB", "8O", "99999999999TiB"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="write it as 80GiB"):
+        parse_memory(text)
+
+
+@pytest.mark.parametrize("name", ["H100", "h100", "NVIDIA H100", "RTX-4090", "rtx4090", "NVIDIA GeForce RTX 4090"])
+def test_a_gpu_is_known_by_any_spelling(name: str) -> None:
+    assert named_gpu(name, 1).gpu_name in GPUS
+
+
+def test_an_unknown_gpu_is_answered_with_the_nearest_and_all_that_are_known() -> None:
+    with pytest.raises(InputError) as told:
+        named_gpu("H1000", 1)
+    assert "did you mean H100?" in str(told.value)
+    assert all(known in str(told.value) for known in GPUS)
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_the_table_holds_no_absurd_figure(name: str) -> None:
+    gpu = named_gpu(name, 16)
+    assert gpu.nodes == 2
+    assert gpu.has_bf16 == (gpu.compute_capability is not None and gpu.compute_capability >= (8, 0))
+    assert 10 * GIB < (gpu.gpu_memory_bytes or 0) < 300 * GIB
+    assert 5e13 < gpu.half_flops < 3e15
+    assert 5e12 < gpu.fp32_flops < 1.1e14
+    assert 2e11 < gpu.bandwidth_bytes_per_s < 1e13
+
+
+def test_named_memory_takes_the_place_of_the_tables() -> None:
+    assert hardware_for("A100", 4, "40GiB").gpu_memory_bytes == 40 * GIB
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"avx2"}, (False, False)),
+        ({"avx512_bf16"}, (True, False)),
+        ({"amx_bf16", "avx512_fp16"}, (True, True)),
+        ({"asimdhp"}, (False, True)),
+    ],
+)
+def test_a_cpus_flags_say_what_it_computes(flags: set[str], expected: tuple[bool, bool]) -> None:
+    assert cpu_half_precision(frozenset(flags)) == expected

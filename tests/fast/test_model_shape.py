@@ -1,0 +1,107 @@
+"""Published parameter counts, and configs that lack or garble a field."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from orchestrator.errors import ModelError
+from orchestrator.planning.model_shape import lora_parameters, shape_of, targeted
+
+LLAMA_2_7B: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "vocab_size": 32000,
+}
+LLAMA_32_3B: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "tie_word_embeddings": True,
+}
+MIXTRAL: dict[str, Any] = {
+    **LLAMA_2_7B,
+    "model_type": "mixtral",
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+}
+FALCON_7B: dict[str, Any] = {
+    "model_type": "falcon",
+    "hidden_size": 4544,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 71,
+    "vocab_size": 65024,
+    "multi_query": True,
+}
+GPT2: dict[str, Any] = {
+    "model_type": "gpt2",
+    "n_embd": 768,
+    "n_layer": 12,
+    "n_head": 12,
+    "n_positions": 1024,
+    "vocab_size": 50257,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters"),
+    [
+        (LLAMA_2_7B, 6_738_415_616),
+        (LLAMA_32_3B, 3_212_749_824),
+        (MIXTRAL, 46_702_792_704),
+        (FALCON_7B, 6_921_720_704),
+        (GPT2, 124_439_808),
+    ],
+    ids=["Llama-2-7B", "Llama-3.2-3B", "Mixtral-8x7B", "Falcon-7B", "GPT-2"],
+)
+def test_the_parameters_are_the_published_ones(config: dict[str, Any], parameters: int) -> None:
+    assert shape_of(config).parameters == parameters
+
+
+@pytest.mark.parametrize(("config", "rank", "count"), [(LLAMA_2_7B, 8, 4_194_304), (LLAMA_32_3B, 32, 9_175_040)])
+def test_an_adapter_on_query_and_value_has_the_published_size(config: dict[str, Any], rank: int, count: int) -> None:
+    assert lora_parameters(rank, targeted(shape_of(config), ("q_proj", "v_proj"))) == count
+
+
+def test_a_dotted_name_means_the_namesake_of_its_home() -> None:
+    shape = shape_of({"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 8, "vocab_size": 9})
+    assert len(targeted(shape, ("c_proj",))) == 2
+    assert [m.is_attention for m in targeted(shape, ("attn.c_proj",))] == [True]
+    assert [m.is_attention for m in targeted(shape, ("mlp.c_proj",))] == [False]
+
+
+def test_the_text_part_of_a_larger_model_is_read() -> None:
+    assert shape_of({"model_type": "gemma3", "text_config": LLAMA_2_7B}) == shape_of(LLAMA_2_7B)
+
+
+def test_an_unknown_family_with_llamas_fields_is_read_as_llama() -> None:
+    assert shape_of(LLAMA_2_7B | {"model_type": "newcomer"}).parameters == 6_738_415_616
+
+
+@pytest.mark.parametrize("field", sorted(set(LLAMA_2_7B) - {"model_type"}))
+def test_a_missing_field_is_named(field: str) -> None:
+    with pytest.raises(ModelError, match=f"`{field}`"):
+        shape_of({name: value for name, value in LLAMA_2_7B.items() if name != field})
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, "4096", True, 10**30, [1]])
+@pytest.mark.parametrize("field", ["hidden_size", "num_hidden_layers", "vocab_size", "num_key_value_heads"])
+def test_an_absurd_field_is_named(field: str, value: object) -> None:
+    with pytest.raises(ModelError, match=f"`{field}`"):
+        shape_of(LLAMA_2_7B | {field: value})
+
+
+@pytest.mark.parametrize("field", ["num_hidden_layers", "num_attention_heads"])
+def test_numbers_that_contradict_each_other_are_refused(field: str) -> None:
+    with pytest.raises(ModelError, match=field):
+        shape_of(LLAMA_2_7B | {field: 100_003})
