@@ -21,6 +21,9 @@ ENVIRONMENT = {
     # Ray's controller looks after its workers this often; our reports do not pass through it.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    # A process each for every group, for what does not pass through Ray Train here: metrics, and notices to its loop.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
     # Ours to record: trials that end without a metric are results too, and Tune's loggers would write all twice.
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -42,7 +45,8 @@ def connect(address: str | None) -> None:
         os.environ.setdefault(name, value)
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     _check_reachable(address)
-    runtime_env = None
+    # The processes of a cluster of our own inherit our environment; those of another are told.
+    told = {name: os.environ[name] for name in ENVIRONMENT if name.startswith("RAY_TRAIN_")}
     if address == "local":
         # Ray Train's placement group cleaner asks a dashboard whether its controller lives, and without one of its own
         # finds that of any other cluster on this machine, which does not know the controller: the cleaner then takes
@@ -50,7 +54,7 @@ def connect(address: str | None) -> None:
         os.environ["RAY_API_SERVER_ADDRESS"] = NO_DASHBOARD
     elif ":" in address and "://" not in address:
         # The same question, asked on a cluster that shares its machines with another.
-        runtime_env = {"env_vars": {"RAY_ADDRESS": address}}
+        told["RAY_ADDRESS"] = address
     try:
         ray.init(
             address=address,
@@ -58,7 +62,7 @@ def connect(address: str | None) -> None:
             logging_level=logging.ERROR,
             # A cluster of our own ends with us: it needs no dashboard, whose start takes seconds.
             include_dashboard=False if address == "local" else None,
-            runtime_env=runtime_env,
+            runtime_env=None if address == "local" else {"env_vars": told},
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterUnreachableError(
