@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -75,11 +75,23 @@ class WorkerShape:
 
 
 def worker_shape(resources: ResourcesConfig, hardware: Hardware) -> WorkerShape:
-    """The shape that the sweep file asks for on this hardware."""
+    """The shape that the sweep file asks for on this hardware; `auto` is a whole GPU, until the trials are known."""
     gpus = resources.gpus_per_worker
     if not isinstance(gpus, float | int):
         gpus = 1.0 if hardware.device == "cuda" else 0.0
     return WorkerShape(resources.workers_per_trial, float(gpus), resources.cpus_per_worker)
+
+
+def packed_share(trials: Sequence[Trial], model: ModelShape, hardware: Hardware, whole: WorkerShape) -> float:
+    """The share of a GPU that lets as many workers on each as the largest trial's memory allows.
+
+    `micro_batch_size: auto` takes what a whole GPU holds, so that only trials with a number are packed.
+    """
+    memory_bytes = memory_for_a_worker(hardware, whole, 1)
+    planned = [plan_trial(trial, model, hardware, whole, memory_bytes) for trial in trials]
+    needed_bytes = max((trial.memory.device_bytes for trial in planned if trial.memory), default=memory_bytes)
+    # Ray counts a GPU in ten-thousandths: rounded up, three thirds would not fit on it.
+    return math.floor(10_000 / max(1, memory_bytes // needed_bytes)) / 10_000
 
 
 def max_concurrent(resources: ResourcesConfig, shape: WorkerShape, hardware: Hardware) -> int:
@@ -207,6 +219,8 @@ def memory_for_a_worker(hardware: Hardware, shape: WorkerShape, concurrent: int)
 def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware) -> SweepPlan:
     """Plan all trials of a sweep whose hardware defaults are filled in."""
     shape = worker_shape(sweep.resources, hardware)
+    if sweep.resources.gpus_per_worker == "auto" and hardware.device == "cuda":
+        shape = replace(shape, gpus_per_worker=packed_share(sweep.trials(), model, hardware, shape))
     concurrent = max_concurrent(sweep.resources, shape, hardware)
     memory_bytes = memory_for_a_worker(hardware, shape, concurrent)
     trials = tuple(plan_trial(trial, model, hardware, shape, memory_bytes) for trial in sweep.trials())

@@ -50,9 +50,9 @@ def prepare(sweep: SweepConfig, folder: SweepFolder, address: str | None, say: C
     cluster.connect(address)
     hardware = cluster_hardware()
     sweep = sweep.on_hardware(has_gpus=hardware.device == "cuda")
-    shape = group_shape(sweep)
-    slots = slots_for(sweep, shape)
     plan = plan_sweep(sweep, model_shape, hardware)
+    shape = GroupShape(plan.workers_per_trial, plan.gpus_per_worker, sweep.resources.cpus_per_worker)
+    slots = slots_for(sweep, shape)
     say(f"model {sweep.model}")
     model_folder = model_source.materialize(source)
     say(f"data {sweep.data.train}: reading and tokenising once for all trials")
@@ -78,15 +78,6 @@ def _require_targets(sweep: SweepConfig, model_shape: ModelShape) -> None:
     for trial in sweep.trials():
         if reason := missing_targets(trial.config, model_shape):
             raise ModelError(f"model {sweep.model}: {reason}")
-
-
-def group_shape(sweep: SweepConfig) -> GroupShape:
-    """What one trial takes."""
-    resources = sweep.resources
-    gpus = resources.gpus_per_worker
-    return GroupShape(
-        resources.workers_per_trial, float(gpus) if isinstance(gpus, float | int) else 1.0, resources.cpus_per_worker
-    )
 
 
 def slots_for(sweep: SweepConfig, shape: GroupShape) -> int:

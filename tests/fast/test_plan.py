@@ -91,6 +91,20 @@ def test_trials_at_a_time_follow_from_what_each_takes() -> None:
     assert plan(CPU, resources={"workers_per_trial": 2}).concurrent == 1
 
 
+def test_trials_share_a_gpu_by_the_memory_of_the_largest() -> None:
+    small = {"precision": "nf4", "micro_batch_size": 1, "global_batch_size": 4, "sequence_length": 256}
+    packed = plan(
+        A100, trial=small, space={"rank": [8, 64]}, resources={"gpus_per_worker": "auto", "cpus_per_worker": 0.5}
+    )
+    needed_bytes = max(trial.memory.device_bytes for trial in packed.trials)
+    on_each = round(1 / packed.gpus_per_worker)
+    assert on_each >= 2
+    assert on_each * needed_bytes <= 80 * 2**30 < (on_each + 2) * needed_bytes
+    assert packed.concurrent == 8 * on_each
+    assert packed.refused == 0
+    assert plan(A100, trial=small, resources={"gpus_per_worker": 1}).concurrent == 8
+
+
 @settings(max_examples=60)
 @given(
     rank=st.integers(1, 256),
