@@ -79,7 +79,7 @@ def test_a_sweep_with_two_workers_a_trial_refusals_and_asha_runs_to_its_report(t
 def test_ctrl_c_saves_the_state_and_the_same_command_goes_on(tmp_path: Path) -> None:
     keys = {
         "space": {"rank": [2, 4, 8]},
-        "trial": {"max_steps": 60, "eval_every": 10},
+        "trial": {"max_steps": 200, "eval_every": 50},
         "resources": {"cpus_per_worker": 2},
     }
     run = start(tmp_path, **keys)
@@ -109,7 +109,7 @@ def test_ctrl_c_saves_the_state_and_the_same_command_goes_on(tmp_path: Path) -> 
 def test_a_killed_driver_leaves_no_process_and_the_same_command_goes_on(tmp_path: Path) -> None:
     keys = {
         "space": {"rank": [2, 4]},
-        "trial": {"max_steps": 80, "eval_every": 10},
+        "trial": {"max_steps": 300, "eval_every": 50},
         "resources": {"cpus_per_worker": 2},
     }
     run = start(tmp_path, **keys)
