@@ -1,8 +1,10 @@
 """One worker's peak memory, by part, counted from the model's shape and a trial's settings.
 
 Every term is a tensor that exists; few constants are fitted, each a physical quantity with its name.
-The activations are those that autograd keeps for a decoder layer of transformers 5.23 (`modeling_llama.py`): what a
-frozen linear layer was given is not kept, unless an adapter hangs on it.
+The peak is the largest of three moments that do not coincide: the loss's backward pass, when all activations and the
+float copies of the logits are alive; the backward pass of a layer, when those copies are gone and a layer is at work
+(recomputed, where activations are checkpointed); and loading, when quantised weights and what is cast up are alive
+twice. The parts are those of that moment, so that they sum to `allocated_bytes`.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from orchestrator.config.trial_config import Precision, TrialConfig
+from orchestrator.planning.activations import Widths, backward_bytes_per_token, layer_bytes_per_token, score_bytes
 from orchestrator.planning.hardware import Hardware
 from orchestrator.planning.model_shape import ModelShape, lora_parameters, targeted
 
@@ -25,9 +28,18 @@ WORKSPACE_BYTES = 64 * 2**20
 """cuBLAS workspaces and what else is allocated once."""
 FRAGMENTATION = 1.08
 """What torch's caching allocator reserves over the bytes that it gave out at its peak."""
+FRAGMENTATION_SHARDED = 1.18
+"""The same where weights are gathered and freed layer by layer: 1.24 and 1.12 in the two FSDP runs that tell both."""
 CPU_IMPORTS_BYTES = 480 * 2**20
 """A trial's process on a CPU before its model: torch, transformers, peft and deepspeed, measured resident."""
-UNCERTAINTY = 0.12
+LOSS_COPIES_BYTES = 12
+"""A logit's fp32 copies at the worst moment, within log-softmax's backward: its result and two gradients (torch 2.13).
+
+The logits themselves are alive besides, since whoever called the model holds its output.
+"""
+ADAM_8BIT_BYTES = 2 + 2 * 4 / 256
+"""bitsandbytes' two moments: a byte each, and an fp32 constant for 256 of them (0.50, optim/optimizer.py)."""
+UNCERTAINTY = 0.1
 """Half the width of the 90 % interval around `allocated_bytes`."""
 ZERO3_LIVE_LAYERS = 2
 """Layers whose weights ZeRO-3 holds gathered: the one at work and the one fetched ahead."""
@@ -72,16 +84,6 @@ class MemoryEstimate:
     parts: MemoryParts
 
 
-@dataclass(frozen=True, slots=True)
-class _Bytes:
-    """Bytes an element, by what the element is."""
-
-    linear: float
-    rest: int
-    compute: int
-    adapter: int
-
-
 def estimate(
     config: TrialConfig, shape: ModelShape, workers: int, device: Literal["cuda", "cpu"], has_bf16: bool
 ) -> MemoryEstimate:
@@ -90,9 +92,14 @@ def estimate(
     if device == "cpu":
         return MemoryEstimate(None, None, CPU_IMPORTS_BYTES + parts.total, None, None, parts)
     allocated = parts.total
-    reserved = int(allocated * FRAGMENTATION)
+    reserved = int(allocated * fragmentation(config, workers))
     low, high = int(allocated * (1 - UNCERTAINTY)), int(allocated * (1 + UNCERTAINTY))
     return MemoryEstimate(allocated, reserved, reserved + CONTEXT_BYTES, low, high, parts)
+
+
+def fragmentation(config: TrialConfig, workers: int) -> float:
+    """What is reserved over what is allocated."""
+    return FRAGMENTATION_SHARDED if config.zero_stage == 3 and workers > 1 else FRAGMENTATION
 
 
 def estimate_on(config: TrialConfig, shape: ModelShape, workers: int, hardware: Hardware) -> MemoryEstimate:
@@ -100,39 +107,52 @@ def estimate_on(config: TrialConfig, shape: ModelShape, workers: int, hardware: 
     return estimate(config, shape, workers, hardware.device, hardware.has_bf16)
 
 
-def _bytes_of(config: TrialConfig, device: Literal["cuda", "cpu"], has_bf16: bool) -> _Bytes:
+def _bytes_of(config: TrialConfig, device: Literal["cuda", "cpu"], has_bf16: bool) -> Widths:
     precision = config.precision
     half = 2 if device == "cuda" or has_bf16 else 4
     if precision is Precision.FP32:
-        return _Bytes(4, 4, 4, 4)
+        return Widths(4, 4, 4, 4, 4, 0, 4)
     if precision.is_autocast:
-        return _Bytes(4, 4, 2, 4)
+        return Widths(4, 4, 4, 2, 2, 0, 4)
+    # PEFT makes an adapter of half-precision weights fp32, and DeepSpeed makes it half again to hold its own copy.
     adapter = 4 if config.engine == "ddp" else half
     if precision.is_quantized:
-        # prepare_model_for_kbit_training makes fp32 of the rest (peft 0.21.2); DeepSpeed then casts it back.
-        return _Bytes(NF4_BYTES if precision is Precision.NF4 else INT8_BYTES, adapter, half, adapter)
-    return _Bytes(2, 2, 2, 2 if config.trains_all_weights else adapter)
+        # prepare_model_for_kbit_training makes fp32 of the rest (peft 0.21.2), so that all flows in fp32; DeepSpeed
+        # casts the whole module back (deepspeed 0.19.8, engine.py, _configure_distributed_model).
+        linear = NF4_BYTES if precision is Precision.NF4 else INT8_BYTES
+        return Widths(linear, adapter, adapter, adapter, adapter, half, adapter)
+    return Widths(2, 2, 2, 2, 2, 0, 2 if config.trains_all_weights else adapter)
 
 
-def memory_parts(config: TrialConfig, shape: ModelShape, workers: int, width: _Bytes) -> MemoryParts:
-    """The parts of the estimate."""
+def memory_parts(config: TrialConfig, shape: ModelShape, workers: int, width: Widths) -> MemoryParts:
+    """The parts of the estimate, at the moment of the peak."""
     shards = {stage: workers if config.zero_stage >= stage else 1 for stage in (1, 2, 3)}
     adapter_weights = trainable_adapter_parameters(config, shape)
     trainable = shape.parameters if config.trains_all_weights else adapter_weights
     weights = shape.linear_parameters * width.linear + (shape.parameters - shape.linear_parameters) * width.rest
-    activations = _activations(config, shape, width)
     optimizer_bytes = 0 if config.offload != "none" else _optimizer_bytes(config, width) * trainable / shards[1]
     host_parameters = config.offload == "optimizer_and_parameters"
-    return MemoryParts(
+    activations, logits = _worst_moment(config, shape, width)
+    parts = MemoryParts(
         weights=0 if host_parameters else int(weights / shards[3]),
         adapter=0 if host_parameters else int(adapter_weights * width.adapter / shards[3]),
         gradients=int(trainable * width.adapter / shards[2]),
         optimizer=int(optimizer_bytes),
         activations=int(activations),
-        logits=int(_logits(config, shape, width)),
+        logits=int(logits),
         communication=int(_communication(config, shape, width, trainable, workers)),
         framework=WORKSPACE_BYTES,
     )
+    loading = _loading(shape, width) if config.precision.is_quantized and config.zero_stage < 3 else 0
+    if loading > parts.total - parts.framework:
+        return MemoryParts(loading, 0, 0, 0, 0, 0, 0, WORKSPACE_BYTES)
+    return parts
+
+
+def _loading(shape: ModelShape, width: Widths) -> int:
+    """Quantised weights, the rest cast up to fp32, and the embedding that is being cast, twice."""
+    rest = shape.parameters - shape.linear_parameters
+    return int(shape.linear_parameters * width.linear + rest * 4 + shape.embedding_parameters * width.dequantised)
 
 
 def trainable_adapter_parameters(config: TrialConfig, shape: ModelShape) -> int:
@@ -144,16 +164,13 @@ def trainable_adapter_parameters(config: TrialConfig, shape: ModelShape) -> int:
     return lora_parameters(config.rank, targets) + magnitudes
 
 
-def _optimizer_bytes(config: TrialConfig, width: _Bytes) -> int:
+def _optimizer_bytes(config: TrialConfig, width: Widths) -> float:
     """Bytes a trainable weight: AdamW's two fp32 moments, and DeepSpeed's fp32 copy of a half-precision weight."""
-    moments = {"adamw": 8, "adamw_8bit": 2, "sgd": 0}[config.optimizer]
-    copies = 4 if config.engine == "deepspeed" and width.adapter == 2 else 0
-    if config.engine == "deepspeed" and config.zero_stage and width.adapter == 4:
-        # ZeRO partitions a flat fp32 copy, whatever the weights are (deepspeed 0.19.8, stage_1_and_2.py).
-        copies = 4
-    if config.engine == "ddp" and width.adapter == 2:
-        moments //= 2
-    return moments + copies
+    moments = {"adamw": 8.0, "adamw_8bit": ADAM_8BIT_BYTES, "sgd": 0.0}[config.optimizer]
+    if config.engine == "ddp":
+        return moments / 2 if width.adapter == 2 and config.optimizer == "adamw" else moments
+    # ZeRO partitions a flat fp32 copy, whatever the weights are (deepspeed 0.19.8, stage_1_and_2.py).
+    return moments + (4 if width.adapter == 2 or config.zero_stage else 0)
 
 
 def _tokens(config: TrialConfig) -> int:
@@ -161,62 +178,36 @@ def _tokens(config: TrialConfig) -> int:
     return config.micro_batch_size * config.sequence_length
 
 
-def _activations(config: TrialConfig, shape: ModelShape, width: _Bytes) -> float:
-    layer = _layer_activations(config, shape, width)
-    dequantised = 0.0
-    if config.precision.is_quantized:
-        dequantised = max(m.rows * m.columns for m in shape.matrices) * width.compute
+def _worst_moment(config: TrialConfig, shape: ModelShape, width: Widths) -> tuple[float, float]:
+    """Activations and logits at the loss's backward or at a layer's, whichever takes more."""
+    kept, at_work = _layer_activations(config, shape, width)
+    held = shape.vocabulary * width.product * (2 if shape.softcapped_logits else 1) * _tokens(config)
+    at_loss = held + LOSS_COPIES_BYTES * shape.vocabulary * _tokens(config)
+    return (kept, at_loss) if at_loss > held + at_work else (kept + at_work, held)
+
+
+def _layer_activations(config: TrialConfig, shape: ModelShape, width: Widths) -> tuple[float, float]:
+    """Bytes kept until the backward pass, and bytes more while a layer's backward is at work."""
+    tokens, batch = _tokens(config), config.micro_batch_size
+    assert isinstance(batch, int)
+    layer = tokens * layer_bytes_per_token(config, shape, width) + batch * score_bytes(config, shape, width, keeps=True)
+    at_work = tokens * backward_bytes_per_token(shape, width)
+    at_work += batch * score_bytes(config, shape, width, keeps=False)
+    at_work += max(m.rows * m.columns for m in shape.matrices) * width.dequantised
+    head = shape.vocabulary * shape.hidden * 2.0 if config.precision.is_autocast else 0.0
     if config.gradient_checkpointing:
-        # The layers' inputs, and one layer at work.
-        inputs = shape.layers * _tokens(config) * shape.hidden * width.compute
-        return inputs + layer + dequantised
-    autocast = 0.0
-    if config.precision.is_autocast:
-        # Frozen fp32 weights are cast for each use, and autograd keeps the copies until the backward pass: autocast's
-        # cache is for weights that need a gradient (torch 2.13, autocast_mode.cpp).
-        autocast = shape.linear_parameters * 2.0
-    return shape.layers * layer + dequantised + autocast
+        # The layers' inputs, and one layer recomputed.
+        return shape.layers * tokens * shape.hidden * width.stream + head, at_work + layer + _casts(config, shape, 1)
+    return shape.layers * layer + head + _casts(config, shape, shape.layers), at_work
 
 
-def _layer_activations(config: TrialConfig, shape: ModelShape, width: _Bytes) -> float:
-    """Bytes that autograd keeps for one decoder layer and a micro-batch."""
-    c, hidden = width.compute, shape.hidden
-    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    wide = shape.intermediate * max(1, shape.experts_per_token)
-    adapted = {
-        m.name for m in (shape.matrices if config.trains_all_weights else targeted(shape, config.target_modules))
-    }
-    # Two norms keep an fp32 copy of what they normalise, and the half-precision result where an adapter reads it.
-    per_token = 2 * 4.0 * hidden
-    per_token += (c + (width.adapter if width.adapter != c else 0)) * hidden  # read by the attention's adapters
-    per_token += c * (2 * q + 2 * kv)  # query, key, value and the attention's result
-    if adapted & {"o_proj", "dense", "c_proj", "out_proj"}:
-        per_token += c * q
-    per_token += c * 3 * wide  # gate, its activation, up
-    if adapted & {"gate_proj", "up_proj", "gate_up_proj", "c_fc", "dense_h_to_4h"}:
-        per_token += c * hidden
-    if adapted & {"down_proj", "dense_4h_to_h"}:
-        per_token += c * wide
-    if config.rank != "full":
-        per_token += c * config.rank * len(adapted)
-        if config.lora_dropout:
-            per_token += (c + 1) * hidden * len(adapted)
-    return _tokens(config) * per_token + _scores(config, shape, width)
+def _casts(config: TrialConfig, shape: ModelShape, layers: int) -> float:
+    """Autocast casts frozen fp32 weights for each use, and autograd keeps the copies until the backward pass: its cache
+    is for weights that need a gradient (torch 2.13, autocast_mode.cpp)."""
+    return shape.linear_parameters / shape.layers * 2.0 * layers if config.precision.is_autocast else 0.0
 
 
-def _scores(config: TrialConfig, shape: ModelShape, width: _Bytes) -> float:
-    """The scores that only the eager kernel keeps: softmax in fp32, its cast, and the masked scores."""
-    if config.attention != "eager":
-        return _tokens(config) * shape.heads * 4.0  # log-sum-exp
-    return _tokens(config) * config.sequence_length * shape.heads * (4.0 + width.compute)
-
-
-def _logits(config: TrialConfig, shape: ModelShape, width: _Bytes) -> float:
-    """Logits, their fp32 copy and log-softmax, all alive at the end of the forward pass."""
-    return _tokens(config) * shape.vocabulary * (width.compute + 8.0)
-
-
-def _communication(config: TrialConfig, shape: ModelShape, width: _Bytes, trainable: int, workers: int) -> float:
+def _communication(config: TrialConfig, shape: ModelShape, width: Widths, trainable: int, workers: int) -> float:
     """Buckets and gathered weights."""
     if workers == 1 and config.zero_stage < 3:
         return 0.0

@@ -69,6 +69,12 @@ class ModelShape:
     gated: bool
     """down(act(gate) × up), rather than down(act(up))."""
     rotary: bool
+    fused_attention: bool
+    """One matrix makes query, key and value, so that keeping one of them keeps all."""
+    parallel_residual: bool
+    """Attention and feed-forward part read the same, so that their norms share what they keep."""
+    decomposed_activation: bool
+    """transformers' `gelu_new` is written out in Python, and autograd keeps its steps."""
     softcapped_logits: bool
     """The logits go through tanh (Gemma 2), which keeps them once more."""
 
@@ -350,6 +356,10 @@ class _Reader:
             qk_norm=self.family.qk_norm is not None,
             gated=self.family.gated,
             rotary=self.family.rotary,
+            fused_attention=len(self.family.attention) == 2,
+            parallel_residual=self._norms() == 1
+            or (self.name == "gpt_neox" and bool(self.config.get("use_parallel_residual", True))),
+            decomposed_activation=self._activation() in ("gelu_new", "gelu_fast"),
             softcapped_logits=bool(self.config.get("final_logit_softcapping")),
         )
 
@@ -381,6 +391,10 @@ class _Reader:
                 "transformers writes"
             )
         return value
+
+    def _activation(self) -> str:
+        default = "gelu_new" if self.name in ("gpt2", "gptj", "phi") else ""
+        return str(self.config.get("activation_function") or self.config.get("hidden_act") or default)
 
     def _kv_heads(self, heads: int) -> int:
         if self.name == "gpt_bigcode":

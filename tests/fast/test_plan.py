@@ -56,7 +56,9 @@ def test_an_automatic_micro_batch_is_the_largest_that_fits_and_divides() -> None
     assert 24 % large == 24 % small == 0
     assert large > small
     for micro, hardware in ((large, named_gpu("H200", 1)), (small, named_gpu("RTX-4090", 1))):
-        following = next(n for n in range(micro + 1, 49) if 24 % n == 0 or n == 48)
+        if micro == 24:
+            continue
+        following = next(n for n in range(micro + 1, 25) if 24 % n == 0)
         config = TrialConfig(precision="bf16", micro_batch_size=following)
         assert estimate_on(config, SEVEN_B, 1, hardware).device_bytes > 0.97 * hardware.gpu_memory_bytes
 
