@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.ray.sweeps import start
@@ -51,7 +52,11 @@ def head() -> Iterator[str]:
             wait_until(lambda: answers(port) and answers(dashboard_port), bool, 90)
             yield f"127.0.0.1:{port}"
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
+            # Not `ray stop`, which would end every other cluster of this machine too.
+            below = psutil.Process(process.pid).children(recursive=True)
+            for one in [*below, psutil.Process(process.pid)]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
             process.wait(30)
 
 
