@@ -62,6 +62,9 @@ def _feed_forward_width(shape: ModelShape) -> int:
 
 def _norms(config: TrialConfig, shape: ModelShape, width: Widths) -> float:
     each = (4 if shape.rms_norm else width.stream) * shape.hidden
+    if shape.model_type == "cohere":
+        # Its norm is of its own and in fp32: what is normalised, and how far it is from its mean.
+        return 8.0 * shape.hidden
     if config.trains_all_weights and shape.rms_norm:
         each += width.stream * shape.hidden
     return float(each * (1 if shape.parallel_residual else shape.norms_per_layer))

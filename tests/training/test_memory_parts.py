@@ -1,0 +1,169 @@
+"""The parts of the memory estimate against tensors that are really there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from benchmarks.memory_accuracy import zero2_model_states, zero3_model_states
+from orchestrator.config.trial_config import TrialConfig
+from orchestrator.planning.activations import layer_bytes_per_token
+from orchestrator.planning.memory import MemoryParts, _bytes_of, memory_parts
+from orchestrator.planning.model_shape import ModelShape, shape_of
+from orchestrator.training import model as models
+from orchestrator.training.deepspeed_config import ComputeDtype
+from tests.training.conftest import tiny
+
+CPU = torch.device("cpu")
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def shape_in(folder: Path) -> ModelShape:
+    return shape_of(json.loads((folder / "config.json").read_text()))
+
+
+def parts_of(config: TrialConfig, shape: ModelShape, workers: int = 1) -> MemoryParts:
+    return memory_parts(config, shape, workers, _bytes_of(config, "cuda", has_bf16=True))
+
+
+def tensors_of(parameter: Any) -> Iterator[torch.Tensor]:
+    """A parameter and what bitsandbytes keeps beside it."""
+    yield parameter.data
+    state = getattr(parameter, "quant_state", None)
+    if state is not None:
+        yield state.absmax
+        if state.state2 is not None:
+            yield state.state2.absmax
+    if getattr(parameter, "SCB", None) is not None:
+        yield parameter.SCB
+
+
+def bytes_of(parameters: Iterator[torch.nn.Parameter]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for p in parameters for tensor in tensors_of(p))
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "tolerance"),
+    # The tiny matrices make what is one constant a row, or is rounded up a matrix, weigh more than in a real model.
+    [("fp32", "fp32", 0.0), ("bf16", "bf16", 0.0), ("nf4", "bf16", 0.01), ("int8", "bf16", 0.06)],
+)
+def test_frozen_weights_and_adapter_take_what_is_predicted(
+    tiny_model: Path, precision: str, dtype: ComputeDtype, tolerance: float
+) -> None:
+    config = tiny(precision=precision, engine="ddp", target_modules="all-linear")
+    built = models.build(config, tiny_model, dtype, CPU, zero3=None)
+    parts = parts_of(config, shape_in(tiny_model))
+    frozen = bytes_of(p for p in built.parameters() if not p.requires_grad)
+    assert parts.weights == pytest.approx(frozen, rel=tolerance + 1e-9)
+    assert parts.adapter == bytes_of(p for p in built.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(("optimizer", "extra"), [("adamw", 0), ("sgd", 0)])
+def test_optimizer_states_and_gradients_take_what_is_predicted(tiny_model: Path, optimizer: str, extra: int) -> None:
+    config = tiny(engine="ddp", optimizer=optimizer)
+    built = models.build(config, tiny_model, "fp32", CPU, zero3=None)
+    trained = [p for p in built.parameters() if p.requires_grad]
+    stepping = torch.optim.AdamW(trained) if optimizer == "adamw" else torch.optim.SGD(trained)
+    built(input_ids=torch.ones(1, 8, dtype=torch.long)).logits.sum().backward()
+    stepping.step()
+    states = [v for state in stepping.state.values() for name, v in state.items() if name != "step"]
+    parts = parts_of(config, shape_in(tiny_model))
+    assert parts.optimizer == sum(v.numel() * v.element_size() for v in states) + extra
+    assert parts.gradients == sum(p.grad.numel() * p.grad.element_size() for p in trained if p.grad is not None)
+
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 192,
+    "intermediate_size": 704,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    **TOKENS,
+}
+NEOX = {name: value for name, value in SMALL.items() if name != "num_key_value_heads"}
+
+
+def kept_bytes(kind: str, layers: int, config: TrialConfig, length: int = 64) -> int:
+    """Bytes of all that autograd keeps of a forward pass of two sequences, besides the weights."""
+    settings = NEOX if kind == "GPTNeoX" else SMALL
+    built = getattr(transformers, f"{kind}Config")(num_hidden_layers=layers, use_cache=False, **settings)
+    full = config.trains_all_weights
+    model: Any = AutoModelForCausalLM.from_config(built, attn_implementation=config.attention).to(torch.bfloat16)
+    if not full:
+        lora = LoraConfig(r=8, target_modules=models.find_target_modules(model, config.target_modules))
+        model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+        adapter = torch.float32 if config.engine == "ddp" else torch.bfloat16
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(adapter if parameter.requires_grad else torch.bfloat16)
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    inner = model if full else model.get_base_model()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        inner.model(input_ids=torch.ones(2, length, dtype=torch.long)) if kind != "GPTNeoX" else inner.gpt_neox(
+            input_ids=torch.ones(2, length, dtype=torch.long)
+        )
+        return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("engine", ["ddp", "deepspeed"])
+@pytest.mark.parametrize(
+    ("kind", "tolerance"),
+    [
+        ("Llama", 0.002),
+        ("Mistral", 0.002),
+        ("Qwen2", 0.002),
+        ("Qwen3", 0.004),
+        ("Starcoder2", 0.003),
+        ("Phi", 0.06),
+        ("Phi3", 0.06),
+        ("StableLm", 0.06),
+        ("GPTNeoX", 0.09),
+        ("Cohere", 0.06),
+        ("Mixtral", 0.06),
+    ],
+)
+def test_a_layer_keeps_what_is_predicted_for_the_backward_pass(kind: str, tolerance: float, engine: str) -> None:
+    config = tiny(precision="bf16", engine=engine)
+    settings = {**(NEOX if kind == "GPTNeoX" else SMALL), "num_hidden_layers": 3}
+    shape = shape_of(getattr(transformers, f"{kind}Config")(**settings).to_dict())
+    measured = (kept_bytes(kind, 3, config) - kept_bytes(kind, 2, config)) / (2 * 64)
+    assert layer_bytes_per_token(config, shape, _bytes_of(config, "cuda", True)) == pytest.approx(
+        measured, rel=tolerance
+    )
+
+
+@pytest.mark.parametrize(
+    "changes", [{"target_modules": "all-linear"}, {"rank": "full"}, {"target_modules": ("q_proj", "v_proj")}], ids=str
+)
+def test_what_is_trained_decides_what_is_kept(changes: dict[str, Any]) -> None:
+    config = tiny(precision="bf16", **changes)
+    shape = shape_of(transformers.LlamaConfig(**SMALL).to_dict())
+    measured = (kept_bytes("Llama", 3, config) - kept_bytes("Llama", 2, config)) / (2 * 64)
+    assert layer_bytes_per_token(config, shape, _bytes_of(config, "cuda", True)) == pytest.approx(measured, rel=0.002)
+
+
+T5_3B, T5_3B_LARGEST_LAYER = 2_851_598_336, 32_899_072
+
+
+@pytest.mark.parametrize(("gpus", "stage_2_gib", "stage_3_gib"), [(8, 15.93, 6.10), (1, 53.11, 47.93)])
+def test_deepspeeds_documented_figures_for_t5_3b_are_reproduced(
+    gpus: int, stage_2_gib: float, stage_3_gib: float
+) -> None:
+    """Source: DeepSpeed's documentation, "Memory requirements", no offload."""
+    assert zero2_model_states(T5_3B, gpus) / 2**30 == pytest.approx(stage_2_gib, abs=0.01)
+    assert zero3_model_states(T5_3B, T5_3B_LARGEST_LAYER, gpus) / 2**30 == pytest.approx(stage_3_gib, abs=0.01)
