@@ -137,8 +137,8 @@ def _adapted(row: Row, trial: TrialConfig, shape: ModelShape, told: MemoryEstima
     allocated = float(told.allocated_bytes)
     parts = told.parts
     if row["source"] != "canifinetune":
-        # Adam's states in bf16 and no fp32 copy: 4 bytes a weight in place of 12.
-        allocated -= parts.optimizer * 2 / 3
+        # Gradients and Adam's states in bf16 and no fp32 copy: 2 bytes a weight in place of 4, and 4 in place of 12.
+        allocated -= parts.gradients / 2 + parts.optimizer * 2 / 3
     if row["source"].startswith("litgpt"):
         # The head's chunks of 128 tokens, kept in bf16 with their bf16 log-softmax; one chunk's gradients at a time.
         tokens = trial.sequence_length * int(row["micro_batch"])
@@ -159,7 +159,7 @@ def _adapted(row: Row, trial: TrialConfig, shape: ModelShape, told: MemoryEstima
         allocated += 2 * min(shape.embedding_parameters, shape.head_parameters) if row["zero_stage"] == "fsdp" else 0
     if row["offload"] == "param":
         # FSDP's CPU offload keeps the shards in host memory.
-        allocated -= parts.weights + parts.adapter + parts.gradients + parts.optimizer / 3
+        allocated -= parts.weights + parts.adapter + parts.gradients / 2 + parts.optimizer / 3
     share = allocated / told.allocated_bytes
     assert told.low_bytes is not None
     assert told.high_bytes is not None

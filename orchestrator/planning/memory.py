@@ -140,7 +140,7 @@ def memory_parts(config: TrialConfig, shape: ModelShape, workers: int, width: Wi
     parts = MemoryParts(
         weights=0 if host_parameters else int(weights / shards[3]),
         adapter=0 if host_parameters else int(adapter_weights * width.adapter / shards[3]),
-        gradients=int(trainable * width.adapter / shards[2]),
+        gradients=int(trainable * _gradient_bytes(config, width) / shards[2]),
         optimizer=int(optimizer_bytes),
         activations=int(activations),
         logits=int(logits),
@@ -175,6 +175,14 @@ def _optimizer_bytes(config: TrialConfig, width: Widths) -> float:
         return moments / 2 if width.adapter == 2 and config.optimizer == "adamw" else moments
     # ZeRO partitions a flat fp32 copy, whatever the weights are (deepspeed 0.19.8, stage_1_and_2.py).
     return moments + (4 if width.adapter == 2 or config.zero_stage else 0)
+
+
+def _gradient_bytes(config: TrialConfig, width: Widths) -> int:
+    """Bytes a trainable weight. DeepSpeed's step takes half-precision gradients as fp32, all at once; those of an
+    offloaded optimizer go to the host bucket by bucket (its documentation, "Memory requirements")."""
+    if config.offload != "none":
+        return 0
+    return 4 if config.engine == "deepspeed" else width.adapter
 
 
 def _tokens(config: TrialConfig) -> int:
