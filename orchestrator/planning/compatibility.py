@@ -11,7 +11,7 @@ from difflib import get_close_matches
 
 from orchestrator.config.trial_config import Precision, TrialConfig
 from orchestrator.planning.hardware import Hardware
-from orchestrator.planning.model_shape import ModelShape
+from orchestrator.planning.model_shape import ModelShape, targeted
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +67,28 @@ def flash_attention_needs_ampere(case: Case) -> str | None:
         return "attention flash_attention_2: flash-attn is not installed; install orchestrator[gpu], or use sdpa"
     if case.shape.head_dim > 256:
         return f"attention flash_attention_2: heads of {case.shape.head_dim} are wider than its 256; use sdpa"
+    return None
+
+
+def attention_must_be_the_models(case: Case) -> str | None:
+    """Source: transformers 5.23, modeling_utils.py: `_supports_sdpa`, `_supports_flash_attn` of a model's class."""
+    attention, family = case.config.attention, case.shape.model_type
+    if attention == "sdpa" and family in WITHOUT_SDPA:
+        return f"attention sdpa: transformers has none for {family} models; use eager"
+    if attention == "flash_attention_2" and family in WITHOUT_FLASH_ATTENTION:
+        return f"attention flash_attention_2: transformers has none for {family} models; use eager"
+    return None
+
+
+def expert_adapters_are_plain(case: Case) -> str | None:
+    """Source: peft 0.21.2, tuners/lora/layer.py, ParamWrapper, which adapts the stacked weights of experts."""
+    config = case.config
+    if config.trains_all_weights or not any(m.is_expert for m in targeted(case.shape, config.target_modules)):
+        return None
+    if config.lora_dropout:
+        return "lora_dropout: adapters of experts have none; use 0, or target_modules attention"
+    if config.dora:
+        return "dora: adapters of experts cannot be decomposed; use dora false, or target_modules attention"
     return None
 
 
@@ -201,10 +223,36 @@ def warm_up_that_never_ends(case: Case) -> str | None:
     return None
 
 
+def experts_stay_unquantised(case: Case) -> str | None:
+    """Source: transformers 5.23, integrations/bitsandbytes.py, which replaces linear layers; experts are stacked."""
+    if not case.config.precision.is_quantized or not case.shape.experts:
+        return None
+    gib = case.shape.expert_parameters * 2 / 2**30
+    return (
+        f"precision {case.config.precision}: transformers 5 stacks a mixture's experts, which bitsandbytes then leaves "
+        f"in half precision: {gib:.0f} GiB in place of what is estimated, unless the model's class quantises them"
+    )
+
+
+def quantised_weights_load_whole(case: Case) -> str | None:
+    """Source: transformers 5.23, modeling_utils.py: quantised models skip zero.Init."""
+    config = case.config
+    if not config.precision.is_quantized or config.zero_stage < 3 or case.workers == 1:
+        return None
+    return (
+        f"precision {config.precision} under ZeRO-3: every worker holds the whole quantised model while it loads, more "
+        "than the shard that the estimate counts"
+    )
+
+
+WITHOUT_SDPA = frozenset({"gemma2", "gptj", "bloom", "gpt_oss"})
+WITHOUT_FLASH_ATTENTION = frozenset({"bloom"})
 REFUSALS: tuple[Rule, ...] = (
     fp16_needs_hardware,
     bf16_needs_ampere,
     flash_attention_needs_ampere,
+    attention_must_be_the_models,
+    expert_adapters_are_plain,
     offload_needs_zero,
     int8_excludes_zero3,
     quantisation_needs_an_adapter,
@@ -221,4 +269,6 @@ NOTES: tuple[Rule, ...] = (
     emulated_half_precision,
     quantised_compute_dtype,
     warm_up_that_never_ends,
+    experts_stay_unquantised,
+    quantised_weights_load_whole,
 )

@@ -24,6 +24,8 @@ LLAMA = {
     "max_position_embeddings": 2048,
 }
 SHAPE = shape_of(LLAMA)
+BLOOM = shape_of({"model_type": "bloom", "hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 100})
+MIXTRAL = shape_of(LLAMA | {"model_type": "mixtral", "num_local_experts": 8})
 WIDE_HEADS = shape_of(LLAMA | {"head_dim": 288})
 H100, T4 = named_gpu("H100", 8), named_gpu("T4", 1)
 CPU = Hardware("cpu", 0, 4, 1, 2**34, has_bf16=False, has_fp16=False, has_bitsandbytes=True)
@@ -41,6 +43,11 @@ REFUSED: dict[str, tuple[Case, Case]] = {
     "flash_attention_needs_ampere": (
         case(T4, attention="flash_attention_2", precision="fp16"),
         case(attention="flash_attention_2"),
+    ),
+    "attention_must_be_the_models": (case(shape=BLOOM), case(shape=BLOOM, attention="eager")),
+    "expert_adapters_are_plain": (
+        case(shape=MIXTRAL, target_modules="all-linear", lora_dropout=0.1),
+        case(shape=MIXTRAL, lora_dropout=0.1),
     ),
     "offload_needs_zero": (case(zero_stage=1, offload="optimizer"), case(zero_stage=2, offload="optimizer")),
     "int8_excludes_zero3": (case(precision="int8", zero_stage=3), case(precision="int8", zero_stage=2)),
@@ -64,6 +71,11 @@ NOTED: dict[str, tuple[Case, Case]] = {
     "emulated_half_precision": (case(CPU), case(CPU, precision="fp32")),
     "quantised_compute_dtype": (case(CPU, precision="nf4"), case(precision="nf4")),
     "warm_up_that_never_ends": (case(warmup_steps=100), case(warmup_steps=99)),
+    "experts_stay_unquantised": (case(precision="nf4", shape=MIXTRAL), case(precision="nf4")),
+    "quantised_weights_load_whole": (
+        case(precision="nf4", zero_stage=3, workers=2),
+        case(precision="bf16", zero_stage=3, workers=2),
+    ),
 }
 
 
@@ -115,6 +127,8 @@ def test_a_note_is_told_of_its_case_alone(name: str) -> None:
         (case(micro_batch_size=3), case(micro_batch_size=4)),
         (case(precision="amp_bf16", hardware=T4), case(precision="amp_fp16", hardware=T4)),
         (case(rank="full", rslora=True), case(rank="full")),
+        (case(shape=BLOOM, attention="flash_attention_2"), case(shape=BLOOM, attention="eager")),
+        (case(shape=MIXTRAL, target_modules=("w2",), dora=True), case(shape=MIXTRAL, target_modules=("w2",))),
     ],
     ids=lambda c: "",
 )
