@@ -30,6 +30,7 @@ class Widths:
     dequantised: int
     """A quantised weight while it is used; 0 where none is."""
     adapter: int
+    on_gpu: bool = True
 
 
 def layer_bytes_per_token(config: TrialConfig, shape: ModelShape, width: Widths) -> float:
@@ -133,7 +134,8 @@ def writes_scores(config: TrialConfig, shape: ModelShape, width: Widths) -> bool
     """Whether the attention kernel has a matrix of scores."""
     if config.attention == "eager":
         return True
-    return config.attention == "sdpa" and width.attention == 4 and shape.kv_heads < shape.heads
+    # On a CPU the flash kernel takes fp32 and grouped queries (counted with torch 2.13).
+    return width.on_gpu and config.attention == "sdpa" and width.attention == 4 and shape.kv_heads < shape.heads
 
 
 def backward_bytes_per_token(shape: ModelShape, width: Widths) -> float:

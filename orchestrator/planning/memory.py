@@ -115,7 +115,7 @@ def _bytes_of(config: TrialConfig, device: Literal["cuda", "cpu"], has_bf16: boo
     precision = config.precision
     half = 2 if device == "cuda" or has_bf16 else 4
     if precision is Precision.FP32:
-        return Widths(4, 4, 4, 4, 4, 0, 4)
+        return Widths(4, 4, 4, 4, 4, 0, 4, device == "cuda")
     if precision.is_autocast:
         return Widths(4, 4, 4, 2, 2, 0, 4)
     # PEFT makes an adapter of half-precision weights fp32, and DeepSpeed makes it half again to hold its own copy.
@@ -124,7 +124,7 @@ def _bytes_of(config: TrialConfig, device: Literal["cuda", "cpu"], has_bf16: boo
         # prepare_model_for_kbit_training makes fp32 of the rest (peft 0.21.2), so that all flows in fp32; DeepSpeed
         # casts the whole module back (deepspeed 0.19.8, engine.py, _configure_distributed_model).
         linear = NF4_BYTES if precision is Precision.NF4 else INT8_BYTES
-        return Widths(linear, adapter, adapter, adapter, adapter, half, adapter)
+        return Widths(linear, adapter, adapter, adapter, adapter, half, adapter, device == "cuda")
     return Widths(2, 2, 2, 2, 2, 0, 2 if config.trains_all_weights else adapter)
 
 
