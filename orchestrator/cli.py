@@ -161,6 +161,25 @@ def report(folder: FolderArgument, json: JsonOption = False) -> None:
 
 
 @app.command()
+def export(
+    folder: FolderArgument,
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="The folder to write.")],
+    trial: Annotated[str | None, typer.Option("--trial", metavar="ID", help="None: the best.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into its base, unquantised.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace DIR where it exists.")] = False,
+) -> None:
+    """Write the best adapter, or a trial's, alone or merged into its base, ready for from_pretrained."""
+    with _told_errors():
+        from orchestrator.export import export as export_trial
+        from orchestrator.results.storage import SweepFolder
+
+        exported = export_trial(SweepFolder(folder), trial, to, merge=merge, force=force)
+        if merge and exported.kind == "full":
+            _say("the trial trained all weights: there is no adapter to merge")
+        print(f"trial {exported.trial.trial_id} is in {exported.folder}; load it with {exported.loader}")
+
+
+@app.command()
 def estimate() -> None:
     """Read JSON lines, write JSON lines: one memory estimate a line."""
     with _told_errors():

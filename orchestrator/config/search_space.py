@@ -93,10 +93,12 @@ def _tag(raw: Any) -> str:
     return "list"
 
 
-def _domain(annotation: Any) -> Any:
+def _domain(setting: str, annotation: Any) -> Any:
+    # A class with a name of its own: pydantic's for the generic one is its whole annotation spelled out.
+    choice = create_model(setting.title().replace("_", "") + "Choice", __base__=Choice[annotation])
     return Annotated[
         Annotated[tuple[annotation, ...], Field(min_length=1), Tag("list")]
-        | Annotated[Choice[annotation], Tag("choice")]
+        | Annotated[choice, Tag("choice")]
         | Annotated[Uniform, Tag("uniform")]
         | Annotated[LogUniform, Tag("log_uniform")]
         | Annotated[IntRange, Tag("int")]
@@ -110,7 +112,7 @@ Space: type[_Part] = create_model(  # type: ignore[call-overload]
     "Space",
     __base__=_Part,
     **{
-        name: (_domain(annotation) | None, Field(None, description=TrialConfig.model_fields[name].description))
+        name: (_domain(name, annotation) | None, Field(None, description=TrialConfig.model_fields[name].description))
         for name, annotation in get_type_hints(TrialConfig, include_extras=True).items()
         if name in TrialConfig.model_fields
     },

@@ -183,6 +183,10 @@ def _sentence(detail: Any, path: Path_) -> str:
         return _unknown_key(path)
     if kind == "tuple_type":
         return "takes a list of values, `{choice: [...]}` or a range"
+    if kind in ("model_type", "dict_type"):
+        return f"takes keys with values, not {value!r}"
+    if kind == "string_pattern_mismatch":
+        return f"takes letters, digits, `-`, `_` and `.`, and begins with a letter or digit, not {value!r}"
     if kind == "too_short":
         return "is empty: name at least one value"
     if kind == "literal_error" and isinstance(value, str):

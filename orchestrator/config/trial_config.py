@@ -42,7 +42,7 @@ class TrialConfig(BaseModel):
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, title="Trial settings"
     )
 
-    rank: Annotated[int, Field(ge=1, le=65536)] | Literal["full"] = 16
+    rank: Annotated[int, Field(strict=True, ge=1, le=65536)] | Literal["full"] = 16
     """LoRA rank, or `full` to train all weights without an adapter."""
     alpha: Annotated[float, Field(gt=0)] | AlphaMultiple = "2x"
     """LoRA's scaling numerator; `2x` is twice the rank."""
@@ -66,11 +66,11 @@ class TrialConfig(BaseModel):
     attention: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
     """Attention kernel, transformers' `attn_implementation`."""
 
-    global_batch_size: Annotated[int, Field(ge=1, le=2**20)] = 16
+    global_batch_size: Annotated[int, Field(strict=True, ge=1, le=2**20)] = 16
     """Sequences an optimizer step over all workers; accumulation follows from it."""
-    micro_batch_size: Annotated[int, Field(ge=1, le=2**16)] | Literal["auto"] = "auto"
+    micro_batch_size: Annotated[int, Field(strict=True, ge=1, le=2**16)] | Literal["auto"] = "auto"
     """Sequences a worker and forward pass; `auto` is the largest that the memory estimate fits."""
-    sequence_length: Annotated[int, Field(ge=8, le=2**22)] = 512
+    sequence_length: Annotated[int, Field(strict=True, ge=8, le=2**22)] = 512
     """Tokens a sequence at most; longer rows are cut."""
     packing: bool = False
     """Fill every sequence with as many rows as fit; rows do not see each other."""
@@ -81,7 +81,7 @@ class TrialConfig(BaseModel):
     """Peak learning rate."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """What the learning rate does after the warm-up, until `max_steps`."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Annotated[int, Field(strict=True, ge=0)] = 0
     """Optimizer steps over which the learning rate rises from 0."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
     """AdamW's decoupled weight decay."""
@@ -89,11 +89,11 @@ class TrialConfig(BaseModel):
     """The optimizer of the trainable weights; `adamw_8bit` is bitsandbytes' and needs a GPU."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are clipped to this global norm."""
-    max_steps: Annotated[int, Field(ge=1, le=10**8)] = 100
+    max_steps: Annotated[int, Field(strict=True, ge=1, le=10**8)] = 100
     """Optimizer steps of a trial that nothing stops."""
-    eval_every: Annotated[int, Field(ge=1)] = 20
+    eval_every: Annotated[int, Field(strict=True, ge=1)] = 20
     """Optimizer steps between two evaluations; the last step is always evaluated."""
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**31)] = 0
     """Seed of adapter, data order and dropout; repeat n of a configuration takes seed + n."""
 
     @model_validator(mode="before")

@@ -115,8 +115,8 @@ def score_bytes(config: TrialConfig, shape: ModelShape, width: Widths, keeps: bo
     """Attention scores of a layer and sequence: kept for the backward pass, or alive within it besides.
 
     Only kernels that write them out have any: eager (softmax in fp32 and its cast), and torch's plain kernel, which
-    `sdpa` falls back to in fp32 with grouped queries (torch 2.6, sdp_utils.cpp: the memory-efficient kernel has no
-    enable_gqa, flash has no fp32).
+    `sdpa` falls back to in fp32 with grouped queries (torch 2.6 to 2.13, sdp_utils.cpp: the memory-efficient kernel
+    takes no enable_gqa, flash no fp32).
     """
     if not writes_scores(config, shape, width):
         return 0.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict
 from typing import Any
 
 from pydantic import ValidationError
@@ -58,8 +57,16 @@ def _estimated(raw: Mapping[str, Any], config_of: ConfigOf, shapes: dict[str, Mo
     memory = estimate(config, shape, workers, "cuda", has_bf16=True)
     if memory_bytes is not None and memory.device_bytes > memory_bytes:
         reasons.append(f"needs {memory.device_bytes:,} bytes of {memory_bytes:,}: lower micro_batch_size or use nf4")
-    figures = {name: value for name, value in asdict(memory).items() if name != "parts"}
-    return {**figures, "parts": asdict(memory.parts), "feasible": not reasons, "reasons": reasons}
+    return {
+        "allocated_bytes": memory.allocated_bytes,
+        "reserved_bytes": memory.reserved_bytes,
+        "device_bytes": memory.device_bytes,
+        "low_bytes": memory.low_bytes,
+        "high_bytes": memory.high_bytes,
+        "parts": memory.parts.by_name(),
+        "feasible": not reasons,
+        "reasons": reasons,
+    }
 
 
 def _whole(raw: Mapping[str, Any], name: str, default: int | None, most: int) -> int | None:
@@ -87,9 +94,8 @@ def _gpu(memory_bytes: int | None) -> Hardware:
 
 def _largest(config: TrialConfig, shape: ModelShape, workers: int, memory_bytes: int | None) -> TrialConfig:
     share = max(1, config.global_batch_size // workers)
-    fits = config.model_copy(update={"micro_batch_size": 1})
-    for micro in (n for n in range(1, share + 1) if share % n == 0):
+    for micro in (n for n in range(share, 0, -1) if share % n == 0):
         tried = config.model_copy(update={"micro_batch_size": micro})
         if memory_bytes is None or estimate(tried, shape, workers, "cuda", True).device_bytes <= memory_bytes:
-            fits = tried
-    return fits
+            return tried
+    return config.model_copy(update={"micro_batch_size": 1})

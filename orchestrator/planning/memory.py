@@ -9,7 +9,7 @@ twice. The parts are those of that moment, so that they sum to `allocated_bytes`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from orchestrator.config.trial_config import Precision, TrialConfig
@@ -26,6 +26,10 @@ CONTEXT_BYTES = 450 * 2**20
 """CUDA context and libraries, as the driver reports them over torch's own figure (cuBLAS and cuDNN loaded)."""
 WORKSPACE_BYTES = 64 * 2**20
 """cuBLAS workspaces and what else is allocated once."""
+UNCOUNTED = 0.04
+"""What is alive besides, as a share of all but the weights: operators' temporaries, and blocks of torch's allocator
+that are rounded up. Fitted: it halves how often calibration points are under-predicted by over 5 %, at the same mean
+error."""
 FRAGMENTATION = 1.08
 """What torch's caching allocator reserves over the bytes that it gave out at its peak."""
 FRAGMENTATION_SHARDED = 1.18
@@ -65,12 +69,26 @@ class MemoryParts:
     @property
     def total(self) -> int:
         """Their sum."""
-        return sum(getattr(self, name) for name in self.__slots__)
+        return sum(self.by_name().values())
 
     @property
     def biggest(self) -> str:
         """The name of the largest part."""
-        return max(self.__slots__, key=lambda name: int(getattr(self, name)))
+        parts = self.by_name()
+        return max(parts, key=parts.__getitem__)
+
+    def by_name(self) -> dict[str, int]:
+        """As the contract names them; written out, since `dataclasses.asdict` costs more than the whole estimate."""
+        return {
+            "weights": self.weights,
+            "adapter": self.adapter,
+            "gradients": self.gradients,
+            "optimizer": self.optimizer,
+            "activations": self.activations,
+            "logits": self.logits,
+            "communication": self.communication,
+            "framework": self.framework,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +155,7 @@ def memory_parts(config: TrialConfig, shape: ModelShape, workers: int, width: Wi
     optimizer_bytes = 0 if config.offload != "none" else _optimizer_bytes(config, width) * trainable / shards[1]
     host_parameters = config.offload == "optimizer_and_parameters"
     activations, logits = _worst_moment(config, shape, width)
-    parts = MemoryParts(
+    counted = MemoryParts(
         weights=0 if host_parameters else int(weights / shards[3]),
         adapter=0 if host_parameters else int(adapter_weights * width.adapter / shards[3]),
         gradients=int(trainable * _gradient_bytes(config, width) / shards[2]),
@@ -145,8 +163,10 @@ def memory_parts(config: TrialConfig, shape: ModelShape, workers: int, width: Wi
         activations=int(activations),
         logits=int(logits),
         communication=int(_communication(config, shape, width, trainable, workers)),
-        framework=WORKSPACE_BYTES,
+        framework=0,
     )
+    uncounted = int(UNCOUNTED * (counted.total - counted.weights))
+    parts = replace(counted, framework=WORKSPACE_BYTES + uncounted)
     loading = _loading(shape, width) if config.precision.is_quantized and config.zero_stage < 3 else 0
     if loading > parts.total - parts.framework:
         return MemoryParts(loading, 0, 0, 0, 0, 0, 0, WORKSPACE_BYTES)

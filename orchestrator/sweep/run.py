@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
-import signal
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 from ray import tune
 
-from orchestrator.config.sweep_config import BudgetConfig, SweepConfig
+from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.sweep_file import load, to_yaml
 from orchestrator.errors import FolderError, StorageError
 from orchestrator.planning.plan import PlannedTrial
@@ -31,6 +28,7 @@ from orchestrator.sweep.preparation import Prepared, prepare
 from orchestrator.sweep.progress import Progress
 from orchestrator.sweep.recorder import Recorder
 from orchestrator.sweep.scheduler import describe, make_scheduler
+from orchestrator.sweep.stopper import Stopper, signals_to
 from orchestrator.sweep.tracking import Tracker
 from orchestrator.sweep.trial import TrialOnWorkers
 from orchestrator.training.task import TrialTask
@@ -141,7 +139,7 @@ def _run_prepared(
         if record.mlflow_run_id is None and record.status is not TrialStatus.PENDING:
             tracker.track(record)
     _say_start(records, prepared, say)
-    with progress, _signals_to(stopper):
+    with progress, signals_to(stopper):
         _tune(prepared, folder, records, recorder, stopper, board, isolation)
     recorder.cancel_rest(stopper.reason or "the sweep ended before it: run the same command again")
     return _finish(result, recorder, tracker, folder, stopper, say)
@@ -241,21 +239,29 @@ def _tune(
             scheduler=make_scheduler(prepared.sweep),
             max_concurrent_trials=prepared.slots,
             reuse_actors=True,
-            trial_name_creator=lambda trial: trial.config["trial_id"],
-            trial_dirname_creator=lambda trial: trial.config["trial_id"],
+            trial_name_creator=_name,
+            trial_dirname_creator=_name,
         ),
-        run_config=tune.RunConfig(
-            name=folder.tune.name,
-            storage_path=str(folder.root),
-            callbacks=[recorder],
-            stop=stopper,
-            verbose=0,
-            # Trials save themselves; Tune's own checkpoint would only be asked for and thrown away.
-            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-            failure_config=tune.FailureConfig(max_failures=2),
-        ),
+        run_config=_run_config(folder, recorder, stopper),
     )
     tuner.fit()
+
+
+def _name(trial: Any) -> str:
+    return str(trial.config["trial_id"])
+
+
+def _run_config(folder: SweepFolder, recorder: Recorder, stopper: Stopper) -> tune.RunConfig:
+    return tune.RunConfig(
+        name=folder.tune.name,
+        storage_path=str(folder.root),
+        callbacks=[recorder],
+        stop=stopper,
+        verbose=0,
+        # Trials save themselves; Tune's own checkpoint would only be asked for and thrown away.
+        checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+        failure_config=tune.FailureConfig(max_failures=2),
+    )
 
 
 def _task(record: TrialResult, prepared: Prepared, folder: SweepFolder) -> TrialTask:
@@ -301,62 +307,3 @@ def _finish(
     if tracked:
         tracker.close_parent(result, statistics.best_trial(result))
     return Outcome(result, tracked)
-
-
-class Stopper(tune.Stopper):
-    """Ends the whole sweep cleanly: on Ctrl-C, on SIGTERM, or when a limit of the budget is reached."""
-
-    def __init__(self, board: Any, budget: BudgetConfig, gpu_hours_spent: Callable[[], float]) -> None:
-        self._board, self._budget, self._gpu_hours_spent = board, budget, gpu_hours_spent
-        self._started = time.monotonic()
-        self.reason: str | None = None
-        self.interrupted = False
-        self._told = False
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """No single trial is stopped here."""
-        return False
-
-    def interrupt(self, signal_name: str) -> None:
-        """A signal asks for the end."""
-        self.interrupted = True
-        self.reason = f"interrupted ({signal_name}): run the same command again to go on"
-
-    def stop_all(self) -> bool:
-        """Asked by Tune in every round of its loop."""
-        if self.reason is None and (limit := self._limit_reached()):
-            self.reason = f"{limit} is used up: raise it and run the same command again to go on"
-        if self.reason and not self._told:
-            self._told = True
-            # Slots that wait for a report would not hear Tune's stop before their trial ends.
-            self._board.stop_all.remote()
-        return self.reason is not None
-
-    def _limit_reached(self) -> str | None:
-        hours, gpu_hours = self._budget.hours, self._budget.gpu_hours
-        if hours and time.monotonic() - self._started > hours * 3600:
-            return "budget.hours"
-        if gpu_hours and self._gpu_hours_spent() > gpu_hours:
-            return "budget.gpu_hours"
-        return None
-
-
-@contextmanager
-def _signals_to(stopper: Stopper) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM ends the sweep cleanly, a second one at once."""
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if stopper.interrupted:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        stopper.interrupt(signal.Signals(number).name)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -107,6 +107,23 @@ def test_a_missing_file_names_its_nearest_neighbour(tmp_path: Path) -> None:
         load(tmp_path / "swep.yaml")
 
 
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        ("trial.rank=true", "valid integer"),
+        ("trial=5", "takes keys with values"),
+        ("name=../x", "takes letters"),
+        ("name=<script>", "takes letters"),
+        ("trial.learning_rate=.nan", "finite"),
+        ("storage=s3://bucket/x", "not supported yet"),
+        ("search.repeats=0", "greater than or equal to 1"),
+    ],
+)
+def test_a_value_that_cannot_be_meant_is_refused(tmp_path: Path, key: str, told: str) -> None:
+    with pytest.raises(SweepFileError, match=told):
+        load(write(tmp_path, yaml.safe_dump(SMALL)), [key])
+
+
 def test_an_override_wins_and_moves_a_setting_from_space_to_trial(tmp_path: Path) -> None:
     file = write(tmp_path, yaml.safe_dump(SMALL | {"space": {"rank": [8, 16], "dora": [True, False]}}))
     sweep = load(file, ["trial.rank=4", "trial.max_steps=20"])

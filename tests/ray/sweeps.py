@@ -15,7 +15,7 @@ import yaml
 from orchestrator.results.records import SweepResult, TrialResult
 from orchestrator.results.storage import SweepFolder, read_sweep
 
-LIMIT_S = 200.0
+LIMIT_S = 300.0
 BASE: dict[str, Any] = {
     "name": "test",
     "model": "builtin:tiny-llama",

@@ -17,7 +17,7 @@ import pytest
 from tests.ray.sweeps import start
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(500)
 
 
 def free_port() -> int:

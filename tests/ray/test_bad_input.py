@@ -8,7 +8,7 @@ import pytest
 
 from tests.ray.sweeps import start
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(400)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from orchestrator.results.records import TrialStatus
 from tests.ray.sweeps import command_of, processes_of, start, trial_processes
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 
 
 def client_of(storage: Path) -> MlflowClient:
@@ -80,10 +80,10 @@ def test_ctrl_c_saves_the_state_and_the_same_command_goes_on(tmp_path: Path) -> 
     keys = {
         "space": {"rank": [2, 4, 8]},
         "trial": {"max_steps": 200, "eval_every": 50},
-        "resources": {"cpus_per_worker": 2},
+        "resources": {"max_concurrent": 1},
     }
     run = start(tmp_path, **keys)
-    wait_until(run_statuses(run), lambda seen: seen.count("completed") >= 1, 120)
+    wait_until(run_statuses(run), lambda seen: seen.count("completed") >= 1, 200)
     below = processes_of(run)
     run.process.send_signal(signal.SIGINT)
     exit_code, _, err = run.wait()
@@ -110,10 +110,10 @@ def test_a_killed_driver_leaves_no_process_and_the_same_command_goes_on(tmp_path
     keys = {
         "space": {"rank": [2, 4]},
         "trial": {"max_steps": 300, "eval_every": 50},
-        "resources": {"cpus_per_worker": 2},
+        "resources": {"max_concurrent": 1},
     }
     run = start(tmp_path, **keys)
-    wait_until(run_statuses(run), lambda seen: "completed" in seen and "running" in seen, 120)
+    wait_until(run_statuses(run), lambda seen: "completed" in seen and "running" in seen, 200)
     wait_until(lambda: trial_processes(run), bool, 30)
     below = processes_of(run)
     # Ray's own two agents outlive a raylet that was killed with its driver (ray 2.60.0); they hold nothing of ours.
@@ -151,10 +151,10 @@ def test_a_trial_that_dies_harms_no_other_and_a_lost_worker_is_replaced(tmp_path
         tmp_path,
         space={"rank": [1, 2, 4, 8]},
         trial={"max_steps": 120, "eval_every": 40},
-        resources={"cpus_per_worker": 2},
+        resources={"max_concurrent": 1},
     )
     # The first trial's own process ends as a crash would; the second one's Ray worker is taken away.
-    crashed = wait_until(lambda: trial_processes(run), bool, 120)[0]
+    crashed = wait_until(lambda: trial_processes(run), bool, 200)[0]
     crashed.send_signal(signal.SIGABRT)
     wait_until(run_statuses(run), lambda seen: "failed" in seen, 30)
     wait_until(lambda: trial_processes(run), bool, 30)
@@ -171,7 +171,7 @@ def test_a_trial_that_dies_harms_no_other_and_a_lost_worker_is_replaced(tmp_path
 
 def test_twenty_trials_on_two_cpus_end_and_leave_nothing_behind(tmp_path: Path) -> None:
     run = start(tmp_path, space={"rank": list(range(1, 21))}, trial={"max_steps": 2, "eval_every": 1})
-    wait_until(lambda: trial_processes(run), bool, 120)
+    wait_until(lambda: trial_processes(run), bool, 200)
     below = processes_of(run)
     exit_code, _, err = run.wait()
     assert exit_code == 0, err

@@ -26,7 +26,7 @@ from orchestrator.training.task import TrialEnd, TrialProgress, TrialTask
 from tests.ray.sweeps import command_of
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 MODEL = "builtin:tiny-llama"
 LIMIT_S = 120.0
 

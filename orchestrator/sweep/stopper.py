@@ -1,0 +1,74 @@
+"""Ending a whole sweep cleanly: a signal from outside, or a limit of the budget."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from ray import tune
+
+from orchestrator.config.sweep_config import BudgetConfig
+
+
+class Stopper(tune.Stopper):
+    """Ends the whole sweep cleanly: on Ctrl-C, on SIGTERM, or when a limit of the budget is reached."""
+
+    def __init__(self, board: Any, budget: BudgetConfig, gpu_hours_spent: Callable[[], float]) -> None:
+        self._board, self._budget, self._gpu_hours_spent = board, budget, gpu_hours_spent
+        self._started = time.monotonic()
+        self.reason: str | None = None
+        self.interrupted = False
+        self._told = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """No single trial is stopped here."""
+        return False
+
+    def interrupt(self, signal_name: str) -> None:
+        """A signal asks for the end."""
+        self.interrupted = True
+        self.reason = f"interrupted ({signal_name}): run the same command again to go on"
+
+    def stop_all(self) -> bool:
+        """Asked by Tune in every round of its loop."""
+        if self.reason is None and (limit := self._limit_reached()):
+            self.reason = f"{limit} is used up: raise it and run the same command again to go on"
+        if self.reason and not self._told:
+            self._told = True
+            # Slots that wait for a report would not hear Tune's stop before their trial ends.
+            self._board.stop_all.remote()
+        return self.reason is not None
+
+    def _limit_reached(self) -> str | None:
+        hours, gpu_hours = self._budget.hours, self._budget.gpu_hours
+        if hours and time.monotonic() - self._started > hours * 3600:
+            return "budget.hours"
+        if gpu_hours and self._gpu_hours_spent() > gpu_hours:
+            return "budget.gpu_hours"
+        return None
+
+
+@contextmanager
+def signals_to(stopper: Stopper) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM ends the sweep cleanly, a second one at once."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stopper.interrupted:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        stopper.interrupt(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
