@@ -107,7 +107,7 @@ def test_trials_share_a_gpu_by_the_memory_of_the_largest() -> None:
     assert plan(A100, trial=small, resources={"gpus_per_worker": 1}).concurrent == 8
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(
     rank=st.integers(1, 256),
     micro=st.integers(1, 16),
@@ -135,6 +135,7 @@ def test_more_of_anything_never_takes_less_memory(
     assert before.allocated_bytes < before.reserved_bytes < before.device_bytes
 
 
+@settings(deadline=None)
 @given(st.sampled_from(["fp32", "bf16", "nf4"]), st.integers(2, 64))
 def test_a_higher_zero_stage_never_holds_more_model_states(precision: str, workers: int) -> None:
     from orchestrator.planning.memory import _bytes_of
