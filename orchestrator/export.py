@@ -33,8 +33,8 @@ COPIED = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "c
 CARD = "README.md"
 FROM_BUILTIN = {
     "builtin:smollm2-135m": (
-        "The base is SmolLM2-135M-Instruct (Apache-2.0) as a package ships it in 4 bits, dequantised: its outputs differ "
-        "from those of the published weights."
+        "The base is SmolLM2-135M-Instruct (Apache-2.0) as a package ships it in 4 bits, dequantised: its outputs "
+        "differ from those of the published weights."
     )
 }
 
@@ -198,15 +198,18 @@ def _copy(weights: Path, to: Path) -> None:
 
 def _point_at_base(to: Path, base: _Base, kind: Kind) -> None:
     """The trial's files name a folder of the machine that trained, and are set for training."""
-    name = "adapter_config.json" if kind == "adapter" else "config.json"
+    file = to / ("adapter_config.json" if kind == "adapter" else "config.json")
     changes: dict[str, Any] = (
         {"base_model_name_or_path": base.name}
         if kind == "adapter"
         # Training keeps no cache, and `generate` would go without it too.
         else {"use_cache": base.config.get("use_cache", True)}
     )
-    raw = json.loads((to / name).read_text(encoding="utf-8"))
-    (to / name).write_text(json.dumps({**raw, **changes}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError) as error:
+        raise InputError(f"the trial's {file.name} is missing or damaged: name another with --trial") from error
+    file.write_text(json.dumps({**raw, **changes}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _merge(base: str, adapter: Path, trial: TrialResult, to: Path) -> None:
@@ -220,7 +223,7 @@ def _merge(base: str, adapter: Path, trial: TrialResult, to: Path) -> None:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
     dtype = merged_dtype(trial.config.precision)
     try:
         model = AutoModelForCausalLM.from_pretrained(

@@ -1,0 +1,214 @@
+"""A trial out of a sweep: what `from_pretrained` reads is what the trial trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from typer.testing import CliRunner
+
+from orchestrator.cli import app
+from orchestrator.errors import InputError, StorageError
+from orchestrator.export import export
+from orchestrator.results.records import TrialResult, TrialStatus
+from orchestrator.results.storage import SweepFolder
+from orchestrator.training import model as models
+from tests.made_up_sweep import made_up_sweep, made_up_trial, write_made_up
+from tests.training.conftest import TINY
+from tests.training.launch import make_task, run_trial
+
+CPU = torch.device("cpu")
+INPUT_IDS = torch.arange(5, 37).reshape(2, 16)
+FILES = {"README.md", "chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+
+
+def a_sweep(root: Path, tiny_model: Path, *all_settings: dict[str, Any]) -> SweepFolder:
+    """A sweep whose trials have adapters that were not trained, and yet do something; later ones are worse."""
+    trials = []
+    for place, settings in enumerate(all_settings):
+        shared = TINY.model_dump(mode="json", exclude={"seed"})
+        trials.append(made_up_trial({**shared, **settings}, objective=2.0 + place))
+    folder = write_made_up(root, made_up_sweep(trials, searched=("rank",)))
+    for trial in trials:
+        model = models.build(trial.config, tiny_model, "fp32", CPU, zero3=None)
+        torch.manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and ("lora_B" in name or trial.config.trains_all_weights):
+                parameter.data.normal_(std=0.05)
+        models.save(model, folder.trial(trial.trial_id).adapter, writes=True)
+    return folder
+
+
+@torch.no_grad()
+def logits_of(model: torch.nn.Module) -> torch.Tensor:
+    result: torch.Tensor = model.eval()(input_ids=INPUT_IDS).logits
+    return result
+
+
+def base_plus_adapter(folder: SweepFolder, tiny_model: Path, trial: TrialResult) -> torch.Tensor:
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    return logits_of(PeftModel.from_pretrained(base, folder.trial(trial.trial_id).adapter))
+
+
+def test_the_best_trials_adapter_loads_with_plain_from_pretrained(tiny_model: Path, tmp_path: Path) -> None:
+    folder = a_sweep(tmp_path / "sweep", tiny_model, {"rank": 4}, {"rank": 8})
+    done = export(folder, None, tmp_path / "out", merge=False, force=False)
+    assert (done.trial.config.rank, done.kind) == (4, "adapter")
+    assert {file.name for file in done.folder.iterdir()} == {
+        *FILES,
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    assert json.loads((done.folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tiny_model)
+    loaded = AutoPeftModelForCausalLM.from_pretrained(done.folder)
+    torch.testing.assert_close(logits_of(loaded), base_plus_adapter(folder, tiny_model, done.trial))
+    assert GenerationConfig.from_pretrained(done.folder).eos_token_id == 0
+    tokenizer = AutoTokenizer.from_pretrained(done.folder)
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+    assert chat == "<|user|>\nHello<|end|>\n"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"rslora": True}, {"dora": True}, {"precision": "nf4", "target_modules": "all-linear"}, {"precision": "int8"}],
+    ids=lambda settings: "-".join(settings) + str(settings.get("precision", "")),
+)
+def test_a_merged_model_answers_as_base_plus_adapter(
+    settings: dict[str, Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = a_sweep(tmp_path / "sweep", tiny_model, settings)
+    done = export(folder, None, tmp_path / "out", merge=True, force=False)
+    assert {file.name for file in done.folder.iterdir()} == {*FILES, "config.json", "model.safetensors"}
+    merged = AutoModelForCausalLM.from_pretrained(done.folder)
+    assert not isinstance(merged, PeftModel)
+    assert merged.dtype == torch.float32
+    assert not hasattr(merged.config, "quantization_config")
+    expected = base_plus_adapter(folder, tiny_model, done.trial)
+    torch.testing.assert_close(logits_of(merged), expected, rtol=1e-4, atol=1e-4)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    assert (logits_of(base) - expected).abs().max() > 0.01
+
+
+def test_a_bf16_trial_merges_into_bf16_weights(tiny_model: Path, tmp_path: Path) -> None:
+    folder = a_sweep(tmp_path / "sweep", tiny_model, {"precision": "bf16"})
+    done = export(folder, None, tmp_path / "out", merge=True, force=False)
+    merged = AutoModelForCausalLM.from_pretrained(done.folder)
+    assert merged.dtype == torch.bfloat16
+    expected = base_plus_adapter(folder, tiny_model, done.trial)
+    # 8 bits of mantissa, over two layers.
+    torch.testing.assert_close(logits_of(merged.float()), expected, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_full_fine_tune_is_copied_whole(merge: bool, tiny_model: Path, tmp_path: Path) -> None:
+    folder = a_sweep(tmp_path / "sweep", tiny_model, {"rank": "full"})
+    done = export(folder, None, tmp_path / "out", merge=merge, force=False)
+    assert done.kind == "full"
+    trained = AutoModelForCausalLM.from_pretrained(folder.trial(done.trial.trial_id).adapter)
+    loaded = AutoModelForCausalLM.from_pretrained(done.folder)
+    torch.testing.assert_close(logits_of(loaded), logits_of(trained))
+    assert loaded.config.use_cache
+
+
+def test_a_trained_trial_is_exported_with_a_card_that_tells_its_story(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    record = made_up_trial(TINY.model_dump(mode="json", exclude={"seed"})).model_copy(update={"mlflow_run_id": "run17"})
+    folder = write_made_up(tmp_path / "sweep", made_up_sweep([record]))
+    outcome = run_trial(make_task(record.config, tiny_model, tiny_data, folder.trial(record.trial_id).root))
+    assert outcome.end.status == "completed", outcome.log
+    done = export(folder, record.trial_id, tmp_path / "out", merge=False, force=False)
+    loaded = AutoPeftModelForCausalLM.from_pretrained(done.folder)
+    torch.testing.assert_close(logits_of(loaded), base_plus_adapter(folder, tiny_model, record))
+    card = (done.folder / "README.md").read_text()
+    for told in (
+        "library_name: peft",
+        "How high a LoRA rank pays for itself?",
+        "| hash | d41d8cd98f00b204 |",
+        "| rank | 8 |",
+        "| eval_loss | 2.500 |",
+        "| MLflow run | run17 |",
+        "| torch | 2.13.0 |",
+        'AutoPeftModelForCausalLM.from_pretrained("this folder")',
+    ):
+        assert told in card
+    assert str(tmp_path) not in card
+
+
+def test_a_folder_that_exists_is_kept_unless_it_is_forced(tiny_model: Path, tmp_path: Path) -> None:
+    folder = a_sweep(tmp_path / "sweep", tiny_model, {})
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("keep me")
+    words = ["export", str(folder.root), "--to", str(out)]
+    refused = CliRunner().invoke(app, words)
+    assert refused.exit_code == 2
+    assert "exists already" in refused.stderr
+    assert [file.name for file in out.iterdir()] == ["mine.txt"]
+    forced = CliRunner().invoke(app, [*words, "--force"])
+    assert forced.exit_code == 0, forced.stderr
+    assert "peft.AutoPeftModelForCausalLM" in forced.stdout
+    assert not (out / "mine.txt").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "sweep"]
+
+
+@pytest.mark.parametrize("inside", ["", "sweep", "sweep/trials", "sweep/trials/any/adapter"])
+def test_force_never_removes_what_the_sweep_lives_in(inside: str, tiny_model: Path, tmp_path: Path) -> None:
+    folder = a_sweep(tmp_path / "sweep", tiny_model, {})
+    to = tmp_path / inside.replace("any", next(folder.trials()).root.name)
+    with pytest.raises(InputError, match="--force would remove"):
+        export(folder, None, to, merge=False, force=True)
+    assert next(folder.trials()).adapter.is_dir()
+
+
+def test_a_failed_export_leaves_nothing_and_the_old_folder_as_it_was(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = a_sweep(tmp_path / "sweep", tiny_model, {})
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("keep me")
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("orchestrator.export.model_card", full_disk)
+    with pytest.raises(StorageError, match="No space left"):
+        export(folder, None, out, merge=False, force=True)
+    assert [file.name for file in out.iterdir()] == ["mine.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "sweep"]
+
+
+def test_an_unknown_trial_hears_of_the_nearest(tiny_model: Path, tmp_path: Path) -> None:
+    folder = write_made_up(tmp_path / "sweep", made_up_sweep([made_up_trial({"rank": 8})]))
+    known = next(folder.trials()).root.name
+    with pytest.raises(InputError, match=f"did you mean {known}"):
+        export(folder, known[:-1], tmp_path / "out", merge=False, force=False)
+    with pytest.raises(InputError, match=f"there are {known}"):
+        export(folder, "zzz", tmp_path / "out", merge=False, force=False)
+
+
+@pytest.mark.parametrize(
+    ("status", "told"),
+    [(TrialStatus.INFEASIBLE, "it is infeasible .*27.1 GiB"), (TrialStatus.DIVERGED, "it is diverged .*loss became")],
+)
+def test_a_trial_without_an_adapter_says_why(status: TrialStatus, told: str, tmp_path: Path) -> None:
+    trial = made_up_trial({"rank": 8}, status=status)
+    folder = write_made_up(tmp_path / "sweep", made_up_sweep([trial]))
+    with pytest.raises(InputError, match=told):
+        export(folder, trial.trial_id, tmp_path / "out", merge=False, force=False)
+    with pytest.raises(InputError, match="no trial of made-up has been evaluated"):
+        export(folder, None, tmp_path / "out", merge=False, force=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_pickled_weights_are_never_copied(tiny_model: Path, tmp_path: Path) -> None:
+    folder = a_sweep(tmp_path / "sweep", tiny_model, {})
+    (next(folder.trials()).adapter / "adapter_model.bin").write_bytes(b"pickle")
+    done = export(folder, None, tmp_path / "out", merge=False, force=False)
+    assert not (done.folder / "adapter_model.bin").exists()
