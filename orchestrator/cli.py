@@ -192,6 +192,28 @@ def estimate() -> None:
 
 
 @app.command()
+def doctor(
+    address: Annotated[
+        str | None, typer.Option("--address", help="A Ray cluster, as 10.0.0.1:6379 or auto; none: this machine.")
+    ] = None,
+    storage: Annotated[str | None, typer.Option("--storage", help="Where sweeps are to be kept; none: sweeps.")] = None,
+    tracking_uri: Annotated[
+        str | None, typer.Option("--tracking-uri", help="An MLflow server; none: MLFLOW_TRACKING_URI.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Say what this machine or cluster can run, and of what it cannot, why and what to change."""
+    with _told_errors():
+        from orchestrator import doctor as doctors
+
+        found = doctors.examine(address, storage, tracking_uri)
+        print(found.model_dump_json(indent=1) if json else doctors.render(found))
+        for check in found.unreachable:
+            _say(f"error: {check.what}: {check.detail}")
+        raise typer.Exit(3 if found.unreachable else 0)
+
+
+@app.command()
 def schema() -> None:
     """Print the sweep file's JSON schema, for editors."""
     with _told_errors():

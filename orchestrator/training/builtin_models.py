@@ -125,8 +125,8 @@ def _convert_smollm2(folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    package = _smollm2_package()
-    if package is None or (missing := missing_part("smollm2-135m")):
+    package, missing = _smollm2_package(), missing_part("smollm2-135m")
+    if package is None or missing:
         raise ModelError(f"builtin:smollm2-135m: {missing}")
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=_SMOLLM2_FILE)
     loaded = AutoModelForCausalLM.from_pretrained(package, gguf_file=_SMOLLM2_FILE, dtype=torch.float32)

@@ -104,5 +104,6 @@ def test_every_command_that_a_document_shows_parses(document: Path) -> None:
 def test_the_documented_import_order_is_the_enforced_one() -> None:
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
-    table = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
-    assert table == layers
+    table = re.findall(r"^\| (`[\w`, ]+`) \|", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
+    # Modules of one row stand side by side: neither may import the other.
+    assert [row.replace("`", "").replace(", ", " | ") for row in table] == layers
