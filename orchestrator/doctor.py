@@ -429,9 +429,7 @@ def tracking_check(named: str | None, storage: Path) -> Check:
     parts = urlsplit(uri)
     what = f"tracking {_without_secret(uri)}"
     problem = _connect_problem(parts.scheme, parts.hostname, parts.port) or _mlflow_problem(uri)
-    detail = (
-        f"does not answer ({problem}): start it, or check the address and its credentials" if problem else "answers"
-    )
+    detail = f"cannot be used ({problem}): start it, or check its address and credentials" if problem else "answers"
     return Check(what=what, ok=problem is None, asked=named is not None, detail=detail)
 
 
@@ -455,7 +453,8 @@ def _mlflow_problem(uri: str) -> str | None:
     try:
         MlflowClient(uri).search_experiments(max_results=1)
     except (MlflowException, OSError) as error:
-        return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        return f"{first[:200]}…" if len(first) > 200 else first
     return None
 
 

@@ -180,7 +180,7 @@ def test_what_was_asked_for_and_cannot_be_reached_ends_with_3(tmp_path: Path, cl
     checks = {check["what"].split()[0]: check for check in json.loads(result.stdout)["checks"]}
     assert [check["ok"] for check in checks.values()] == [False, False]
     assert "name another with --storage" in checks["storage"]["detail"]
-    assert "does not answer" in checks["tracking"]["detail"]
+    assert "cannot be used" in checks["tracking"]["detail"]
     assert "secret" not in result.stdout + result.stderr
 
 
