@@ -284,7 +284,7 @@ def _config_of(folder: SweepFolder) -> SweepConfig | None:
 
 
 def model_card(sweep: SweepResult, trial: TrialResult, kind: Kind, config: SweepConfig | None) -> str:
-    """README.md: what was asked, trained, measured, and with what; paths of this machine stay out of it."""
+    """README.md: what was asked, trained and measured, on what data and with what; of a local base only its name."""
     on_hub = not sweep.model.startswith("builtin:") and not Path(sweep.model).expanduser().exists()
     head = {
         "library_name": "peft" if kind == "adapter" else "transformers",
@@ -389,7 +389,7 @@ def _provenance(sweep: SweepResult, trial: TrialResult, config: SweepConfig | No
         "sweep": f"{sweep.name} ({sweep.sweep_id})",
         "MLflow run": trial.mlflow_run_id or quantities.UNKNOWN,
         "MLflow parent run": sweep.mlflow_run_id or quantities.UNKNOWN,
-        "MLflow server": _without_secret(server) if server else "the sweep's own database",
+        "MLflow server": _without_secret(server) if server else "none named in the sweep file",
         "devices": ", ".join(dict.fromkeys(trial.devices)) or quantities.UNKNOWN,
     }
     if trial.git:

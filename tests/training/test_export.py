@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from typer.testing import CliRunner
 
 from orchestrator.cli import app
+from orchestrator.config.sweep_config import DataConfig, SweepConfig, TrackingConfig
+from orchestrator.config.sweep_file import to_yaml
 from orchestrator.errors import InputError, StorageError
 from orchestrator.export import export
 from orchestrator.results.records import TrialResult, TrialStatus
@@ -120,6 +122,10 @@ def test_a_trained_trial_is_exported_with_a_card_that_tells_its_story(
 ) -> None:
     record = made_up_trial(TINY.model_dump(mode="json", exclude={"seed"})).model_copy(update={"mlflow_run_id": "run17"})
     folder = write_made_up(tmp_path / "sweep", made_up_sweep([record]))
+    data = DataConfig(train="builtin:python-docs", eval=0.1)
+    tracking = TrackingConfig(uri="http://me:secret@mlflow:5000")
+    asked = SweepConfig(name="made-up", model="builtin:tiny-llama", data=data, tracking=tracking)
+    folder.sweep_file.write_text(to_yaml(asked))
     outcome = run_trial(make_task(record.config, tiny_model, tiny_data, folder.trial(record.trial_id).root))
     assert outcome.end.status == "completed", outcome.log
     done = export(folder, record.trial_id, tmp_path / "out", merge=False, force=False)
@@ -130,6 +136,8 @@ def test_a_trained_trial_is_exported_with_a_card_that_tells_its_story(
         "library_name: peft",
         "How high a LoRA rank pays for itself?",
         "| hash | d41d8cd98f00b204 |",
+        "| train | builtin:python-docs |",
+        "| MLflow server | http://mlflow:5000 |",
         "| rank | 8 |",
         "| eval_loss | 2.500 |",
         "| MLflow run | run17 |",
