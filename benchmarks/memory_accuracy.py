@@ -14,12 +14,19 @@ import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from orchestrator.config.trial_config import TrialConfig
-from orchestrator.planning.memory import FRAGMENTATION, FRAGMENTATION_SHARDED, MemoryEstimate, estimate
+from orchestrator.planning.memory import (
+    FRAGMENTATION,
+    FRAGMENTATION_SHARDED,
+    MemoryEstimate,
+    _bytes_of,
+    estimate,
+    memory_parts,
+)
 from orchestrator.planning.model_shape import ModelShape, shape_of
 
 GIB = 2**30
@@ -49,7 +56,7 @@ def point(row: Row) -> Point:
     """Bring a row to our settings and predict it."""
     shape = shape_of(_config(row))
     trial = _trial(row)
-    told = _adapted(row, trial, shape, estimate(trial, shape, int(row["num_gpus"]), "cuda", has_bf16=True))
+    told = _adapted(row, trial, shape, _estimated(row, trial, shape))
     allocated, low, high = told
     # Without sharding too, FSDP copies its flat parameters' gradients from layer to layer.
     reserved = FRAGMENTATION_SHARDED if row["source"] == "fsdp_qlora" else FRAGMENTATION
@@ -66,6 +73,21 @@ def point(row: Row) -> Point:
         if row["zero_stage"] == "fsdp"
         else zero2_model_states(shape.parameters, int(row["num_gpus"])),
     )
+
+
+def _estimated(row: Row, trial: TrialConfig, shape: ModelShape) -> MemoryEstimate:
+    told = estimate(trial, shape, int(row["num_gpus"]), "cuda", has_bf16=True)
+    if row["source"] != "canifinetune" or not trial.precision.is_quantized:
+        return told
+    # Its loop has no autocast: after prepare_model_for_kbit_training attention, adapters and head compute in fp32.
+    width = replace(_bytes_of(trial, "cuda", has_bf16=True), attention=4, adapter_input=4, logits=4)
+    parts = memory_parts(trial, shape, 1, width)
+    assert told.allocated_bytes is not None
+    assert told.low_bytes is not None
+    assert told.high_bytes is not None
+    more = parts.total / told.allocated_bytes
+    low, high = int(told.low_bytes * more), int(told.high_bytes * more)
+    return replace(told, allocated_bytes=parts.total, low_bytes=low, high_bytes=high, parts=parts)
 
 
 def zero2_model_states(parameters: int, gpus: int) -> int:
@@ -106,7 +128,8 @@ def _config(row: Row) -> dict[str, Any]:
 
 
 def _trial(row: Row) -> TrialConfig:
-    nf4, family = row["quant"].startswith("nf4"), _config(row)["model_type"]
+    # canifinetune's one "lora" row names a quantisation that its bf16-sized load (0.93 GiB) shows was not used.
+    nf4, family = row["quant"].startswith("nf4") and row["method"] == "qlora", _config(row)["model_type"]
     targets: Any = tuple(row["target_modules"].split(";")) if row["source"] == "fsdp_qlora" else "attention"
     if row["source"].startswith("litgpt"):
         # Its query and value adapters hang on the fused projection, so that one input is kept.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from orchestrator.config.trial_config import TrialConfig
+from orchestrator.config.trial_config import Precision, TrialConfig
 from orchestrator.planning.model_shape import Matrix, ModelShape, targeted
 
 
@@ -30,6 +30,9 @@ class Widths:
     dequantised: int
     """A quantised weight while it is used; 0 where none is."""
     adapter: int
+    adapter_input: int
+    """What an adapter's product was given: autocast casts it, and so does PEFT where the types differ."""
+    logits: int
     on_gpu: bool = True
 
 
@@ -52,7 +55,7 @@ def layer_bytes_per_token(config: TrialConfig, shape: ModelShape, width: Widths)
     if shape.experts:
         # A copy of the token for each expert that it goes to, and each expert's answer before it is weighted.
         kept += 2 * width.stream * hidden * shape.experts_per_token
-    return kept + _adapter_inputs(config, shape, width)
+    return kept + linear_input_bytes(config, shape, width) + _adapter_inputs(config, shape, width)
 
 
 def _feed_forward_width(shape: ModelShape) -> int:
@@ -71,23 +74,32 @@ def _norms(config: TrialConfig, shape: ModelShape, width: Widths) -> float:
     return float(each * (1 if shape.parallel_residual else shape.norms_per_layer))
 
 
-def _adapter_inputs(config: TrialConfig, shape: ModelShape, width: Widths) -> float:
-    """What adapters, or weights that are trained, keep of their input; those that read the same share it."""
-    matrices = shape.matrices if config.trains_all_weights else targeted(shape, config.target_modules)
-    if not matrices:
+def linear_input_bytes(config: TrialConfig, shape: ModelShape, width: Widths) -> float:
+    """Bytes a token that the layer's own products keep of their inputs; those that read the same share it.
+
+    A frozen one keeps none, but LLM.int8()'s does (bitsandbytes 0.50, autograd/_functions.py, MatMul8bitLt: ctx.tensors
+    holds A).
+    """
+    if not config.trains_all_weights and config.precision is not Precision.INT8:
         return 0.0
-    tokens = [(matrix, _uses(matrix, shape)) for matrix in matrices]
-    if config.trains_all_weights:
-        return width.product * sum(n for n in _shared_inputs(tokens, shape))
-    assert config.rank != "full"
-    middle = config.rank * width.adapter * sum(uses for _, uses in tokens)
+    return float(width.product * sum(_shared_inputs(((m, _uses(m, shape)) for m in shape.matrices), shape)))
+
+
+def _adapter_inputs(config: TrialConfig, shape: ModelShape, width: Widths) -> float:
+    """What adapters keep of their input, beside what is kept anyway."""
+    if config.rank == "full":
+        return 0.0
+    tokens = [(matrix, _uses(matrix, shape)) for matrix in targeted(shape, config.target_modules)]
+    middle = config.rank * width.adapter_input * sum(uses for _, uses in tokens)
     if config.lora_dropout:
-        return middle + (width.adapter + 1) * sum(m.columns * uses for m, uses in tokens)
-    if width.adapter == width.stream and width.product == width.stream:
-        return middle + width.stream * sum(_shared_inputs(tokens, shape))
-    # PEFT casts the input to the adapter's type in each layer, and autocast likewise: nothing is shared.
-    cast = min(width.adapter, width.product) if width.product < width.stream else width.adapter
-    return middle + cast * sum(m.columns * uses for m, uses in tokens)
+        return middle + (width.adapter_input + 1) * sum(m.columns * uses for m, uses in tokens)
+    if width.adapter == width.stream == width.product == width.adapter_input:
+        own_is_kept = config.precision is Precision.INT8
+        return middle + (0.0 if own_is_kept else width.stream * sum(_shared_inputs(tokens, shape)))
+    if config.precision.is_quantized and width.adapter_input == width.attention:
+        # Under autocast the attention's result has the right type already (peft 0.21.2, tuners/lora/bnb.py).
+        tokens = [(matrix, uses) for matrix, uses in tokens if not _reads_attention(matrix, shape)]
+    return middle + width.adapter_input * sum(m.columns * uses for m, uses in tokens)
 
 
 def _uses(matrix: Matrix, shape: ModelShape) -> float:
@@ -101,18 +113,24 @@ def _shared_inputs(tokens: Iterable[tuple[Matrix, float]], shape: ModelShape) ->
     """Elements a token: attention's input, the feed-forward part's, and down's. The kernel keeps its own result."""
     found: dict[tuple[bool, str], float] = {}
     for matrix, uses in tokens:
-        if matrix.is_attention and matrix.columns == shape.heads * shape.head_dim and matrix.rows == shape.hidden:
-            is_output = matrix.name in ("o_proj", "dense", "c_proj", "out_proj")
-            if is_output:
-                continue
+        if _reads_attention(matrix, shape):
+            continue
         role = "in" if matrix.columns == shape.hidden else "down"
         key = (matrix.is_attention, role)
         found[key] = max(found.get(key, 0.0), matrix.columns * uses)
     return list(found.values())
 
 
-def score_bytes(config: TrialConfig, shape: ModelShape, width: Widths, keeps: bool) -> float:
-    """Attention scores of a layer and sequence: kept for the backward pass, or alive within it besides.
+def _reads_attention(matrix: Matrix, shape: ModelShape) -> bool:
+    return (
+        matrix.is_attention
+        and (matrix.rows, matrix.columns) == (shape.hidden, shape.heads * shape.head_dim)
+        and matrix.name in ("o_proj", "dense", "c_proj", "out_proj")
+    )
+
+
+def score_bytes(config: TrialConfig, shape: ModelShape, width: Widths) -> float:
+    """Attention scores of a layer and sequence that are kept for the backward pass.
 
     Only kernels that write them out have any: eager (softmax in fp32 and its cast), and torch's plain kernel, which
     `sdpa` falls back to in fp32 with grouped queries (torch 2.6 to 2.13, sdp_utils.cpp: the memory-efficient kernel
@@ -122,12 +140,12 @@ def score_bytes(config: TrialConfig, shape: ModelShape, width: Widths, keeps: bo
         return 0.0
     length = config.sequence_length
     scores = float(shape.heads * length * length)
-    if config.attention == "eager":
-        kept = scores * (4 + (width.attention if width.attention < 4 else 0))
-    else:
+    if config.attention != "eager":
         # Scaled copies of query and key, value repeated for each head.
-        kept = scores * 4 + length * width.attention * 2 * (shape.heads - shape.kv_heads) * shape.head_dim
-    return kept if keeps else 2 * scores * width.attention
+        return scores * 4 + length * width.attention * 2 * (shape.heads - shape.kv_heads) * shape.head_dim
+    cast = width.attention if width.attention < 4 else 0
+    # Gemma 2 caps its scores by a tanh, which keeps its result.
+    return scores * (4 + cast + (width.attention if shape.model_type == "gemma2" else 0))
 
 
 def writes_scores(config: TrialConfig, shape: ModelShape, width: Widths) -> bool:
@@ -138,10 +156,19 @@ def writes_scores(config: TrialConfig, shape: ModelShape, width: Widths) -> bool
     return width.on_gpu and config.attention == "sdpa" and width.attention == 4 and shape.kv_heads < shape.heads
 
 
-def backward_bytes_per_token(shape: ModelShape, width: Widths) -> float:
-    """Gradients alive at the worst place of a layer's backward pass: within the feed-forward part or the attention."""
+def backward_bytes_per_token(config: TrialConfig, shape: ModelShape, width: Widths) -> float:
+    """Alive at the worst place of a layer's backward pass, beside what it kept: the feed-forward part or attention."""
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    feed_forward = width.product * _feed_forward_width(shape) * (2 if shape.gated else 1)
-    attention = width.attention * (2 * q + 2 * kv)
+    wide = _feed_forward_width(shape)
+    feed_forward = width.product * wide * (2 if shape.gated else 1)
+    if config.precision is Precision.INT8:
+        # The product in int32 and in fp16, while a layer is recomputed.
+        feed_forward = max(feed_forward, 6 * wide)
+    attention = float(width.attention * (2 * q + 2 * kv))
+    if writes_scores(config, shape, width):
+        # Two fp32 gradients of the scores; softmax's cast and what the feed-forward part kept are gone by then.
+        gone = width.attention if config.attention == "eager" and width.attention < 4 else 0
+        attention += shape.heads * config.sequence_length * (8 - gone)
+        attention -= width.product * wide * (3 if shape.gated else 1)
     norm = 4 * 2 * shape.hidden if shape.rms_norm else 0
     return width.stream * shape.hidden + max(feed_forward, attention, norm)

@@ -13,7 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from orchestrator.config.trial_config import Precision, TrialConfig
-from orchestrator.planning.activations import Widths, backward_bytes_per_token, layer_bytes_per_token, score_bytes
+from orchestrator.planning.activations import (
+    Widths,
+    backward_bytes_per_token,
+    layer_bytes_per_token,
+    linear_input_bytes,
+    score_bytes,
+)
 from orchestrator.planning.hardware import Hardware
 from orchestrator.planning.model_shape import ModelShape, lora_parameters, targeted
 
@@ -130,20 +136,23 @@ def estimate_on(config: TrialConfig, shape: ModelShape, workers: int, hardware: 
 
 
 def _bytes_of(config: TrialConfig, device: Literal["cuda", "cpu"], has_bf16: bool) -> Widths:
-    precision = config.precision
-    half = 2 if device == "cuda" or has_bf16 else 4
+    precision, on_gpu = config.precision, device == "cuda"
+    half = 2 if on_gpu or has_bf16 else 4
     if precision is Precision.FP32:
-        return Widths(4, 4, 4, 4, 4, 0, 4, device == "cuda")
+        return Widths(4, 4, 4, 4, 4, 0, 4, 4, 4, on_gpu)
     if precision.is_autocast:
-        return Widths(4, 4, 4, 2, 2, 0, 4)
+        return Widths(4, 4, 4, 2, 2, 0, 4, 2, 2)
     # PEFT makes an adapter of half-precision weights fp32, and DeepSpeed makes it half again to hold its own copy.
     adapter = 4 if config.engine == "ddp" else half
     if precision.is_quantized:
-        # prepare_model_for_kbit_training makes fp32 of the rest (peft 0.21.2), so that all flows in fp32; DeepSpeed
-        # casts the whole module back (deepspeed 0.19.8, engine.py, _configure_distributed_model).
+        # prepare_model_for_kbit_training makes fp32 of the rest (peft 0.21.2), so that all flows in fp32, and products
+        # return what they were given (bitsandbytes 0.50, nn/modules.py, Linear4bit.forward); autocast computes
+        # attention, adapters and head in half. DeepSpeed casts the whole module back (deepspeed 0.19.8, engine.py,
+        # _configure_distributed_model).
         linear = NF4_BYTES if precision is Precision.NF4 else INT8_BYTES
-        return Widths(linear, adapter, adapter, adapter, adapter, half, adapter, device == "cuda")
-    return Widths(2, 2, 2, 2, 2, 0, 2 if config.trains_all_weights else adapter)
+        return Widths(linear, adapter, adapter, adapter, half, half, adapter, half, half, on_gpu)
+    adapter = 2 if config.trains_all_weights else adapter
+    return Widths(2, 2, 2, 2, 2, 0, adapter, adapter, 2)
 
 
 def memory_parts(config: TrialConfig, shape: ModelShape, workers: int, width: Widths) -> MemoryParts:
@@ -154,11 +163,17 @@ def memory_parts(config: TrialConfig, shape: ModelShape, workers: int, width: Wi
     weights = shape.linear_parameters * width.linear + (shape.parameters - shape.linear_parameters) * width.rest
     optimizer_bytes = 0 if config.offload != "none" else _optimizer_bytes(config, width) * trainable / shards[1]
     host_parameters = config.offload == "optimizer_and_parameters"
-    activations, logits = _worst_moment(config, shape, width)
+    at_once = config.micro_batch_size * workers if config.micro_batch_size != "auto" else 0
+    gradient_bytes = 0.0 if config.offload != "none" else trainable * width.adapter / shards[2]
+    step_bytes = 4 * trainable / shards[2] if config.engine == "deepspeed" and config.offload == "none" else 0.0
+    activations, logits, gradients = max(
+        _moments(config, shape, width, gradient_bytes, step_bytes, accumulates=config.global_batch_size > at_once),
+        key=sum,
+    )
     counted = MemoryParts(
         weights=0 if host_parameters else int(weights / shards[3]),
         adapter=0 if host_parameters else int(adapter_weights * width.adapter / shards[3]),
-        gradients=int(trainable * _gradient_bytes(config, width) / shards[2]),
+        gradients=int(gradients),
         optimizer=int(optimizer_bytes),
         activations=int(activations),
         logits=int(logits),
@@ -197,41 +212,57 @@ def _optimizer_bytes(config: TrialConfig, width: Widths) -> float:
     return moments + (4 if width.adapter == 2 or config.zero_stage else 0)
 
 
-def _gradient_bytes(config: TrialConfig, width: Widths) -> int:
-    """Bytes a trainable weight. DeepSpeed's step takes half-precision gradients as fp32, all at once; those of an
-    offloaded optimizer go to the host bucket by bucket (its documentation, "Memory requirements")."""
-    if config.offload != "none":
-        return 0
-    return 4 if config.engine == "deepspeed" else width.adapter
-
-
 def _tokens(config: TrialConfig) -> int:
     assert isinstance(config.micro_batch_size, int)
     return config.micro_batch_size * config.sequence_length
 
 
-def _worst_moment(config: TrialConfig, shape: ModelShape, width: Widths) -> tuple[float, float]:
-    """Activations and logits at the loss's backward or at a layer's, whichever takes more."""
-    kept, at_work = _layer_activations(config, shape, width)
-    held = shape.vocabulary * width.product * (2 if shape.softcapped_logits else 1) * _tokens(config)
-    at_loss = held + LOSS_COPIES_BYTES * shape.vocabulary * _tokens(config)
-    return (kept, at_loss) if at_loss > held + at_work else (kept + at_work, held)
+def _moments(
+    config: TrialConfig, shape: ModelShape, width: Widths, gradient_bytes: float, step_bytes: float, accumulates: bool
+) -> tuple[tuple[float, float, float], ...]:
+    """Activations, logits and gradients at the loss's backward, at the last layer's, the first layer's, and the step.
+
+    Gradients of earlier micro-batches are there from the start. DeepSpeed's step takes half-precision ones as fp32, all
+    at once; those of an offloaded optimizer go to the host bucket by bucket (its documentation, "Memory requirements").
+    """
+    tokens = _tokens(config)
+    kept, at_work, alone = _layer_activations(config, shape, width)
+    held = float(shape.vocabulary * width.logits * (2 if shape.softcapped_logits else 1) * tokens)
+    at_loss = held + LOSS_COPIES_BYTES * shape.vocabulary * tokens
+    last_norm = tokens * shape.hidden * (4 if shape.rms_norm else width.stream)
+    earlier = gradient_bytes if accumulates else 0.0
+    return (
+        (kept + last_norm, at_loss, earlier),
+        (kept + at_work, held, earlier),
+        (alone, held, gradient_bytes),
+        (0.0, held, max(gradient_bytes, step_bytes)),
+    )
 
 
-def _layer_activations(config: TrialConfig, shape: ModelShape, width: Widths) -> tuple[float, float]:
-    """Bytes kept until the backward pass, and bytes more while a layer's backward is at work."""
+def _layer_activations(config: TrialConfig, shape: ModelShape, width: Widths) -> tuple[float, float, float]:
+    """Bytes kept until the backward pass, bytes more while a layer's is at work, and bytes of the first layer alone."""
     tokens, batch = _tokens(config), config.micro_batch_size
     assert isinstance(batch, int)
     layer = tokens * layer_bytes_per_token(config, shape, width) * LIBRARY_TEMPORARIES
-    layer += batch * score_bytes(config, shape, width, keeps=True)
-    at_work = tokens * backward_bytes_per_token(shape, width)
-    at_work += batch * score_bytes(config, shape, width, keeps=False)
+    layer += batch * score_bytes(config, shape, width)
+    at_work = tokens * backward_bytes_per_token(config, shape, width)
     at_work += max(m.rows * m.columns for m in shape.matrices) * width.dequantised
-    head = shape.vocabulary * shape.hidden * 2.0 if config.precision.is_autocast else 0.0
+    # Autocast's copy of a frozen fp32 head is kept for the backward pass.
+    head = shape.vocabulary * shape.hidden * 2.0 if width.logits < width.rest else 0.0
     if config.gradient_checkpointing:
         # The layers' inputs, and one layer recomputed.
-        return shape.layers * tokens * shape.hidden * width.stream + head, at_work + layer + _casts(config, shape, 1)
-    return shape.layers * layer + head + _casts(config, shape, shape.layers), at_work
+        own = shape.hidden * width.stream + _escaping_bytes(config, shape, width)
+        recomputed = at_work + layer + _casts(config, shape, 1)
+        return shape.layers * tokens * own + head, recomputed, recomputed
+    return shape.layers * layer + head + _casts(config, shape, shape.layers), at_work, layer + at_work
+
+
+def _escaping_bytes(config: TrialConfig, shape: ModelShape, width: Widths) -> float:
+    """Bytes a token and layer that checkpointing does not spare: LLM.int8() holds its inputs as plain attributes, which
+    torch's saved-tensor hooks never see (bitsandbytes 0.50, MatMul8bitLt; torch 2.13, non-reentrant checkpointing)."""
+    if config.precision is not Precision.INT8:
+        return 0.0
+    return linear_input_bytes(config, shape, width) + width.attention * shape.heads * shape.head_dim
 
 
 def _casts(config: TrialConfig, shape: ModelShape, layers: int) -> float:
