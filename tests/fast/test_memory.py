@@ -1,4 +1,4 @@
-"""What the memory estimate counts, against the same counted on fake tensors (see tests/training/test_memory_peak.py)."""
+"""What the memory estimate counts; tests/training/test_memory_peak.py counts the same on fake tensors."""
 
 from __future__ import annotations
 
