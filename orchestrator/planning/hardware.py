@@ -40,6 +40,8 @@ class Hardware:
     """Dense half-precision matrix FLOP/s of one GPU, as its data sheet says."""
     fp32_flops: float = 0.0
     bandwidth_bytes_per_s: float = 0.0
+    interconnect_bytes_per_s: float = 0.0
+    """Between two GPUs of a node, one way."""
     has_flash_attention: bool | None = None
     """None: unknown, as of a GPU that is only named."""
     has_bitsandbytes: bool | None = None
@@ -52,24 +54,26 @@ class _Gpu:
     half_tflops: float
     fp32_tflops: float
     bandwidth_gb_per_s: float
+    link_gb_per_s: float
 
 
-# NVIDIA's data sheets: memory, compute capability, dense half-precision tensor TFLOP/s, fp32 TFLOP/s, GB/s.
+# NVIDIA's data sheets: memory, compute capability, dense half-precision tensor TFLOP/s, fp32 TFLOP/s, GB/s of memory,
+# and GB/s one way to another GPU: half of what is printed for NVLink, 16 or 32 for PCIe 3 or 4 with 16 lanes.
 GPUS = {
-    "T4": _Gpu(15, (7, 5), 65, 8.1, 300),
-    "V100": _Gpu(32, (7, 0), 112, 14, 900),
-    "A10G": _Gpu(22.5, (8, 6), 70, 35, 600),
-    "A100-40GB": _Gpu(40, (8, 0), 312, 19.5, 1555),
-    "A100": _Gpu(80, (8, 0), 312, 19.5, 2039),
-    "A6000": _Gpu(48, (8, 6), 155, 38.7, 768),
-    "RTX-3090": _Gpu(24, (8, 6), 71, 35.6, 936),
-    "RTX-4080": _Gpu(16, (8, 9), 97, 48.7, 717),
-    "RTX-4090": _Gpu(24, (8, 9), 165, 82.6, 1008),
-    "L4": _Gpu(22.5, (8, 9), 121, 30.3, 300),
-    "L40S": _Gpu(45, (8, 9), 362, 91.6, 864),
-    "H100": _Gpu(80, (9, 0), 989, 67, 3350),
-    "H200": _Gpu(141, (9, 0), 989, 67, 4800),
-    "B200": _Gpu(180, (10, 0), 2250, 80, 8000),
+    "T4": _Gpu(15, (7, 5), 65, 8.1, 300, 16),
+    "V100": _Gpu(32, (7, 0), 112, 14, 900, 150),
+    "A10G": _Gpu(22.5, (8, 6), 70, 35, 600, 32),
+    "A100-40GB": _Gpu(40, (8, 0), 312, 19.5, 1555, 300),
+    "A100": _Gpu(80, (8, 0), 312, 19.5, 2039, 300),
+    "A6000": _Gpu(48, (8, 6), 155, 38.7, 768, 32),
+    "RTX-3090": _Gpu(24, (8, 6), 71, 35.6, 936, 32),
+    "RTX-4080": _Gpu(16, (8, 9), 97, 48.7, 717, 32),
+    "RTX-4090": _Gpu(24, (8, 9), 165, 82.6, 1008, 32),
+    "L4": _Gpu(22.5, (8, 9), 121, 30.3, 300, 32),
+    "L40S": _Gpu(45, (8, 9), 362, 91.6, 864, 32),
+    "H100": _Gpu(80, (9, 0), 989, 67, 3350, 450),
+    "H200": _Gpu(141, (9, 0), 989, 67, 4800, 450),
+    "B200": _Gpu(180, (10, 0), 2250, 80, 8000, 900),
 }
 
 
@@ -109,6 +113,7 @@ def named_gpu(name: str, count: int, memory_bytes: int | None = None) -> Hardwar
         half_flops=gpu.half_tflops * 1e12,
         fp32_flops=gpu.fp32_tflops * 1e12,
         bandwidth_bytes_per_s=gpu.bandwidth_gb_per_s * 1e9,
+        interconnect_bytes_per_s=gpu.link_gb_per_s * 1e9,
     )
 
 
@@ -157,6 +162,7 @@ def this_machine() -> Hardware:
         half_flops=like.half_tflops * 1e12,
         fp32_flops=like.fp32_tflops * 1e12,
         bandwidth_bytes_per_s=like.bandwidth_gb_per_s * 1e9,
+        interconnect_bytes_per_s=like.link_gb_per_s * 1e9,
         has_flash_attention=importlib.util.find_spec("flash_attn") is not None,
         has_bitsandbytes=has_bitsandbytes,
     )

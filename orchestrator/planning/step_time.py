@@ -1,4 +1,8 @@
-"""Seconds an optimizer step: floating-point work over what the device really reaches, as a range."""
+"""Seconds an optimizer step, as a range.
+
+A micro-batch takes what its slowest resource takes: floating-point work, reading the weights, or starting kernels. What
+goes over a link (gradients, gathered or offloaded weights) comes on top; that some of it overlaps is within the range.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ from dataclasses import dataclass
 
 from orchestrator.config.trial_config import Precision, TrialConfig
 from orchestrator.planning.hardware import Hardware
-from orchestrator.planning.model_shape import ModelShape
+from orchestrator.planning.model_shape import ModelShape, lora_parameters, targeted
 
 CPU_CORE_FLOPS = 60e9
 """fp32 FLOP/s that one core reached training SmolLM2-135M (4 × 64 tokens, AVX2: 2.15 s a step)."""
@@ -18,9 +22,13 @@ NF4_SLOWDOWN = 1.3
 """Weights are dequantised in each forward and backward pass (QLoRA runs against LoRA: 1.2 to 1.5)."""
 INT8_SLOWDOWN = 2.0
 """LLM.int8()'s decomposition of outliers."""
-OFFLOAD_SLOWDOWN = 1.5
 EAGER_SLOWDOWN = 1.15
-ZERO3_SLOWDOWN = 1.25
+LAYER_STARTS_S = 1.5e-3
+"""Starting the kernels of a layer with adapters, forward and backward: some 150 of them at 10 µs each. Not measured."""
+HOST_LINK_BYTES_PER_S = 25e9
+"""PCIe 4 with 16 lanes, as copies reach it: what offloaded weights and gradients go over."""
+WEIGHT_BYTES = {Precision.BF16: 2.0, Precision.FP16: 2.0, Precision.INT8: 1.0, Precision.NF4: 0.52}
+"""A weight of the decoder layers; 4 where it is not named."""
 SPREAD = 2.0
 """The range is the expected time divided and multiplied by this: nothing was measured on the device yet."""
 
@@ -56,16 +64,68 @@ def step_flops(config: TrialConfig, shape: ModelShape) -> float:
     return tokens * (passes * weights + passes / 2 * scores)
 
 
-def step_seconds(config: TrialConfig, shape: ModelShape, hardware: Hardware, workers: int, cpus: float) -> Range:
-    """Seconds an optimizer step takes."""
+def step_seconds(
+    config: TrialConfig, shape: ModelShape, hardware: Hardware, workers: int, cpus: float, correction: float = 1.0
+) -> Range:
+    """Seconds an optimizer step takes; `correction` is measured over predicted, where this was measured."""
+    seconds = step_flops(config, shape) / (_speed(config, hardware, cpus) * workers) * _slowdown(config)
+    if hardware.device == "cuda":
+        seconds = max(seconds, _micro_batches(config, workers) * _least_seconds(config, shape, hardware))
+        seconds += _link_seconds(config, shape, hardware, workers)
+    expected = seconds * correction
+    return Range(expected / SPREAD, expected, expected * SPREAD)
+
+
+def _speed(config: TrialConfig, hardware: Hardware, cpus: float) -> float:
     if hardware.device == "cuda":
         speed = hardware.fp32_flops if config.precision is Precision.FP32 else hardware.half_flops
-        speed *= GPU_UTILIZATION
-    else:
-        emulated = _computes_half(config) and not hardware.has_bf16
-        speed = CPU_CORE_FLOPS * max(1.0, cpus) / (CPU_EMULATION if emulated else 1.0)
-    expected = step_flops(config, shape) / (speed * workers) * _slowdown(config)
-    return Range(expected / SPREAD, expected, expected * SPREAD)
+        return speed * GPU_UTILIZATION
+    emulated = _computes_half(config) and not hardware.has_bf16
+    return CPU_CORE_FLOPS * max(1.0, cpus) / (CPU_EMULATION if emulated else 1.0)
+
+
+def _micro_batches(config: TrialConfig, workers: int) -> float:
+    micro = 1 if config.micro_batch_size == "auto" else config.micro_batch_size
+    return max(1.0, config.global_batch_size / (micro * workers))
+
+
+def _passes(config: TrialConfig) -> int:
+    """Times that a micro-batch goes over the weights."""
+    return 3 if config.gradient_checkpointing else 2
+
+
+def _least_seconds(config: TrialConfig, shape: ModelShape, hardware: Hardware) -> float:
+    """Of a micro-batch, however small."""
+    reading = _passes(config) * _weight_bytes(config, shape) / hardware.bandwidth_bytes_per_s
+    return max(reading, LAYER_STARTS_S * shape.layers * _passes(config) / 2)
+
+
+def _weight_bytes(config: TrialConfig, shape: ModelShape) -> float:
+    return shape.linear_parameters * WEIGHT_BYTES.get(config.precision, 4.0)
+
+
+def _link_seconds(config: TrialConfig, shape: ModelShape, hardware: Hardware, workers: int) -> float:
+    """A ring all-reduce sends 2 (n - 1) / n of the gradients; ZeRO-3 gathers the weights in every pass (Rajbhandari et
+    al. 2020, arXiv:1910.02054, section 7); offloaded weights come from the host in every pass."""
+    others = (workers - 1) / workers
+    micro_batches = _micro_batches(config, workers)
+    passed_bytes = micro_batches * _passes(config) * _weight_bytes(config, shape)
+    width = 2 if config.precision in (Precision.BF16, Precision.FP16) or config.precision.is_quantized else 4
+    gradient_bytes = _trainable(config, shape) * width
+    sent_bytes = 2 * others * gradient_bytes + (others * passed_bytes if config.zero_stage == 3 else 0.0)
+    seconds = sent_bytes / hardware.interconnect_bytes_per_s if sent_bytes else 0.0
+    if config.offload != "none":
+        # Gradients to the host, weights back; each worker has its share.
+        seconds += 2 * gradient_bytes / workers / HOST_LINK_BYTES_PER_S
+    if config.offload == "optimizer_and_parameters":
+        seconds += passed_bytes / workers / HOST_LINK_BYTES_PER_S
+    return seconds
+
+
+def _trainable(config: TrialConfig, shape: ModelShape) -> int:
+    if config.rank == "full":
+        return shape.parameters
+    return lora_parameters(config.rank, targeted(shape, config.target_modules))
 
 
 def _computes_half(config: TrialConfig) -> bool:
@@ -74,6 +134,4 @@ def _computes_half(config: TrialConfig) -> bool:
 
 def _slowdown(config: TrialConfig) -> float:
     factor = {Precision.NF4: NF4_SLOWDOWN, Precision.INT8: INT8_SLOWDOWN}.get(config.precision, 1.0)
-    factor *= OFFLOAD_SLOWDOWN if config.offload != "none" else 1.0
-    factor *= EAGER_SLOWDOWN if config.attention == "eager" else 1.0
-    return factor * (ZERO3_SLOWDOWN if config.zero_stage == 3 else 1.0)
+    return factor * (EAGER_SLOWDOWN if config.attention == "eager" else 1.0)

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from orchestrator.config.trial_config import TrialConfig
+from orchestrator.planning.hardware import GPUS, Hardware, named_gpu
+from orchestrator.planning.model_shape import ModelShape, shape_of
+from orchestrator.planning.step_time import SPREAD, step_seconds
+from tests.fast.cases import CPU, LLAMA_2_7B
+
+SEVEN_B = shape_of(LLAMA_2_7B)
+SMOLLM2_135M = shape_of(
+    {
+        "model_type": "llama",
+        "hidden_size": 576,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "intermediate_size": 1536,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    }
+)
+
+
+def seconds(
+    hardware: Hardware, shape: ModelShape = SEVEN_B, workers: int = 1, correction: float = 1.0, **settings: Any
+) -> float:
+    config = TrialConfig.model_validate({"micro_batch_size": 1, "precision": "bf16"} | settings)
+    return step_seconds(config, shape, hardware, workers, 2, correction).expected
+
+
+def test_the_step_that_was_measured_on_two_cores_lies_within_the_range() -> None:
+    predicted = seconds(
+        CPU, SMOLLM2_135M, precision="fp32", sequence_length=128, global_batch_size=4, micro_batch_size=4
+    )
+    assert predicted / SPREAD < 2.3 < predicted * SPREAD
+
+
+def test_a_small_micro_batch_waits_for_memory_or_for_its_kernels_and_a_large_one_for_arithmetic() -> None:
+    h100 = named_gpu("H100", 1)
+    one_by_one = seconds(h100, SMOLLM2_135M, sequence_length=64, global_batch_size=64)
+    at_once = seconds(h100, SMOLLM2_135M, sequence_length=64, global_batch_size=64, micro_batch_size=64)
+    assert one_by_one > 10 * at_once
+    long = {"sequence_length": 4096, "global_batch_size": 8}
+    assert seconds(h100, **long) == seconds(h100, **long, micro_batch_size=8)
+
+
+def test_gathered_and_offloaded_weights_go_over_a_link_that_may_be_slow() -> None:
+    nvlink, pcie = named_gpu("A100", 4), named_gpu("L40S", 4)
+    for gpu, least in ((nvlink, 1.0), (pcie, 1.2)):
+        assert seconds(gpu, workers=4, zero_stage=3) > least * seconds(gpu, workers=4, zero_stage=2)
+    whole = {"zero_stage": 3, "offload": "optimizer_and_parameters"}
+    assert seconds(nvlink, workers=4, **whole) > seconds(nvlink, workers=4, zero_stage=3)
+
+
+def test_quantised_weights_cost_time() -> None:
+    gpu = named_gpu("A100", 1)
+    assert seconds(gpu) < seconds(gpu, precision="nf4") < seconds(gpu, precision="int8")
+
+
+def test_what_was_measured_corrects_what_is_predicted() -> None:
+    gpu = named_gpu("A100", 1)
+    assert seconds(gpu, correction=1.5) == pytest.approx(1.5 * seconds(gpu))
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_every_known_gpu_has_a_finite_time(name: str) -> None:
+    assert 0 < seconds(named_gpu(name, 8), workers=8, zero_stage=3) < 3600
