@@ -10,8 +10,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from orchestrator.config.search_space import Trial
-from orchestrator.config.sweep_config import ResourcesConfig, SweepConfig
+from orchestrator.config.sweep_config import BudgetConfig, ResourcesConfig, SweepConfig
 from orchestrator.config.trial_config import TrialConfig
+from orchestrator.planning import budget
 from orchestrator.planning.compatibility import Case, notes, refusals
 from orchestrator.planning.hardware import GIB, Hardware
 from orchestrator.planning.memory import MemoryEstimate, estimate_on
@@ -40,8 +41,12 @@ class PlannedTrial(_Part):
     notes: tuple[str, ...] = ()
     memory: MemoryEstimate | None = None
     seconds: float | None = None
-    """Expected, on a warm worker group."""
+    """Expected, on a warm worker group, to its last step."""
     seconds_range: tuple[float, float] | None = None
+    gpu_hours: float | None = None
+    """Expected, likewise."""
+    cost: float | None = None
+    """Expected; None where `budget.price_per_gpu_hour` is not named."""
 
 
 class SweepPlan(_Part):
@@ -123,6 +128,7 @@ def plan_trial(
         memory=memory,
         seconds=whole.expected + STARTUP_S,
         seconds_range=(whole.low + STARTUP_S, whole.high + STARTUP_S),
+        gpu_hours=(whole.expected + STARTUP_S) * shape.workers * shape.gpus_per_worker / 3600,
     )
 
 
@@ -223,12 +229,14 @@ def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware) -> Swe
         shape = replace(shape, gpus_per_worker=packed_share(sweep.trials(), model, hardware, shape))
     concurrent = max_concurrent(sweep.resources, shape, hardware)
     memory_bytes = memory_for_a_worker(hardware, shape, concurrent)
-    trials = tuple(plan_trial(trial, model, hardware, shape, memory_bytes) for trial in sweep.trials())
+    trials = tuple(
+        _with_cost(plan_trial(trial, model, hardware, shape, memory_bytes), sweep.budget) for trial in sweep.trials()
+    )
     running = [trial for trial in trials if not trial.reasons]
-    makespan = _makespan(running, sweep, concurrent)
+    seconds = _trial_seconds(running, sweep)
+    makespan = Range(*(_packed(s, concurrent) for s in seconds))
     gpus = shape.workers * shape.gpus_per_worker
-    hours = makespan.times(min(concurrent, max(1, len(running))) * gpus / 3600)
-    price = sweep.budget.price_per_gpu_hour
+    hours = Range(*map(sum, seconds)).times(gpus / 3600)
     return SweepPlan(
         name=sweep.name,
         model=sweep.model,
@@ -242,9 +250,20 @@ def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware) -> Swe
         refused=len(trials) - len(running),
         makespan_s=(makespan.low, makespan.expected, makespan.high),
         gpu_hours=(hours.low, hours.expected, hours.high),
-        cost=(hours.low * price, hours.expected * price, hours.high * price) if price is not None else None,
+        cost=_costs(sweep.budget, hours),
         warnings=_warnings(sweep, running, makespan, hours),
     )
+
+
+def _with_cost(trial: PlannedTrial, limits: BudgetConfig) -> PlannedTrial:
+    if trial.gpu_hours is None or limits.price_per_gpu_hour is None:
+        return trial
+    return trial.model_copy(update={"cost": budget.cost(limits, trial.gpu_hours)})
+
+
+def _costs(limits: BudgetConfig, hours: Range) -> tuple[float, float, float] | None:
+    low, expected, high = (budget.cost(limits, h) for h in (hours.low, hours.expected, hours.high))
+    return None if low is None or expected is None or high is None else (low, expected, high)
 
 
 def _describe(hardware: Hardware) -> str:
@@ -253,21 +272,21 @@ def _describe(hardware: Hardware) -> str:
     return f"{hardware.gpus} × {hardware.gpu_name}, {(hardware.gpu_memory_bytes or 0) / GIB:.0f} GiB each"
 
 
-def _makespan(trials: Sequence[PlannedTrial], sweep: SweepConfig, concurrent: int) -> Range:
-    """The sweep's length: each trial takes the first slot that is free, and ASHA ends so many at each rung."""
-    seconds = [(trial.seconds_range, trial.seconds) for trial in trials]
-    low = _packed(
-        [r[0] * share for (r, _), share in zip(seconds, _shares(trials, sweep), strict=True) if r], concurrent
-    )
-    expected = _packed(
-        [s * share for (_, s), share in zip(seconds, _shares(trials, sweep), strict=True) if s], concurrent
-    )
-    # At worst the scheduler stops nobody: every trial came after those that it beats.
-    high = _packed([r[1] for r, _ in seconds if r], concurrent)
-    return Range(low, expected, high)
+def _trial_seconds(trials: Sequence[PlannedTrial], sweep: SweepConfig) -> tuple[list[float], list[float], list[float]]:
+    """Each trial's seconds, low, expected and high: ASHA ends so many at each rung."""
+    low, expected, high = [], [], []
+    for trial, share in zip(trials, _shares(trials, sweep), strict=True):
+        assert trial.seconds is not None
+        assert trial.seconds_range is not None
+        low.append(trial.seconds_range[0] * share)
+        expected.append(trial.seconds * share)
+        # At worst the scheduler stops nobody: every trial came after those that it beats.
+        high.append(trial.seconds_range[1])
+    return low, expected, high
 
 
 def _packed(seconds: Sequence[float], concurrent: int) -> float:
+    """The length of all trials, so many at a time: each takes the first slot that is free."""
     free = [0.0] * concurrent
     for trial_s in seconds:
         first = min(range(concurrent), key=free.__getitem__)
@@ -293,12 +312,5 @@ def _shares(trials: Sequence[PlannedTrial], sweep: SweepConfig) -> list[float]:
 
 
 def _warnings(sweep: SweepConfig, running: Sequence[PlannedTrial], makespan: Range, hours: Range) -> tuple[str, ...]:
-    told = []
-    budget = sweep.budget
-    if not running:
-        told.append("no trial of this sweep can run: see the reasons above")
-    if budget.hours and makespan.expected > budget.hours * 3600:
-        told.append(f"about {makespan.expected / 3600:.1f} hours are needed, and budget.hours is {budget.hours:g}")
-    if budget.gpu_hours and hours.expected > budget.gpu_hours:
-        told.append(f"about {hours.expected:.1f} GPU-hours are needed, and budget.gpu_hours is {budget.gpu_hours:g}")
-    return tuple(told)
+    told = () if running else ("no trial of this sweep can run: see the reasons above",)
+    return told + budget.shortfalls(sweep.budget, makespan.times(1 / 3600), hours)

@@ -183,3 +183,10 @@ def test_a_cpu_says_by_its_flags_what_it_computes() -> None:
     assert cpu_half_precision(frozenset({"avx2"})) == (False, False)
     assert cpu_half_precision(frozenset({"avx512_bf16"})) == (True, False)
     assert cpu_half_precision(frozenset({"amx_bf16", "avx512_fp16"})) == (True, True)
+
+
+def test_gpu_hours_and_cost_are_those_of_the_trials_and_add_up() -> None:
+    priced = plan(A100, space={"rank": [8, 16, 32]}, trial={"max_steps": 900}, budget={"price_per_gpu_hour": 2.0})
+    assert sum(trial.gpu_hours for trial in priced.trials) == pytest.approx(priced.gpu_hours[1])
+    assert sum(trial.cost for trial in priced.trials) == pytest.approx(priced.cost[1])
+    assert plan(A100).trials[0].cost is None

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+from orchestrator.config.sweep_config import BudgetConfig
+from orchestrator.planning.budget import cost, exhausted, shortfalls
+from orchestrator.planning.step_time import Range
+
+NEEDED = Range(1.0, 2.0, 4.0)
+
+
+def test_a_plan_that_the_budget_holds_even_at_worst_is_not_warned_of() -> None:
+    assert shortfalls(BudgetConfig(hours=4, gpu_hours=4), NEEDED, NEEDED) == ()
+    assert shortfalls(BudgetConfig(), NEEDED, NEEDED) == ()
+
+
+def test_what_will_not_fit_is_told_from_what_may_not() -> None:
+    (will,) = shortfalls(BudgetConfig(hours=1.5), NEEDED, NEEDED)
+    (may,) = shortfalls(BudgetConfig(gpu_hours=3), NEEDED, NEEDED)
+    assert will.startswith("about 2 hours are needed, and budget.hours is 1.5: the sweep will end before")
+    assert may == "up to 4 GPU-hours may be needed, and budget.gpu_hours is 3"
+
+
+def test_a_limit_is_exhausted_once_it_is_reached() -> None:
+    limits = BudgetConfig(hours=2, gpu_hours=8)
+    assert exhausted(limits, hours=1.9, gpu_hours=7.9) is None
+    assert exhausted(limits, hours=2.0, gpu_hours=7.9) == "budget.hours"
+    assert exhausted(limits, hours=1.9, gpu_hours=8.0) == "budget.gpu_hours"
+    assert exhausted(BudgetConfig(), hours=1e9, gpu_hours=1e9) is None
+
+
+def test_there_is_no_cost_without_a_price() -> None:
+    assert cost(BudgetConfig(), 3.0) is None
+    assert cost(BudgetConfig(price_per_gpu_hour=2.5), 3.0) == 7.5
+    assert cost(BudgetConfig(price_per_gpu_hour=0), 3.0) == 0
