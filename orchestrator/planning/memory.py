@@ -230,7 +230,8 @@ def _moments(
     held = float(shape.vocabulary * width.logits * (2 if shape.softcapped_logits else 1) * tokens)
     at_loss = held + LOSS_COPIES_BYTES * shape.vocabulary * tokens
     last_norm = tokens * shape.hidden * (4 if shape.rms_norm else width.stream)
-    earlier = gradient_bytes if accumulates else 0.0
+    # An adapter's are too small to tell the two apart: a larger micro-batch should not look like less memory.
+    earlier = gradient_bytes if accumulates or not config.trains_all_weights else 0.0
     return (
         (kept + last_norm, at_loss, earlier),
         (kept + at_work, held, earlier),

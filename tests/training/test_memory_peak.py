@@ -35,8 +35,9 @@ LLAMA: dict[str, Any] = {
 }
 GROUPED = LLAMA | {"num_key_value_heads": 2}
 LARGE_VOCABULARY = LLAMA | {"vocab_size": 64000}
-# The worst moment inside a recomputed layer is told from a few tensors, which weigh more in a model this small.
-TOLERANCE = {False: 0.03, True: 0.12}
+# An adapter's gradients are counted from the start, though they come later; the worst moment inside a recomputed layer
+# is told from a few tensors. Both weigh more in a model this small.
+TOLERANCE = {False: 0.04, True: 0.12}
 
 
 class AliveBytes(TorchDispatchMode):
