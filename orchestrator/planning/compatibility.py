@@ -245,6 +245,42 @@ def quantised_weights_load_whole(case: Case) -> str | None:
     )
 
 
+def int8_inputs_escape_checkpointing(case: Case) -> str | None:
+    """Source: bitsandbytes 0.50, autograd/_functions.py, MatMul8bitLt: `ctx.tensors` holds the input as an attribute.
+
+    torch's non-reentrant checkpointing drops only what went through `save_for_backward` (tests/training/
+    test_memory_peak.py shows it).
+    """
+    if case.config.precision is Precision.INT8 and case.config.gradient_checkpointing:
+        return (
+            "gradient_checkpointing spares less under precision int8, which keeps every product's input, than under nf4"
+        )
+    return None
+
+
+def fp32_grouped_queries_write_scores(case: Case) -> str | None:
+    """Source: torch, sdp_utils.cpp: flash takes no fp32, the memory-efficient kernel no grouped queries.
+
+    Measured with torch 2.6 (benchmarks/data, the run without checkpointing); not looked at on a GPU with 2.13.
+    """
+    if case.config.precision is not Precision.FP32 or case.config.attention != "sdpa":
+        return None
+    if case.hardware.device == "cpu" or case.shape.kv_heads == case.shape.heads:
+        return None
+    return (
+        "precision fp32 with attention sdpa: no fast kernel takes grouped queries, so memory grows with the square of "
+        "sequence_length; amp_bf16 and bf16 have one"
+    )
+
+
+def evaluated_only_at_the_end(case: Case) -> str | None:
+    """A scheduler can stop only what it has heard of."""
+    config = case.config
+    if config.eval_every >= config.max_steps > 1:
+        return f"eval_every {config.eval_every} is not below max_steps {config.max_steps}: evaluated once, at its end"
+    return None
+
+
 WITHOUT_SDPA = frozenset({"gemma2", "gptj", "bloom", "gpt_oss"})
 WITHOUT_FLASH_ATTENTION = frozenset({"bloom"})
 REFUSALS: tuple[Rule, ...] = (
@@ -271,4 +307,7 @@ NOTES: tuple[Rule, ...] = (
     warm_up_that_never_ends,
     experts_stay_unquantised,
     quantised_weights_load_whole,
+    int8_inputs_escape_checkpointing,
+    fp32_grouped_queries_write_scores,
+    evaluated_only_at_the_end,
 )

@@ -76,6 +76,15 @@ NOTED: dict[str, tuple[Case, Case]] = {
         case(precision="nf4", zero_stage=3, workers=2),
         case(precision="bf16", zero_stage=3, workers=2),
     ),
+    "int8_inputs_escape_checkpointing": (
+        case(precision="int8", gradient_checkpointing=True),
+        case(precision="nf4", gradient_checkpointing=True),
+    ),
+    "fp32_grouped_queries_write_scores": (
+        case(precision="fp32", shape=replace(SHAPE, kv_heads=SHAPE.heads // 2)),
+        case(precision="fp32", shape=replace(SHAPE, kv_heads=SHAPE.heads)),
+    ),
+    "evaluated_only_at_the_end": (case(eval_every=100), case(eval_every=99)),
 }
 
 
