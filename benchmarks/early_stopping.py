@@ -15,15 +15,13 @@ until it is stopped (the script compares their curves), so ASHA's best can at be
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.sweeps import Ran, best_loss, describe, losses, machine, run_sweep, say, table
+from benchmarks.sweeps import Ran, best_loss, describe, losses, machine, measure_and_tell, run_sweep, say, table
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,11 +190,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=2, help="trials at a time (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured there")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="early-stopping-") as folder:
-        result = run_all(arguments, Path(folder))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(render(result))
+    measure_and_tell("early-stopping", arguments, run_all, render)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ import pickle
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -40,6 +39,7 @@ from benchmarks.sweeps import (
     environ,
     losses,
     machine,
+    measure_and_tell,
     median,
     run_sweep,
     say,
@@ -408,11 +408,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured there")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="overhead-") as folder:
-        result = run_all(arguments, Path(folder))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(render(result))
+    result = measure_and_tell("overhead", arguments, run_all, render)
     sys.exit(0 if result["losses_identical"] else 1)
 
 

@@ -19,18 +19,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import statistics
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.sweeps import Ran, describe, environ, machine, run_sweep, say, startups, table
+from benchmarks.sweeps import Ran, describe, environ, machine, measure_and_tell, run_sweep, say, startups, table
 from benchmarks.trivial_training import SLEEP_S
 
 SAMPLE_S = 0.5
@@ -236,11 +234,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if min(arguments.trials) <= arguments.slots:
         parser.error("a sweep needs more trials than --slots: a slot's first trial is not counted")
-    with tempfile.TemporaryDirectory(prefix="scaling-") as folder:
-        result = run_all(arguments, Path(folder))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(render(result))
+    measure_and_tell("scaling", arguments, run_all, render)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import heapq
+import json
 import math
 import os
 import platform
@@ -10,6 +12,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -179,3 +182,18 @@ def _cell(value: Any) -> str:
 def say(text: str) -> None:
     """On stderr: stdout is for the result."""
     print(text, file=sys.stderr, flush=True)
+
+
+def measure_and_tell(
+    name: str,
+    arguments: argparse.Namespace,
+    run_all: Callable[[argparse.Namespace, Path], dict[str, Any]],
+    render: Callable[[dict[str, Any]], str],
+) -> dict[str, Any]:
+    """Measure in a folder of its own, write the JSON where `--json` asks for it, print the table."""
+    with tempfile.TemporaryDirectory(prefix=f"{name}-") as folder:
+        result = run_all(arguments, Path(folder))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(render(result))
+    return result
