@@ -427,7 +427,7 @@ def tracking_check(named: str | None, storage: Path) -> Check:
     if not uri:
         return Check(what="tracking", ok=True, asked=False, detail=f"no server named: {storage / 'mlflow.db'}")
     parts = urlsplit(uri)
-    what = f"tracking {_without_secret(uri)}"
+    what = f"tracking {provenance.without_secret(uri)}"
     problem = _connect_problem(parts.scheme, parts.hostname, parts.port) or _mlflow_problem(uri)
     detail = f"cannot be used ({problem}): start it, or check its address and credentials" if problem else "answers"
     return Check(what=what, ok=problem is None, asked=named is not None, detail=detail)
@@ -456,11 +456,6 @@ def _mlflow_problem(uri: str) -> str | None:
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         return f"{first[:200]}…" if len(first) > 200 else first
     return None
-
-
-def _without_secret(uri: str) -> str:
-    scheme, sign, rest = uri.partition("://")
-    return f"{scheme}{sign}{rest.rpartition('@')[2]}" if sign else uri
 
 
 # What a person reads

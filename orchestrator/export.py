@@ -23,6 +23,7 @@ from orchestrator.config.trial_config import Precision
 from orchestrator.errors import InputError, ModelError, StorageError
 from orchestrator.reporting import quantities
 from orchestrator.reporting.statistics import best_trial, spell
+from orchestrator.results.provenance import without_secret
 from orchestrator.results.records import SweepResult, TrialResult
 from orchestrator.results.storage import SweepFolder, read_sweep
 from orchestrator.training import model_source
@@ -389,17 +390,12 @@ def _provenance(sweep: SweepResult, trial: TrialResult, config: SweepConfig | No
         "sweep": f"{sweep.name} ({sweep.sweep_id})",
         "MLflow run": trial.mlflow_run_id or quantities.UNKNOWN,
         "MLflow parent run": sweep.mlflow_run_id or quantities.UNKNOWN,
-        "MLflow server": _without_secret(server) if server else "none named in the sweep file",
+        "MLflow server": without_secret(server) if server else "none named in the sweep file",
         "devices": ", ".join(dict.fromkeys(trial.devices)) or quantities.UNKNOWN,
     }
     if trial.git:
         found["commit"] = trial.git.commit + (" with changes" if trial.git.dirty else "")
     return found | trial.versions
-
-
-def _without_secret(uri: str) -> str:
-    scheme, sign, rest = uri.partition("://")
-    return f"{scheme}{sign}{rest.rpartition('@')[2]}" if sign else uri
 
 
 def _table(rows: Mapping[str, str]) -> str:

@@ -189,10 +189,7 @@ def _sentence(detail: Any, path: Path_) -> str:
         return f"takes letters, digits, `-`, `_` and `.`, and begins with a letter or digit, not {value!r}"
     if kind == "too_short":
         return "is empty: name at least one value"
-    if kind == "literal_error" and isinstance(value, str):
-        expected = [part.strip(" '") for part in detail["ctx"]["expected"].replace(" or ", ", ").split(",")]
-        return f"{_lower(message)}, not {value!r}{nearest(value, expected)}"
-    if kind == "enum" and isinstance(value, str):
+    if kind in ("literal_error", "enum") and isinstance(value, str):
         expected = [part.strip(" '") for part in detail["ctx"]["expected"].replace(" or ", ", ").split(",")]
         return f"{_lower(message)}, not {value!r}{nearest(value, expected)}"
     shown = f", not {value!r}" if isinstance(value, str | int | float | bool) else ""

@@ -8,6 +8,7 @@ import re
 import subprocess
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -143,7 +144,7 @@ def this_machine() -> Hardware:
     has_bitsandbytes = importlib.util.find_spec("bitsandbytes") is not None
     gpus = _local_gpus()
     if not gpus:
-        has_bf16, has_fp16 = cpu_half_precision(_cpu_flags())
+        has_bf16, has_fp16 = cpu_half_precision(cpu_flags())
         return Hardware("cpu", 0, cpus, 1, memory, has_bf16, has_fp16, has_bitsandbytes=has_bitsandbytes)
     name, memory_bytes, capability = gpus[0]
     near = get_close_matches(_plain(name), [_plain(known) for known in GPUS], n=1, cutoff=0.3)
@@ -183,9 +184,11 @@ def _local_gpus() -> list[tuple[str, int, tuple[int, int]]]:
     return found
 
 
-def _cpu_flags() -> frozenset[str]:
+@cache
+def cpu_flags() -> frozenset[str]:
+    """What this machine's CPU says of itself; empty where it says nothing."""
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return frozenset()
     found = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", text, re.MULTILINE)

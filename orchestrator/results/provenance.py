@@ -32,6 +32,12 @@ def git_state(folder: Path) -> GitState | None:
         return None
 
 
+def without_secret(uri: str) -> str:
+    """An address as it may be shown and kept: `https://user:password@host` loses what stands before the host."""
+    scheme, sign, rest = uri.partition("://")
+    return f"{scheme}{sign}{rest.rpartition('@')[2]}" if sign else uri
+
+
 def _git(folder: Path, *arguments: str) -> str:
     command = ["git", "-C", str(folder), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

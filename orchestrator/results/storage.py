@@ -192,6 +192,11 @@ def write_sweep(folder: SweepFolder, sweep: SweepResult) -> None:
     write_atomically(folder.results_csv, results_table(sweep))
 
 
+def write_result(folder: SweepFolder, result: TrialResult) -> None:
+    """Write a trial's result.json."""
+    write_atomically(folder.trial(result.trial_id).result, result.model_dump_json(indent=1) + "\n")
+
+
 def results_table(sweep: SweepResult) -> str:
     """The trials as CSV: identity, status, every setting, and the figures that people compare."""
     out = io.StringIO()

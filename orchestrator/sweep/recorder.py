@@ -11,7 +11,7 @@ import ray
 from ray import tune
 
 from orchestrator.results.records import PeakMemory, Timing, TrialResult, TrialStatus
-from orchestrator.results.storage import SweepFolder, write_atomically
+from orchestrator.results.storage import SweepFolder, write_result
 from orchestrator.training.task import TrialProgress
 
 STOP_LIMIT_S = 10.0
@@ -85,7 +85,7 @@ class Recorder(tune.Callback):
 
     def save(self, record: TrialResult) -> None:
         """Keep a record, on disk first."""
-        write_atomically(self._folder.trial(record.trial_id).result, record.model_dump_json(indent=1) + "\n")
+        write_result(self._folder, record)
         self.records[record.trial_id] = record
         for listener in self._listeners:
             listener(record)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import time
 import uuid
@@ -22,7 +21,14 @@ from orchestrator.planning.plan import PlannedTrial
 from orchestrator.reporting import statistics
 from orchestrator.results import provenance
 from orchestrator.results.records import PeakMemory, SweepResult, TrialResult, TrialStatus
-from orchestrator.results.storage import SweepFolder, read_sweep, read_trial_results, write_atomically, write_sweep
+from orchestrator.results.storage import (
+    SweepFolder,
+    read_sweep,
+    read_trial_results,
+    write_atomically,
+    write_result,
+    write_sweep,
+)
 from orchestrator.sweep import cluster
 from orchestrator.sweep.preparation import Prepared, prepare
 from orchestrator.sweep.progress import Progress
@@ -33,7 +39,6 @@ from orchestrator.sweep.tracking import Tracker
 from orchestrator.sweep.trial import TrialOnWorkers
 from orchestrator.training.task import TrialTask
 
-log = logging.getLogger(__name__)
 Isolation = Literal["warm", "fresh"]
 TRACKING_LIMIT_S = 60.0
 # A slot takes nothing: its workers do, in placement groups of their own, and there are never more slots than groups
@@ -126,7 +131,7 @@ def _run_prepared(
     write_atomically(folder.sweep_file, to_yaml(sweep))
     write_atomically(folder.plan, prepared.plan.model_dump_json(indent=1) + "\n")
     for record in records.values():
-        write_atomically(folder.trial(record.trial_id).result, record.model_dump_json(indent=1) + "\n")
+        write_result(folder, record)
     write_sweep(folder, result)
     board = cluster.start_switchboard()
     label = _labeller(result)

@@ -13,6 +13,7 @@ from typing import Any
 from ray import tune
 
 from orchestrator.config.sweep_config import BudgetConfig
+from orchestrator.planning.budget import exhausted
 
 
 class Stopper(tune.Stopper):
@@ -48,12 +49,7 @@ class Stopper(tune.Stopper):
         return self.reason is not None
 
     def _limit_reached(self) -> str | None:
-        hours, gpu_hours = self._budget.hours, self._budget.gpu_hours
-        if hours and time.monotonic() - self._started > hours * 3600:
-            return "budget.hours"
-        if gpu_hours and self._gpu_hours_spent() > gpu_hours:
-            return "budget.gpu_hours"
-        return None
+        return exhausted(self._budget, (time.monotonic() - self._started) / 3600, self._gpu_hours_spent())
 
 
 @contextmanager

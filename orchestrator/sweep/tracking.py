@@ -13,10 +13,11 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag, ViewType
-from mlflow.exceptions import MlflowException, RestException
+from mlflow.exceptions import MlflowException
 
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.errors import TrackingUnreachableError
+from orchestrator.results.provenance import without_secret
 from orchestrator.results.records import MetricPoint, SweepResult, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder
 
@@ -71,7 +72,7 @@ class Tracker:
             self._resume()
         except (MlflowException, OSError) as error:
             raise TrackingUnreachableError(
-                f"the tracking server at {_without_secret(uri)} does not answer ({_first_line(error)}): start it, "
+                f"the tracking server at {without_secret(uri)} does not answer ({_first_line(error)}): start it, "
                 "or leave tracking.uri out to track in a local database"
             ) from error
         self._trials: dict[str, _TrackedTrial] = {}
@@ -215,7 +216,7 @@ class Tracker:
             return
         try:
             self._client.create_registered_model(name)
-        except (RestException, MlflowException) as error:
+        except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         tags = {"sweep_id": self._sweep_id, "trial_id": best.trial_id}
@@ -255,8 +256,3 @@ def metrics_of(point: MetricPoint) -> list[Metric]:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0][:300]
-
-
-def _without_secret(uri: str) -> str:
-    scheme, sign, rest = uri.partition("://")
-    return f"{scheme}{sign}{rest.rpartition('@')[2]}" if sign else uri

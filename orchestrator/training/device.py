@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from orchestrator.planning.hardware import cpu_flags
 from orchestrator.training.deepspeed_config import HalfPrecision
 
 _ALLOCATION_FAILED = re.compile(
@@ -52,20 +53,10 @@ def half_precision(device: torch.device) -> HalfPrecision:
     if device.type == "cuda":
         major, _ = torch.cuda.get_device_capability(device)
         return HalfPrecision(bf16=major >= 8, fp16=major >= 6)
-    flags = _cpu_flags()
+    flags = cpu_flags()
     return HalfPrecision(
         bf16=bool(flags & {"avx512_bf16", "amx_bf16", "bf16"}), fp16=bool(flags & {"avx512_fp16", "amx_fp16"})
     )
-
-
-@functools.cache
-def _cpu_flags() -> frozenset[str]:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return frozenset()
-    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.M)
-    return frozenset(found.group(1).split()) if found else frozenset()
 
 
 @functools.cache

@@ -63,6 +63,7 @@ def test_a_worker_that_fails_stops_the_others_which_wait_for_it() -> None:
         other = asyncio.create_task(board.wait_for_stop("g", 1))
         await board.send("g", 1, 1, FAILED)
         await other
+        assert other.done()
 
     play(scene())
 
