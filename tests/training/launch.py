@@ -49,8 +49,11 @@ def make_task(config: TrialConfig, model: Path, data: Path, trial: Path, metric:
     return TrialTask(trial.name, config, str(model), str(data), str(trial), metric, "min")
 
 
-def run_trial(task: TrialTask, workers: int = 1, address_space_bytes: int | None = None) -> Outcome:
-    """Run a trial in fresh processes and collect what they send."""
+def run_trial(task: TrialTask, workers: int = 1, more_address_space_bytes: int | None = None) -> Outcome:
+    """Run a trial in fresh processes and collect what they send.
+
+    more_address_space_bytes: how much a worker may map on top of what its imports have mapped.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["orchestrator.training.template"])
     port_reader, port_writer = context.Pipe(duplex=False)
@@ -62,7 +65,7 @@ def run_trial(task: TrialTask, workers: int = 1, address_space_bytes: int | None
     processes = [
         context.Process(
             target=_worker,
-            args=(task, WorkerPlace(rank, workers, rank, "127.0.0.1", port, "trial"), pipe[1], address_space_bytes),
+            args=(task, WorkerPlace(rank, workers, rank, "127.0.0.1", port, "trial"), pipe[1], more_address_space_bytes),
             daemon=True,
         )
         for rank, pipe in enumerate(pipes)
@@ -99,11 +102,14 @@ def _keep_store(port: Connection, closer: Connection) -> None:
     del store
 
 
-def _worker(task: TrialTask, place: WorkerPlace, pipe: Connection, address_space_bytes: int | None) -> None:
+def _worker(task: TrialTask, place: WorkerPlace, pipe: Connection, more_address_space_bytes: int | None) -> None:
     import resource
+
+    import psutil
 
     from orchestrator.training import worker_process
 
-    if address_space_bytes is not None:
-        resource.setrlimit(resource.RLIMIT_AS, (address_space_bytes, address_space_bytes))
+    if more_address_space_bytes is not None:
+        limit_bytes = psutil.Process().memory_info().vms + more_address_space_bytes
+        resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, limit_bytes))
     worker_process.run(task, place, pipe.send)
