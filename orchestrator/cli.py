@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from orchestrator.errors import OrchestratorError
+from orchestrator.errors import DataError, OrchestratorError, StorageError
 
 app = typer.Typer(
     name="orchestrator",
@@ -53,6 +53,17 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def _show(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # What is still held back would be tried once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise StorageError(f"the output cannot be written ({error.strerror}): free some space there") from error
+
+
 @contextmanager
 def _told_errors() -> Iterator[None]:
     """Errors of ours end with their message and exit code; all others are bugs and keep their traceback."""
@@ -83,7 +94,7 @@ def plan(
     sweep: SweepArgument,
     json: JsonOption = False,
     gpu: Annotated[str | None, typer.Option("--gpu", help="Plan for this GPU, as H100 or RTX-4090.")] = None,
-    gpus: Annotated[int, typer.Option("--gpus", min=1, help="How many of them the cluster has.")] = 1,
+    gpus: Annotated[int | None, typer.Option("--gpus", min=1, help="How many of them; none: one.")] = None,
     gpu_memory: Annotated[str | None, typer.Option("--gpu-memory", help="Memory of one of them, as 80GiB.")] = None,
     overrides: SetOption = None,
 ) -> None:
@@ -91,15 +102,22 @@ def plan(
     with _told_errors():
         from orchestrator.planning.hardware import hardware_for
         from orchestrator.planning.model_shape import shape_of
-        from orchestrator.planning.plan import plan_sweep
+        from orchestrator.planning.plan import plan_sweep, require_targets
         from orchestrator.planning.plan_table import render
-        from orchestrator.training import model_source
+        from orchestrator.training import data_rows, model_source
 
         config = _load(sweep, overrides, None, None)
         hardware = hardware_for(gpu, gpus, gpu_memory)
         config = config.on_hardware(has_gpus=hardware.device == "cuda")
-        planned = plan_sweep(config, shape_of(model_source.resolve(config.model).config), hardware)
-        print(planned.model_dump_json(indent=1) if json else render(planned))
+        try:
+            data_rows.check(config.data)
+        except DataError as error:
+            # A plan may be made where the data is not.
+            _say(f"warning: {error}")
+        shape = shape_of(model_source.resolve(config.model).config)
+        require_targets(config, shape)
+        planned = plan_sweep(config, shape, hardware)
+        _show(planned.model_dump_json(indent=1) if json else render(planned))
 
 
 @app.command()
@@ -127,7 +145,7 @@ def run(
 
         outcome = run_sweep(config, address, isolation.value, _say)
         folder = SweepFolder(config.folder)
-        print(reporting.render_text(reporting.build(folder)))
+        _show(reporting.render_text(reporting.build(folder)))
         _say(f"report: {folder.report}")
         if not outcome.tracked:
             _say("MLflow did not take everything in time: run the same command again to deliver the rest")
@@ -143,7 +161,7 @@ def status(folder: Annotated[Path | None, typer.Argument(metavar="[FOLDER]", hel
         from orchestrator.reporting.status import render_status
         from orchestrator.results.storage import SweepFolder, newest_sweep
 
-        print(render_status(SweepFolder(folder) if folder else newest_sweep(Path("sweeps"))))
+        _show(render_status(SweepFolder(folder) if folder else newest_sweep(Path("sweeps"))))
 
 
 @app.command()
@@ -156,7 +174,7 @@ def report(folder: FolderArgument, json: JsonOption = False) -> None:
         where = SweepFolder(folder)
         built = reporting.build(where)
         write_atomically(where.report, reporting.render_html(built))
-        print(reporting.render_json(built) if json else reporting.render_text(built))
+        _show(reporting.render_json(built) if json else reporting.render_text(built))
         _say(f"report: {where.report}")
 
 
@@ -176,7 +194,7 @@ def export(
         exported = export_trial(SweepFolder(folder), trial, to, merge=merge, force=force)
         if merge and exported.kind == "full":
             _say("the trial trained all weights: there is no adapter to merge")
-        print(f"trial {exported.trial.trial_id} is in {exported.folder}; load it with {exported.loader}")
+        _show(f"trial {exported.trial.trial_id} is in {exported.folder}; load it with {exported.loader}")
 
 
 @app.command()
@@ -188,7 +206,7 @@ def estimate() -> None:
 
         config_of: Callable[[str], Any] = lambda model: model_source.resolve(model).config  # noqa: E731
         for line in estimate_lines(sys.stdin, config_of):
-            print(line)
+            _show(line)
 
 
 @app.command()
@@ -207,7 +225,7 @@ def doctor(
         from orchestrator import doctor as doctors
 
         found = doctors.examine(address, storage, tracking_uri)
-        print(found.model_dump_json(indent=1) if json else doctors.render(found))
+        _show(found.model_dump_json(indent=1) if json else doctors.render(found))
         for check in found.unreachable:
             _say(f"error: {check.what}: {check.detail}")
         raise typer.Exit(3 if found.unreachable else 0)
@@ -221,4 +239,4 @@ def schema() -> None:
 
         from orchestrator.config.sweep_config import SweepConfig
 
-        print(dumps(SweepConfig.model_json_schema(), indent=2))
+        _show(dumps(SweepConfig.model_json_schema(), indent=2))

@@ -21,14 +21,15 @@ WholeNumber = int  # inside a class with a field `int`, the name is the field's
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    # No attribute docstrings: pydantic looks for the source of every class made below through all loaded modules,
+    # which takes half a minute where transformers is loaded.
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class When(_Part):
     """A setting that is searched only where other settings have one of the named values."""
 
-    when: dict[str, Any] = {}
-    """Setting → value, or list of values, that it must have."""
+    when: Annotated[dict[str, Any], Field(description="Setting → value, or list of values, that it must have.")] = {}
 
 
 class Choice(When, Generic[Value]):

@@ -36,7 +36,7 @@ def load(file: Path, overrides: Sequence[str] = ()) -> SweepConfig:
     """
     raw, lines = _read(file)
     for override in overrides:
-        _override(raw, override)
+        _override(raw, lines, override)
     problems = list(_problems_between_keys(raw))
     sweep = None
     try:
@@ -47,7 +47,7 @@ def load(file: Path, overrides: Sequence[str] = ()) -> SweepConfig:
     if sweep is not None and not problems:
         problems += _problems_of_meaning(sweep)
     if problems or sweep is None:
-        raise SweepFileError(str(file), tuple(_with_lines(problems, lines)))
+        raise SweepFileError(str(file), tuple(_with_lines(problems, lines, tuple(overrides))))
     return sweep
 
 
@@ -116,19 +116,25 @@ def _scalar(node: yaml.Node, path: Path_, problems: list[Problem]) -> Any:
         loader.dispose()
 
 
-def _override(raw: dict[str, Any], override: str) -> None:
+def _override(raw: dict[str, Any], lines: Lines, override: str) -> None:
     path, sign, text = override.partition("=")
     keys = path.strip().split(".")
     if not sign or not all(keys):
         raise InputError(f"--set {override}: write it as trial.max_steps=20")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # ValueError: what looks like a date and is none.
         raise InputError(f"--set {override}: {text!r} is not a YAML value") from error
     # A setting stands in one of the two: naming it in one takes it out of the other.
     other = {"trial": "space", "space": "trial"}.get(keys[0])
-    if other and len(keys) > 1 and isinstance(raw.get(other), dict):
-        raw[other].pop(keys[1], None)
+    if other and len(keys) > 1 and isinstance(raw.get(other), dict) and keys[1] in raw[other]:
+        del raw[other][keys[1]]
+        if not raw[other]:
+            del raw[other]
+    for overridden in [path for path in lines if path[: len(keys)] == tuple(keys)]:
+        # The value no longer comes from the file.
+        del lines[overridden]
     at: Any = raw
     for key in keys[:-1]:
         if not isinstance(at.get(key), dict):
@@ -293,14 +299,26 @@ def _admits(hint: Any, number: type) -> bool:
     return hint is number or any(_admits(part, number) for part in getattr(hint, "__args__", ()))
 
 
-def _with_lines(problems: Iterable[Problem], lines: Lines) -> Iterator[Problem]:
+def _with_lines(problems: Iterable[Problem], lines: Lines, overrides: Sequence[str]) -> Iterator[Problem]:
     by_spelling = {_spell(path): line for path, line in lines.items()}
     for problem in problems:
         path = problem.path
+        if override := _override_of(path, overrides):
+            yield Problem(path, f"{problem.message} (from --set {override})")
+            continue
         # A key that is missing has no line: its parent's is the place to write it.
         while path and path not in by_spelling:
             path = path[: max(path.rfind("."), path.rfind("["), 0)]
         yield Problem(problem.path, problem.message, by_spelling.get(path))
+
+
+def _override_of(path: str, overrides: Sequence[str]) -> str | None:
+    """The override that wrote this key, or what it stands in."""
+    for override in reversed(overrides):
+        key = override.partition("=")[0].strip()
+        if path == key or path.startswith((f"{key}.", f"{key}[")):
+            return override
+    return None
 
 
 def _spell(path: Path_) -> str:

@@ -78,13 +78,17 @@ GPUS = {
 }
 
 
-def hardware_for(gpu: str | None, gpus: int, memory: str | None) -> Hardware:
+def hardware_for(gpu: str | None, gpus: int | None, memory: str | None) -> Hardware:
     """The named GPU so many times, or this machine where none is named.
 
     Raises:
         InputError: the name or the size of memory is not understood.
     """
-    return named_gpu(gpu, gpus, parse_memory(memory) if memory else None) if gpu else this_machine()
+    if gpu:
+        return named_gpu(gpu, gpus or 1, parse_memory(memory) if memory else None)
+    if gpus or memory:
+        raise InputError("--gpus and --gpu-memory describe the GPU that --gpu names: name one, as --gpu H100")
+    return this_machine()
 
 
 def named_gpu(name: str, count: int, memory_bytes: int | None = None) -> Hardware:

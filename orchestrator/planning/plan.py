@@ -12,8 +12,9 @@ from pydantic import BaseModel, ConfigDict
 from orchestrator.config.search_space import Trial
 from orchestrator.config.sweep_config import BudgetConfig, ResourcesConfig, SweepConfig
 from orchestrator.config.trial_config import TrialConfig
+from orchestrator.errors import ModelError
 from orchestrator.planning import budget
-from orchestrator.planning.compatibility import Case, notes, refusals
+from orchestrator.planning.compatibility import Case, missing_targets, notes, refusals
 from orchestrator.planning.hardware import GIB, Hardware
 from orchestrator.planning.memory import MemoryEstimate, estimate_on
 from orchestrator.planning.model_shape import ModelShape
@@ -222,6 +223,17 @@ def memory_for_a_worker(hardware: Hardware, shape: WorkerShape, concurrent: int)
     return int(hardware.host_memory_bytes * 0.9 / workers_a_node)
 
 
+def require_targets(sweep: SweepConfig, model: ModelShape) -> None:
+    """A module that the model does not have is a slip of the pen in every trial, not one trial's refusal.
+
+    Raises:
+        ModelError: names the modules that it has.
+    """
+    for trial in sweep.trials():
+        if reason := missing_targets(trial.config, model):
+            raise ModelError(f"model {sweep.model}: {reason}")
+
+
 def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware) -> SweepPlan:
     """Plan all trials of a sweep whose hardware defaults are filled in."""
     shape = worker_shape(sweep.resources, hardware)
@@ -312,5 +324,8 @@ def _shares(trials: Sequence[PlannedTrial], sweep: SweepConfig) -> list[float]:
 
 
 def _warnings(sweep: SweepConfig, running: Sequence[PlannedTrial], makespan: Range, hours: Range) -> tuple[str, ...]:
-    told = () if running else ("no trial of this sweep can run: see the reasons above",)
+    told: tuple[str, ...] = () if running else ("no trial of this sweep can run: see the reasons above",)
+    asha = sweep.scheduler.asha
+    if asha and running and all(trial.config.max_steps <= asha.grace_steps for trial in running):
+        told += (f"asha stops nobody: no trial has more steps than grace_steps ({asha.grace_steps}); lower it",)
     return told + budget.shortfalls(sweep.budget, makespan.times(1 / 3600), hours)

@@ -33,6 +33,7 @@ SAME_OBJECTIVE = 1e-4
 """ZeRO stages at one seed differ in the last bits alone, every time in the same direction: significant, and nothing."""
 CLOSE = 0.01
 FIRST_REPEATS = 3
+FEW_STEPS = 20
 STEP_SIZES = frozenset({"global_batch_size", "sequence_length", "packing"})
 
 Basis = Literal["within_noise", "best", "single_runs", "only_one", "provisional", "nothing"]
@@ -308,6 +309,7 @@ def _caveats(
     open_ = sum(trial.status in (TrialStatus.PENDING, TrialStatus.RUNNING) for trial in sweep.trials)
     if open_:
         told.append(f"{open_} of {len(sweep.trials)} trials have not ended yet: the answer may change.")
+    steps_of = {trial.configuration_id: trial.steps for trial in sweep.trials if trial.status is TrialStatus.COMPLETED}
     competing = {summary.configuration_id for summary in contenders}
     wild = [s.label for s in completed if s.configuration_id not in competing and not s.is_broken]
     if wild:
@@ -321,6 +323,11 @@ def _caveats(
     if early:
         told.append(
             f"The scheduler stopped repeats of {_some(early)}: their means stand on the repeats that went well."
+        )
+    timed = min((steps_of[s.configuration_id] for s in contenders), default=FEW_STEPS)
+    if timed < FEW_STEPS:
+        told.append(
+            f"Speeds stand on as few as {timed} steps of a trial: differences of a few tens of percent may be chance."
         )
     devices = {device for trial in sweep.trials if trial.status is TrialStatus.COMPLETED for device in trial.devices}
     if len(devices) > 1:

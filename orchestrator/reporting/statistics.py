@@ -164,7 +164,7 @@ def _summary(sweep: SweepResult, trials: Sequence[TrialResult]) -> Configuration
         settings=tuple((name, getattr(trials[0].config, name)) for name in sweep.searched),
         trial_ids=tuple(trial.trial_id for trial in trials),
         best_trial_id=best.trial_id if best else None,
-        counts=Counter(trial.status for trial in trials),
+        counts=dict(Counter(trial.status for trial in trials)),
         objective_by_repeat=known,
         objective=estimate(list(known.values())) if known else None,
         provisional_objective=objective_of(sweep, provisional) if provisional else None,

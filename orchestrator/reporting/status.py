@@ -11,7 +11,7 @@ from typing import Any
 from orchestrator.reporting import quantities
 from orchestrator.reporting.statistics import best_trial, label, objective_of
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
-from orchestrator.results.storage import SweepFolder, read_sweep
+from orchestrator.results.storage import SweepFolder, is_at_work, read_sweep
 
 MAX_REASONS = 5
 OPEN = frozenset({TrialStatus.PENDING, TrialStatus.RUNNING})
@@ -29,7 +29,8 @@ def render_status(folder: SweepFolder, now_s: float | None = None) -> str:
     counts = Counter(trial.status for trial in sweep.trials)
     told = ", ".join(f"{counts[status]} {status.value.replace('_', ' ')}" for status in TrialStatus if counts[status])
     lines = [f"{sweep.name}: {len(sweep.trials)} trials: {told}", _best(sweep), _time(sweep, folder, now_s)]
-    lines += [f"running: {_named(sweep, trial)}, step {trial.steps}" for trial in _with(sweep, TrialStatus.RUNNING)]
+    running = "running" if is_at_work(folder) else "was running"
+    lines += [f"{running}: {_named(sweep, trial)}, step {trial.steps}" for trial in _with(sweep, TrialStatus.RUNNING)]
     trouble = [trial for trial in sweep.trials if trial.status in TROUBLE]
     lines += [_trouble(sweep, trial) for trial in trouble[-MAX_REASONS:]]
     if len(trouble) > MAX_REASONS:
@@ -66,6 +67,8 @@ def _time(sweep: SweepResult, folder: SweepFolder, now_s: float) -> str:
         gone = quantities.duration((sweep.ended_ms - sweep.started_ms) / 1000)
         again = ", interrupted: run the same command again to go on" if sweep.interrupted else ""
         return f"time: ended after {gone}{again}"
+    if not is_at_work(folder):
+        return "time: not ended, and no run is at work here: run the same command again to go on"
     gone_s = now_s - sweep.started_ms / 1000
     told = f"time: {quantities.duration(gone_s)} gone"
     left_s = _left_s(sweep, _planned_s(folder), gone_s)

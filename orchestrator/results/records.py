@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from orchestrator.config.trial_config import TrialConfig
 
@@ -176,13 +176,22 @@ class SweepResult(_Record):
     mlflow_run_id: str | None = None
     trials: tuple[TrialResult, ...]
 
+    @field_validator("searched")
+    @classmethod
+    def _are_settings(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if unknown := [name for name in names if name not in TrialConfig.model_fields]:
+            raise ValueError(f"{', '.join(unknown)}: no such setting")
+        return names
 
-def upgrade(raw: dict[str, Any]) -> dict[str, Any]:
+
+def upgrade(raw: Any) -> dict[str, Any]:
     """Bring a record of any earlier format to this one.
 
     Raises:
-        ValueError: the record was written by a newer release.
+        ValueError: it is no record, or was written by a newer release.
     """
+    if not isinstance(raw, dict):
+        raise ValueError("not a JSON object")
     version = raw.get("schema_version")
     if not isinstance(version, int) or version > SCHEMA_VERSION:
         raise ValueError(f"schema_version {version!r} is not known to this release, which reads 1 to {SCHEMA_VERSION}")

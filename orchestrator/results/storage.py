@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from orchestrator.errors import FolderError, StorageError
@@ -63,7 +64,7 @@ class TrialFolder:
                 size = file.seek(0, os.SEEK_END)
                 start = file.seek(offset_bytes if offset_bytes <= size else 0)
                 whole, newline, _ = file.read().rpartition(b"\n")
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError):
             return (), 0
         points = []
         for line in whole.splitlines():
@@ -111,6 +112,11 @@ class SweepFolder:
         return self.root / "report.html"
 
     @property
+    def lock(self) -> Path:
+        """Held by the run that is at work here."""
+        return self.root / ".lock"
+
+    @property
     def tune(self) -> Path:
         """Ray Tune's own state."""
         return self.root / "tune"
@@ -144,12 +150,12 @@ def read_trial_results(folder: SweepFolder) -> tuple[dict[str, TrialResult], tup
     for trial in folder.trials():
         try:
             raw = json.loads(trial.result.read_bytes())
-            if not isinstance(raw, dict):
-                raise ValueError("not a JSON object")
             results[trial.root.name] = TrialResult.model_validate(upgrade(raw))
+            if trial.metrics.is_dir():
+                damaged.append(DamagedRecord(trial.metrics, "a folder: the curve is lost"))
         except FileNotFoundError:
             continue
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             damaged.append(DamagedRecord(trial.result, str(error)))
     return results, tuple(damaged)
 
@@ -165,13 +171,24 @@ def read_sweep(folder: SweepFolder) -> tuple[SweepResult, tuple[DamagedRecord, .
         sweep = SweepResult.model_validate(upgrade(raw))
     except FileNotFoundError as error:
         raise FolderError(f"{folder.root} holds no sweep: name a folder that `orchestrator run` made") from error
-    except (OSError, ValueError) as error:
-        raise FolderError(
-            f"{folder.results_json} cannot be read ({error}): run the sweep again to rebuild it"
-        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise FolderError(f"{folder.results_json} cannot be read ({why}): run the sweep again to rebuild it") from error
     results, damaged = read_trial_results(folder)
     trials = tuple(results.get(trial.trial_id, trial) for trial in sweep.trials)
     return sweep.model_copy(update={"trials": trials}), damaged
+
+
+def is_at_work(folder: SweepFolder) -> bool:
+    """Whether a run holds the folder's lock; a dead owner's is free at once, since the kernel holds it."""
+    if not folder.lock.exists():
+        return False
+    try:
+        with FileLock(folder.lock, timeout=0):
+            return False
+    except (Timeout, OSError):
+        # What cannot be locked, as on a read-only mount, cannot be known: the records are believed.
+        return True
 
 
 def newest_sweep(storage: Path) -> SweepFolder:

@@ -9,16 +9,15 @@ from typing import Literal
 import ray
 
 from orchestrator.config.sweep_config import SweepConfig
-from orchestrator.errors import InputError, ModelError
+from orchestrator.errors import InputError
 from orchestrator.planning import hardware as hardware_module
-from orchestrator.planning.compatibility import missing_targets
 from orchestrator.planning.hardware import Hardware
-from orchestrator.planning.model_shape import ModelShape, shape_of
-from orchestrator.planning.plan import SweepPlan, plan_sweep
+from orchestrator.planning.model_shape import shape_of
+from orchestrator.planning.plan import SweepPlan, plan_sweep, require_targets
 from orchestrator.results.storage import SweepFolder
 from orchestrator.sweep import cluster
 from orchestrator.sweep.worker import GroupShape
-from orchestrator.training import data, model_source
+from orchestrator.training import data, data_rows, model_source
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +44,8 @@ def prepare(sweep: SweepConfig, folder: SweepFolder, address: str | None, say: C
     """
     source = model_source.resolve(sweep.model)
     model_shape = shape_of(source.config)
-    _require_targets(sweep, model_shape)
+    require_targets(sweep, model_shape)
+    data_rows.check(sweep.data)
     say("starting Ray here" if not address else f"joining the cluster at {address}")
     cluster.connect(address)
     hardware = cluster_hardware()
@@ -71,13 +71,6 @@ def prepare(sweep: SweepConfig, folder: SweepFolder, address: str | None, say: C
         "cuda_allocated" if hardware.device == "cuda" else "resident",
         share if 0 < share < 1 else None,
     )
-
-
-def _require_targets(sweep: SweepConfig, model_shape: ModelShape) -> None:
-    """A module that the model does not have is a slip of the pen in every trial, not one trial's refusal."""
-    for trial in sweep.trials():
-        if reason := missing_targets(trial.config, model_shape):
-            raise ModelError(f"model {sweep.model}: {reason}")
 
 
 def slots_for(sweep: SweepConfig, shape: GroupShape) -> int:

@@ -8,24 +8,37 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
+from ray import tune
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
 from orchestrator.results.records import MetricPoint, TrialResult, TrialStatus
+from orchestrator.results.storage import SweepFolder
+
+QUIET_S = 60.0
+"""So long without a line, and the steps of the running trials are told."""
 
 
-class Progress:
-    """Hears of every record that changes."""
+class Progress(tune.Callback):
+    """Hears of every record that changes, and of every round of Tune's loop."""
 
     def __init__(
-        self, records: Iterable[TrialResult], label: Callable[[TrialResult], str], metric: str, mode: str, slots: int
+        self,
+        folder: SweepFolder,
+        records: Iterable[TrialResult],
+        label: Callable[[TrialResult], str],
+        metric: str,
+        mode: str,
+        slots: int,
     ) -> None:
+        self._folder = folder
         self._records = {record.trial_id: record for record in records}
         self._label, self._metric, self._mode, self._slots = label, metric, mode, slots
-        self._started = time.monotonic()
+        self._started = self._said = time.monotonic()
+        self._steps, self._read_at = "", 0.0
         self._console = Console(stderr=True, highlight=False)
         live = sys.stderr.isatty() and "NO_COLOR" not in os.environ
         self._live = Live(get_renderable=self._panel, console=self._console, refresh_per_second=2) if live else None
@@ -50,8 +63,30 @@ class Progress:
         if changed or evaluated:
             self.say(self._line(record))
 
+    def __getstate__(self) -> dict[str, Any]:
+        # As the recorder's: Tune's own state is never read back.
+        return {}
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """A sign of life where evaluations are far apart."""
+        if not self._live and time.monotonic() - self._said > QUIET_S:
+            self.say(f"[{_clock(time.monotonic() - self._started)}] {self._running()}")
+
+    def _running(self) -> str:
+        """The running trials' last steps, read from their files at most every two seconds."""
+        if time.monotonic() - self._read_at > 2:
+            told = []
+            for record in self._records.values():
+                if record.status is TrialStatus.RUNNING:
+                    points = self._folder.trial(record.trial_id).read_metrics()
+                    where = f"step {points[-1].step} of {record.config.max_steps}" if points else "starting"
+                    told.append(f"{record.trial_id} {where}")
+            self._steps, self._read_at = f"running: {', '.join(told)}" if told else "", time.monotonic()
+        return self._steps
+
     def say(self, text: str) -> None:
         """One line."""
+        self._said = time.monotonic()
         self._console.print(Text(text), soft_wrap=True)
 
     def _line(self, record: TrialResult) -> str:
@@ -72,6 +107,8 @@ class Progress:
         text = f"{parts} · {_clock(gone_s)} gone"
         if left_s := self._left_s():
             text += f", about {_clock(left_s)} left"
+        if running := self._running():
+            text += f"\n{running}"
         if best := self._best():
             text += f"\nbest so far: {self._metric} {self._value(best.best):.4g}  {self._label(best)}"
         return Text(text, style="bold")

@@ -15,24 +15,18 @@ from filelock import FileLock, Timeout
 from ray import tune
 
 from orchestrator.config.sweep_config import SweepConfig
-from orchestrator.config.sweep_file import load, to_yaml
+from orchestrator.config.sweep_file import to_yaml
 from orchestrator.errors import FolderError, StorageError
 from orchestrator.planning.plan import PlannedTrial
 from orchestrator.reporting import statistics
 from orchestrator.results import provenance
 from orchestrator.results.records import PeakMemory, SweepResult, TrialResult, TrialStatus
-from orchestrator.results.storage import (
-    SweepFolder,
-    read_sweep,
-    read_trial_results,
-    write_atomically,
-    write_result,
-    write_sweep,
-)
+from orchestrator.results.storage import SweepFolder, write_atomically, write_result, write_sweep
 from orchestrator.sweep import cluster
 from orchestrator.sweep.preparation import Prepared, prepare
 from orchestrator.sweep.progress import Progress
 from orchestrator.sweep.recorder import Recorder
+from orchestrator.sweep.resume import Earlier, kept, read_earlier, require_same_question
 from orchestrator.sweep.scheduler import describe, make_scheduler
 from orchestrator.sweep.stopper import Stopper, signals_to
 from orchestrator.sweep.tracking import Tracker
@@ -71,7 +65,9 @@ def run(sweep: SweepConfig, address: str | None, isolation: Isolation, say: Call
     """
     folder = SweepFolder(sweep.folder.absolute())
     with _only_one(folder):
-        earlier = _earlier(folder, sweep)
+        earlier = read_earlier(folder)
+        if earlier:
+            require_same_question(folder, earlier.sweep, sweep)
         try:
             prepared = prepare(sweep, folder, address, say)
             return _run_prepared(prepared, folder, earlier, isolation, say)
@@ -85,7 +81,8 @@ def _only_one(folder: SweepFolder) -> Iterator[None]:
     existed = folder.root.exists()
     try:
         folder.root.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.root / ".lock", timeout=0)
+        # A moment, since `status` takes it to see whether it is free.
+        lock = FileLock(folder.lock, timeout=1)
         lock.acquire()
     except Timeout as error:
         raise FolderError(
@@ -102,29 +99,18 @@ def _only_one(folder: SweepFolder) -> Iterator[None]:
             shutil.rmtree(folder.root, ignore_errors=True)
 
 
-def _earlier(folder: SweepFolder, sweep: SweepConfig) -> SweepResult | None:
-    if not folder.sweep_file.exists():
-        return None
-    before = load(folder.sweep_file)
-    for key in ("model", "data"):
-        if getattr(before, key) != getattr(sweep, key):
-            raise FolderError(
-                f"{folder.root} holds a sweep with another {key} ({getattr(before, key)}, now {getattr(sweep, key)}): "
-                "give this one another --name"
-            )
-    return read_sweep(folder)[0] if folder.results_json.exists() else None
-
-
 def _run_prepared(
     prepared: Prepared,
     folder: SweepFolder,
-    earlier: SweepResult | None,
+    earlier: Earlier | None,
     isolation: Isolation,
     say: Callable[[str], None],
 ) -> Outcome:
     sweep = prepared.sweep
+    if earlier:
+        require_same_question(folder, earlier.sweep, sweep)
     started_at = time.time()
-    records = _records(prepared, folder)
+    records = _records(prepared, earlier)
     result = _sweep_result(prepared, earlier, records, started_at)
     tracker = Tracker(sweep, result.sweep_id, folder)
     result = result.model_copy(update={"mlflow_run_id": tracker.parent_run_id})
@@ -135,7 +121,7 @@ def _run_prepared(
     write_sweep(folder, result)
     board = cluster.start_switchboard()
     label = _labeller(result)
-    progress = Progress(records.values(), label, sweep.objective.metric, sweep.objective.mode, prepared.slots)
+    progress = Progress(folder, records.values(), label, sweep.objective.metric, sweep.objective.mode, prepared.slots)
     listeners = (tracker.track, progress)
     recorder = Recorder(folder, records, started_at, board, describe(sweep), listeners)
     gpus = prepared.shape.workers * prepared.shape.gpus_per_worker
@@ -145,7 +131,7 @@ def _run_prepared(
             tracker.track(record)
     _say_start(records, prepared, say)
     with progress, signals_to(stopper):
-        _tune(prepared, folder, records, recorder, stopper, board, isolation)
+        _tune(prepared, folder, records, [recorder, progress], stopper, board, isolation)
     recorder.cancel_rest(stopper.reason or "the sweep ended before it: run the same command again")
     return _finish(result, recorder, tracker, folder, stopper, say)
 
@@ -161,9 +147,9 @@ def _say_start(records: Mapping[str, TrialResult], prepared: Prepared, say: Call
     say(f"{pending} trials to run, {prepared.slots} at a time; {refused} refused; {done} done before")
 
 
-def _records(prepared: Prepared, folder: SweepFolder) -> dict[str, TrialResult]:
+def _records(prepared: Prepared, earlier: Earlier | None) -> dict[str, TrialResult]:
     """What each trial starts with: as it ended before, refused, or pending."""
-    before, _ = read_trial_results(folder)
+    before = earlier.trials if earlier else {}
     versions, git = provenance.versions(), provenance.git_state(Path.cwd())
     records = {}
     for planned in prepared.plan.trials:
@@ -173,7 +159,7 @@ def _records(prepared: Prepared, folder: SweepFolder) -> dict[str, TrialResult]:
             continue
         new = _new_record(planned, prepared.memory_kind)
         records[planned.trial_id] = new.model_copy(update={"versions": versions, "git": git})
-    return records
+    return records | kept(earlier, frozenset(records)) if earlier else records
 
 
 def _new_record(planned: PlannedTrial, kind: Literal["cuda_allocated", "resident"]) -> TrialResult:
@@ -193,18 +179,20 @@ def _new_record(planned: PlannedTrial, kind: Literal["cuda_allocated", "resident
 
 
 def _sweep_result(
-    prepared: Prepared, earlier: SweepResult | None, records: Mapping[str, TrialResult], started_at: float
+    prepared: Prepared, earlier: Earlier | None, records: Mapping[str, TrialResult], started_at: float
 ) -> SweepResult:
     sweep = prepared.sweep
+    before = earlier.result if earlier else None
+    searched = (*(before.searched if before else ()), *sweep.domains)
     return SweepResult(
         name=sweep.name,
         question=sweep.question,
-        sweep_id=earlier.sweep_id if earlier else uuid.uuid4().hex[:12],
+        sweep_id=before.sweep_id if before else uuid.uuid4().hex[:12],
         model=sweep.model,
         objective_metric=sweep.objective.metric,
         objective_mode=sweep.objective.mode,
-        searched=tuple(sweep.domains),
-        started_ms=earlier.started_ms if earlier else int(started_at * 1000),
+        searched=tuple(dict.fromkeys(searched)),
+        started_ms=before.started_ms if before else int(started_at * 1000),
         data_hash=prepared.data_hash,
         trials=tuple(records.values()),
     )
@@ -214,7 +202,7 @@ def _tune(
     prepared: Prepared,
     folder: SweepFolder,
     records: Mapping[str, TrialResult],
-    recorder: Recorder,
+    callbacks: list[tune.Callback],
     stopper: Stopper,
     board: Any,
     isolation: Isolation,
@@ -247,7 +235,7 @@ def _tune(
             trial_name_creator=_name,
             trial_dirname_creator=_name,
         ),
-        run_config=_run_config(folder, recorder, stopper),
+        run_config=_run_config(folder, callbacks, stopper),
     )
     tuner.fit()
 
@@ -256,11 +244,11 @@ def _name(trial: Any) -> str:
     return str(trial.config["trial_id"])
 
 
-def _run_config(folder: SweepFolder, recorder: Recorder, stopper: Stopper) -> tune.RunConfig:
+def _run_config(folder: SweepFolder, callbacks: list[tune.Callback], stopper: Stopper) -> tune.RunConfig:
     return tune.RunConfig(
         name=folder.tune.name,
         storage_path=str(folder.root),
-        callbacks=[recorder],
+        callbacks=callbacks,
         stop=stopper,
         verbose=0,
         # Trials save themselves; Tune's own checkpoint would only be asked for and thrown away.

@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from orchestrator.config.sweep_config import DataConfig
 from orchestrator.errors import DataError
-from orchestrator.training.data_rows import Row, fingerprint, read_rows
-from orchestrator.training.data_tokens import COLUMNS, tokenize
+from orchestrator.training.data_rows import Row, fingerprint, missing_columns, read_rows
+from orchestrator.training.data_tokens import tokenize
 
 Split = Literal["train", "eval"]
 Ints = npt.NDArray[np.int64]
@@ -142,12 +142,8 @@ def _noting_columns(rows: Iterable[Row], seen: dict[str, None]) -> Iterator[Row]
 
 
 def _nothing_usable(source: str, data: DataConfig, seen: Sequence[str], failed: int, skipped: Sequence[Row]) -> str:
-    missing = [name for name in COLUMNS[data.format] if name not in seen]
-    if seen and missing:
-        return (
-            f"data {source} has no column {' or '.join(missing)}, which format: {data.format} reads; "
-            f"columns seen: {', '.join(seen)}. Rename one or choose another format"
-        )
+    if told := missing_columns(source, data.format, seen):
+        return told
     example = f", the first ({skipped[-failed].where}) because {skipped[-failed].why}" if failed else ""
     return f"data {source} has no usable row: {failed} could not be used{example}. Mend the rows or name another source"
 

@@ -7,18 +7,27 @@ import csv
 import difflib
 import hashlib
 import inspect
+import itertools
 import json
 import platform
 import re
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from orchestrator.config.sweep_config import DataConfig
 from orchestrator.errors import DataError
 
 Role = Literal["train", "eval"]
+Format = Literal["text", "prompt_completion", "messages"]
+COLUMNS: dict[Format, tuple[str, ...]] = {
+    "text": ("text",),
+    "prompt_completion": ("prompt", "completion"),
+    "messages": ("messages",),
+}
+CHECKED_ROWS = 100
 DOCUMENT_CHARACTERS = 500
 """Paragraphs are joined to documents of about this length."""
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
@@ -34,6 +43,38 @@ class Row:
     why: str = ""
 
 
+def check(data: DataConfig) -> None:
+    """Look at the first rows of every source that is on this machine, so that a slip of the pen costs no start.
+
+    Raises:
+        DataError: a source does not exist or has no row with the columns of its format.
+    """
+    for source, role in _sources(data):
+        if is_on_hub(source):
+            continue
+        first = itertools.islice(read_rows(source, role), CHECKED_ROWS)
+        seen = dict.fromkeys(str(name) for row in first if row.columns is not None for name in row.columns)
+        if told := missing_columns(source, data.format, tuple(seen)):
+            raise DataError(told)
+
+
+def _sources(data: DataConfig) -> Iterator[tuple[str, Role]]:
+    yield data.train, "train"
+    if isinstance(data.eval, str):
+        yield data.eval, "eval"
+
+
+def missing_columns(source: str, data_format: Format, seen: Sequence[str]) -> str | None:
+    """What to say where rows were seen and none had a column of the format."""
+    missing = [name for name in COLUMNS[data_format] if name not in seen]
+    if not (seen and missing):
+        return None
+    return (
+        f"data {source} has no column {' or '.join(missing)}, which format: {data_format} reads; "
+        f"columns seen: {', '.join(seen)}. Rename one or choose another format"
+    )
+
+
 def read_rows(source: str, role: Role) -> Iterator[Row]:
     """Every row of a source.
 
@@ -43,14 +84,25 @@ def read_rows(source: str, role: Role) -> Iterator[Row]:
     if source.startswith("builtin:"):
         yield from _builtin(source)()
         return
-    path = Path(source).expanduser()
-    if path.exists():
-        for file in _files(path):
-            yield from _READERS[file.suffix.lower()](file)
-    elif path.suffix.lower() in _READERS or not _HUB_ID.match(source):
-        raise DataError(f"data {source}: no such file or folder; name one that exists (looked in {Path.cwd()})")
-    else:
+    if is_on_hub(source):
         yield from _hub_rows(source, role)
+        return
+    for file in _files(Path(source).expanduser()):
+        yield from _READERS[file.suffix.lower()](file)
+
+
+def is_on_hub(source: str) -> bool:
+    """Whether a source is neither built in nor a path.
+
+    Raises:
+        DataError: it is a path, and there is nothing.
+    """
+    path = Path(source).expanduser()
+    if source.startswith("builtin:") or path.exists():
+        return False
+    if path.suffix.lower() in _READERS or not _HUB_ID.match(source):
+        raise DataError(f"data {source}: no such file or folder; name one that exists (looked in {Path.cwd()})")
+    return True
 
 
 def fingerprint(source: str) -> str:
@@ -84,7 +136,7 @@ def _json_lines(file: Path) -> Iterator[Row]:
                 continue
             try:
                 columns = json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 yield Row(where, None, f"not JSON ({error})")
                 continue
             yield Row(where, columns) if isinstance(columns, dict) else Row(where, None, "not a JSON object")

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from orchestrator.errors import DataError
-from orchestrator.training.data_rows import Row
+from orchestrator.training.data_rows import COLUMNS, Format, Row
 
-Format = Literal["text", "prompt_completion", "messages"]
-COLUMNS: dict[Format, tuple[str, ...]] = {
-    "text": ("text",),
-    "prompt_completion": ("prompt", "completion"),
-    "messages": ("messages",),
-}
 CHUNK_ROWS = 512
 
 Tokens = npt.NDArray[np.int32]

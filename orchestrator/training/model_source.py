@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import os
 import re
+import socket
+import urllib.parse
+import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,15 +100,34 @@ def _hub_config(model: str) -> dict[str, Any]:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
+    # Its retries are told line by line, twice; ours is the one message.
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
+    offline = _is_offline()
     try:
-        return _read_config(Path(hf_hub_download(model, "config.json")))
+        return _read_config(Path(hf_hub_download(model, "config.json", local_files_only=offline)))
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ModelError(f"model {model} is no local folder, and {_hub_problem(error)}; {_OFFLINE_MEND}") from error
+        why = "the hub is out of reach and its cache here has none" if offline else _hub_problem(error)
+        raise ModelError(f"model {model} is no local folder, and {why}; {_OFFLINE_MEND}") from error
     except Exception as error:
         # httpx' own connection errors, which are of no built-in kind.
         if type(error).__module__.partition(".")[0] not in ("httpx", "httpcore", "requests"):
             raise
         raise ModelError(f"model {model}: the hub does not answer ({error}); {_OFFLINE_MEND}") from error
+
+
+def _is_offline() -> bool:
+    """Whether the hub's name means nothing here: its client would try for 24 s before it says so."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return True
+    if urllib.request.getproxies():
+        return False
+    try:
+        socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return True
+    return False
 
 
 def _hub_problem(error: Exception) -> str:

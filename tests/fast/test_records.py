@@ -7,8 +7,9 @@ import pytest
 from pydantic import ValidationError
 
 from orchestrator.config.trial_config import TrialConfig
+from orchestrator.errors import FolderError
 from orchestrator.results.records import MOVES, MetricPoint, TrialResult, TrialStatus, upgrade
-from orchestrator.results.storage import SweepFolder, read_trial_results, write_atomically
+from orchestrator.results.storage import SweepFolder, read_sweep, read_trial_results, write_atomically
 
 S = TrialStatus
 ALLOWED = (
@@ -56,6 +57,24 @@ def test_damaged_records_are_named_and_the_rest_is_read(tmp_path: Path) -> None:
     results, damaged = read_trial_results(folder)
     assert set(results) == {"a-0"}
     assert {record.file.parent.name for record in damaged} == {"b-0", "c-0"}
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '"x"', "[" * 100_000, '{"schema_version": 1, "searched": ["colour"]}'])
+def test_a_sweep_record_that_is_none_is_told_with_its_file(tmp_path: Path, text: str) -> None:
+    folder = SweepFolder(tmp_path)
+    write_atomically(folder.results_json, text)
+    with pytest.raises(FolderError, match=r"results\.json cannot be read"):
+        read_sweep(folder)
+
+
+def test_a_curve_that_is_a_folder_is_named_as_damaged(tmp_path: Path) -> None:
+    folder = SweepFolder(tmp_path)
+    write_atomically(folder.trial("a-0").result, trial().model_dump_json())
+    folder.trial("a-0").metrics.mkdir()
+    assert folder.trial("a-0").read_metrics() == ()
+    results, damaged = read_trial_results(folder)
+    assert set(results) == {"a-0"}
+    assert [record.file for record in damaged] == [folder.trial("a-0").metrics]
 
 
 def test_a_metrics_line_that_is_half_written_is_left_out(tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from orchestrator.errors import FolderError
 from orchestrator.reporting.status import render_status
@@ -16,15 +18,18 @@ from tests.made_up_sweep import START_MS, made_up_sweep, made_up_trial, simulate
 NOW_S = START_MS / 1000 + 300
 
 
-def running(tmp_path: Path) -> SweepFolder:
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[SweepFolder]:
+    """A sweep that a run is at work on."""
     statuses = [TrialStatus.COMPLETED, TrialStatus.FAILED, TrialStatus.RUNNING, TrialStatus.PENDING]
     sweep = simulated([2.0, 2.1, 1.0, 2.2], 1, 0, noise_sd=0, seed_sd=0, status_of=lambda place, _: statuses[place])
-    return write_made_up(tmp_path / "sweep", sweep.model_copy(update={"ended_ms": None}))
+    folder = write_made_up(tmp_path / "sweep", sweep.model_copy(update={"ended_ms": None}))
+    with FileLock(folder.lock):
+        yield folder
 
 
-def test_a_running_sweep_tells_counts_best_time_and_trouble(tmp_path: Path) -> None:
-    folder = running(tmp_path)
-    lines = render_status(folder, NOW_S).splitlines()
+def test_a_running_sweep_tells_counts_best_time_and_trouble(running: SweepFolder) -> None:
+    lines = render_status(running, NOW_S).splitlines()
     assert lines[0] == "made-up: 4 trials: 1 pending, 1 running, 1 completed, 1 failed"
     assert lines[1].startswith("best so far: eval_loss 2.000, ")
     assert lines[1].endswith("(rank=4), completed")
@@ -33,8 +38,16 @@ def test_a_running_sweep_tells_counts_best_time_and_trouble(tmp_path: Path) -> N
     assert any(line.startswith("failed: ") and "boom" in line for line in lines)
 
 
-def test_the_plan_says_how_long_what_is_left_takes(tmp_path: Path) -> None:
-    folder = running(tmp_path)
+def test_a_sweep_whose_run_died_is_not_called_running(running: SweepFolder) -> None:
+    running.lock.unlink()
+    told = render_status(running, NOW_S)
+    assert "no run is at work here: run the same command again" in told
+    assert "was running: " in told
+    assert "left" not in told
+
+
+def test_the_plan_says_how_long_what_is_left_takes(running: SweepFolder) -> None:
+    folder = running
     open_ = (TrialStatus.RUNNING, TrialStatus.PENDING)
     seconds = {t.trial_id: 40.0 if t.status in open_ else 10.0 for t in read_sweep(folder)[0].trials}
     trials = [{"trial_id": identity, "seconds": planned} for identity, planned in seconds.items()]
@@ -46,10 +59,9 @@ def test_the_plan_says_how_long_what_is_left_takes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "plan", ["{", "[]", "{}", '{"trials": 3}', '{"trials": [3]}', '{"trials": [{"trial_id": "x"}]}']
 )
-def test_a_plan_that_cannot_be_read_is_done_without(tmp_path: Path, plan: str) -> None:
-    folder = running(tmp_path)
-    write_atomically(folder.plan, plan)
-    assert "about 5 min 00 s left" in render_status(folder, NOW_S)
+def test_a_plan_that_cannot_be_read_is_done_without(running: SweepFolder, plan: str) -> None:
+    write_atomically(running.plan, plan)
+    assert "about 5 min 00 s left" in render_status(running, NOW_S)
 
 
 def test_an_ended_sweep_says_how_long_it_took(tmp_path: Path) -> None:

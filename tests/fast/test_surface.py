@@ -67,6 +67,8 @@ def test_every_search_space_can_be_planned_on_its_hardware(file: Path) -> None:
         (["plan", "search_spaces/demo.yaml", "--set", "model=builtin:tiny-lama"], 2, "tiny-llama"),
         (["report", "no/such/folder"], 2, "holds no sweep"),
         (["status", "no/such/folder"], 2, "holds no sweep"),
+        (["plan", "search_spaces/demo.yaml", "--gpus", "8"], 2, "--gpu H100"),
+        (["plan", "search_spaces/demo.yaml", "--set", "trial.target_modules=[q_prj]"], 2, "did you mean q_proj"),
         (["nonsense"], 2, "No such command"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -76,6 +78,20 @@ def test_wrong_input_ends_with_2_and_says_what_is_wrong(words: list[str], exit_c
     assert result.exit_code == exit_code
     assert told in result.stderr
     assert result.stdout == ""
+
+
+def test_a_plan_is_made_where_the_data_is_not() -> None:
+    result = CliRunner().invoke(app, ["plan", "search_spaces/demo.yaml", "--set", "data.train=nowhere.jsonl"])
+    assert result.exit_code == 0
+    assert "warning: data nowhere.jsonl: no such file" in result.stderr
+
+
+def test_an_output_that_cannot_be_written_is_told() -> None:
+    command = [sys.executable, "-m", "orchestrator", "plan", "search_spaces/demo.yaml"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=30)
+    assert done.returncode == 3
+    assert done.stderr.startswith("error: the output cannot be written")
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: file.name)

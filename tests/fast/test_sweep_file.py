@@ -132,10 +132,23 @@ def test_an_override_wins_and_moves_a_setting_from_space_to_trial(tmp_path: Path
     assert list(sweep.domains) == ["dora"]
 
 
-def test_a_bad_override_is_refused(tmp_path: Path) -> None:
-    file = write(tmp_path, yaml.safe_dump(SMALL))
-    with pytest.raises(InputError, match=r"trial\.max_steps=20"):
-        load(file, ["max_steps"])
+def test_an_override_that_empties_the_space_leaves_it_out(tmp_path: Path) -> None:
+    sweep = load(write(tmp_path, yaml.safe_dump(SMALL | {"space": {"rank": [8, 16]}})), ["trial.rank=4"])
+    assert len(sweep.trials()) == 1
+
+
+@pytest.mark.parametrize("override", ["max_steps", "trial.max_steps=2024-13-45", "trial.rank=[", "=3", "a..b=1"])
+def test_a_bad_override_is_refused(tmp_path: Path, override: str) -> None:
+    with pytest.raises(InputError, match="--set"):
+        load(write(tmp_path, yaml.safe_dump(SMALL)), [override])
+
+
+def test_a_problem_of_an_override_names_it_and_no_line_of_the_file(tmp_path: Path) -> None:
+    with pytest.raises(SweepFileError) as caught:
+        load(write(tmp_path, yaml.safe_dump(SMALL)), ["trial.max_steps=-3"])
+    (problem,) = caught.value.problems
+    assert problem.line is None
+    assert problem.message.endswith("(from --set trial.max_steps=-3)")
 
 
 def test_a_saved_sweep_reads_back_as_the_same_trials(tmp_path: Path) -> None:

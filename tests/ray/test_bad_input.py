@@ -66,7 +66,7 @@ def test_another_model_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     run.folder.sweep_file.write_text(saved)
     code, _, err = start(tmp_path, space={"rank": [2]}).wait()
     assert code == 2
-    assert "another model" in err
+    assert "model was builtin:smollm2-135m, now builtin:tiny-llama" in err
 
 
 def test_a_data_file_without_the_column_names_those_it_has(tmp_path: Path) -> None:

@@ -1,0 +1,84 @@
+"""Going on in a folder that has a part of the sweep already: what may have changed since, and which results stay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from orchestrator.config.sweep_config import SweepConfig
+from orchestrator.config.sweep_file import load
+from orchestrator.config.trial_config import TrialConfig
+from orchestrator.errors import FolderError
+from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
+from orchestrator.results.storage import SweepFolder, read_sweep, read_trial_results
+
+SAME_KEYS = ("model", "data", "objective")
+"""Keys without which results could not stand in one table; so too every setting that is not searched."""
+
+
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """What the folder holds of this sweep."""
+
+    sweep: SweepConfig
+    result: SweepResult | None
+    """None where results.json is lost: the trials' own records are enough to go on."""
+    trials: Mapping[str, TrialResult]
+
+
+def read_earlier(folder: SweepFolder) -> Earlier | None:
+    """What an earlier run left, or None in a new folder.
+
+    Raises:
+        InputError: its sweep.yaml cannot be read.
+    """
+    if not folder.sweep_file.exists():
+        return None
+    try:
+        result = read_sweep(folder)[0]
+    except FolderError:
+        result = None
+    return Earlier(load(folder.sweep_file), result, read_trial_results(folder)[0])
+
+
+def require_same_question(folder: SweepFolder, before: SweepConfig, now: SweepConfig) -> None:
+    """Refuse a sweep whose results could not be compared with those in its folder.
+
+    Searched values, repeats, budget, scheduler and resources may change.
+
+    Raises:
+        FolderError: with each difference.
+    """
+    if changes := tuple(_changes(before, now)):
+        raise FolderError(
+            f"{folder.root} holds a sweep of which the results could not be compared with these: {'; '.join(changes)}. "
+            "Give this one another --name"
+        )
+
+
+def _changes(before: SweepConfig, now: SweepConfig) -> Iterator[str]:
+    for key in SAME_KEYS:
+        old, new = getattr(before, key), getattr(now, key)
+        if old != new:
+            yield f"{key} was {old}, now {new}"
+    searched = {*before.domains, *now.domains}
+    for name in TrialConfig.model_fields:
+        # Where the file says nothing of the precision it follows the hardware, which is not known yet.
+        if name in searched or (name == "precision" and name not in now.trial.model_fields_set):
+            continue
+        old, new = getattr(before.trial, name), getattr(now.trial, name)
+        if old != new:
+            yield f"trial.{name} was {old}, now {new}"
+
+
+def kept(earlier: Earlier, planned: frozenset[str]) -> dict[str, TrialResult]:
+    """Results of trials that the sweep file no longer asks for: nothing that was measured is dropped."""
+    found = {}
+    for trial_id, record in earlier.trials.items():
+        if trial_id in planned or record.status is TrialStatus.INFEASIBLE:
+            continue
+        if not record.status.is_final and record.status is not TrialStatus.CANCELLED:
+            why = {"status": TrialStatus.CANCELLED, "reason": "the sweep file no longer asks for it"}
+            record = record.model_copy(update=why)
+        found[trial_id] = record
+    return found
