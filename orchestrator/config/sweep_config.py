@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
 
 from orchestrator.config.search_space import Choice, Range, Settings, Space, Trial, domains, grid, make_trials, sample
 from orchestrator.config.trial_config import TrialConfig
@@ -81,6 +81,8 @@ class ResourcesConfig(_Part):
     gpus_per_worker: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] | None = None
     """1 where the cluster has GPUs and 0 elsewhere, where nothing is said. `auto` packs several trials on a GPU."""
     cpus_per_worker: Annotated[float, Field(gt=0, le=1024)] = 1
+    memory_per_worker: Annotated[ByteSize, Field(ge=2**20)] | None = None
+    """Most that a worker may take, of its GPU or, without one, of host memory, as 24GiB; none: what there is."""
     max_concurrent: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Trials at a time; `auto` is what the cluster has room for."""
 
@@ -91,6 +93,8 @@ class BudgetConfig(_Part):
     trials: Annotated[int, Field(ge=1, le=10**6)] | None = None
     """How many configurations a random search tries; at most so many of a grid."""
     hours: Annotated[float, Field(gt=0)] | None = None
+    trial_hours: Annotated[float, Field(gt=0)] | None = None
+    """The longest that one trial may run; one that hangs would hold its GPUs for ever."""
     gpu_hours: Annotated[float, Field(gt=0)] | None = None
     price_per_gpu_hour: Annotated[float, Field(ge=0)] | None = None
 

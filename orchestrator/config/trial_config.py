@@ -137,3 +137,16 @@ def micro_batches_per_step(config: TrialConfig, workers: int) -> int:
             f"micro_batch_size {config.micro_batch_size} × {workers} workers"
         )
     return micro_batches
+
+
+def halved_micro_batch(config: TrialConfig, workers: int) -> TrialConfig | None:
+    """Half the micro-batch, or the next smaller number that divides a worker's sequences; None: it is 1 already.
+
+    The global batch stays: accumulation grows as much as the micro-batch shrinks.
+    """
+    micro = config.micro_batch_size
+    if micro == "auto" or micro == 1:
+        return None
+    share = config.global_batch_size // workers
+    smaller = next(n for n in range(micro // 2, 0, -1) if share % n == 0)
+    return config.model_copy(update={"micro_batch_size": smaller})

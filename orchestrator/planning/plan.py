@@ -22,6 +22,8 @@ from orchestrator.planning.step_time import Range, step_seconds
 
 STARTUP_S = 3.0
 """Seconds of a trial that are not training, on a warm worker group: model, evaluations, saving."""
+LOW_RANK = 8
+"""Named where a higher rank does not fit."""
 SPARE = 0.97
 """Share of a GPU's memory that a trial may be planned to take: the driver keeps some for itself."""
 
@@ -60,6 +62,8 @@ class SweepPlan(_Part):
     workers_per_trial: int
     gpus_per_worker: float
     concurrent: int
+    worker_memory_bytes: int
+    """What one worker may take of its device."""
     searched: tuple[str, ...]
     trials: tuple[PlannedTrial, ...]
     runs: int
@@ -93,7 +97,7 @@ def packed_share(trials: Sequence[Trial], model: ModelShape, hardware: Hardware,
 
     `micro_batch_size: auto` takes what a whole GPU holds, so that only trials with a number are packed.
     """
-    memory_bytes = memory_for_a_worker(hardware, whole, 1)
+    memory_bytes = memory_for_a_worker(hardware, whole, 1, None)
     planned = [plan_trial(trial, model, hardware, whole, memory_bytes) for trial in trials]
     needed_bytes = max((trial.memory.device_bytes for trial in planned if trial.memory), default=memory_bytes)
     # Ray counts a GPU in ten-thousandths: rounded up, three thirds would not fit on it.
@@ -196,6 +200,8 @@ def _cheaper(config: TrialConfig) -> list[tuple[_Change, ...]]:
         changes.append(_Change("precision nf4", {"precision": "nf4"}))
     if config.zero_stage < 3:
         changes.append(_Change("zero_stage 3", {"zero_stage": 3, "engine": "deepspeed"}))
+    if isinstance(config.rank, int) and config.rank > LOW_RANK:
+        changes.append(_Change(f"rank {LOW_RANK}", {"rank": LOW_RANK}))
     together = [tuple(changes[: i + 1]) for i in range(1, len(changes))]
     return [(change,) for change in changes] + together
 
@@ -213,14 +219,16 @@ def _fits(config: TrialConfig, model: ModelShape, hardware: Hardware, shape: Wor
     return estimate_on(config, model, shape.workers, hardware).device_bytes <= memory_bytes
 
 
-def memory_for_a_worker(hardware: Hardware, shape: WorkerShape, concurrent: int) -> int:
-    """Bytes that one worker may take: its share of a GPU, or of the host's memory."""
+def memory_for_a_worker(hardware: Hardware, shape: WorkerShape, concurrent: int, limit_bytes: int | None) -> int:
+    """Bytes that one worker may take: its share of a GPU, or of the host's memory, and no more than the limit."""
     if hardware.device == "cuda":
         assert hardware.gpu_memory_bytes is not None
         share = shape.gpus_per_worker if 0 < shape.gpus_per_worker < 1 else 1.0
-        return int(hardware.gpu_memory_bytes * share * SPARE)
-    workers_a_node = max(1, math.ceil(concurrent * shape.workers / hardware.nodes))
-    return int(hardware.host_memory_bytes * 0.9 / workers_a_node)
+        there = hardware.gpu_memory_bytes * share * SPARE
+    else:
+        workers_a_node = max(1, math.ceil(concurrent * shape.workers / hardware.nodes))
+        there = hardware.host_memory_bytes * 0.9 / workers_a_node
+    return int(min(there, limit_bytes or there))
 
 
 def require_targets(sweep: SweepConfig, model: ModelShape) -> None:
@@ -240,7 +248,7 @@ def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware) -> Swe
     if sweep.resources.gpus_per_worker == "auto" and hardware.device == "cuda":
         shape = replace(shape, gpus_per_worker=packed_share(sweep.trials(), model, hardware, shape))
     concurrent = max_concurrent(sweep.resources, shape, hardware)
-    memory_bytes = memory_for_a_worker(hardware, shape, concurrent)
+    memory_bytes = memory_for_a_worker(hardware, shape, concurrent, sweep.resources.memory_per_worker)
     trials = tuple(
         _with_cost(plan_trial(trial, model, hardware, shape, memory_bytes), sweep.budget) for trial in sweep.trials()
     )
@@ -256,6 +264,7 @@ def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware) -> Swe
         workers_per_trial=shape.workers,
         gpus_per_worker=shape.gpus_per_worker,
         concurrent=concurrent,
+        worker_memory_bytes=memory_bytes,
         searched=tuple(sweep.domains),
         trials=trials,
         runs=len(running),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -9,9 +10,11 @@ from typing import Literal
 import ray
 
 from orchestrator.config.sweep_config import SweepConfig
+from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import InputError
 from orchestrator.planning import hardware as hardware_module
 from orchestrator.planning.hardware import Hardware
+from orchestrator.planning.memory import MemoryEstimate, estimate_on
 from orchestrator.planning.model_shape import shape_of
 from orchestrator.planning.plan import SweepPlan, plan_sweep, require_targets
 from orchestrator.results.storage import SweepFolder
@@ -33,6 +36,8 @@ class Prepared:
     data_hash: str
     memory_kind: Literal["cuda_allocated", "resident"]
     gpu_memory_fraction: float | None
+    estimate: Callable[[TrialConfig], MemoryEstimate]
+    """The plan's own, for a configuration that has changed since."""
 
 
 def prepare(sweep: SweepConfig, folder: SweepFolder, address: str | None, say: Callable[[str], None]) -> Prepared:
@@ -70,6 +75,7 @@ def prepare(sweep: SweepConfig, folder: SweepFolder, address: str | None, say: C
         summary.hash,
         "cuda_allocated" if hardware.device == "cuda" else "resident",
         share if 0 < share < 1 else None,
+        functools.partial(estimate_on, shape=model_shape, workers=shape.workers, hardware=hardware),
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import ray
 from ray import tune
 
+from orchestrator.config.trial_config import TrialConfig
 from orchestrator.results.records import PeakMemory, Timing, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder, write_result
 from orchestrator.training.task import TrialProgress
@@ -27,11 +28,12 @@ class Recorder(tune.Callback):
         started_at: float,
         board: Any,
         scheduler: str,
+        predicted_bytes: Callable[[TrialConfig], int],
         listeners: tuple[Callable[[TrialResult], None], ...],
     ) -> None:
         self.records = dict(records)
         self._folder, self._started_at, self._board = folder, started_at, board
-        self._scheduler, self._listeners = scheduler, listeners
+        self._scheduler, self._predicted_bytes, self._listeners = scheduler, predicted_bytes, listeners
         self._launched_at: dict[str, float] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -43,6 +45,11 @@ class Recorder(tune.Callback):
         record = self.records[trial.config["trial_id"]]
         if record.status is TrialStatus.PENDING:
             self._launched_at[record.trial_id] = time.time()
+            micro = trial.config["micro_batch_size"]
+            if micro != record.config.micro_batch_size:
+                event = f"micro_batch_size {micro}, since trials of its kind ran out of memory with more"
+                config = record.config.model_copy(update={"micro_batch_size": micro})
+                record = self._with_config(record, config, (event,))
             self.save(record.model_copy(update={"status": TrialStatus.RUNNING}))
 
     def on_trial_result(
@@ -54,6 +61,7 @@ class Recorder(tune.Callback):
             return
         if launched_at := result.get("launched_at"):
             self._launched_at[record.trial_id] = launched_at
+        record = self._with_config(record, result["trial_config"], result["events"])
         record = self._with_progress(record, result.get("progress"))
         status = result.get("status")
         if status:
@@ -69,6 +77,10 @@ class Recorder(tune.Callback):
         record = self.records[trial.config["trial_id"]]
         if not record.status.needs_reason and record.status is not TrialStatus.COMPLETED:
             self.save(self._ended(record, TrialStatus.FAILED, f"its slot on the cluster died: {_last_line(trial)}"))
+
+    def refuse(self, trial_id: str, reason: str) -> None:
+        """What others took says that this one cannot run: it is not launched."""
+        self.save(self.records[trial_id].model_copy(update={"status": TrialStatus.INFEASIBLE, "reason": reason}))
 
     def cancel_rest(self, reason: str) -> None:
         """What had not ended when the sweep did goes on when it is resumed."""
@@ -89,6 +101,14 @@ class Recorder(tune.Callback):
         self.records[record.trial_id] = record
         for listener in self._listeners:
             listener(record)
+
+    def _with_config(self, record: TrialResult, config: TrialConfig, events: tuple[str, ...]) -> TrialResult:
+        """The micro-batch may have become smaller than planned, and the notes say why."""
+        notes = tuple(dict.fromkeys((*record.notes, *events)))
+        memory = record.peak_memory
+        if memory and config != record.config:
+            memory = memory.model_copy(update={"predicted_bytes": self._predicted_bytes(config)})
+        return record.model_copy(update={"config": config, "notes": notes, "peak_memory": memory})
 
     def _with_progress(self, record: TrialResult, progress: TrialProgress | None) -> TrialResult:
         if progress is None:

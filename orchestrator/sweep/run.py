@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import time
 import uuid
@@ -16,6 +17,7 @@ from ray import tune
 
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.sweep_file import to_yaml
+from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import FolderError, StorageError
 from orchestrator.planning.plan import PlannedTrial
 from orchestrator.reporting import statistics
@@ -31,6 +33,7 @@ from orchestrator.sweep.scheduler import describe, make_scheduler
 from orchestrator.sweep.stopper import Stopper, signals_to
 from orchestrator.sweep.tracking import Tracker
 from orchestrator.sweep.trial import TrialOnWorkers
+from orchestrator.sweep.trial_queue import TrialQueue
 from orchestrator.training.task import TrialTask
 
 Isolation = Literal["warm", "fresh"]
@@ -123,7 +126,8 @@ def _run_prepared(
     label = _labeller(result)
     progress = Progress(folder, records.values(), label, sweep.objective.metric, sweep.objective.mode, prepared.slots)
     listeners = (tracker.track, progress)
-    recorder = Recorder(folder, records, started_at, board, describe(sweep), listeners)
+    predicted = functools.partial(_recorded_bytes, prepared)
+    recorder = Recorder(folder, records, started_at, board, describe(sweep), predicted, listeners)
     gpus = prepared.shape.workers * prepared.shape.gpus_per_worker
     stopper = Stopper(board, sweep.budget, lambda: recorder.trial_seconds() * gpus / 3600)
     for record in records.values():
@@ -131,7 +135,7 @@ def _run_prepared(
             tracker.track(record)
     _say_start(records, prepared, say)
     with progress, signals_to(stopper):
-        _tune(prepared, folder, records, [recorder, progress], stopper, board, isolation)
+        _tune(prepared, folder, recorder, [recorder, progress], stopper, board, isolation)
     recorder.cancel_rest(stopper.reason or "the sweep ended before it: run the same command again")
     return _finish(result, recorder, tracker, folder, stopper, say)
 
@@ -157,14 +161,21 @@ def _records(prepared: Prepared, earlier: Earlier | None) -> dict[str, TrialResu
         if old and old.status.is_final and old.status is not TrialStatus.INFEASIBLE:
             records[planned.trial_id] = old
             continue
-        new = _new_record(planned, prepared.memory_kind)
+        new = _new_record(planned, prepared)
         records[planned.trial_id] = new.model_copy(update={"versions": versions, "git": git})
     return records | kept(earlier, frozenset(records)) if earlier else records
 
 
-def _new_record(planned: PlannedTrial, kind: Literal["cuda_allocated", "resident"]) -> TrialResult:
-    memory = planned.memory
-    predicted = (memory.device_bytes if kind == "resident" else memory.allocated_bytes) if memory else None
+def _recorded_bytes(prepared: Prepared, config: TrialConfig) -> int:
+    """What a record says was predicted: of the kind of memory that is measured here."""
+    memory = prepared.estimate(config)
+    allocated = memory.device_bytes if prepared.memory_kind == "resident" else memory.allocated_bytes
+    assert allocated is not None
+    return allocated
+
+
+def _new_record(planned: PlannedTrial, prepared: Prepared) -> TrialResult:
+    predicted = _recorded_bytes(prepared, planned.config) if planned.memory else None
     return TrialResult(
         trial_id=planned.trial_id,
         configuration_id=planned.configuration_id,
@@ -174,7 +185,7 @@ def _new_record(planned: PlannedTrial, kind: Literal["cuda_allocated", "resident
         repeat=planned.repeat,
         seed=planned.config.seed,
         notes=planned.notes,
-        peak_memory=PeakMemory(predicted_bytes=predicted, kind=kind),
+        peak_memory=PeakMemory(predicted_bytes=predicted, kind=prepared.memory_kind),
     )
 
 
@@ -201,15 +212,16 @@ def _sweep_result(
 def _tune(
     prepared: Prepared,
     folder: SweepFolder,
-    records: Mapping[str, TrialResult],
+    recorder: Recorder,
     callbacks: list[tune.Callback],
     stopper: Stopper,
     board: Any,
     isolation: Isolation,
 ) -> None:
+    automatic = frozenset(t.trial_id for t in prepared.sweep.trials() if t.config.micro_batch_size == "auto")
     tasks = {
-        record.trial_id: _task(record, prepared, folder)
-        for record in records.values()
+        record.trial_id: _task(record, prepared, folder, halves_micro_batch=record.trial_id in automatic)
+        for record in recorder.records.values()
         if record.status is TrialStatus.PENDING
     }
     if not tasks:
@@ -225,10 +237,19 @@ def _tune(
         storage=str(folder.tune / "worker_groups"),
         keeps_group=isolation == "warm",
     )
+    queue = TrialQueue(
+        tasks,
+        recorder,
+        lambda config: prepared.estimate(config).device_bytes,
+        prepared.plan.worker_memory_bytes,
+        prepared.shape.workers,
+        automatic,
+    )
     tuner = tune.Tuner(
         tune.with_resources(trainable, SLOT),
-        param_space={"trial_id": tune.grid_search(list(tasks))},
         tune_config=tune.TuneConfig(
+            search_alg=queue,
+            num_samples=len(tasks),
             scheduler=make_scheduler(prepared.sweep),
             max_concurrent_trials=prepared.slots,
             reuse_actors=True,
@@ -257,7 +278,7 @@ def _run_config(folder: SweepFolder, callbacks: list[tune.Callback], stopper: St
     )
 
 
-def _task(record: TrialResult, prepared: Prepared, folder: SweepFolder) -> TrialTask:
+def _task(record: TrialResult, prepared: Prepared, folder: SweepFolder, *, halves_micro_batch: bool) -> TrialTask:
     return TrialTask(
         trial_id=record.trial_id,
         config=record.config,
@@ -267,6 +288,9 @@ def _task(record: TrialResult, prepared: Prepared, folder: SweepFolder) -> Trial
         objective_metric=prepared.sweep.objective.metric,
         objective_mode=prepared.sweep.objective.mode,
         gpu_memory_fraction=prepared.gpu_memory_fraction,
+        memory_limit_bytes=prepared.sweep.resources.memory_per_worker,
+        halves_micro_batch=halves_micro_batch,
+        time_limit_s=hours * 3600 if (hours := prepared.sweep.budget.trial_hours) else None,
     )
 
 

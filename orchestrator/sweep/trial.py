@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import ray
 from ray import tune
 
+from orchestrator.config.trial_config import halved_micro_batch
 from orchestrator.results.records import TrialStatus
 from orchestrator.sweep.worker import GroupShape
 from orchestrator.sweep.worker_group import WorkerGroup
@@ -55,6 +57,8 @@ class TrialOnWorkers(tune.Trainable):
             return self.step()
         if isinstance(event, TrialProgress):
             return self._result(event)
+        if event.status is TrialStatus.OUT_OF_MEMORY and self._halve_micro_batch(event.reason):
+            return self.step()
         return self._result(event.progress, done=True, status=event.status.value, reason=event.reason)
 
     def cleanup(self) -> None:
@@ -62,7 +66,10 @@ class TrialOnWorkers(tune.Trainable):
         self._close()
 
     def _begin(self, config: dict[str, Any]) -> None:
-        self._task = self._tasks[config["trial_id"]]
+        task = self._tasks[config["trial_id"]]
+        size = {"micro_batch_size": config["micro_batch_size"]}
+        self._task = replace(task, config=task.config.model_copy(update=size))
+        self._events: list[str] = []
         self._launched_at = time.time()
         self._attempt = 0
         self._launch()
@@ -73,6 +80,16 @@ class TrialOnWorkers(tune.Trainable):
             self._group = WorkerGroup(self._board, self._shape, self._model, self._group_storage)
         self._group.assign(self._task)
 
+    def _halve_micro_batch(self, reason: str | None) -> bool:
+        """Start the trial again with a smaller micro-batch, where the size is ours to choose and can be smaller."""
+        smaller = halved_micro_batch(self._task.config, self._shape.workers) if self._task.halves_micro_batch else None
+        if smaller is None:
+            return False
+        self._events.append(f"micro_batch_size {smaller.micro_batch_size} after: {reason}")
+        self._task = replace(self._task, config=smaller)
+        self._launch()
+        return True
+
     def _close(self) -> None:
         if self._group:
             self._group.close()
@@ -81,4 +98,5 @@ class TrialOnWorkers(tune.Trainable):
     def _result(self, progress: TrialProgress | None, **more: Any) -> dict[str, Any]:
         point = progress.last if progress else None
         metrics = point.model_dump(exclude_none=True, exclude={"time_ms"}) if point else {}
-        return {**metrics, "progress": progress, "launched_at": self._launched_at, **more}
+        about = {"launched_at": self._launched_at, "trial_config": self._task.config, "events": tuple(self._events)}
+        return {**metrics, "progress": progress, **about, **more}

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
@@ -114,23 +115,35 @@ def _run_trial(board: Any, group_id: str, assignment: Assignment) -> None:
     )
     stopper.start()
     rank = assignment.place.rank
-    ended = False
-    for message in _messages(reports, process):
-        ended = ended or isinstance(message, TrialEnd)
-        board.send.remote(group_id, assignment.turn, rank, message)
+    ended, late = False, None
+    try:
+        for message in _messages(reports, process, assignment.task.time_limit_s):
+            ended = ended or isinstance(message, TrialEnd)
+            board.send.remote(group_id, assignment.turn, rank, message)
+    except TimeoutError as error:
+        process.kill()
+        late = TrialEnd(TrialStatus.FAILED, str(error), None)
     process.join()
     if not ended:
-        end = STOPPED if stopped.is_set() else _unexpected_end(process.exitcode)
+        end = STOPPED if stopped.is_set() else late or _unexpected_end(process.exitcode)
         board.send.remote(group_id, assignment.turn, rank, end)
     process.close()
     reports.close()
     stopper.join()
 
 
-def _messages(reports: Connection, process: ForkServerProcess) -> Iterator[TrialProgress | TrialEnd]:
-    """What the child sends, until it is gone and its pipe is empty."""
+def _messages(
+    reports: Connection, process: ForkServerProcess, limit_s: float | None
+) -> Iterator[TrialProgress | TrialEnd]:
+    """What the child sends, until it is gone and its pipe is empty; TimeoutError after `limit_s`."""
+    until_s = None if limit_s is None else time.monotonic() + limit_s
     while True:
-        wait([reports, process.sentinel])
+        left_s = None if until_s is None else max(0.0, until_s - time.monotonic())
+        if not wait([reports, process.sentinel], left_s):
+            raise TimeoutError(
+                f"it ran longer than budget.trial_hours allows ({(limit_s or 0) / 3600:.4g} h), or hung: see its "
+                "log.txt, then raise the limit or mend the cause"
+            )
         try:
             while reports.poll():
                 yield reports.recv()

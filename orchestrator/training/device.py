@@ -7,6 +7,7 @@ import functools
 import os
 import platform
 import re
+import resource
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,15 +38,27 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def choose(local_rank: int, gpu_memory_fraction: float | None) -> torch.device:
-    """This worker's device; on a shared GPU no more than the fraction may be allocated."""
+def choose(local_rank: int, gpu_memory_fraction: float | None, limit_bytes: int | None) -> torch.device:
+    """This worker's device; no more may be allocated than the fraction of a shared GPU, nor than the limit."""
     if not has_gpu():
+        if limit_bytes is not None:
+            _limit_resident(limit_bytes)
         return torch.device("cpu")
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
-    if gpu_memory_fraction is not None:
-        torch.cuda.set_per_process_memory_fraction(gpu_memory_fraction, device)
+    fraction = 1.0 if gpu_memory_fraction is None else gpu_memory_fraction
+    if limit_bytes is not None:
+        fraction = min(fraction, limit_bytes / torch.cuda.get_device_properties(device).total_memory)
+    if fraction < 1:
+        torch.cuda.set_per_process_memory_fraction(fraction, device)
     return device
+
+
+def _limit_resident(limit_bytes: int) -> None:
+    """Let this process grow to so many resident bytes: setrlimit(2), RLIMIT_DATA, counts private writable memory."""
+    growth_bytes = max(0, limit_bytes - _status_bytes("VmRSS"))
+    soft_bytes = _status_bytes("VmData") + growth_bytes
+    resource.setrlimit(resource.RLIMIT_DATA, (soft_bytes, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
 def half_precision(device: torch.device) -> HalfPrecision:
@@ -86,15 +99,15 @@ def peak(device: torch.device) -> Peak:
     """The largest memory since `start_measuring`."""
     if device.type == "cuda":
         return Peak(torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device))
-    return Peak(_resident_bytes("VmHWM"), None)
+    return Peak(_status_bytes("VmHWM"), None)
 
 
 def held_bytes(device: torch.device) -> int:
     """What is held now."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _resident_bytes("VmRSS")
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status_bytes("VmRSS")
 
 
-def _resident_bytes(field: str) -> int:
+def _status_bytes(field: str) -> int:
     with contextlib.suppress(OSError), Path("/proc/self/status").open(encoding="utf-8") as status:
         for line in status:
             if line.startswith(field):

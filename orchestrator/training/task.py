@@ -25,6 +25,12 @@ class TrialTask:
     objective_mode: Literal["min", "max"]
     gpu_memory_fraction: float | None = None
     """The share of its GPU that the worker may allocate, where trials share one; None: all of it."""
+    memory_limit_bytes: int | None = None
+    """More than this a worker may not take; None: what there is."""
+    halves_micro_batch: bool = False
+    """Whether it is started again with a smaller micro-batch when memory runs out (`micro_batch_size: auto`)."""
+    time_limit_s: float | None = None
+    """Its processes are killed after so long; None: never."""
 
 
 @dataclass(frozen=True, slots=True)

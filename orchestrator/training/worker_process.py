@@ -34,7 +34,7 @@ def run(task: TrialTask, place: WorkerPlace, send: Send) -> None:
     ledger = None
     try:
         _redirect_output(TrialFolder(Path(task.trial_folder)).worker_log(place.rank))
-        device = devices.choose(place.local_rank, task.gpu_memory_fraction)
+        device = devices.choose(place.local_rank, task.gpu_memory_fraction, task.memory_limit_bytes)
         _join(place, device)
         ledger = Ledger(device, startup_s=process_age_s())
         if place.rank == 0:

@@ -6,7 +6,7 @@ import os
 import signal
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ class Bench:
     count: int = 0
     earlier: frozenset[int] = frozenset()
 
-    def assign(self, **settings: object) -> str:
+    def assign(self, time_limit_s: float | None = None, **settings: object) -> str:
         self.count += 1
         # A trial's process outlives its last word by a moment.
         self.earlier = frozenset(p.pid for p in psutil.Process().children(recursive=True))
@@ -50,7 +50,7 @@ class Bench:
         small = {"precision": "fp32", "global_batch_size": 2, "micro_batch_size": 2, "sequence_length": 16, "rank": 2}
         config = TrialConfig.model_validate(small | {"max_steps": 2, "eval_every": 1} | settings)
         where = (str(self.data_folder), str(self.folder / trial_id))
-        self.group.assign(TrialTask(trial_id, config, "", *where, "eval_loss", "min"))
+        self.group.assign(TrialTask(trial_id, config, "", *where, "eval_loss", "min", time_limit_s=time_limit_s))
         return trial_id
 
     def end_of(self, trial_id: str) -> TrialEnd:
@@ -114,14 +114,31 @@ def test_fifty_trials_in_one_group_leave_memory_handles_and_threads_as_they_were
     assert after[2] < threads + 21
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM])
-def test_a_trial_process_that_dies_is_told_and_the_next_trial_is_as_ever(bench: Bench, how: signal.Signals) -> None:
+def leave_no_memory(process: psutil.Process) -> None:
+    limit_bytes = process.memory_info().vms + 2**23
+    process.rlimit(psutil.RLIMIT_AS, (limit_bytes, limit_bytes))
+
+
+DEATHS: dict[str, Callable[[psutil.Process], None]] = {
+    "killed": lambda process: process.send_signal(signal.SIGKILL),
+    "crashed": lambda process: process.send_signal(signal.SIGSEGV),
+    "terminated": lambda process: process.send_signal(signal.SIGTERM),
+    "hung": lambda process: process.send_signal(signal.SIGSTOP),
+    "out of memory": leave_no_memory,
+}
+
+
+@pytest.mark.parametrize("how", DEATHS)
+def test_a_trial_that_ends_badly_is_told_and_the_next_one_is_as_ever(bench: Bench, how: str) -> None:
     before = bench.run(seed=7)
-    trial_id = bench.assign(max_steps=10_000, eval_every=10_000)
-    bench.trial_process().send_signal(how)
+    trial_id = bench.assign(
+        max_steps=10_000, eval_every=10_000, micro_batch_size=64, global_batch_size=64, time_limit_s=15.0
+    )
+    DEATHS[how](bench.trial_process())
     end = bench.end_of(trial_id)
     assert end.status in (TrialStatus.FAILED, TrialStatus.OUT_OF_MEMORY)
     assert end.reason
+    assert ("budget.trial_hours" in end.reason) is (how == "hung")
     after = bench.run(seed=7)
     assert before.progress is not None
     assert after.progress is not None
