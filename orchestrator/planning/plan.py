@@ -24,6 +24,8 @@ STARTUP_S = 3.0
 """Seconds of a trial that are not training, on a warm worker group: model, evaluations, saving."""
 LOW_RANK = 8
 """Named where a higher rank does not fit."""
+FIRST_START_S = 20.0
+"""Seconds from the command to a slot's first step: Ray, worker groups, imports, once a sweep (2 CPU cores)."""
 SPARE = 0.97
 """Share of a GPU's memory that a trial may be planned to take: the driver keeps some for itself."""
 
@@ -254,7 +256,8 @@ def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware) -> Swe
     )
     running = [trial for trial in trials if not trial.reasons]
     seconds = _trial_seconds(running, sweep)
-    makespan = Range(*(_packed(s, concurrent) for s in seconds))
+    first_s = FIRST_START_S if running else 0.0
+    makespan = Range(*(first_s + _packed(s, concurrent) for s in seconds))
     gpus = shape.workers * shape.gpus_per_worker
     hours = Range(*map(sum, seconds)).times(gpus / 3600)
     return SweepPlan(
