@@ -194,7 +194,9 @@ def references_lead_somewhere(manifests: list[Manifest]) -> Iterator[str]:
     for owner, cluster in ray_clusters(manifests):
         redis = cluster.get("gcsFaultToleranceOptions", {}).get("redisPassword", {}).get("valueFrom", {})
         secrets = (cluster.get("authOptions", {}).get("secretName"), redis.get("secretKeyRef", {}).get("name"))
-        yield from (f"{owner}: Secret {name} does not exist" for name in secrets if name and ("Secret", name) not in have)
+        yield from (
+            f"{owner}: Secret {name} does not exist" for name in secrets if name and ("Secret", name) not in have
+        )
 
 
 def _references(pod: PodTemplate) -> Iterator[tuple[str, str]]:
