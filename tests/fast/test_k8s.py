@@ -215,7 +215,7 @@ def test_the_sweep_in_the_config_map_can_be_planned_on_the_pods_that_it_gets(ove
 def test_the_driver_finds_mlflow_where_its_service_is_under_a_name_that_the_server_takes(overlay: Path) -> None:
     manifests = rendered(overlay)
     environment = {variable["name"]: variable for variable in head(manifests)["containers"][0]["env"]}
-    scheme, host, port = environment["MLFLOW_TRACKING_URI"]["value"].replace("//", "").split(":")
+    _, host, port = environment["MLFLOW_TRACKING_URI"]["value"].replace("//", "").split(":")
     service = the(manifests, f"Service/{host}")
     (pod,) = (pod for pod in pods(manifests) if service["spec"]["selector"].items() <= pod.labels.items())
     assert service["spec"]["ports"][0]["port"] == int(port)
