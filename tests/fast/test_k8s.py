@@ -18,6 +18,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from orchestrator.cli import app
+from tests.k8s import __main__ as script
 from tests.k8s import policies, schemas
 from tests.k8s.manifests import K8S, Manifest, RenderError, name_of, of_kind, overlays, pods, ray_clusters, render
 
@@ -175,6 +176,20 @@ def test_a_kustomization_that_does_not_render_is_an_error_with_kustomizes_words(
     (tmp_path / "kustomization.yaml").write_text("resources: [gone.yaml]\n")
     with pytest.raises(RenderError, match=r"gone\.yaml"):
         render(tmp_path)
+
+
+def test_the_script_ends_with_1_and_names_what_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = tmp_path / "overlays" / "bad"
+    shutil.copytree(K8S, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(tmp_path / "overlays" / "gpu", bad)
+    kustomization = bad / "kustomization.yaml"
+    kustomization.write_text(kustomization.read_text().replace("newTag: 0.1.0-cuda", "newTag: latest"))
+    monkeypatch.setattr(script.manifests, "overlays", lambda: [bad])
+    monkeypatch.setattr(script.manifests, "K8S", tmp_path)
+    assert script.main() == 1
+    assert "RayJob/sweep head: image orchestrator:latest has no fixed tag" in capsys.readouterr().out
 
 
 @every_overlay
