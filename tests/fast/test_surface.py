@@ -18,7 +18,12 @@ from orchestrator.planning.plan import SweepPlan
 from tests.golden_files import commands, expected
 
 ROOT = Path(__file__).parent.parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "k8s" / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 HEAVY = ("ray", "torch", "deepspeed", "transformers", "peft", "mlflow", "scipy", "numpy", "pandas")
 
 

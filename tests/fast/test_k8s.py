@@ -1,0 +1,285 @@
+"""The Kubernetes manifests: valid as they are, refused when they are made bad, and running what our own CLI knows."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from orchestrator.cli import app
+from tests.k8s import __main__ as script
+from tests.k8s import policies, schemas
+from tests.k8s.manifests import K8S, Manifest, RenderError, name_of, of_kind, overlays, pods, ray_clusters, render
+
+OVERLAYS = overlays()
+rendered = cache(render)
+every_overlay = pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda folder: folder.name)
+
+
+def the(manifests: list[Manifest], name: str) -> Any:
+    return next(manifest for manifest in manifests if name_of(manifest) == name)
+
+
+def head(manifests: list[Manifest]) -> Any:
+    return the(manifests, "RayJob/sweep")["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+
+
+def mlflow(manifests: list[Manifest]) -> Any:
+    return the(manifests, "Deployment/mlflow")["spec"]["template"]["spec"]["containers"][0]
+
+
+def a_secret(manifests: list[Manifest]) -> None:
+    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "mlflow"}, "stringData": {"password": "x"}}
+    manifests.append(secret)
+
+
+def a_password_in_a_uri(manifests: list[Manifest]) -> None:
+    mlflow(manifests)["env"].append({"name": "BACKEND", "value": "postgresql://mlflow:hunter2@postgres/mlflow"})
+
+
+def a_service_for_everybody(manifests: list[Manifest]) -> None:
+    the(manifests, "Service/mlflow")["spec"]["type"] = "LoadBalancer"
+
+
+def a_policy_for_everybody(manifests: list[Manifest]) -> None:
+    the(manifests, "NetworkPolicy/ray")["spec"]["ingress"].append({"ports": [{"port": 8265}]})
+
+
+def a_policy_for_every_namespace(manifests: list[Manifest]) -> None:
+    the(manifests, "NetworkPolicy/ray")["spec"]["ingress"].append({"from": [{"namespaceSelector": {}}]})
+
+
+def a_role(manifests: list[Manifest]) -> None:
+    rule = {"apiGroups": [""], "resources": ["secrets"], "verbs": ["get"]}
+    role = {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "Role", "metadata": {"name": "r"}, "rules": [rule]}
+    manifests.append(role)
+
+
+REFUSED_BY_SCHEMA: dict[str, Callable[[list[Manifest]], object]] = {
+    "unknown field of a core object": lambda m: mlflow(m).update(imagePullPolice="Always"),
+    "unknown field of a RayJob": lambda m: the(m, "RayJob/sweep")["spec"].update(backofLimit=2),
+    "unknown field in a Ray pod": lambda m: head(m)["containers"][0].update(imagePullPolice="Always"),
+    "unknown field of a Ray pod's metadata": lambda m: the(m, "RayJob/sweep")["spec"]["rayClusterSpec"][
+        "headGroupSpec"
+    ]["template"]["metadata"].update(lables={}),
+    "wrong type": lambda m: the(m, "Deployment/mlflow")["spec"].update(replicas="2"),
+    "wrong type in a RayJob": lambda m: the(m, "RayJob/sweep")["spec"].update(ttlSecondsAfterFinished="60"),
+    "missing field": lambda m: the(m, "Service/mlflow")["spec"]["ports"][0].pop("port"),
+    "unknown value": lambda m: the(m, "RayJob/sweep")["spec"]["rayClusterSpec"]["authOptions"].update(mode="tokn"),
+    "unknown kind": lambda m: m.append({"apiVersion": "ray.io/v1", "kind": "RayJbo", "metadata": {"name": "x"}}),
+    "apiVersion of long ago": lambda m: the(m, "CronJob/mlflow-backup").update(apiVersion="batch/v1beta1"),
+}
+REFUSED_BY_RULE: dict[str, tuple[Callable[[list[Manifest]], object], str]] = {
+    "privileged": (lambda m: mlflow(m)["securityContext"].update(privileged=True), "is privileged"),
+    "privileged Ray head": (
+        lambda m: head(m)["containers"][0]["securityContext"].update(privileged=True),
+        "RayJob/sweep head: container ray-head is privileged",
+    ),
+    "root": (lambda m: head(m).pop("securityContext"), "may run as root"),
+    "root by number": (lambda m: mlflow(m)["securityContext"].update(runAsUser=0), "may run as root"),
+    "writable root": (lambda m: mlflow(m)["securityContext"].pop("readOnlyRootFilesystem"), "root file system"),
+    "capabilities": (lambda m: mlflow(m)["securityContext"]["capabilities"].update(add=["SYS_ADMIN"]), "capabilities"),
+    "host network": (lambda m: head(m).update(hostNetwork=True), "hostNetwork"),
+    "host path": (lambda m: head(m)["volumes"].append({"name": "h", "hostPath": {"path": "/"}}), "hostPath"),
+    "latest tag": (lambda m: mlflow(m).update(image="orchestrator-mlflow:latest"), "has no fixed tag"),
+    "no tag": (lambda m: head(m)["containers"][0].update(image="host:5000/orchestrator"), "has no fixed tag"),
+    "no limits": (lambda m: mlflow(m)["resources"].pop("limits"), "no limits.memory"),
+    "no requests": (lambda m: head(m)["containers"][0]["resources"].pop("requests"), "no requests.cpu"),
+    "no probes": (lambda m: mlflow(m).pop("livenessProbe"), "no probes"),
+    "Secret object": (a_secret, "Secret/mlflow: a Secret stands in the manifests"),
+    "plain secret": (
+        lambda m: mlflow(m)["env"].append({"name": "AWS_SECRET_ACCESS_KEY", "value": "abc"}),
+        "AWS_SECRET_ACCESS_KEY holds a plain secret",
+    ),
+    "plain secret in a RayJob": (
+        lambda m: head(m)["containers"][0]["env"].append({"name": "HF_TOKEN", "value": "hf_abc"}),
+        "HF_TOKEN holds a plain secret",
+    ),
+    "password in a URI": (a_password_in_a_uri, "holds a password in a URI"),
+    "token of the API server": (lambda m: head(m).pop("automountServiceAccountToken"), "holds a token"),
+    "role": (a_role, "Role/r: grants rights"),
+    "way in": (a_service_for_everybody, "Service/mlflow: is reached from outside"),
+    "policy for everybody": (a_policy_for_everybody, "NetworkPolicy/ray: lets everybody in"),
+    "policy for every namespace": (a_policy_for_every_namespace, "NetworkPolicy/ray: lets more in"),
+    "no default policy": (lambda m: m.remove(the(m, "NetworkPolicy/nothing-by-default")), "no NetworkPolicy refuses"),
+    "Ray without token": (
+        lambda m: the(m, "RayJob/sweep")["spec"]["rayClusterSpec"].pop("authOptions"),
+        "Ray asks for no token",
+    ),
+    "trials on the head": (
+        lambda m: the(m, "RayJob/sweep")["spec"]["rayClusterSpec"]["headGroupSpec"]["rayStartParams"].pop("num-cpus"),
+        "trials may run on the head",
+    ),
+    "another Ray": (
+        lambda m: the(m, "RayJob/sweep")["spec"]["rayClusterSpec"].update(rayVersion="2.52.0"),
+        "not that of pyproject.toml",
+    ),
+    "shared memory on disk": (
+        lambda m: head(m)["volumes"][1]["emptyDir"].pop("medium"),
+        "/dev/shm is not memory",
+    ),
+    "too much shared memory": (
+        lambda m: head(m)["volumes"][1]["emptyDir"].update(sizeLimit="6Gi"),
+        "more than half",
+    ),
+    "cluster is kept": (
+        lambda m: the(m, "RayJob/sweep")["spec"].update(shutdownAfterJobFinishes=False),
+        "keeps its cluster",
+    ),
+    "no deadline": (lambda m: the(m, "RayJob/sweep")["spec"].pop("activeDeadlineSeconds"), "is not set"),
+    "shell in the entrypoint": (
+        lambda m: the(m, "RayJob/sweep")["spec"].update(entrypoint="orchestrator run s.yaml || true"),
+        "shell would act on",
+    ),
+    "no such claim": (lambda m: m.remove(the(m, "PersistentVolumeClaim/sweeps")), "PersistentVolumeClaim sweeps does"),
+    "no such secret": (
+        lambda m: mlflow(m)["env"][2]["valueFrom"]["secretKeyRef"].update(name="postgress"),
+        "Secret postgress does not exist",
+    ),
+}
+
+
+@every_overlay
+def test_every_overlay_is_what_kubernetes_and_kuberay_accept_and_what_our_rules_ask(overlay: Path) -> None:
+    assert schemas.problems(rendered(overlay)) + policies.problems(rendered(overlay)) == []
+
+
+@pytest.mark.parametrize("mutate", REFUSED_BY_SCHEMA.values(), ids=REFUSED_BY_SCHEMA)
+def test_what_an_api_server_refuses_is_refused(mutate: Callable[[list[Manifest]], object]) -> None:
+    good = rendered(K8S / "overlays" / "gpu")
+    manifests = copy.deepcopy(good)
+    mutate(manifests)
+    (bad,) = (manifest for manifest in manifests if manifest not in good)
+    assert schemas.problems([bad]) != []
+
+
+@pytest.mark.parametrize(("mutate", "said"), REFUSED_BY_RULE.values(), ids=REFUSED_BY_RULE)
+def test_what_our_rules_forbid_is_refused_and_named(mutate: Callable[[list[Manifest]], object], said: str) -> None:
+    manifests = copy.deepcopy(rendered(K8S / "overlays" / "gpu"))
+    mutate(manifests)
+    found = policies.problems(manifests)
+    assert any(said in problem for problem in found), found
+
+
+def test_a_kustomization_that_does_not_render_is_an_error_with_kustomizes_words(tmp_path: Path) -> None:
+    (tmp_path / "kustomization.yaml").write_text("resources: [gone.yaml]\n")
+    with pytest.raises(RenderError, match=r"gone\.yaml"):
+        render(tmp_path)
+
+
+def test_the_script_ends_with_1_and_names_what_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = tmp_path / "overlays" / "bad"
+    shutil.copytree(K8S, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(tmp_path / "overlays" / "gpu", bad)
+    kustomization = bad / "kustomization.yaml"
+    kustomization.write_text(kustomization.read_text().replace("newTag: 0.1.0-cuda", "newTag: latest"))
+    monkeypatch.setattr(script.manifests, "overlays", lambda: [bad])
+    monkeypatch.setattr(script.manifests, "K8S", tmp_path)
+    assert script.main() == 1
+    assert "RayJob/sweep head: image orchestrator:latest has no fixed tag" in capsys.readouterr().out
+
+
+@every_overlay
+def test_the_rayjob_runs_a_command_line_that_our_cli_knows_with_the_sweep_file_that_is_mounted(overlay: Path) -> None:
+    manifests = rendered(overlay)
+    program, command, *arguments = shlex.split(the(manifests, "RayJob/sweep")["spec"]["entrypoint"])
+    assert (program, command) == ("orchestrator", "run")
+    # Raises on an unknown option, a missing argument or a wrong value.
+    parsed = get_command(app).commands["run"].make_context("run", arguments).params  # type: ignore[attr-defined]
+    mounts = {mount["mountPath"]: mount["name"] for mount in head(manifests)["containers"][0]["volumeMounts"]}
+    assert mounts[str(parsed["sweep"].parent)] == "sweep"
+    assert parsed["sweep"].name in the(manifests, "ConfigMap/sweep")["data"]
+    for _, cluster in ray_clusters(manifests):
+        for template in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+            mounts = {m["mountPath"]: m["name"] for m in template["template"]["spec"]["containers"][0]["volumeMounts"]}
+            assert mounts[parsed["storage"]] == "sweeps", "all nodes must see the storage"
+
+
+@every_overlay
+def test_the_sweep_in_the_config_map_can_be_planned_on_the_pods_that_it_gets(overlay: Path, tmp_path: Path) -> None:
+    manifests = rendered(overlay)
+    file = tmp_path / "sweep.yaml"
+    file.write_text(the(manifests, "ConfigMap/sweep")["data"]["sweep.yaml"])
+    job = the(manifests, "RayJob/sweep")["spec"]
+    group = job["rayClusterSpec"]["workerGroupSpecs"][0]
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    gpus = int(limits.get("nvidia.com/gpu", 0))
+    hardware = ["--gpu", "A100-40GB", "--gpus", str(gpus * group["replicas"])] if gpus else []
+    result = CliRunner().invoke(app, ["plan", str(file), "--json", *hardware])
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["runs"] > 0
+    sweep = yaml.safe_load(file.read_text())
+    assert sweep["resources"]["cpus_per_worker"] <= int(limits["cpu"])
+    assert sweep["budget"]["hours"] * 3600 < job["activeDeadlineSeconds"], "a budget ends a sweep cleanly, KubeRay not"
+
+
+@every_overlay
+def test_the_driver_finds_mlflow_where_its_service_is_under_a_name_that_the_server_takes(overlay: Path) -> None:
+    manifests = rendered(overlay)
+    environment = {variable["name"]: variable for variable in head(manifests)["containers"][0]["env"]}
+    _, host, port = environment["MLFLOW_TRACKING_URI"]["value"].replace("//", "").split(":")
+    service = the(manifests, f"Service/{host}")
+    (pod,) = (pod for pod in pods(manifests) if service["spec"]["selector"].items() <= pod.labels.items())
+    assert service["spec"]["ports"][0]["port"] == int(port)
+    assert pod.containers[0]["ports"][0] == {"name": service["spec"]["ports"][0]["targetPort"], "containerPort": 5000}
+    allowed = next(word for word in pod.containers[0]["command"] if word.startswith("--allowed-hosts="))
+    assert f"{host}:{port}" in allowed.partition("=")[2].split(",")
+
+
+@every_overlay
+def test_every_policy_and_budget_selects_pods_that_are_there(overlay: Path) -> None:
+    manifests = rendered(overlay)
+    # What KubeRay adds to the pods that it makes.
+    labels = [pod.labels for pod in pods(manifests) if not pod.owner.startswith("Ray")]
+    labels += [pod.labels for pod in pods(manifests) if pod.owner.endswith("submitter")]
+    for pod in pods(manifests):
+        if pod.owner.startswith("Ray") and not pod.owner.endswith("submitter"):
+            kind = "head" if pod.owner.endswith("head") else "worker"
+            labels.append({**pod.labels, "ray.io/is-ray-node": "yes", "ray.io/node-type": kind})
+    for manifest in of_kind(manifests, "NetworkPolicy", "PodDisruptionBudget"):
+        selector = manifest["spec"].get("podSelector") or manifest["spec"].get("selector") or {}
+        wanted = selector.get("matchLabels", {})
+        wanted |= {e["key"]: e["values"][0] for e in selector.get("matchExpressions", [])}
+        assert any(wanted.items() <= some.items() for some in labels), name_of(manifest)
+
+
+@every_overlay
+def test_everything_lies_in_the_one_namespace(overlay: Path) -> None:
+    outside = [m for m in rendered(overlay) if m["metadata"].get("namespace") != "orchestrator"]
+    assert {manifest["kind"] for manifest in outside} <= {"Namespace", "PriorityClass"}
+
+
+def test_the_overlay_that_the_readme_shows_renders_and_is_valid(tmp_path: Path) -> None:
+    shutil.copytree(K8S, tmp_path / "k8s")
+    mine = tmp_path / "k8s" / "overlays" / "mine"
+    mine.mkdir()
+    (block,) = re.findall(r"```yaml\n(.*?)```", (K8S / "README.md").read_text(), re.DOTALL)
+    (mine / "kustomization.yaml").write_text("".join(line[3:] for line in block.splitlines(keepends=True)))
+    shutil.copy(K8S.parent / "search_spaces" / "lora_rank.yaml", mine / "sweep.yaml")
+    manifests = render(mine)
+    assert schemas.problems(manifests) + policies.problems(manifests) == []
+    assert head(manifests)["containers"][0]["image"] == "registry.example.com/orchestrator:0.1.0-cuda"
+    assert the(manifests, "PersistentVolumeClaim/sweeps")["spec"]["storageClassName"] == "my-rwx-class"
+
+
+def test_the_dashboard_asks_for_metrics_that_ray_has() -> None:
+    import ray.dashboard.modules.metrics.dashboards.default_dashboard_panels as rays_own
+
+    dashboard = json.loads((K8S / "components" / "monitoring" / "sweeps.json").read_text())
+    asked = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
+    names = set(re.findall(r"\b((?:ray|autoscaler)_\w+)\b(?=\{)", " ".join(asked)))
+    assert len(names) >= 10
+    assert names <= set(re.findall(r"\b((?:ray|autoscaler)_\w+)\b", Path(rays_own.__file__).read_text()))
