@@ -45,8 +45,9 @@ def prepare(sweep: SweepConfig, folder: SweepFolder, address: str | None, say: C
     """
     source = model_source.resolve(sweep.model)
     model_shape = shape_of(source.config)
-    _require_targets(sweep, model_shape)
-    say("starting Ray here" if not address else f"joining the cluster at {address}")
+    require_targets(sweep, model_shape)
+    address = cluster.address_of(address)
+    say("starting Ray here" if address == cluster.LOCAL else f"joining the cluster at {address}")
     cluster.connect(address)
     hardware = cluster_hardware()
     sweep = sweep.on_hardware(has_gpus=hardware.device == "cuda")
@@ -73,8 +74,12 @@ def prepare(sweep: SweepConfig, folder: SweepFolder, address: str | None, say: C
     )
 
 
-def _require_targets(sweep: SweepConfig, model_shape: ModelShape) -> None:
-    """A module that the model does not have is a slip of the pen in every trial, not one trial's refusal."""
+def require_targets(sweep: SweepConfig, model_shape: ModelShape) -> None:
+    """A module that the model does not have is a slip of the pen in every trial, not one trial's refusal.
+
+    Raises:
+        ModelError: a trial names one.
+    """
     for trial in sweep.trials():
         if reason := missing_targets(trial.config, model_shape):
             raise ModelError(f"model {sweep.model}: {reason}")

@@ -42,15 +42,28 @@ def read_rows(source: str, role: Role) -> Iterator[Row]:
     """
     if source.startswith("builtin:"):
         yield from _builtin(source)()
-        return
-    path = Path(source).expanduser()
-    if path.exists():
-        for file in _files(path):
+    elif files := local_files(source):
+        for file in files:
             yield from _READERS[file.suffix.lower()](file)
-    elif path.suffix.lower() in _READERS or not _HUB_ID.match(source):
-        raise DataError(f"data {source}: no such file or folder; name one that exists (looked in {Path.cwd()})")
     else:
         yield from _hub_rows(source, role)
+
+
+def local_files(source: str) -> list[Path]:
+    """The files of a local source; none of one that is built in or a hub id.
+
+    Raises:
+        DataError: there is no such source, or its files are of no kind that is read.
+    """
+    if source.startswith("builtin:"):
+        _builtin(source)
+        return []
+    path = Path(source).expanduser()
+    if path.exists():
+        return _files(path)
+    if path.suffix.lower() in _READERS or not _HUB_ID.match(source):
+        raise DataError(f"data {source}: no such file or folder; name one that exists (looked in {Path.cwd()})")
+    return []
 
 
 def fingerprint(source: str) -> str:
