@@ -65,7 +65,12 @@ def run_trial(task: TrialTask, workers: int = 1, more_address_space_bytes: int |
     processes = [
         context.Process(
             target=_worker,
-            args=(task, WorkerPlace(rank, workers, rank, "127.0.0.1", port, "trial"), pipe[1], more_address_space_bytes),
+            args=(
+                task,
+                WorkerPlace(rank, workers, rank, "127.0.0.1", port, "trial"),
+                pipe[1],
+                more_address_space_bytes,
+            ),
             daemon=True,
         )
         for rank, pipe in enumerate(pipes)

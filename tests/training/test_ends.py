@@ -60,9 +60,7 @@ def test_memory_that_runs_out_is_told_as_such(tiny_model: Path, tiny_data: Path,
     # 512 rows × 512 tokens × 1024 words in fp32 are 1 GiB of logits, several times over.
     config = tiny(micro_batch_size=512, global_batch_size=512, sequence_length=512)
     task = make_task(config, tiny_model, tiny_data, tmp_path / "trial")
-    roomy = run_trial(
-        make_task(tiny(), tiny_model, tiny_data, tmp_path / "roomy"), more_address_space_bytes=2**30
-    )
+    roomy = run_trial(make_task(tiny(), tiny_model, tiny_data, tmp_path / "roomy"), more_address_space_bytes=2**30)
     assert roomy.end.status == TrialStatus.COMPLETED, roomy.log
     outcome = run_trial(task, more_address_space_bytes=700 * 2**20)
     assert outcome.end.status == TrialStatus.OUT_OF_MEMORY, outcome.log
