@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 import os
 import platform
 import shlex
@@ -166,26 +167,30 @@ def runtime_env(folder: Path, requirements: Sequence[str]) -> dict[str, Any]:
 
 
 def pinned_requirements() -> list[str]:
-    """What this package needs and for quantised bases, without Ray, which is the cluster's own.
+    """What a cluster must have for this package to run.
 
     Raises:
         InputError: this package is not installed, and so nobody knows.
     """
-    from packaging.requirements import Requirement
-
     try:
-        declared = metadata.requires("orchestrator") or []
+        return pinned(metadata.requires("orchestrator") or ())
     except metadata.PackageNotFoundError as error:
         raise InputError(
-            "orchestrator is not installed here, so its requirements are not known: pip install ."
+            "orchestrator is not installed here, so that its requirements are not known: "
+            "install it with pip, or leave --install-requirements out"
         ) from error
-    wanted = []
-    for line in declared:
-        requirement = Requirement(line)
-        applies = requirement.marker is None or requirement.marker.evaluate({"extra": "quantization"})
-        if applies and requirement.name != "ray":
-            wanted.append(f"{requirement.name}{requirement.specifier}")
-    return wanted
+
+
+def pinned(declared: Iterable[str]) -> list[str]:
+    """Of a package's metadata, what every sweep needs and what quantised bases do; without Ray, the cluster's own."""
+    from packaging.requirements import Requirement
+
+    wanted = [Requirement(line) for line in declared]
+    return [
+        f"{one.name}{one.specifier}"
+        for one in wanted
+        if one.name != "ray" and (one.marker is None or one.marker.evaluate({"extra": "quantization"}))
+    ]
 
 
 def version_problem(ray_there: str, ray_here: str, python_there: str | None) -> str | None:
@@ -272,6 +277,8 @@ class JobServer:
         # To Ray these would weigh more than the address that it is given.
         for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
             os.environ.pop(name, None)
+        for handler in logging.getLogger("ray").handlers:
+            handler.setLevel(logging.WARNING)
         self._client: Any = self._asking(lambda: JobSubmissionClient(self.address))
         ray_there = self._get("/api/version")["ray_version"]
         self.python = self._get("/api/v0/cluster_metadata").get("data", {}).get("pythonVersion")
@@ -281,7 +288,7 @@ class JobServer:
     def _require_an_answer(self) -> None:
         """Ray's client would wait for ever for a port that listens and says nothing."""
         try:
-            urllib.request.urlopen(f"{self.address}/api/version", timeout=CONNECT_LIMIT_S).close()
+            urllib.request.urlopen(f"{self.shown_address}/api/version", timeout=CONNECT_LIMIT_S).close()
         except urllib.error.HTTPError as error:
             if error.code not in (401, 403):
                 raise ClusterUnreachableError(
@@ -400,7 +407,7 @@ def submit(
     package = pack(sweep, text)
     requirements = pinned_requirements() if install else []
     server = JobServer(address)
-    if server.python and server.python.split(".")[:2] != platform.python_version_tuple()[:2]:
+    if server.python and server.python.split(".")[:2] != platform.python_version().split(".")[:2]:
         say(f"the cluster runs Python {server.python}, and here it is {platform.python_version()}: its own is used")
     job_id, at_work = job_for(sweep.name, package.digest, server.jobs())
     if at_work:

@@ -78,9 +78,17 @@ def connect(address: str | None) -> None:
             runtime_env=None if address == LOCAL else {"env_vars": told},
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ClusterUnreachableError(
-            f"no Ray cluster answers at {address} ({error}): start one with `ray start --head`, or leave --address out"
-        ) from error
+        raise _not_joined(address, str(error)) from error
+
+
+def _not_joined(address: str, why: str) -> ClusterUnreachableError:
+    why = " ".join(why.split())
+    if why.startswith("Version mismatch"):
+        # Ray's words, with both versions in them (ray 2.60.0, ray/_private/utils.py).
+        mend = "take the cluster's versions here, or use `orchestrator submit`, whose driver runs on the cluster's own"
+        return ClusterUnreachableError(f"the cluster at {address} cannot be joined ({why}): {mend}")
+    mend = "start one with `ray start --head`, or leave --address out"
+    return ClusterUnreachableError(f"no Ray cluster answers at {address} ({why}): {mend}")
 
 
 def _check_reachable(address: str) -> None:
