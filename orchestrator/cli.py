@@ -155,11 +155,12 @@ def submit(
 ) -> None:
     """Run a sweep as a job of a Ray cluster; the same command again follows it, or goes on where it was left."""
     with _told_errors():
-        from orchestrator import submit as jobs
         from orchestrator.config.sweep_file import load, text_of
 
         changes = _all_overrides(overrides, name, storage)
         config, text = load(sweep, changes), text_of(sweep, changes)
+        from orchestrator.submit import server as jobs
+
         server, job_id = jobs.submit(config, text, address, isolation.value, install=install, say=_say)
         if follow:
             show: Callable[[str], None] = lambda lines: print(lines, end="", flush=True)  # noqa: E731

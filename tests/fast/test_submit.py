@@ -13,11 +13,21 @@ pytest.importorskip("ray")
 
 from typer.testing import CliRunner
 
-from orchestrator import submit
 from orchestrator.cli import app
 from orchestrator.config.sweep_file import load, text_of
 from orchestrator.errors import ClusterUnreachableError, InputError, OrchestratorError
-from orchestrator.submit import Job, Package, exit_code_of, job_for, pack, require_room, runtime_env, version_problem
+from orchestrator.submit import server
+from orchestrator.submit.job import (
+    MINIMUM_PYTHON,
+    Job,
+    entrypoint,
+    exit_code_of,
+    job_for,
+    pinned,
+    runtime_env,
+    version_problem,
+)
+from orchestrator.submit.package import SWEEP_FILE, Package, pack, require_room
 
 ROOT = Path(__file__).parent.parent.parent
 NOBODY = "http://127.0.0.1:9"
@@ -71,7 +81,7 @@ def test_the_package_runs_the_same_code_and_the_sweep_with_its_overrides(folder:
     out = tmp_path / "out"
     out.mkdir()
     package.write(out)
-    sweep = load(out / submit.SWEEP_FILE)
+    sweep = load(out / SWEEP_FILE)
     assert (sweep.trial.max_steps, sweep.storage) == (7, "/mnt/sweeps")
     # What a default is depends on the hardware of the cluster: none is written down here.
     assert sweep.trial.model_fields_set == {"max_steps"}
@@ -121,8 +131,8 @@ def test_nothing_of_the_sweep_file_reaches_the_command_or_the_environment(folder
     package = packed(folder, "tracking.uri=https://me:secret@mlflow.example.org")
     assert "secret" in package.sweep
     environment = runtime_env(folder, [])
-    assert "secret" not in submit.entrypoint("warm") + str(environment)
-    assert submit.entrypoint("fresh") == "python -m orchestrator run sweep.yaml --isolation fresh"
+    assert "secret" not in entrypoint("warm") + str(environment)
+    assert entrypoint("fresh") == "python -m orchestrator run sweep.yaml --isolation fresh"
     assert "pip" not in environment
 
 
@@ -131,12 +141,12 @@ def test_requirements_are_ours_as_they_are_pinned_without_ray(folder: Path) -> N
     extras = [
         f'{line}; extra == "{extra}"' for extra, lines in project["optional-dependencies"].items() for line in lines
     ]
-    pinned = submit.pinned([*project["dependencies"], *extras])
-    assert not any(line.startswith("ray") for line in pinned)
-    assert {"torch<2.14,>=2.13", "bitsandbytes<0.51,>=0.50.2"} <= set(pinned)
-    assert not any(line.startswith(("pytest", "flash-attn")) for line in pinned)
-    assert runtime_env(folder, pinned)["pip"]["packages"] == pinned
-    assert project["requires-python"] == ">=" + ".".join(map(str, submit.MINIMUM_PYTHON))
+    wanted = pinned([*project["dependencies"], *extras])
+    assert not any(line.startswith("ray") for line in wanted)
+    assert {"torch<2.14,>=2.13", "bitsandbytes<0.51,>=0.50.2"} <= set(wanted)
+    assert not any(line.startswith(("pytest", "flash-attn")) for line in wanted)
+    assert runtime_env(folder, wanted)["pip"]["packages"] == wanted
+    assert project["requires-python"] == ">=" + ".".join(map(str, MINIMUM_PYTHON))
 
 
 @pytest.mark.parametrize(
@@ -208,10 +218,10 @@ def test_wrong_input_and_an_absent_cluster_have_their_exit_codes(words: list[str
 
 
 def test_a_port_that_listens_and_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(submit, "CONNECT_LIMIT_S", 0.2)
+    monkeypatch.setattr(server, "CONNECT_LIMIT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://user:secret@127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(ClusterUnreachableError, match="timed out") as caught:
-            submit.JobServer(address)
+            server.JobServer(address)
     error: OrchestratorError = caught.value
     assert "secret" not in str(error)

@@ -74,10 +74,11 @@ def write_sweep_file(folder: Path, **keys: object) -> None:
     (folder / "sweep.yaml").write_text(yaml.safe_dump(raw))
 
 
-def stop(head: Head, job_id: str) -> None:
-    request = urllib.request.Request(f"{head.dashboard}/api/jobs/{job_id}/stop", method="POST")
+def ask(head: Head, method: str, path: str) -> str:
+    request = urllib.request.Request(f"{head.dashboard}/api/jobs/{path}", method=method)
     request.add_header("Authorization", f"Bearer {TOKEN}")
-    urllib.request.urlopen(request, timeout=10).close()
+    with urllib.request.urlopen(request, timeout=10) as response:
+        return str(response.read(), "utf-8")
 
 
 @pytest.mark.parametrize("token", [None, "f" * 32], ids=["none", "wrong"])
@@ -111,41 +112,43 @@ def test_a_job_is_followed_left_followed_again_stopped_and_resumed(head: Head, t
         tmp_path,
         name="long",
         trial={name: value for name, value in BASE["trial"].items() if name != "max_steps"},
-        space={"max_steps": [2, 400]},
+        space={"max_steps": [2, 150]},
         resources={"cpus_per_worker": 1, "max_concurrent": 1},
     )
     folder = SweepFolder(tmp_path / "sweeps" / "long")
     left = submit(head, "--follow", cwd=tmp_path)
+    wait_until(folder.plan.exists, bool, LIMIT_S)
+    left.send_signal(signal.SIGINT)
+    exit_code, out, err = ended(left)
+    assert exit_code == 130, err
+    assert "Running entrypoint for job long" in out
+    assert "job long goes on" in err
+
+    again = submit(head, "--follow", cwd=tmp_path)
 
     def steps() -> dict[int, int]:
         trials = read_trial_results(folder)[0].values()
         return {t.config.max_steps: len(folder.trial(t.trial_id).read_metrics()) for t in trials}
 
-    wait_until(steps, lambda seen: seen.get(400, 0) >= 2, LIMIT_S)
-    left.send_signal(signal.SIGINT)
-    exit_code, out, err = ended(left)
-    assert exit_code == 130, err
-    assert "job long goes on" in err
-    assert "2 trials to run" in out
-
-    again = submit(head, "--follow", cwd=tmp_path)
-    assert again.stderr is not None
-    assert "job long is at work" in again.stderr.readline()
-    stop(head, "long")
+    wait_until(steps, lambda seen: seen.get(150, 0) >= 2, LIMIT_S)
+    ask(head, "POST", "long/stop")
     exit_code, out, err = ended(again)
     assert exit_code == 130, err
+    assert "job long is at work" in err
     assert "2 trials to run" in out
     before = {t.config.max_steps: t for t in read_sweep(folder)[0].trials}
-    assert (before[2].status, before[400].status) == (TrialStatus.COMPLETED, TrialStatus.CANCELLED)
+    assert (before[2].status, before[150].status) == (TrialStatus.COMPLETED, TrialStatus.CANCELLED)
+    assert folder.report.exists()
 
-    exit_code, out, err = ended(submit(head, "--no-wait", "--set", "trial.seed=0", cwd=tmp_path))
+    exit_code, out, err = ended(submit(head, "--no-wait", cwd=tmp_path))
     assert (exit_code, out) == (0, "long-2\n"), err
-    exit_code, out, err = ended(submit(head, "--follow", "--set", "trial.seed=0", cwd=tmp_path))
+    exit_code, out, err = ended(submit(head, "--follow", cwd=tmp_path))
     assert exit_code == 0, out + err
     assert "1 done before" in out
     after = {t.config.max_steps: t for t in read_sweep(folder)[0].trials}
-    assert after[400].status is TrialStatus.COMPLETED
+    assert after[150].status is TrialStatus.COMPLETED
     assert after[2] == before[2]
+    assert TOKEN not in ask(head, "GET", "")
 
 
 def test_a_job_ends_with_the_exit_code_of_its_sweep(head: Head, tmp_path: Path) -> None:
