@@ -95,8 +95,8 @@ class JobServer:
         try:
             return ask()
         except ray.exceptions.AuthenticationError as error:
-            first_line = str(error).splitlines()[0]
-            raise ClusterUnreachableError(f"{self.shown_address} refuses us ({first_line}): {TOKEN_MEND}") from error
+            why = str(error).splitlines()[0].partition(". ")[0]
+            raise ClusterUnreachableError(f"{self.shown_address} refuses us ({why}): {TOKEN_MEND}") from error
         except (OSError, RuntimeError) as error:
             # The server's tracebacks end with what happened.
             last_line = str(error).strip().splitlines()[-1]

@@ -11,6 +11,7 @@ import yaml
 
 pytest.importorskip("ray")
 
+from ray.runtime_env import RuntimeEnv
 from typer.testing import CliRunner
 
 from orchestrator.cli import app
@@ -145,7 +146,7 @@ def test_requirements_are_ours_as_they_are_pinned_without_ray(folder: Path) -> N
     assert not any(line.startswith("ray") for line in wanted)
     assert {"torch<2.14,>=2.13", "bitsandbytes<0.51,>=0.50.2"} <= set(wanted)
     assert not any(line.startswith(("pytest", "flash-attn")) for line in wanted)
-    assert runtime_env(folder, wanted)["pip"]["packages"] == wanted
+    assert RuntimeEnv(**runtime_env(folder, wanted))["pip"]["packages"] == wanted
     assert project["requires-python"] == ">=" + ".".join(map(str, MINIMUM_PYTHON))
 
 
