@@ -78,10 +78,11 @@ def connect(address: str | None) -> None:
             runtime_env=None if address == LOCAL else {"env_vars": told},
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise _not_joined(address, str(error)) from error
+        raise not_joined(address, str(error)) from error
 
 
-def _not_joined(address: str, why: str) -> ClusterUnreachableError:
+def not_joined(address: str, why: str) -> ClusterUnreachableError:
+    """Why a cluster was not joined, out of Ray's words."""
     why = " ".join(why.split())
     if why.startswith("Version mismatch"):
         # Ray's words, with both versions in them (ray 2.60.0, ray/_private/utils.py).
