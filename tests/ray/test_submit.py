@@ -19,12 +19,12 @@ from tests.ray.clusters import BIN, Head, started_head
 from tests.ray.sweeps import BASE
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(600)
 
 ROOT = Path(__file__).parent.parent.parent
 TOKEN = "0123456789abcdef0123456789abcdef"
 WITH_TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
-LIMIT_S = 180.0
+LIMIT_S = 300.0
 
 
 @pytest.fixture(scope="module")
