@@ -5,6 +5,7 @@ Imports stand inside the commands, so that `--help` and `plan` answer at once.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
@@ -27,21 +28,26 @@ app = typer.Typer(
     add_completion=False,
 )
 
-SweepArgument = Annotated[Path, typer.Argument(metavar="SWEEP", help="A sweep file, as search_spaces/demo.yaml.")]
-FolderArgument = Annotated[Path, typer.Argument(metavar="FOLDER", help="A sweep's folder, as sweeps/demo.")]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as trial.max_steps=20.")
-]
-NameOption = Annotated[str | None, typer.Option("--name", help="Override the sweep's name.")]
-StorageOption = Annotated[str | None, typer.Option("--storage", help="Override where the sweep's folder is made.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
-
 
 class Isolation(StrEnum):
     """What trials share."""
 
     WARM = "warm"
     FRESH = "fresh"
+
+
+SweepArgument = Annotated[Path, typer.Argument(metavar="SWEEP", help="A sweep file, as search_spaces/demo.yaml.")]
+FolderArgument = Annotated[Path, typer.Argument(metavar="FOLDER", help="A sweep's folder, as sweeps/demo.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as trial.max_steps=20.")
+]
+IsolationOption = Annotated[
+    Isolation,
+    typer.Option(help="warm: worker groups serve trial after trial; fresh: each trial has a TorchTrainer of its own."),
+]
+NameOption = Annotated[str | None, typer.Option("--name", help="Override the sweep's name.")]
+StorageOption = Annotated[str | None, typer.Option("--storage", help="Override where the sweep's folder is made.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 
 
 def main() -> None:
@@ -53,9 +59,9 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _show(text: str) -> None:
+def _show(text: str, end: str = "\n") -> None:
     try:
-        print(text, flush=True)
+        print(text, end=end, flush=True)
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -82,11 +88,9 @@ def _told_errors() -> Iterator[None]:
         raise typer.Exit(0) from error
 
 
-def _load(sweep: Path, overrides: list[str] | None, name: str | None, storage: str | None) -> Any:
-    from orchestrator.config.sweep_file import load
-
+def _all_overrides(overrides: list[str] | None, name: str | None, storage: str | None) -> list[str]:
     more = [f"{key}={value}" for key, value in (("name", name), ("storage", storage)) if value]
-    return load(sweep, [*(overrides or []), *more])
+    return [*(overrides or []), *more]
 
 
 @app.command()
@@ -100,13 +104,14 @@ def plan(
 ) -> None:
     """Say of every trial, before anything starts, whether it runs, its memory, its time and its cost."""
     with _told_errors():
+        from orchestrator.config.sweep_file import load
         from orchestrator.planning.hardware import hardware_for
         from orchestrator.planning.model_shape import shape_of
         from orchestrator.planning.plan import plan_sweep, require_targets
         from orchestrator.planning.plan_table import render
         from orchestrator.training import data_rows, model_source
 
-        config = _load(sweep, overrides, None, None)
+        config = load(sweep, overrides or ())
         hardware = hardware_for(gpu, gpus, gpu_memory)
         config = config.on_hardware(has_gpus=hardware.device == "cuda")
         try:
@@ -128,30 +133,59 @@ def run(
     address: Annotated[
         str | None, typer.Option("--address", help="A Ray cluster, as 10.0.0.1:6379 or auto; none: start one here.")
     ] = None,
-    isolation: Annotated[
-        Isolation,
-        typer.Option(
-            help="warm: worker groups serve trial after trial; fresh: each trial has a TorchTrainer of its own."
-        ),
-    ] = Isolation.WARM,
+    isolation: IsolationOption = Isolation.WARM,
     overrides: SetOption = None,
 ) -> None:
     """Run a sweep to its end and write the report; the same command again goes on where it was left."""
     with _told_errors():
-        config = _load(sweep, overrides, name, storage)
+        from orchestrator.config.sweep_file import load
+
+        config = load(sweep, _all_overrides(overrides, name, storage))
         from orchestrator.reporting import report as reporting
-        from orchestrator.results.storage import SweepFolder
         from orchestrator.sweep.run import run as run_sweep
 
         outcome = run_sweep(config, address, isolation.value, _say)
-        folder = SweepFolder(config.folder)
-        _show(reporting.render_text(reporting.build(folder)))
-        _say(f"report: {folder.report}")
+        _show(reporting.render_text(reporting.build(outcome.folder)))
+        _say(f"report: {outcome.folder.report}")
         if not outcome.tracked:
             _say("MLflow did not take everything in time: run the same command again to deliver the rest")
         if outcome.sweep.interrupted:
             _say("interrupted; the state is saved: run the same command again to go on")
         raise typer.Exit(outcome.exit_code)
+
+
+@app.command()
+def submit(
+    sweep: SweepArgument,
+    address: Annotated[str, typer.Option("--address", help="Ray's dashboard, as http://HEAD:8265.")],
+    follow: Annotated[
+        bool,
+        typer.Option(
+            "--follow/--no-wait", help="Show the job's log and end with its exit code, or leave it to itself."
+        ),
+    ] = False,
+    name: NameOption = None,
+    storage: StorageOption = None,
+    isolation: IsolationOption = Isolation.WARM,
+    install: Annotated[
+        bool, typer.Option("--install-requirements", help="For clusters that lack them: takes minutes on every node.")
+    ] = False,
+    overrides: SetOption = None,
+) -> None:
+    """Run a sweep as a job of a Ray cluster; the same command again follows it, or goes on where it was left."""
+    with _told_errors():
+        from orchestrator.config.sweep_file import load, text_of
+
+        changes = _all_overrides(overrides, name, storage)
+        config, text = load(sweep, changes), text_of(sweep, changes)
+        from orchestrator.submit import server as jobs
+
+        server, job_id = jobs.submit(config, text, address, isolation.value, install=install, say=_say)
+        if follow:
+            raise typer.Exit(jobs.follow(server, job_id, functools.partial(_show, end=""), _say))
+        _show(job_id)
+        _say("follow it: the same command with --follow")
+        _say(f"stop it:   ray job stop {job_id} --address {server.shown_address}")
 
 
 @app.command()

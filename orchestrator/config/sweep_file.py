@@ -51,6 +51,18 @@ def load(file: Path, overrides: Sequence[str] = ()) -> SweepConfig:
     return sweep
 
 
+def text_of(file: Path, overrides: Sequence[str] = ()) -> str:
+    """The sweep file as it is written, with the overrides in it and no default filled in.
+
+    Raises:
+        InputError: there is no such file, or it is not YAML.
+    """
+    raw, lines = _read(file)
+    for override in overrides:
+        _override(raw, lines, override)
+    return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True, width=100)
+
+
 def to_yaml(sweep: SweepConfig) -> str:
     """The sweep with every default filled in; `load` reads it back."""
     whole = sweep.model_dump(mode="json", exclude_none=True)

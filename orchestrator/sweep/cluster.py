@@ -14,6 +14,7 @@ from orchestrator.errors import ClusterUnreachableError, InputError
 from orchestrator.sweep.worker import GroupShape
 
 CONNECT_LIMIT_S = 5.0
+LOCAL = "local"
 NO_DASHBOARD = "http://127.0.0.1:9"  # the discard port: refused at once
 # Read by Ray in this process and handed on to its workers; each is our need, and a user's own value wins.
 ENVIRONMENT = {
@@ -32,22 +33,34 @@ ENVIRONMENT = {
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # In a job whose environment sets one of the variables that we hand on, Ray would refuse to start (ray 2.60.0).
+    "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",
 }
 
 
+def address_of(address: str | None) -> str:
+    """The cluster at `address`, or that of the Ray job we run in, or a new one on this machine."""
+    return address or os.environ.get("RAY_ADDRESS") or LOCAL
+
+
+def runs_in_a_job() -> bool:
+    """Whether this process is the driver of a Ray job, whose working directory is removed after it."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
 def connect(address: str | None) -> None:
-    """Join the cluster at `address`, or that of the job we run in, or start one on this machine.
+    """Join the cluster that `address_of` names, or start it.
 
     Raises:
         ClusterUnreachableError: nothing answers there.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    address = address_of(address)
     _check_reachable(address)
     # The processes of a cluster of our own inherit our environment; those of another are told.
     told = {name: os.environ[name] for name in ENVIRONMENT if name.startswith("RAY_TRAIN_")}
-    if address == "local":
+    if address == LOCAL:
         # Ray Train's placement group cleaner asks a dashboard whether its controller lives, and without one of its own
         # finds that of any other cluster on this machine, which does not know the controller: the cleaner then takes
         # our workers away (seen in ray 2.60.0). Where nothing answers, it leaves them alone.
@@ -61,13 +74,22 @@ def connect(address: str | None) -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
             # A cluster of our own ends with us: it needs no dashboard, whose start takes seconds.
-            include_dashboard=False if address == "local" else None,
-            runtime_env=None if address == "local" else {"env_vars": told},
+            include_dashboard=False if address == LOCAL else None,
+            runtime_env=None if address == LOCAL else {"env_vars": told},
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ClusterUnreachableError(
-            f"no Ray cluster answers at {address} ({error}): start one with `ray start --head`, or leave --address out"
-        ) from error
+        raise not_joined(address, str(error)) from error
+
+
+def not_joined(address: str, why: str) -> ClusterUnreachableError:
+    """Why a cluster was not joined, out of Ray's words."""
+    why = " ".join(why.split())
+    if why.startswith("Version mismatch"):
+        # Ray's words, with both versions in them (ray 2.60.0, ray/_private/utils.py).
+        mend = "take the cluster's versions here, or use `orchestrator submit`, whose driver runs on the cluster's own"
+        return ClusterUnreachableError(f"the cluster at {address} cannot be joined ({why}): {mend}")
+    mend = "start one with `ray start --head`, or leave --address out"
+    return ClusterUnreachableError(f"no Ray cluster answers at {address} ({why}): {mend}")
 
 
 def _check_reachable(address: str) -> None:

@@ -48,6 +48,7 @@ class Outcome:
     """How a sweep ended."""
 
     sweep: SweepResult
+    folder: SweepFolder
     tracked: bool
     """Whether MLflow has everything; what it lacks is on disk, and the next `run` carries it over."""
 
@@ -66,6 +67,8 @@ def run(sweep: SweepConfig, address: str | None, isolation: Isolation, say: Call
         InputError: it cannot be run as it is written; nothing was started.
         UnreachableError: the cluster, the tracking server or the storage.
     """
+    if cluster.runs_in_a_job():
+        sweep = _lasting(sweep)
     folder = SweepFolder(sweep.folder.absolute())
     with _only_one(folder):
         earlier = read_earlier(folder)
@@ -76,6 +79,11 @@ def run(sweep: SweepConfig, address: str | None, isolation: Isolation, say: Call
             return _run_prepared(prepared, folder, earlier, isolation, say)
         finally:
             cluster.disconnect()
+
+
+def _lasting(sweep: SweepConfig) -> SweepConfig:
+    """A relative storage stands in the home folder, where a resubmitted job finds it again."""
+    return sweep.model_copy(update={"storage": str(Path.home() / Path(sweep.storage).expanduser())})
 
 
 @contextmanager
@@ -323,4 +331,4 @@ def _finish(
     write_atomically(folder.report, report.render_html(built))
     if tracked:
         tracker.close_parent(result, statistics.best_trial(result))
-    return Outcome(result, tracked)
+    return Outcome(result, folder, tracked)

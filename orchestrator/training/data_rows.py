@@ -50,7 +50,8 @@ def check(data: DataConfig) -> None:
         DataError: a source does not exist or has no row with the columns of its format.
     """
     for source, role in _sources(data):
-        if is_on_hub(source):
+        if not source.startswith("builtin:") and not local_files(source):
+            # On the hub: its rows come with the whole of it.
             continue
         first = itertools.islice(read_rows(source, role), CHECKED_ROWS)
         seen = dict.fromkeys(str(name) for row in first if row.columns is not None for name in row.columns)
@@ -83,26 +84,28 @@ def read_rows(source: str, role: Role) -> Iterator[Row]:
     """
     if source.startswith("builtin:"):
         yield from _builtin(source)()
-        return
-    if is_on_hub(source):
+    elif files := local_files(source):
+        for file in files:
+            yield from _READERS[file.suffix.lower()](file)
+    else:
         yield from _hub_rows(source, role)
-        return
-    for file in _files(Path(source).expanduser()):
-        yield from _READERS[file.suffix.lower()](file)
 
 
-def is_on_hub(source: str) -> bool:
-    """Whether a source is neither built in nor a path.
+def local_files(source: str) -> list[Path]:
+    """The files of a local source; none of one that is built in or a hub id.
 
     Raises:
-        DataError: it is a path, and there is nothing.
+        DataError: there is no such source, or its files are of no kind that is read.
     """
+    if source.startswith("builtin:"):
+        _builtin(source)
+        return []
     path = Path(source).expanduser()
-    if source.startswith("builtin:") or path.exists():
-        return False
+    if path.exists():
+        return _files(path)
     if path.suffix.lower() in _READERS or not _HUB_ID.match(source):
         raise DataError(f"data {source}: no such file or folder; name one that exists (looked in {Path.cwd()})")
-    return True
+    return []
 
 
 def fingerprint(source: str) -> str:

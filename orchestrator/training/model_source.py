@@ -20,7 +20,7 @@ from orchestrator.training import builtin_models
 
 CAUSAL_LM_SUFFIXES = ("ForCausalLM", "LMHeadModel")
 # Weights are read as safetensors only: a pickle runs whatever code its author put in it.
-HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
+FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _OFFLINE_MEND = "connect to the hub (unset HF_HUB_OFFLINE), name a local folder, or use builtin:smollm2-135m"
 
@@ -67,6 +67,11 @@ def materialize(source: ModelSource) -> Path:
     return folder
 
 
+def is_hub_id(model: str) -> bool:
+    """Whether the hub could have a model of this name."""
+    return bool(_HUB_ID.match(model))
+
+
 def cache_folder() -> Path:
     """Where this user's built and converted models are kept."""
     named = os.environ.get("ORCHESTRATOR_CACHE")
@@ -95,7 +100,7 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 
 def _hub_config(model: str) -> dict[str, Any]:
-    if not _HUB_ID.match(model):
+    if not is_hub_id(model):
         raise ModelError(f"model {model}: there is no such folder, and it is no hub id (owner/name); check the path")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
@@ -139,7 +144,7 @@ def _fetch(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(name, allow_patterns=FILES))
     except Exception as error:
         raise ModelError(f"model {name} cannot be fetched: {_hub_problem(error)}; {_OFFLINE_MEND}") from error
 

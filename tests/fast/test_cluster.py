@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("ray")
 
 from orchestrator.errors import ClusterUnreachableError, InputError
-from orchestrator.sweep.cluster import connect, room_for
+from orchestrator.sweep.cluster import connect, not_joined, room_for
 from orchestrator.sweep.worker import GroupShape
 
 TWO_GPU_NODES = [{"CPU": 16.0, "GPU": 4.0}, {"CPU": 16.0, "GPU": 4.0}]
@@ -39,3 +39,10 @@ def test_a_cluster_that_does_not_answer_is_told_at_once() -> None:
         port = taken.getsockname()[1]
     with pytest.raises(ClusterUnreachableError, match=f"127.0.0.1:{port}"):
         connect(f"127.0.0.1:{port}")
+
+
+def test_a_cluster_of_another_version_is_not_told_to_be_absent() -> None:
+    told = str(not_joined("head:6379", "Version mismatch: The cluster was started with:\n    Ray: 2.59.0\n"))
+    assert "Ray: 2.59.0" in told
+    assert "orchestrator submit" in told
+    assert "no Ray cluster answers" not in told

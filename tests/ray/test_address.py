@@ -2,62 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
+from tests.ray.clusters import started_head
 from tests.ray.sweeps import start
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(500)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def answers(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.settimeout(1)
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
 @pytest.fixture(scope="module")
 def head() -> Iterator[str]:
-    port, dashboard_port = free_port(), free_port()
-    # Ray's sockets need a short path, which pytest's folders are not.
-    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
-        command = [Path(sys.executable).parent / "ray", "start", "--head", "--block", "--disable-usage-stats"]
-        options = [f"--port={port}", f"--dashboard-port={dashboard_port}", "--num-cpus=2", f"--temp-dir={folder}"]
-        environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
-        environment.pop("RAY_API_SERVER_ADDRESS", None)
-        process = subprocess.Popen(
-            [*command, *options],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        try:
-            wait_until(lambda: answers(port) and answers(dashboard_port), bool, 90)
-            yield f"127.0.0.1:{port}"
-        finally:
-            # Not `ray stop`, which would end every other cluster of this machine too.
-            below = psutil.Process(process.pid).children(recursive=True)
-            for one in [*below, psutil.Process(process.pid)]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    one.kill()
-            process.wait(30)
+    with started_head({"RAY_AUTH_MODE": "disabled"}) as started:
+        yield started.address
 
 
 def left_on(address: str) -> str:

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.ray.test_address import free_port, head  # noqa: F401
+from tests.ray.clusters import free_port
+from tests.ray.test_address import head  # noqa: F401
 
 pytestmark = pytest.mark.timeout(300)
 

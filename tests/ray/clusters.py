@@ -1,0 +1,69 @@
+"""Ray clusters that are there before a sweep and stay after it: a head as a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from tests.waiting import wait_until
+
+BIN = Path(sys.executable).parent
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A head with two CPUs."""
+
+    address: str
+    dashboard: str
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@contextmanager
+def started_head(variables: Mapping[str, str]) -> Iterator[Head]:
+    """A head that has `variables` in its environment, and ends with the block."""
+    port, dashboard_port = free_port(), free_port()
+    # Ray's sockets need a short path, which pytest's folders are not.
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        command = [BIN / "ray", "start", "--head", "--block", "--disable-usage-stats"]
+        options = [f"--port={port}", f"--dashboard-port={dashboard_port}", "--num-cpus=2", f"--temp-dir={folder}"]
+        environment = {**os.environ, **variables}
+        environment.pop("RAY_API_SERVER_ADDRESS", None)
+        process = subprocess.Popen(
+            [*command, *options],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            wait_until(lambda: answers(port) and answers(dashboard_port), bool, 90)
+            yield Head(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard_port}")
+        finally:
+            # Not `ray stop`, which would end every other cluster of this machine too.
+            below = psutil.Process(process.pid).children(recursive=True)
+            for one in [*below, psutil.Process(process.pid)]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
+            process.wait(30)
