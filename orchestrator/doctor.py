@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 import urllib.request
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,13 +30,12 @@ from orchestrator.planning.compatibility import Case, notes, refusals
 from orchestrator.planning.hardware import Hardware, this_machine
 from orchestrator.planning.model_shape import shape_of
 from orchestrator.reporting import quantities
-from orchestrator.results import provenance
+from orchestrator.results import provenance, shared_storage
 from orchestrator.training import builtin_models, model_source
 
 EXPECTED = ("bitsandbytes", "flash-attn")
 """Packages that some settings need and others do without."""
 PROBE_LIMIT_S = 120.0
-NODE_LIMIT_S = 180.0
 CONNECT_LIMIT_S = 5.0
 # In a process of its own: it creates no CUDA context here, and a library that crashes takes nothing else along.
 _TORCH_PROBE = """
@@ -294,53 +292,32 @@ def _model_state(name: str) -> str:
 
 @contextmanager
 def _marked(where: Path, named: str | None) -> Iterator[tuple[str | None, str | None]]:
-    """A file in the storage by which every node knows it; nothing is left behind. Yields its token, or a problem."""
+    """Yields the token of a mark in the storage, or a problem."""
     if named and "://" in named:
         yield None, "takes a folder or a mount that all nodes see; object stores are not supported yet"
         return
-    token = f".doctor-{uuid.uuid4().hex}"
-    made = [folder for folder in (where, *where.parents) if not folder.exists()]
-    try:
-        where.mkdir(parents=True, exist_ok=True)
-        (where / token).write_text(token, encoding="ascii")
-    except OSError as error:
-        yield None, f"cannot be written ({error.strerror or error}): name another with --storage"
-    else:
-        yield token, None
-    finally:
-        with contextlib.suppress(OSError):
-            for file in where.glob(f"{token}*"):
-                file.unlink()
-            for folder in made:
-                folder.rmdir()
+    with contextlib.ExitStack() as stack:
+        try:
+            token = stack.enter_context(shared_storage.marked(where))
+        except OSError as error:
+            yield None, f"cannot be written ({error.strerror or error}): name another with --storage"
+        else:
+            yield token, None
 
 
 def _space(where: Path, token: str | None) -> Space | None:
     """Free space, and whether this node sees the asker's mark and can write beside it."""
     there = next((folder for folder in (where, *where.parents) if folder.is_dir()), Path("/"))
     usage = shutil.disk_usage(there)
-    return Space(free_bytes=usage.free, total_bytes=usage.total, problem=_write_mark(where, token) if token else None)
-
-
-def _write_mark(where: Path, token: str) -> str | None:
-    try:
-        if not (where / token).is_file():
-            return "is another folder here than where doctor was started: mount one that all nodes share"
-        (where / f"{token}-{uuid.uuid4().hex}").write_text(token, encoding="ascii")
-    except OSError as error:
-        return f"cannot be written here ({error.strerror or error}): mount it writable"
-    return None
+    return Space(
+        free_bytes=usage.free, total_bytes=usage.total, problem=shared_storage.answer(where, token) if token else None
+    )
 
 
 def _storage_check(where: Path, asked: bool, nodes: Sequence[Node], token: str | None, problem: str | None) -> Check:
     seen = [(node.host, node.storage) for node in nodes if node.storage]
-    if problem is None:
-        # A node may have written to a folder of its own that only looks the same.
-        marks = len(list(where.glob(f"{token}-*")))
-        told = [f"on {host} it {space.problem}" for host, space in seen if space.problem]
-        if not told and marks < len(seen):
-            told = [f"of {len(seen)} nodes that wrote there, {marks} can be read from here: mount one that all share"]
-        problem = "; ".join(told) or None
+    if problem is None and token:
+        problem = shared_storage.problem(where, token, [(host, space.problem) for host, space in seen])
     if problem is not None:
         return Check(what=f"storage {where}", ok=False, asked=asked, detail=problem)
     free = min((space for _, space in seen), key=lambda space: space.free_bytes, default=None)
@@ -353,9 +330,6 @@ def _storage_check(where: Path, asked: bool, nodes: Sequence[Node], token: str |
 
 
 def _cluster_nodes(address: str, storage: Path, token: str | None) -> tuple[list[Node], Check]:
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
     from orchestrator.sweep import cluster
 
     what = f"cluster {address}"
@@ -364,32 +338,20 @@ def _cluster_nodes(address: str, storage: Path, token: str | None) -> tuple[list
     except ClusterUnreachableError as error:
         return [], Check(what=what, ok=False, asked=True, detail=str(error))
     try:
-        alive = [node for node in ray.nodes() if node["Alive"]]
-        probe = ray.remote(num_cpus=0, max_retries=0)(look)
-        asked = {
-            probe.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-                str(storage), token
-            ): node
-            for node in alive
-        }
-        ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=NODE_LIMIT_S)
-        nodes, silent = [], [f"{_name(asked[task])}: no answer in {NODE_LIMIT_S:.0f} s" for task in late]
-        for task in ready:
-            try:
-                nodes.append(_as_ray_has_it(ray.get(task), asked[task]["Resources"]))
-            except ray.exceptions.RayError as error:
-                silent.append(f"{_name(asked[task])}: {_last_line(error)}")
+        nodes, silent, resources = [], [], []
+        for node, found in cluster.ask_every_node(look, str(storage), token):
+            if isinstance(found, Exception):
+                silent.append(f"{cluster.name_of(node)}: {_last_line(found)}")
+                continue
+            nodes.append(_as_ray_has_it(found, node["Resources"]))
+            resources.append(node["Resources"])
     finally:
         cluster.disconnect()
     nodes.sort(key=lambda node: node.host)
     if silent:
         return nodes, Check(what=what, ok=False, asked=True, detail=f"{'; '.join(silent)}: look at these nodes' logs")
-    cpus, gpus = (sum(node["Resources"].get(kind, 0) for node in alive) for kind in ("CPU", "GPU"))
-    return nodes, Check(what=what, ok=True, asked=True, detail=f"{len(alive)} nodes, {cpus:g} CPUs, {gpus:g} GPUs")
-
-
-def _name(node: Mapping[str, Any]) -> str:
-    return f"node {node.get('NodeManagerHostname') or node['NodeManagerAddress']}"
+    cpus, gpus = (sum(there.get(kind, 0) for there in resources) for kind in ("CPU", "GPU"))
+    return nodes, Check(what=what, ok=True, asked=True, detail=f"{len(nodes)} nodes, {cpus:g} CPUs, {gpus:g} GPUs")
 
 
 def _as_ray_has_it(node: Node, resources: Mapping[str, float]) -> Node:

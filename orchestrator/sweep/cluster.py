@@ -5,15 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from orchestrator.errors import ClusterUnreachableError, InputError
+from orchestrator.errors import ClusterUnreachableError, InputError, StorageError
+from orchestrator.results import shared_storage
 from orchestrator.sweep.worker import GroupShape
 
 CONNECT_LIMIT_S = 5.0
+NODE_LIMIT_S = 180.0
+"""A node that starts its first worker may take minutes."""
 LOCAL = "local"
 NO_DASHBOARD = "http://127.0.0.1:9"  # the discard port: refused at once
 # Read by Ray in this process and handed on to its workers; each is our need, and a user's own value wins.
@@ -110,6 +115,52 @@ def nodes() -> tuple[Mapping[str, float], ...]:
     return tuple(node["Resources"] for node in ray.nodes() if node["Alive"])
 
 
+def ask_every_node(look: Any, *arguments: Any) -> Iterator[tuple[Mapping[str, Any], Any]]:
+    """Call `look` on each living node, without taking a CPU: (Ray's node, result), or the error in place of it."""
+    probe = ray.remote(num_cpus=0, max_retries=0)(look)
+    asked = {
+        probe.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+            *arguments
+        ): node
+        for node in ray.nodes()
+        if node["Alive"]
+    }
+    ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=NODE_LIMIT_S)
+    for task in ready:
+        try:
+            yield asked[task], ray.get(task)
+        except ray.exceptions.RayError as error:
+            yield asked[task], error
+    for task in late:
+        yield asked[task], TimeoutError(f"no answer in {NODE_LIMIT_S:.0f} s")
+
+
+def require_shared(where: Path) -> None:
+    """Ask every node of a cluster that has several.
+
+    Raises:
+        StorageError: one of them does not see this storage, or cannot write there.
+    """
+    if len(nodes()) < 2:
+        return
+    with shared_storage.marked(where) as token:
+        answers = [
+            (name_of(node), f"cannot be tried ({found})" if isinstance(found, Exception) else found)
+            for node, found in ask_every_node(shared_storage.answer, where, token)
+        ]
+        why = shared_storage.problem(where, token, answers)
+    if why:
+        raise StorageError(
+            f"storage {where} is not one for all {len(answers)} nodes: {why}. Name a mount that all of them see with "
+            "--storage"
+        )
+
+
+def name_of(node: Mapping[str, Any]) -> str:
+    """One of Ray's nodes, as a message names it."""
+    return f"node {node.get('NodeManagerHostname') or node['NodeManagerAddress']}"
+
+
 def room_for(shape: GroupShape, resources: Sequence[Mapping[str, float]]) -> int:
     """Groups of this shape that fit at a time: workers are packed node by node.
 
@@ -146,9 +197,7 @@ def start_switchboard() -> Any:
     """The sweep's switchboard, on the driver's node, so that it lives as long as the driver."""
     from orchestrator.sweep.switchboard import Switchboard
 
-    here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-        ray.get_runtime_context().get_node_id(), soft=True
-    )
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     # Every group waits here with several calls at a time.
     actor: Any = ray.remote(Switchboard)
     return actor.options(num_cpus=0, max_concurrency=10_000, scheduling_strategy=here).remote()

@@ -46,6 +46,7 @@ def prepare(sweep: SweepConfig, folder: SweepFolder, address: str | None, say: C
     Raises:
         InputError: model, data or resources cannot be used so.
         ClusterUnreachableError: the cluster does not answer.
+        StorageError: not all of its nodes see the folder.
     """
     source = model_source.resolve(sweep.model)
     model_shape = shape_of(source.config)
@@ -54,6 +55,7 @@ def prepare(sweep: SweepConfig, folder: SweepFolder, address: str | None, say: C
     address = cluster.address_of(address)
     say("starting Ray here" if address == cluster.LOCAL else f"joining the cluster at {address}")
     cluster.connect(address)
+    cluster.require_shared(folder.root)
     hardware = cluster_hardware()
     sweep = sweep.on_hardware(has_gpus=hardware.device == "cuda")
     plan = plan_sweep(sweep, model_shape, hardware)

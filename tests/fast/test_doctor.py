@@ -155,7 +155,7 @@ def test_a_storage_that_nodes_do_not_share_is_found_out(tmp_path: Path) -> None:
     nodes = [a_node("one", storage=doctor._space(tmp_path / "other", "token")), a_node("two", storage=None)]
     check = doctor._storage_check(tmp_path, True, nodes, "token", None)
     assert not check.ok
-    assert "on one it is another folder here" in check.detail
+    assert "on one it is another folder than where the command runs" in check.detail
     # The mark was seen, and what the node wrote is not here: two folders that were copied from each other.
     check = doctor._storage_check(
         tmp_path, True, [a_node("one", storage=Space(free_bytes=1, total_bytes=2))], "t", None

@@ -61,9 +61,45 @@ def started_head(variables: Mapping[str, str]) -> Iterator[Head]:
             wait_until(lambda: answers(port) and answers(dashboard_port), bool, 90)
             yield Head(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard_port}")
         finally:
-            # Not `ray stop`, which would end every other cluster of this machine too.
-            below = psutil.Process(process.pid).children(recursive=True)
-            for one in [*below, psutil.Process(process.pid)]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    one.kill()
-            process.wait(30)
+            end_all(process)
+
+
+@contextmanager
+def joined_node(head: Head, *, hides: Path | None = None) -> Iterator[None]:
+    """A second node with two CPUs; `hides` is a folder of which it sees one of its own in that place."""
+    command = [str(BIN / "ray"), "start", f"--address={head.address}", "--num-cpus=2", "--block"]
+    if hides is not None:
+        inside = f'mount -t tmpfs tmpfs "{hides}" && exec {" ".join(command)}'
+        command = ["unshare", "--mount", "bash", "-c", inside]
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        wait_until(lambda: _cpus_of(head), lambda cpus: cpus == 4, 90)
+        yield
+    finally:
+        end_all(process)
+
+
+def _cpus_of(head: Head) -> int:
+    """What the cluster has, asked in a process of its own: this one may join another later."""
+    code = (
+        f"import ray; ray.init('{head.address}', logging_level=40); print(int(ray.cluster_resources().get('CPU', 0)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "RAY_AUTH_MODE": "disabled"}
+    )
+    return int(done.stdout.split()[-1]) if done.returncode == 0 else 0
+
+
+def end_all(process: subprocess.Popen[bytes]) -> None:
+    """Not `ray stop`, which would end every other cluster of this machine too."""
+    below = psutil.Process(process.pid).children(recursive=True)
+    for one in [*below, psutil.Process(process.pid)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    process.wait(30)
