@@ -25,19 +25,21 @@ from orchestrator.planning.model_shape import ModelShape, lora_parameters, targe
 
 # Bytes of a 4-bit weight: half a byte, an 8-bit constant for 64 weights and an fp32 one for 256 of those (QLoRA,
 # Dettmers et al. 2023, section 3: 0.127 bits).
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+NF4_CONSTANT_BYTES = 1 / 64 + 4 / (64 * 256)
+NF4_BYTES = 0.5 + NF4_CONSTANT_BYTES
 INT8_BYTES = 1.0
 """bitsandbytes' LLM.int8(): one byte, and an fp32 constant a row, which is below a thousandth."""
 CONTEXT_BYTES = 450 * 2**20
 """CUDA context and libraries, as the driver reports them over torch's own figure (cuBLAS and cuDNN loaded)."""
 WORKSPACE_BYTES = 64 * 2**20
 """cuBLAS workspaces and what else is allocated once."""
-UNCOUNTED = 0.04
+UNCOUNTED = 0.03
 """What is alive besides, as a share of all but the weights: operators' temporaries, and blocks of torch's allocator
-that are rounded up. Fitted: it halves how often calibration points are under-predicted by over 5 %, at the same mean
-error."""
-FRAGMENTATION = 1.08
-"""What torch's caching allocator reserves over the bytes that it gave out at its peak."""
+that are rounded up. The one constant that leans to the safe side: with 0 the allocated bytes of one GPU are right on
+average (canifinetune and LitGPT), and half of the runs need more than is told."""
+FRAGMENTATION = 1.10
+"""What torch's caching allocator reserves over the bytes that it gave out at its peak: the mean of the eleven runs of
+canifinetune that tell both (1.02 to 1.25)."""
 FRAGMENTATION_SHARDED = 1.18
 """The same where weights are gathered and freed layer by layer: 1.24 and 1.12 in the two FSDP runs that tell both."""
 CPU_IMPORTS_BYTES = 480 * 2**20
@@ -45,18 +47,18 @@ CPU_IMPORTS_BYTES = 480 * 2**20
 LOSS_COPIES_BYTES = 12
 """A logit's fp32 copies at the worst moment, within log-softmax's backward: its result and two gradients (torch 2.13).
 
-The logits themselves are alive besides, since whoever called the model holds its output.
+The logits themselves come on top (`_held_at_loss`).
 """
 ADAM_8BIT_BYTES = 2 + 2 * 4 / 256
 """bitsandbytes' two moments: a byte each, and an fp32 constant for 256 of them (0.50, optim/optimizer.py)."""
 UNCERTAINTY_BELOW, UNCERTAINTY_ABOVE = 0.12, 0.18
 """The 90 % interval around `allocated_bytes`: nine of ten calibration points lie within it. Wider above, since
 a library may keep more than it must, never less."""
-LIBRARY_TEMPORARIES = 1.06
-"""What a layer keeps over the tensors that are counted: libraries' own copies. LitGPT's layers keep 5 to 15 % more
-(Llama-2, phi, StableLM without checkpointing), transformers' 2 %."""
 ZERO3_LIVE_LAYERS = 2
-"""Layers whose weights ZeRO-3 holds gathered: the one at work and the one fetched ahead."""
+"""Layers whose weights ZeRO-3 holds gathered at least: the one at work and the one fetched ahead."""
+ZERO3_REUSED_WEIGHTS = 500_000_000
+"""Weights that ZeRO-3 holds gathered while the forward pass turns to the backward pass: those used again within its
+`stage3_max_reuse_distance` of 1e9 weights, there and back (deepspeed 0.19.8, partitioned_param_coordinator.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,9 +162,12 @@ def memory_parts(config: TrialConfig, shape: ModelShape, workers: int, width: Wi
     shards = {stage: workers if config.zero_stage >= stage else 1 for stage in (1, 2, 3)}
     adapter_weights = trainable_adapter_parameters(config, shape)
     trainable = shape.parameters if config.trains_all_weights else adapter_weights
-    weights = shape.linear_parameters * width.linear + (shape.parameters - shape.linear_parameters) * width.rest
-    optimizer_bytes = 0 if config.offload != "none" else _optimizer_bytes(config, width) * trainable / shards[1]
     host_parameters = config.offload == "optimizer_and_parameters"
+    # bitsandbytes keeps the constants of 4-bit weights beside the parameter, where ZeRO-3 neither shards nor offloads.
+    constants = shape.linear_parameters * NF4_CONSTANT_BYTES if config.precision is Precision.NF4 else 0.0
+    weights = shape.linear_parameters * width.linear + (shape.parameters - shape.linear_parameters) * width.rest
+    weights = constants + (0.0 if host_parameters else (weights - constants) / shards[3])
+    optimizer_bytes = 0 if config.offload != "none" else _optimizer_bytes(config, width) * trainable / shards[1]
     at_once = config.micro_batch_size * workers if config.micro_batch_size != "auto" else 0
     gradient_bytes = 0.0 if config.offload != "none" else trainable * width.adapter / shards[2]
     step_bytes = 4 * trainable / shards[2] if config.engine == "deepspeed" and config.offload == "none" else 0.0
@@ -171,7 +176,7 @@ def memory_parts(config: TrialConfig, shape: ModelShape, workers: int, width: Wi
         key=sum,
     )
     counted = MemoryParts(
-        weights=0 if host_parameters else int(weights / shards[3]),
+        weights=int(weights),
         adapter=0 if host_parameters else int(adapter_weights * width.adapter / shards[3]),
         gradients=int(gradients),
         optimizer=int(optimizer_bytes),
@@ -228,7 +233,7 @@ def _moments(
     tokens = _tokens(config)
     kept, at_work, alone = _layer_activations(config, shape, width)
     held = float(shape.vocabulary * width.logits * (2 if shape.softcapped_logits else 1) * tokens)
-    at_loss = held + LOSS_COPIES_BYTES * shape.vocabulary * tokens
+    at_loss = LOSS_COPIES_BYTES * shape.vocabulary * tokens + _held_at_loss(config, shape, width, held)
     last_norm = tokens * shape.hidden * (4 if shape.rms_norm else width.stream)
     # An adapter's are too small to tell the two apart: a larger micro-batch should not look like less memory.
     earlier = gradient_bytes if accumulates or not config.trains_all_weights else 0.0
@@ -244,18 +249,31 @@ def _layer_activations(config: TrialConfig, shape: ModelShape, width: Widths) ->
     """Bytes kept until the backward pass, bytes more while a layer's is at work, and bytes of the first layer alone."""
     tokens, batch = _tokens(config), config.micro_batch_size
     assert isinstance(batch, int)
-    layer = tokens * layer_bytes_per_token(config, shape, width) * LIBRARY_TEMPORARIES
+    layer = tokens * layer_bytes_per_token(config, shape, width)
     layer += batch * score_bytes(config, shape, width)
     at_work = tokens * backward_bytes_per_token(config, shape, width)
     at_work += max(m.rows * m.columns for m in shape.matrices) * width.dequantised
-    # Autocast's copy of a frozen fp32 head is kept for the backward pass.
-    head = shape.vocabulary * shape.hidden * 2.0 if width.logits < width.rest else 0.0
     if config.gradient_checkpointing:
         # The layers' inputs, and one layer recomputed.
         own = shape.hidden * width.stream + _escaping_bytes(config, shape, width)
         recomputed = at_work + layer + _casts(config, shape, 1)
-        return shape.layers * tokens * own + head, recomputed, recomputed
-    return shape.layers * layer + head + _casts(config, shape, shape.layers), at_work, layer + at_work
+        return shape.layers * tokens * own, recomputed, recomputed
+    return shape.layers * layer + _casts(config, shape, shape.layers), at_work, layer + at_work
+
+
+def _held_at_loss(config: TrialConfig, shape: ModelShape, width: Widths, logits: float) -> float:
+    """Bytes beside the loss's own: the logits, where the caller still holds them, or autocast's copy of the head.
+
+    A head that was made fp32 is cast for autocast, and the copy of a frozen weight is kept for the backward pass.
+    Without autocast there is no copy, and the logits are fp32. A quantised model is trained either way, and its
+    settings do not tell which: the larger counts.
+    """
+    if width.logits == width.rest:
+        return logits
+    head_copy = float(width.logits * shape.vocabulary * shape.hidden)
+    if config.precision.is_quantized:
+        return max(head_copy, logits * width.rest / width.logits)
+    return head_copy + logits
 
 
 def _escaping_bytes(config: TrialConfig, shape: ModelShape, width: Widths) -> float:
@@ -280,5 +298,8 @@ def _communication(config: TrialConfig, shape: ModelShape, width: Widths, traina
     if config.zero_stage < 3:
         return bucket * (2 if config.zero_stage else 1)
     layer = shape.linear_parameters / shape.layers * width.linear
+    # Packed weights look to ZeRO like as many as their bytes would be in half precision.
+    reused = ZERO3_REUSED_WEIGHTS * max(width.linear, 2.0)
+    gathered = min(max(ZERO3_LIVE_LAYERS * layer, reused), shape.linear_parameters * width.linear)
     outside = max(shape.embedding_parameters, shape.head_parameters) * width.rest
-    return bucket + ZERO3_LIVE_LAYERS * layer + outside
+    return bucket + gathered + outside

@@ -77,6 +77,8 @@ class ModelShape:
     """transformers' `gelu_new` is written out in Python, and autograd keeps its steps."""
     softcapped_logits: bool
     """The logits go through tanh (Gemma 2), which keeps them once more."""
+    dropout: bool
+    """The frozen model drops out of its own accord, as GPT-2 and OPT do, and keeps what it drew."""
 
     @property
     def embedding_parameters(self) -> int:
@@ -157,6 +159,7 @@ _GPT2 = _Family(
     rotary=False,
     tied=True,
     positions_offset=0,
+    defaults={"resid_pdrop": 0.1},
 )
 _LLAMA = _Family(**_LLAMA_BIAS)
 _FAMILIES = {
@@ -183,7 +186,8 @@ _FAMILIES = {
         out_bias="attention_bias",
         defaults={"num_experts": 128, "num_experts_per_tok": 8, "num_key_value_heads": 4},
     ),
-    "olmo": _Family(norm_width=0, layer_norm=True, extra_norms=0),
+    # Its norm has no weights, and is computed in fp32.
+    "olmo": _Family(norm_width=0, extra_norms=0),
     "olmo2": _Family(qk_norm="all"),
     "olmoe": _Family(qk_norm="all", defaults={"num_experts": 64, "num_experts_per_tok": 8}),
     "gemma": _Family(tied=True, defaults={"head_dim": 256}),
@@ -281,6 +285,7 @@ _FAMILIES = {
         rotary=False,
         tied=True,
         positions_offset=2,
+        defaults={"dropout": 0.1},
     ),
 }
 _ALIASES = {"gemma3_text": "gemma3", "mistral3": "mistral"}
@@ -355,12 +360,13 @@ class _Reader:
             rms_norm=not self.family.layer_norm,
             qk_norm=self.family.qk_norm is not None,
             gated=self.family.gated,
-            rotary=self.family.rotary,
+            rotary=self.family.rotary and not self.config.get("alibi"),
             fused_attention=len(self.family.attention) == 2,
             parallel_residual=self._norms() == 1
             or (self.name == "gpt_neox" and bool(self.config.get("use_parallel_residual", True))),
             decomposed_activation=self._activation() in ("gelu_new", "gelu_fast"),
             softcapped_logits=bool(self.config.get("final_logit_softcapping")),
+            dropout=any(self.config.get(name) for name in ("resid_pdrop", "dropout", "hidden_dropout")),
         )
 
     def whole(self, name: str) -> int | None:
