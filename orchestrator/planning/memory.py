@@ -294,6 +294,9 @@ def _communication(config: TrialConfig, shape: ModelShape, width: Widths, traina
     """Buckets and gathered weights."""
     if workers == 1 and config.zero_stage < 3:
         return 0.0
+    if config.engine == "ddp":
+        # Its buckets hold all gradients once more (torch 2.13, DistributedDataParallel, gradient_as_bucket_view).
+        return float(trainable * width.adapter)
     bucket = min(trainable, 50_000_000) * width.adapter
     if config.zero_stage < 3:
         return bucket * (2 if config.zero_stage else 1)
