@@ -256,9 +256,9 @@ def _layer_activations(config: TrialConfig, shape: ModelShape, width: Widths) ->
     if config.gradient_checkpointing:
         # The layers' inputs, and one layer recomputed.
         own = shape.hidden * width.stream + _escaping_bytes(config, shape, width)
-        recomputed = at_work + layer + _casts(config, shape, 1)
+        recomputed = at_work + layer + _weight_copies(config, shape, width, 1)
         return shape.layers * tokens * own, recomputed, recomputed
-    return shape.layers * layer + _casts(config, shape, shape.layers), at_work, layer + at_work
+    return shape.layers * layer + _weight_copies(config, shape, width, shape.layers), at_work, layer + at_work
 
 
 def _held_at_loss(config: TrialConfig, shape: ModelShape, width: Widths, logits: float) -> float:
@@ -284,10 +284,19 @@ def _escaping_bytes(config: TrialConfig, shape: ModelShape, width: Widths) -> fl
     return linear_input_bytes(config, shape, width) + width.attention * shape.heads * shape.head_dim
 
 
-def _casts(config: TrialConfig, shape: ModelShape, layers: int) -> float:
-    """Autocast casts frozen fp32 weights for each use, and autograd keeps the copies until the backward pass: its cache
-    is for weights that need a gradient (torch 2.13, autocast_mode.cpp)."""
-    return shape.linear_parameters / shape.layers * 2.0 * layers if config.precision.is_autocast else 0.0
+def _weight_copies(config: TrialConfig, shape: ModelShape, width: Widths, layers: int) -> float:
+    """Bytes of frozen weights that autograd keeps as they were used, rather than as they are stored.
+
+    Autocast casts fp32 ones for each use: its cache is for weights that need a gradient (torch 2.13,
+    autocast_mode.cpp). An adapter on a mixture's stacked experts is added to all of them at once (peft 0.21.2,
+    tuners/lora/layer.py, ParamWrapper).
+    """
+    if config.precision.is_autocast:
+        return shape.linear_parameters / shape.layers * 2.0 * layers
+    if not shape.experts or config.trains_all_weights:
+        return 0.0
+    adapted = (m for m in targeted(shape, config.target_modules) if m.is_expert and m.name != "gate")
+    return sum(m.parameters for m in adapted) / shape.layers * max(width.linear, width.dequantised) * layers
 
 
 def _communication(config: TrialConfig, shape: ModelShape, width: Widths, trainable: int, workers: int) -> float:

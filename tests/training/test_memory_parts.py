@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.memory_accuracy import zero2_model_states, zero3_model_states
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.planning.activations import layer_bytes_per_token, score_bytes
-from orchestrator.planning.memory import MemoryParts, _bytes_of, memory_parts
+from orchestrator.planning.memory import MemoryParts, _bytes_of, _weight_copies, memory_parts
 from orchestrator.planning.model_shape import ModelShape, shape_of
 from orchestrator.training import model as models
 from orchestrator.training.deepspeed_config import ComputeDtype
@@ -172,6 +172,14 @@ def predicted_kept(kind: str, config: TrialConfig) -> float:
     shape, width = shape_of(built_config(kind, 3).to_dict()), _bytes_of(config, "cuda", has_bf16=True)
     of_64 = config.model_copy(update={"sequence_length": 64})
     return layer_bytes_per_token(of_64, shape, width) + score_bytes(of_64, shape, width) / 64
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")
+def test_adapters_on_a_mixtures_experts_keep_all_experts_weights_once_more() -> None:
+    config = tiny(precision="bf16", engine="ddp", target_modules="all-linear")
+    shape = shape_of(built_config("Mixtral", 3).to_dict())
+    merged = _weight_copies(config, shape, _bytes_of(config, "cuda", has_bf16=True), 1) / (2 * 64)
+    assert predicted_kept("Mixtral", config) + merged == pytest.approx(measured_kept("Mixtral", config), rel=0.06)
 
 
 @pytest.mark.parametrize("kind", ["GPT2", "Bloom"])
