@@ -39,7 +39,7 @@ class Widths:
     adapter_input: int
     """What an adapter's product was given: autocast casts it, and so does PEFT where the types differ."""
     logits: int
-    on_gpu: bool = True
+    on_gpu: bool
 
 
 def layer_bytes_per_token(config: TrialConfig, shape: ModelShape, width: Widths) -> float:

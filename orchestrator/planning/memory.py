@@ -54,6 +54,8 @@ ADAM_8BIT_BYTES = 2 + 2 * 4 / 256
 UNCERTAINTY_BELOW, UNCERTAINTY_ABOVE = 0.3, 0.25
 """The 90 % interval around `allocated_bytes`: nine of ten calibration points lie within it. Wider above, since
 a library may keep more than it must, never less."""
+ZERO_BUCKET_WEIGHTS = 50_000_000
+"""Gradients of a bucket that ZeRO reduces at once; a tenth of DeepSpeed's default, since an adapter's fill no more."""
 ZERO3_LIVE_LAYERS = 2
 """Layers whose weights ZeRO-3 holds gathered at least: the one at work and the one fetched ahead."""
 ZERO3_REUSED_WEIGHTS = 500_000_000
@@ -143,7 +145,7 @@ def _bytes_of(config: TrialConfig, device: Literal["cuda", "cpu"], has_bf16: boo
     if precision is Precision.FP32:
         return Widths(4, 4, 4, 4, 4, 0, 4, 4, 4, on_gpu)
     if precision.is_autocast:
-        return Widths(4, 4, 4, 2, 2, 0, 4, 2, 2)
+        return Widths(4, 4, 4, 2, 2, 0, 4, 2, 2, on_gpu)
     # PEFT makes an adapter of half-precision weights fp32, and DeepSpeed makes it half again to hold its own copy.
     adapter = 4 if config.engine == "ddp" else half
     if precision.is_quantized:
@@ -154,7 +156,7 @@ def _bytes_of(config: TrialConfig, device: Literal["cuda", "cpu"], has_bf16: boo
         linear = NF4_BYTES if precision is Precision.NF4 else INT8_BYTES
         return Widths(linear, adapter, adapter, adapter, half, half, adapter, half, half, on_gpu)
     adapter = 2 if config.trains_all_weights else adapter
-    return Widths(2, 2, 2, 2, 2, 0, adapter, adapter, 2)
+    return Widths(2, 2, 2, 2, 2, 0, adapter, adapter, 2, on_gpu)
 
 
 def memory_parts(config: TrialConfig, shape: ModelShape, workers: int, width: Widths) -> MemoryParts:
@@ -301,14 +303,14 @@ def _weight_copies(config: TrialConfig, shape: ModelShape, width: Widths, layers
 
 def _communication(config: TrialConfig, shape: ModelShape, width: Widths, trainable: int, workers: int) -> float:
     """Buckets and gathered weights."""
-    if workers == 1 and config.zero_stage < 3:
-        return 0.0
-    if config.engine == "ddp":
-        # Its buckets hold all gradients once more (torch 2.13, DistributedDataParallel, gradient_as_bucket_view).
-        return float(trainable * width.adapter)
-    bucket = min(trainable, 50_000_000) * width.adapter
+    if config.zero_stage == 0:
+        # Buckets hold all gradients once more (torch 2.13, DistributedDataParallel, gradient_as_bucket_view).
+        return float(trainable * width.adapter) if workers > 1 else 0.0
+    # Allocated whole, also by a single worker; on a CPU what no gradient fills is never touched.
+    bucket = float((ZERO_BUCKET_WEIGHTS if width.on_gpu else min(trainable, ZERO_BUCKET_WEIGHTS)) * width.adapter)
     if config.zero_stage < 3:
-        return bucket * (2 if config.zero_stage else 1)
+        # Two in turn, where communication overlaps (deepspeed 0.19.8, stage_1_and_2.py, setup_buckets).
+        return bucket * 2
     layer = shape.linear_parameters / shape.layers * width.linear
     # Packed weights look to ZeRO like as many as their bytes would be in half precision.
     reused = ZERO3_REUSED_WEIGHTS * max(width.linear, 2.0)
