@@ -4,7 +4,8 @@
 
 Each run is asked for as a user would: a line for `orchestrator estimate` with the run's settings and nothing about the
 framework that ran it. LitGPT's sharded runs are shown and not counted: its FSDP gathers the whole model at once, which
-no setting says. Held out: the fitted constants are fitted again without a source, or a model, and judged on that alone.
+no setting says. Held out: the constants are fitted again without a source, or a model, and judged on that alone; what
+the estimate counts was chosen with all of them in view, so errors on runs that nobody has seen may be larger.
 Beside ours stand the rule of thumb (16 bytes a weight for bf16 LoRA's 2, QLoRA's 0.5, each with a fifth on top) and
 DeepSpeed's estimator, which takes all weights as trained.
 """
