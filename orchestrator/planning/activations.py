@@ -12,6 +12,12 @@ from dataclasses import dataclass
 from orchestrator.config.trial_config import Precision, TrialConfig
 from orchestrator.planning.model_shape import Matrix, ModelShape, targeted
 
+_FP32_GAIN = ("gemma", "gemma2", "gemma3", "gemma3_text", "olmo2", "olmoe")
+"""Families whose norm is multiplied with its gain before it is cast back (transformers 5.23)."""
+
+_OWN_SOFTMAX = ("gpt2", "falcon")
+"""Families whose softmax is in the type that it is given, where autocast does not make it fp32 (transformers 5.23)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Widths:
@@ -33,7 +39,7 @@ class Widths:
     adapter_input: int
     """What an adapter's product was given: autocast casts it, and so does PEFT where the types differ."""
     logits: int
-    on_gpu: bool = True
+    on_gpu: bool
 
 
 def layer_bytes_per_token(config: TrialConfig, shape: ModelShape, width: Widths) -> float:
@@ -41,13 +47,14 @@ def layer_bytes_per_token(config: TrialConfig, shape: ModelShape, width: Widths)
     hidden, q, kv = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     wide = _feed_forward_width(shape)
     kept = _norms(config, shape, width)
+    if shape.dropout:
+        # A byte for each element that was drawn: after attention and after the feed-forward part.
+        kept += 2 * hidden
     # Query, key and value as the kernel got them, its result, and an fp32 log-sum-exp a head.
     kept += width.attention * (2 * q + 2 * kv) + 4 * shape.heads
     if shape.fused_attention:
         # The value is a view of all that the fused matrix returned; without rotation so are query and key.
         kept += width.attention * ((q + kv) if shape.rotary else 0)
-    if shape.qk_norm:
-        kept += 4 * (q + kv)
     # What the activation was given; where it is gated, also what it returned and what that is multiplied with.
     kept += width.product * wide * (3 if shape.gated else 1)
     if shape.decomposed_activation:
@@ -65,13 +72,16 @@ def _feed_forward_width(shape: ModelShape) -> int:
 
 
 def _norms(config: TrialConfig, shape: ModelShape, width: Widths) -> float:
-    each = (4 if shape.rms_norm else width.stream) * shape.hidden
     if shape.model_type == "cohere":
         # Its norm is of its own and in fp32: what is normalised, and how far it is from its mean.
         return 8.0 * shape.hidden
+    normalised = shape.hidden * (1 if shape.parallel_residual else shape.norms_per_layer)
+    queries_and_keys = (shape.heads + shape.kv_heads) * shape.head_dim if shape.qk_norm else 0
+    each = 4 if shape.rms_norm else width.stream
     if config.trains_all_weights and shape.rms_norm:
-        each += width.stream * shape.hidden
-    return float(each * (1 if shape.parallel_residual else shape.norms_per_layer))
+        # Its gain's gradient needs what it is multiplied with: fp32 in some families, else already cast back.
+        each += 4 if shape.model_type in _FP32_GAIN else width.stream
+    return float(each * normalised + each * queries_and_keys)
 
 
 def linear_input_bytes(config: TrialConfig, shape: ModelShape, width: Widths) -> float:
@@ -141,19 +151,31 @@ def score_bytes(config: TrialConfig, shape: ModelShape, width: Widths) -> float:
     length = config.sequence_length
     scores = float(shape.heads * length * length)
     if config.attention != "eager":
-        # Scaled copies of query and key, value repeated for each head.
-        return scores * 4 + length * width.attention * 2 * (shape.heads - shape.kv_heads) * shape.head_dim
-    cast = width.attention if width.attention < 4 else 0
+        # In fp32: scaled copies of query and key, and value repeated for each head, in place of what they came from.
+        q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        came_from = 2 * q + 3 * kv if shape.fused_attention and shape.rotary else q + 2 * kv
+        return scores * 4 + length * (4 * 3 * q - width.attention * came_from)
+    own_softmax = shape.model_type in _OWN_SOFTMAX and width.stream < 4
+    each = width.attention if own_softmax or width.attention == 4 else 4 + width.attention
+    if shape.dropout:
+        # The mask, and what is left of the scores.
+        each += 1 + width.attention
     # Gemma 2 caps its scores by a tanh, which keeps its result.
-    return scores * (4 + cast + (width.attention if shape.model_type == "gemma2" else 0))
+    return scores * (each + (width.attention if shape.model_type == "gemma2" else 0))
 
 
 def writes_scores(config: TrialConfig, shape: ModelShape, width: Widths) -> bool:
     """Whether the attention kernel has a matrix of scores."""
     if config.attention == "eager":
         return True
+    if config.attention != "sdpa":
+        return False
+    if shape.model_type == "falcon" and shape.kv_heads < shape.heads:
+        # Falcon hands its single key over unrepeated, which only the plain kernel broadcasts (torch 2.13,
+        # sdp_utils_cpp.h, check_batch_size_and_num_heads_dense).
+        return shape.kv_heads == 1
     # On a CPU the flash kernel takes fp32 and grouped queries (counted with torch 2.13).
-    return width.on_gpu and config.attention == "sdpa" and width.attention == 4 and shape.kv_heads < shape.heads
+    return width.on_gpu and width.attention == 4 and shape.kv_heads < shape.heads
 
 
 def backward_bytes_per_token(config: TrialConfig, shape: ModelShape, width: Widths) -> float:

@@ -1,16 +1,14 @@
-"""The matrices of a model, out of its transformers config: what the estimates count with.
-
-`test_model_shape_counts` compares the parameters of every family here with those of the model that transformers builds.
-"""
+"""The matrices of a model, out of its transformers config: what the estimates count with."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 from orchestrator.errors import ModelError
+from orchestrator.planning.model_families import SPELLINGS, Family, family_of
 
 LARGEST_FIELD = 2**31
 """No config means more than this by any of its fields."""
@@ -77,6 +75,8 @@ class ModelShape:
     """transformers' `gelu_new` is written out in Python, and autograd keeps its steps."""
     softcapped_logits: bool
     """The logits go through tanh (Gemma 2), which keeps them once more."""
+    dropout: bool
+    """The frozen model drops out of its own accord, as GPT-2 and OPT do, and keeps what it drew."""
 
     @property
     def embedding_parameters(self) -> int:
@@ -110,191 +110,6 @@ class ModelShape:
         return tuple(dict.fromkeys(matrix.name for matrix in self.matrices if matrix.adapter != "none"))
 
 
-@dataclass(frozen=True, slots=True)
-class _Family:
-    """How a model type builds its layers; a text names the config's field that decides."""
-
-    attention: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    """Query, key, value and output, or the fused first three and the output."""
-    mlp: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
-    """Gate, up and down; two names are the fused first two and down, or up and down where nothing is gated."""
-    experts: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
-    """What PEFT calls their gate, up and down (peft 0.21.2, utils/transformers_weight_conversion.py)."""
-    expert_adapters: bool = True
-    gated: bool = True
-    qkv_bias: bool | str = False
-    out_bias: bool | str = False
-    mlp_bias: bool | str = False
-    head_bias: bool = False
-    norms: int = 2
-    norm_width: Literal[0, 1, 2] = 1
-    """Vectors a norm: 0 none, 1 a weight, 2 a weight and a bias."""
-    layer_norm: bool = False
-    qk_norm: Literal["head", "all"] | None = None
-    extra_norms: int = 1
-    """Outside the layers."""
-    rotary: bool = True
-    tied: bool = False
-    positions_offset: int | None = None
-    """Rows of a learned position table beyond `max_position_embeddings`; None: there is no table."""
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    """What transformers' config class fills in where a config.json leaves it out."""
-
-
-_GEMMA: Mapping[str, Any] = {"head_dim": 256, "num_attention_heads": 8, "num_key_value_heads": 4}
-_LLAMA_BIAS: Mapping[str, Any] = {"qkv_bias": "attention_bias", "out_bias": "attention_bias", "mlp_bias": "mlp_bias"}
-_FUSED = ("query_key_value", "dense")
-_NEOX_MLP = ("dense_h_to_4h", "dense_4h_to_h")
-_GPT2 = _Family(
-    ("c_attn", "c_proj"),
-    ("c_fc", "c_proj"),
-    gated=False,
-    qkv_bias=True,
-    out_bias=True,
-    mlp_bias=True,
-    norm_width=2,
-    layer_norm=True,
-    rotary=False,
-    tied=True,
-    positions_offset=0,
-)
-_LLAMA = _Family(**_LLAMA_BIAS)
-_FAMILIES = {
-    "llama": _LLAMA,
-    "granite": _LLAMA,
-    "smollm3": _Family(tied=True, **_LLAMA_BIAS),
-    "mistral": _Family(defaults={"num_key_value_heads": 8}),
-    "ministral": _Family(defaults={"num_key_value_heads": 8}),
-    "mixtral": _Family(
-        experts=("w1", "w3", "w2"),
-        defaults={"num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2},
-    ),
-    "qwen2": _Family(qkv_bias=True),
-    "qwen2_moe": _Family(
-        qkv_bias=True,
-        # Only its shared expert: the names meet that first.
-        expert_adapters=False,
-        defaults={"num_experts": 60, "num_experts_per_tok": 4, "shared_expert_intermediate_size": 5632},
-    ),
-    "qwen3": _Family(qk_norm="head", qkv_bias="attention_bias", out_bias="attention_bias", defaults={"head_dim": 128}),
-    "qwen3_moe": _Family(
-        qk_norm="head",
-        qkv_bias="attention_bias",
-        out_bias="attention_bias",
-        defaults={"num_experts": 128, "num_experts_per_tok": 8, "num_key_value_heads": 4},
-    ),
-    "olmo": _Family(norm_width=0, layer_norm=True, extra_norms=0),
-    "olmo2": _Family(qk_norm="all"),
-    "olmoe": _Family(qk_norm="all", defaults={"num_experts": 64, "num_experts_per_tok": 8}),
-    "gemma": _Family(tied=True, defaults={"head_dim": 256}),
-    "gemma2": _Family(tied=True, norms=4, defaults={**_GEMMA, "final_logit_softcapping": 30.0}),
-    "gemma3": _Family(
-        tied=True, norms=4, qk_norm="head", defaults={**_GEMMA, "vocab_size": 262_208, "max_position_embeddings": 2**17}
-    ),
-    "cohere": _Family(tied=True, norms=1, layer_norm=True, qkv_bias="attention_bias", out_bias="attention_bias"),
-    "phi": _Family(
-        ("q_proj", "k_proj", "v_proj", "dense"),
-        ("fc1", "fc2"),
-        gated=False,
-        qkv_bias=True,
-        out_bias=True,
-        mlp_bias=True,
-        head_bias=True,
-        norms=1,
-        norm_width=2,
-        layer_norm=True,
-    ),
-    "phi3": _Family(("qkv_proj", "o_proj"), ("gate_up_proj", "down_proj")),
-    "glm": _Family(mlp=("gate_up_proj", "down_proj"), qkv_bias="attention_bias", defaults={"attention_bias": True}),
-    "glm4": _Family(
-        mlp=("gate_up_proj", "down_proj"), norms=4, qkv_bias="attention_bias", defaults={"attention_bias": True}
-    ),
-    "stablelm": _Family(qkv_bias="use_qkv_bias", norm_width=2, layer_norm=True),
-    "starcoder2": _Family(
-        mlp=("c_fc", "c_proj"),
-        gated=False,
-        qkv_bias="use_bias",
-        out_bias="use_bias",
-        mlp_bias="use_bias",
-        norm_width=2,
-        layer_norm=True,
-        tied=True,
-        defaults={"use_bias": True},
-    ),
-    "gpt2": _GPT2,
-    "gpt_bigcode": _GPT2,
-    "gpt_neox": _Family(
-        _FUSED,
-        _NEOX_MLP,
-        gated=False,
-        qkv_bias="attention_bias",
-        out_bias="attention_bias",
-        mlp_bias=True,
-        norm_width=2,
-        layer_norm=True,
-        defaults={"attention_bias": True},
-    ),
-    "gptj": _Family(
-        ("q_proj", "k_proj", "v_proj", "out_proj"),
-        ("fc_in", "fc_out"),
-        gated=False,
-        mlp_bias=True,
-        head_bias=True,
-        norms=1,
-        norm_width=2,
-        layer_norm=True,
-    ),
-    "falcon": _Family(
-        _FUSED,
-        _NEOX_MLP,
-        gated=False,
-        qkv_bias="bias",
-        out_bias="bias",
-        mlp_bias="bias",
-        norm_width=2,
-        layer_norm=True,
-        tied=True,
-        defaults={"multi_query": True, "parallel_attn": True},
-    ),
-    "bloom": _Family(
-        _FUSED,
-        _NEOX_MLP,
-        gated=False,
-        qkv_bias=True,
-        out_bias=True,
-        mlp_bias=True,
-        norm_width=2,
-        layer_norm=True,
-        extra_norms=2,
-        rotary=False,
-        tied=True,
-    ),
-    "opt": _Family(
-        ("q_proj", "k_proj", "v_proj", "out_proj"),
-        ("fc1", "fc2"),
-        gated=False,
-        qkv_bias=True,
-        out_bias=True,
-        mlp_bias=True,
-        norm_width=2,
-        layer_norm=True,
-        rotary=False,
-        tied=True,
-        positions_offset=2,
-    ),
-}
-_ALIASES = {"gemma3_text": "gemma3", "mistral3": "mistral"}
-_SPELLINGS = {
-    "hidden_size": ("n_embd", "d_model"),
-    "num_hidden_layers": ("n_layer", "num_layers"),
-    "num_attention_heads": ("n_head", "num_heads"),
-    "intermediate_size": ("n_inner", "ffn_dim", "ffn_hidden_size"),
-    "num_key_value_heads": ("num_kv_heads",),
-    "max_position_embeddings": ("n_positions",),
-    "num_local_experts": ("num_experts",),
-}
-
-
 def shape_of(config: Mapping[str, Any]) -> ModelShape:
     """Read the shape out of a transformers config; a family that is not known is read as if it were Llama's.
 
@@ -304,7 +119,7 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
     inner = config.get("text_config")
     config = inner if isinstance(inner, Mapping) else config
     name = str(config.get("model_type", ""))
-    family = _FAMILIES.get(_ALIASES.get(name, name), _LLAMA)
+    family = family_of(name)
     return _Reader({**family.defaults, **{k: v for k, v in config.items() if v is not None}}, family, name).shape()
 
 
@@ -313,24 +128,14 @@ class _Reader:
     """One config, read field by field."""
 
     config: Mapping[str, Any]
-    family: _Family
+    family: Family
     name: str
 
     def shape(self) -> ModelShape:
         """The whole shape."""
-        hidden, layers, heads = (self.need(n) for n in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
-        if layers > LONGEST_MODEL_LAYERS:
-            raise ModelError(f"the model's config has {layers} layers as `num_hidden_layers`: correct it")
-        if "head_dim" not in self.config and hidden % heads:
-            raise ModelError(
-                f"the model's config has no `head_dim`, and {hidden} is no multiple of {heads} heads: correct "
-                "`hidden_size` or `num_attention_heads`"
-            )
-        head_dim = self.whole("head_dim") or hidden // heads
-        kv_heads = self._kv_heads(heads)
+        hidden, layers, heads = self.need("hidden_size"), self._layers(), self.need("num_attention_heads")
+        head_dim, kv_heads = self._head_dim(hidden, heads), self._kv_heads(heads)
         experts = self.whole("num_local_experts") or 0
-        positions = self.whole("max_position_embeddings") or 2**30
-        offset = self.family.positions_offset
         intermediate = self._intermediate(hidden, experts)
         matrices = self._matrices(hidden, layers, heads * head_dim, kv_heads * head_dim, intermediate, experts)
         return ModelShape(
@@ -342,7 +147,7 @@ class _Reader:
             head_dim=head_dim,
             intermediate=intermediate,
             vocabulary=self.need("vocab_size"),
-            max_positions=positions,
+            max_positions=self._positions(),
             tied_embeddings=bool(self.config.get("tie_word_embeddings", self.family.tied)),
             experts=experts,
             experts_per_token=self.whole("num_experts_per_tok") or 1,
@@ -350,17 +155,17 @@ class _Reader:
             sliding_window=self.whole("sliding_window") if self.config.get("use_sliding_window", True) else None,
             matrices=tuple(matrices),
             other_parameters=self._others(hidden, layers, heads, kv_heads, head_dim, matrices),
-            position_parameters=0 if offset is None else (positions + offset) * hidden,
+            position_parameters=self._learned_positions() * hidden,
             norms_per_layer=self._norms(),
             rms_norm=not self.family.layer_norm,
             qk_norm=self.family.qk_norm is not None,
             gated=self.family.gated,
-            rotary=self.family.rotary,
+            rotary=self.family.rotary and not self.config.get("alibi"),
             fused_attention=len(self.family.attention) == 2,
-            parallel_residual=self._norms() == 1
-            or (self.name == "gpt_neox" and bool(self.config.get("use_parallel_residual", True))),
+            parallel_residual=self._is_parallel(),
             decomposed_activation=self._activation() in ("gelu_new", "gelu_fast"),
             softcapped_logits=bool(self.config.get("final_logit_softcapping")),
+            dropout=any(self.config.get(name) for name in ("resid_pdrop", "dropout", "hidden_dropout")),
         )
 
     def whole(self, name: str) -> int | None:
@@ -369,7 +174,7 @@ class _Reader:
         Raises:
             ModelError: it is there and makes no sense.
         """
-        for spelling in (name, *_SPELLINGS.get(name, ())):
+        for spelling in (name, *SPELLINGS.get(name, ())):
             value = self.config.get(spelling)
             if value is None or value == 0:
                 continue
@@ -392,9 +197,34 @@ class _Reader:
             )
         return value
 
+    def _layers(self) -> int:
+        layers = self.need("num_hidden_layers")
+        if layers > LONGEST_MODEL_LAYERS:
+            raise ModelError(f"the model's config has {layers} layers as `num_hidden_layers`: correct it")
+        return layers
+
+    def _head_dim(self, hidden: int, heads: int) -> int:
+        if "head_dim" not in self.config and hidden % heads:
+            raise ModelError(
+                f"the model's config has no `head_dim`, and {hidden} is no multiple of {heads} heads: correct "
+                "`hidden_size` or `num_attention_heads`"
+            )
+        return self.whole("head_dim") or hidden // heads
+
+    def _positions(self) -> int:
+        return self.whole("max_position_embeddings") or 2**30
+
+    def _learned_positions(self) -> int:
+        offset = self.family.positions_offset
+        return 0 if offset is None else self._positions() + offset
+
+    def _is_parallel(self) -> bool:
+        if self.name == "gpt_neox":
+            return bool(self.config.get("use_parallel_residual", True))
+        return self._norms() == 1
+
     def _activation(self) -> str:
-        default = "gelu_new" if self.name in ("gpt2", "gptj", "phi") else ""
-        return str(self.config.get("activation_function") or self.config.get("hidden_act") or default)
+        return str(self.config.get("activation_function") or self.config.get("hidden_act"))
 
     def _kv_heads(self, heads: int) -> int:
         if self.name == "gpt_bigcode":

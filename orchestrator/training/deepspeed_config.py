@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from orchestrator.config.trial_config import Precision, TrialConfig, micro_batches_per_step
+from orchestrator.planning.memory import ZERO_BUCKET_WEIGHTS
 
 ComputeDtype = Literal["fp32", "bf16", "fp16"]
-
-# A tenth of the default 5e8 elements: buckets are allocated whole, and the gradients of an adapter fill no more.
-BUCKET_ELEMENTS = 50_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +85,13 @@ def _zero(config: TrialConfig, on_gpu: bool) -> dict[str, Any]:
     zero |= {
         "contiguous_gradients": True,
         "overlap_comm": on_gpu,
-        "reduce_bucket_size": BUCKET_ELEMENTS,
+        "reduce_bucket_size": ZERO_BUCKET_WEIGHTS,
     }
     if config.zero_stage < 3:
-        zero["allgather_bucket_size"] = BUCKET_ELEMENTS
+        zero["allgather_bucket_size"] = ZERO_BUCKET_WEIGHTS
     else:
         zero |= {
-            "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
+            "stage3_prefetch_bucket_size": ZERO_BUCKET_WEIGHTS,
             "stage3_param_persistence_threshold": 100_000,
             "stage3_gather_16bit_weights_on_model_save": False,
         }

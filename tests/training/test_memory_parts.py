@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.memory_accuracy import zero2_model_states, zero3_model_states
 from orchestrator.config.trial_config import TrialConfig
-from orchestrator.planning.activations import layer_bytes_per_token
-from orchestrator.planning.memory import MemoryParts, _bytes_of, memory_parts
+from orchestrator.planning.activations import layer_bytes_per_token, score_bytes
+from orchestrator.planning.memory import MemoryParts, _bytes_of, _weight_copies, memory_parts
 from orchestrator.planning.model_shape import ModelShape, shape_of
 from orchestrator.training import model as models
 from orchestrator.training.deepspeed_config import ComputeDtype
@@ -88,13 +88,28 @@ SMALL: dict[str, Any] = {
     "num_key_value_heads": 2,
     **TOKENS,
 }
-NEOX = {name: value for name, value in SMALL.items() if name != "num_key_value_heads"}
+UNGROUPED = {name: value for name, value in SMALL.items() if name != "num_key_value_heads"}
+# On a CPU dropout keeps its mask in the input's type, where a GPU keeps a byte, and leaves the flash kernel.
+UNDROPPED = {"resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "GPTNeoX": UNGROUPED,
+    "GPT2": {"n_embd": 192, "n_head": 6, "vocab_size": 512, **UNDROPPED, **TOKENS},
+    "Falcon": UNGROUPED,
+    "Gemma": SMALL | {"head_dim": 32},
+    "Gemma3Text": SMALL | {"head_dim": 32},
+    "Bloom": {"hidden_size": 192, "n_head": 6, "vocab_size": 512, **TOKENS},
+    "OPT": UNGROUPED | {"ffn_dim": 704, "word_embed_proj_dim": 192, "dropout": 0.0},
+}
+
+
+def built_config(kind: str, layers: int) -> Any:
+    settings = {"use_cache": False, **SETTINGS.get(kind, SMALL)}
+    return getattr(transformers, f"{kind}Config")(num_hidden_layers=layers, **settings)
 
 
 def kept_bytes(kind: str, layers: int, config: TrialConfig, length: int = 64) -> int:
     """Bytes of all that autograd keeps of a forward pass of two sequences, besides the weights."""
-    settings = NEOX if kind == "GPTNeoX" else SMALL
-    built = getattr(transformers, f"{kind}Config")(num_hidden_layers=layers, use_cache=False, **settings)
+    built = built_config(kind, layers)
     full = config.trains_all_weights
     model: Any = AutoModelForCausalLM.from_config(built, attn_implementation=config.attention).to(torch.bfloat16)
     if not full:
@@ -112,11 +127,9 @@ def kept_bytes(kind: str, layers: int, config: TrialConfig, length: int = 64) ->
             kept[storage.data_ptr()] = storage
         return tensor
 
-    inner = model if full else model.get_base_model()
+    inner: Any = model if full else model.get_base_model()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        inner.model(input_ids=torch.ones(2, length, dtype=torch.long)) if kind != "GPTNeoX" else inner.gpt_neox(
-            input_ids=torch.ones(2, length, dtype=torch.long)
-        )
+        getattr(inner, inner.base_model_prefix)(input_ids=torch.ones(2, length, dtype=torch.long))
         return sum(storage.nbytes() for storage in kept.values())
 
 
@@ -133,18 +146,52 @@ def kept_bytes(kind: str, layers: int, config: TrialConfig, length: int = 64) ->
         ("Phi3", 0.06),
         ("StableLm", 0.06),
         ("GPTNeoX", 0.09),
+        ("GPT2", 0.002),
+        ("OPT", 0.003),
+        ("Falcon", 0.05),
+        ("Olmo", 0.003),
+        ("Olmo2", 0.003),
+        ("Gemma", 0.004),
+        ("Gemma3Text", 0.01),
         ("Cohere", 0.06),
         ("Mixtral", 0.06),
     ],
 )
 def test_a_layer_keeps_what_is_predicted_for_the_backward_pass(kind: str, tolerance: float, engine: str) -> None:
-    config = tiny(precision="bf16", engine=engine)
-    settings = {**(NEOX if kind == "GPTNeoX" else SMALL), "num_hidden_layers": 3}
-    shape = shape_of(getattr(transformers, f"{kind}Config")(**settings).to_dict())
-    measured = (kept_bytes(kind, 3, config) - kept_bytes(kind, 2, config)) / (2 * 64)
-    assert layer_bytes_per_token(config, shape, _bytes_of(config, "cuda", True)) == pytest.approx(
-        measured, rel=tolerance
+    assert predicted_kept(kind, tiny(precision="bf16", engine=engine)) == pytest.approx(
+        measured_kept(kind, tiny(precision="bf16", engine=engine)), rel=tolerance
     )
+
+
+def measured_kept(kind: str, config: TrialConfig) -> float:
+    """Bytes that a layer keeps, a token of two sequences of 64."""
+    return (kept_bytes(kind, 3, config) - kept_bytes(kind, 2, config)) / (2 * 64)
+
+
+def predicted_kept(kind: str, config: TrialConfig) -> float:
+    shape, width = shape_of(built_config(kind, 3).to_dict()), _bytes_of(config, "cuda", has_bf16=True)
+    of_64 = config.model_copy(update={"sequence_length": 64})
+    return layer_bytes_per_token(of_64, shape, width) + score_bytes(of_64, shape, width) / 64
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")
+def test_adapters_on_a_mixtures_experts_keep_all_experts_weights_once_more() -> None:
+    config = tiny(precision="bf16", engine="ddp", target_modules="all-linear")
+    shape = shape_of(built_config("Mixtral", 3).to_dict())
+    merged = _weight_copies(config, shape, _bytes_of(config, "cuda", has_bf16=True), 1) / (2 * 64)
+    assert predicted_kept("Mixtral", config) + merged == pytest.approx(measured_kept("Mixtral", config), rel=0.06)
+
+
+@pytest.mark.parametrize("kind", ["GPT2", "Bloom"])
+def test_eager_attention_keeps_its_scores_in_the_type_of_the_familys_softmax(kind: str) -> None:
+    config = tiny(precision="bf16", engine="deepspeed", attention="eager")
+    assert predicted_kept(kind, config) == pytest.approx(measured_kept(kind, config), rel=0.005)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen3", "Gemma3Text", "Olmo2"])
+def test_a_trained_norm_keeps_what_its_gain_is_multiplied_with(kind: str) -> None:
+    config = tiny(precision="bf16", rank="full")
+    assert predicted_kept(kind, config) == pytest.approx(measured_kept(kind, config), rel=0.006)
 
 
 @pytest.mark.parametrize(
@@ -152,9 +199,7 @@ def test_a_layer_keeps_what_is_predicted_for_the_backward_pass(kind: str, tolera
 )
 def test_what_is_trained_decides_what_is_kept(changes: dict[str, Any]) -> None:
     config = tiny(precision="bf16", **changes)
-    shape = shape_of(transformers.LlamaConfig(**SMALL).to_dict())
-    measured = (kept_bytes("Llama", 3, config) - kept_bytes("Llama", 2, config)) / (2 * 64)
-    assert layer_bytes_per_token(config, shape, _bytes_of(config, "cuda", True)) == pytest.approx(measured, rel=0.002)
+    assert predicted_kept("Llama", config) == pytest.approx(measured_kept("Llama", config), rel=0.002)
 
 
 T5_3B = transformers.T5Config(

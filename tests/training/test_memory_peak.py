@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from orchestrator.config.trial_config import TrialConfig
-from orchestrator.planning import memory
 from orchestrator.planning.memory import MemoryParts, _bytes_of, memory_parts
 from orchestrator.planning.model_shape import shape_of
 
@@ -212,8 +211,6 @@ def predicted(config: TrialConfig, settings: dict[str, Any]) -> MemoryParts:
 def test_a_steps_peak_is_what_is_predicted(
     settings: dict[str, Any], precision: str, engine: Any, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # What other libraries keep besides is not in these tensors.
-    monkeypatch.setattr(memory, "LIBRARY_TEMPORARIES", 1.0)
     config = TrialConfig(
         precision=precision,
         engine=engine,

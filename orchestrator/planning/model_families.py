@@ -1,0 +1,206 @@
+"""How each family of models builds its layers: what a transformers config leaves to the class that reads it.
+
+`test_model_shape_counts` compares the parameters of every family here with those of the model that transformers builds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """How a model type builds its layers; a text names the config's field that decides."""
+
+    attention: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    """Query, key, value and output, or the fused first three and the output."""
+    mlp: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    """Gate, up and down; two names are the fused first two and down, or up and down where nothing is gated."""
+    experts: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    """What PEFT calls their gate, up and down (peft 0.21.2, utils/transformers_weight_conversion.py)."""
+    expert_adapters: bool = True
+    gated: bool = True
+    qkv_bias: bool | str = False
+    out_bias: bool | str = False
+    mlp_bias: bool | str = False
+    head_bias: bool = False
+    norms: int = 2
+    norm_width: Literal[0, 1, 2] = 1
+    """Vectors a norm: 0 none, 1 a weight, 2 a weight and a bias."""
+    layer_norm: bool = False
+    qk_norm: Literal["head", "all"] | None = None
+    extra_norms: int = 1
+    """Outside the layers."""
+    rotary: bool = True
+    tied: bool = False
+    positions_offset: int | None = None
+    """Rows of a learned position table beyond `max_position_embeddings`; None: there is no table."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """What transformers' config class fills in where a config.json leaves it out."""
+
+
+_GEMMA: Mapping[str, Any] = {"head_dim": 256, "num_attention_heads": 8, "num_key_value_heads": 4}
+_LLAMA_BIAS: Mapping[str, Any] = {"qkv_bias": "attention_bias", "out_bias": "attention_bias", "mlp_bias": "mlp_bias"}
+_FUSED = ("query_key_value", "dense")
+_NEOX_MLP = ("dense_h_to_4h", "dense_4h_to_h")
+_GPT2 = Family(
+    ("c_attn", "c_proj"),
+    ("c_fc", "c_proj"),
+    gated=False,
+    qkv_bias=True,
+    out_bias=True,
+    mlp_bias=True,
+    norm_width=2,
+    layer_norm=True,
+    rotary=False,
+    tied=True,
+    positions_offset=0,
+    defaults={"resid_pdrop": 0.1, "activation_function": "gelu_new"},
+)
+_LLAMA = Family(**_LLAMA_BIAS)
+_FAMILIES = {
+    "llama": _LLAMA,
+    "granite": _LLAMA,
+    "smollm3": Family(tied=True, **_LLAMA_BIAS),
+    "mistral": Family(defaults={"num_key_value_heads": 8}),
+    "ministral": Family(defaults={"num_key_value_heads": 8}),
+    "mixtral": Family(
+        experts=("w1", "w3", "w2"),
+        defaults={"num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2},
+    ),
+    "qwen2": Family(qkv_bias=True),
+    "qwen2_moe": Family(
+        qkv_bias=True,
+        # Only its shared expert: the names meet that first.
+        expert_adapters=False,
+        defaults={"num_experts": 60, "num_experts_per_tok": 4, "shared_expert_intermediate_size": 5632},
+    ),
+    "qwen3": Family(qk_norm="head", qkv_bias="attention_bias", out_bias="attention_bias", defaults={"head_dim": 128}),
+    "qwen3_moe": Family(
+        qk_norm="head",
+        qkv_bias="attention_bias",
+        out_bias="attention_bias",
+        defaults={"num_experts": 128, "num_experts_per_tok": 8, "num_key_value_heads": 4},
+    ),
+    # Its norm has no weights, and is computed in fp32.
+    "olmo": Family(norm_width=0, extra_norms=0),
+    "olmo2": Family(qk_norm="all"),
+    "olmoe": Family(qk_norm="all", defaults={"num_experts": 64, "num_experts_per_tok": 8}),
+    "gemma": Family(tied=True, defaults={"head_dim": 256}),
+    "gemma2": Family(tied=True, norms=4, defaults={**_GEMMA, "final_logit_softcapping": 30.0}),
+    "gemma3": Family(
+        tied=True, norms=4, qk_norm="head", defaults={**_GEMMA, "vocab_size": 262_208, "max_position_embeddings": 2**17}
+    ),
+    "cohere": Family(tied=True, norms=1, layer_norm=True, qkv_bias="attention_bias", out_bias="attention_bias"),
+    "phi": Family(
+        ("q_proj", "k_proj", "v_proj", "dense"),
+        ("fc1", "fc2"),
+        gated=False,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        head_bias=True,
+        norms=1,
+        norm_width=2,
+        layer_norm=True,
+        defaults={"hidden_act": "gelu_new"},
+    ),
+    "phi3": Family(("qkv_proj", "o_proj"), ("gate_up_proj", "down_proj")),
+    "glm": Family(mlp=("gate_up_proj", "down_proj"), qkv_bias="attention_bias", defaults={"attention_bias": True}),
+    "glm4": Family(
+        mlp=("gate_up_proj", "down_proj"), norms=4, qkv_bias="attention_bias", defaults={"attention_bias": True}
+    ),
+    "stablelm": Family(qkv_bias="use_qkv_bias", norm_width=2, layer_norm=True),
+    "starcoder2": Family(
+        mlp=("c_fc", "c_proj"),
+        gated=False,
+        qkv_bias="use_bias",
+        out_bias="use_bias",
+        mlp_bias="use_bias",
+        norm_width=2,
+        layer_norm=True,
+        tied=True,
+        defaults={"use_bias": True},
+    ),
+    "gpt2": _GPT2,
+    "gpt_bigcode": replace(_GPT2, defaults={"resid_pdrop": 0.1}),
+    "gpt_neox": Family(
+        _FUSED,
+        _NEOX_MLP,
+        gated=False,
+        qkv_bias="attention_bias",
+        out_bias="attention_bias",
+        mlp_bias=True,
+        norm_width=2,
+        layer_norm=True,
+        defaults={"attention_bias": True},
+    ),
+    "gptj": Family(
+        ("q_proj", "k_proj", "v_proj", "out_proj"),
+        ("fc_in", "fc_out"),
+        gated=False,
+        mlp_bias=True,
+        head_bias=True,
+        norms=1,
+        norm_width=2,
+        layer_norm=True,
+        defaults={"activation_function": "gelu_new"},
+    ),
+    "falcon": Family(
+        _FUSED,
+        _NEOX_MLP,
+        gated=False,
+        qkv_bias="bias",
+        out_bias="bias",
+        mlp_bias="bias",
+        norm_width=2,
+        layer_norm=True,
+        tied=True,
+        defaults={"multi_query": True, "parallel_attn": True},
+    ),
+    "bloom": Family(
+        _FUSED,
+        _NEOX_MLP,
+        gated=False,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        norm_width=2,
+        layer_norm=True,
+        extra_norms=2,
+        rotary=False,
+        tied=True,
+    ),
+    "opt": Family(
+        ("q_proj", "k_proj", "v_proj", "out_proj"),
+        ("fc1", "fc2"),
+        gated=False,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        norm_width=2,
+        layer_norm=True,
+        rotary=False,
+        tied=True,
+        positions_offset=2,
+        defaults={"dropout": 0.1},
+    ),
+}
+_ALIASES = {"gemma3_text": "gemma3", "mistral3": "mistral"}
+SPELLINGS = {
+    "hidden_size": ("n_embd", "d_model"),
+    "num_hidden_layers": ("n_layer", "num_layers"),
+    "num_attention_heads": ("n_head", "num_heads"),
+    "intermediate_size": ("n_inner", "ffn_dim", "ffn_hidden_size"),
+    "num_key_value_heads": ("num_kv_heads",),
+    "max_position_embeddings": ("n_positions",),
+    "num_local_experts": ("num_experts",),
+}
+"""What a field is called otherwise."""
+
+
+def family_of(model_type: str) -> Family:
+    """A family by transformers' `model_type`; one that is not known is taken for Llama's."""
+    return _FAMILIES.get(_ALIASES.get(model_type, model_type), _LLAMA)
