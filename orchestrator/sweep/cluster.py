@@ -147,6 +147,8 @@ def require_shared(where: Path) -> None:
         answers = [
             (name_of(node), f"cannot be tried ({found})" if isinstance(found, Exception) else found)
             for node, found in ask_every_node(shared_storage.answer, where, token)
+            # A node that has gone is counted as alive for some seconds more: no trial will run there.
+            if not isinstance(found, ray.exceptions.TaskUnschedulableError | ray.exceptions.NodeDiedError)
         ]
         why = shared_storage.problem(where, token, answers)
     if why:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -83,17 +84,17 @@ def joined_node(head: Head, *, hides: Path | None = None) -> Iterator[None]:
         yield
     finally:
         end_all(process)
+        # Ray notices after some seconds; until then it would still be counted.
+        wait_until(lambda: _cpus_of(head), lambda cpus: cpus == 2, 90)
 
 
 def _cpus_of(head: Head) -> int:
     """What the cluster has, asked in a process of its own: this one may join another later."""
-    code = (
-        f"import ray; ray.init('{head.address}', logging_level=40); print(int(ray.cluster_resources().get('CPU', 0)))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "RAY_AUTH_MODE": "disabled"}
-    )
-    return int(done.stdout.split()[-1]) if done.returncode == 0 else 0
+    code = f"import ray; ray.init('{head.address}'); print('CPUs', ray.cluster_resources().get('CPU', 0))"
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    found = re.search(r"^CPUs (\d+)", done.stdout, re.MULTILINE)
+    return int(found[1]) if found else 0
 
 
 def end_all(process: subprocess.Popen[bytes]) -> None:
