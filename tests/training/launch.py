@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.results.records import MetricPoint
@@ -54,6 +57,14 @@ def run_trial(task: TrialTask, workers: int = 1, more_address_space_bytes: int |
 
     more_address_space_bytes: how much a worker may map on top of what its imports have mapped.
     """
+    ends, reports = [], []
+    for message in itertools.chain(*in_workers(workers, _worker, task, more_address_space_bytes)):
+        (ends if isinstance(message, TrialEnd) else reports).append(message)
+    return Outcome(tuple(ends), tuple(reports), TrialFolder(Path(task.trial_folder)))
+
+
+def in_workers(workers: int, target: Callable[..., None], *arguments: object) -> list[list[Any]]:
+    """What `target(place, pipe, *arguments)` sends through its pipe in each of so many fresh processes, by rank."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["orchestrator.training.template"])
     port_reader, port_writer = context.Pipe(duplex=False)
@@ -64,32 +75,25 @@ def run_trial(task: TrialTask, workers: int = 1, more_address_space_bytes: int |
     pipes = [context.Pipe(duplex=False) for _ in range(workers)]
     processes = [
         context.Process(
-            target=_worker,
-            args=(
-                task,
-                WorkerPlace(rank, workers, rank, "127.0.0.1", port, "trial"),
-                pipe[1],
-                more_address_space_bytes,
-            ),
+            target=target,
+            args=(WorkerPlace(rank, workers, rank, "127.0.0.1", port, "trial"), pipe[1], *arguments),
             daemon=True,
         )
         for rank, pipe in enumerate(pipes)
     ]
     for process in processes:
         process.start()
-    ends, reports = [], []
-    for reader, writer in pipes:
+    for _, writer in pipes:
         writer.close()
-        for message in _received(reader):
-            (ends if isinstance(message, TrialEnd) else reports).append(message)
+    received = [_received(reader) for reader, _ in pipes]
     closer_writer.send(None)
     for process in [*processes, keeper]:
         process.join(LIMIT_S)
-    return Outcome(tuple(ends), tuple(reports), TrialFolder(Path(task.trial_folder)))  # type: ignore[arg-type]
+    return received
 
 
-def _received(reader: Connection) -> list[TrialProgress | TrialEnd]:
-    messages: list[TrialProgress | TrialEnd] = []
+def _received(reader: Connection) -> list[Any]:
+    messages: list[Any] = []
     while reader.poll(LIMIT_S):
         try:
             messages.append(reader.recv())
@@ -107,7 +111,7 @@ def _keep_store(port: Connection, closer: Connection) -> None:
     del store
 
 
-def _worker(task: TrialTask, place: WorkerPlace, pipe: Connection, more_address_space_bytes: int | None) -> None:
+def _worker(place: WorkerPlace, pipe: Connection, task: TrialTask, more_address_space_bytes: int | None) -> None:
     import resource
 
     import psutil
