@@ -17,6 +17,7 @@ import psutil
 from orchestrator.errors import InputError
 
 GIB = 2**30
+CGROUP = Path("/sys/fs/cgroup")
 LARGEST_MEMORY = 2**50
 """Bytes; more than any device has."""
 
@@ -144,7 +145,7 @@ def parse_memory(text: str) -> int:
 
 def this_machine() -> Hardware:
     """What is here, asked without loading torch."""
-    cpus, memory = os.cpu_count() or 1, psutil.virtual_memory().total
+    cpus, memory = os.cpu_count() or 1, min(psutil.virtual_memory().total, container_limit_bytes(CGROUP))
     has_bitsandbytes = importlib.util.find_spec("bitsandbytes") is not None
     gpus = _local_gpus()
     if not gpus:
@@ -171,6 +172,18 @@ def this_machine() -> Hardware:
         has_flash_attention=importlib.util.find_spec("flash_attn") is not None,
         has_bitsandbytes=has_bitsandbytes,
     )
+
+
+def container_limit_bytes(cgroup: Path) -> int:
+    """What the container's control group may hold (version 2, then 1), beyond which the kernel kills; LARGEST_MEMORY
+    where there is no limit."""
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        try:
+            text = (cgroup / name).read_text(encoding="ascii").strip()
+        except (OSError, ValueError):
+            continue
+        return min(LARGEST_MEMORY, int(text)) if text.isdigit() else LARGEST_MEMORY
+    return LARGEST_MEMORY
 
 
 def _local_gpus() -> list[tuple[str, int, tuple[int, int]]]:

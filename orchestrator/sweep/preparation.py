@@ -104,8 +104,9 @@ def cluster_hardware() -> Hardware:
     cpus = int(sum(node.get("CPU", 0) for node in nodes))
     if not cpus:
         raise InputError("the cluster has no CPUs to run a trial on: add a worker node")
-    if not gpus:
-        return replace(hardware_module.this_machine(), cpus=cpus, nodes=len(nodes))
-    # Asked where the GPUs are; the driver's node may have none.
-    probe = ray.remote(num_cpus=0, num_gpus=0.01)(hardware_module.this_machine)
+    if not gpus and len(nodes) == 1:
+        return replace(hardware_module.this_machine(), cpus=cpus, nodes=1)
+    # Asked where trials run: the driver's node may have no GPU, or no CPU to give and another limit of memory.
+    needs = {"num_cpus": 0, "num_gpus": 0.01} if gpus else {"num_cpus": 0.01}
+    probe = ray.remote(**needs)(hardware_module.this_machine)
     return replace(ray.get(probe.remote()), gpus=gpus, cpus=cpus, nodes=len(nodes))

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from orchestrator.errors import InputError
-from orchestrator.planning.hardware import GIB, GPUS, cpu_half_precision, hardware_for, named_gpu, parse_memory
+from orchestrator.planning.hardware import (
+    GIB,
+    GPUS,
+    LARGEST_MEMORY,
+    container_limit_bytes,
+    cpu_half_precision,
+    hardware_for,
+    named_gpu,
+    parse_memory,
+)
 
 
 @pytest.mark.parametrize(
@@ -68,3 +79,19 @@ def test_named_memory_takes_the_place_of_the_tables() -> None:
 )
 def test_a_cpus_flags_say_what_it_computes(flags: set[str], expected: tuple[bool, bool]) -> None:
     assert cpu_half_precision(frozenset(flags)) == expected
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "limit_bytes"),
+    [
+        ("memory.max", "2147483648\n", 2**31),
+        ("memory.max", "max\n", LARGEST_MEMORY),
+        ("memory/memory.limit_in_bytes", "1073741824\n", 2**30),
+        ("memory/memory.limit_in_bytes", "9223372036854771712\n", LARGEST_MEMORY),
+        ("other", "1", LARGEST_MEMORY),
+    ],
+)
+def test_a_containers_limit_is_its_memory(tmp_path: Path, file: str, text: str, limit_bytes: int) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(text)
+    assert container_limit_bytes(tmp_path) == limit_bytes
