@@ -107,6 +107,6 @@ def cluster_hardware() -> Hardware:
     if not gpus and len(nodes) == 1:
         return replace(hardware_module.this_machine(), cpus=cpus, nodes=1)
     # Asked where trials run: the driver's node may have no GPU, or no CPU to give and another limit of memory.
-    needs = {"num_cpus": 0, "num_gpus": 0.01} if gpus else {"num_cpus": 0.01}
-    probe = ray.remote(**needs)(hardware_module.this_machine)
-    return replace(ray.get(probe.remote()), gpus=gpus, cpus=cpus, nodes=len(nodes))
+    probe = ray.remote(num_cpus=0.0 if gpus else 0.01, num_gpus=0.01 if gpus else 0.0)(hardware_module.this_machine)
+    found: Hardware = ray.get(probe.remote())
+    return replace(found, gpus=gpus, cpus=cpus, nodes=len(nodes))
