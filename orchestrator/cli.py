@@ -5,6 +5,7 @@ Imports stand inside the commands, so that `--help` and `plan` answer at once.
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
 import os
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -79,6 +81,11 @@ def _told_errors() -> Iterator[None]:
     except OrchestratorError as error:
         _say(f"error: {error}")
         raise typer.Exit(error.exit_code) from error
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        _say(f"error: {str(error.filename)[:100]}… is longer than a path can be: shorten it")
+        raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
         _say("interrupted before anything was started")
         raise typer.Exit(130) from error
@@ -89,7 +96,9 @@ def _told_errors() -> Iterator[None]:
 
 
 def _all_overrides(overrides: list[str] | None, name: str | None, storage: str | None) -> list[str]:
-    more = [f"{key}={value}" for key, value in (("name", name), ("storage", storage)) if value]
+    # Quoted: as YAML, a name such as 2024-01-01 would be a date.
+    given = (("name", name), ("storage", storage))
+    more = [f"{key}={dumps(value, ensure_ascii=False)}" for key, value in given if value is not None]
     return [*(overrides or []), *more]
 
 
@@ -98,7 +107,7 @@ def plan(
     sweep: SweepArgument,
     json: JsonOption = False,
     gpu: Annotated[str | None, typer.Option("--gpu", help="Plan for this GPU, as H100 or RTX-4090.")] = None,
-    gpus: Annotated[int | None, typer.Option("--gpus", min=1, help="How many of them; none: one.")] = None,
+    gpus: Annotated[int | None, typer.Option("--gpus", min=1, max=100_000, help="How many of them; none: one.")] = None,
     gpu_memory: Annotated[str | None, typer.Option("--gpu-memory", help="Memory of one of them, as 80GiB.")] = None,
     overrides: SetOption = None,
 ) -> None:
@@ -239,7 +248,7 @@ def estimate() -> None:
         from orchestrator.training import model_source
 
         config_of: Callable[[str], Any] = lambda model: model_source.resolve(model).config  # noqa: E731
-        for line in estimate_lines(sys.stdin, config_of):
+        for line in estimate_lines(sys.stdin or (), config_of):
             _show(line)
 
 
@@ -269,8 +278,6 @@ def doctor(
 def schema() -> None:
     """Print the sweep file's JSON schema, for editors."""
     with _told_errors():
-        from json import dumps
-
         from orchestrator.config.sweep_config import SweepConfig
 
         _show(dumps(SweepConfig.model_json_schema(), indent=2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -11,11 +12,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Generic, TypeVar, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, create_model
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, create_model
 
 from orchestrator.config.trial_config import TrialConfig
 
 Value = TypeVar("Value")
+SETTINGS = {
+    name: TypeAdapter(hint)
+    for name, hint in get_type_hints(TrialConfig, include_extras=True).items()
+    if name in TrialConfig.model_fields
+}
+"""What reads and writes the value of each setting."""
 Settings = dict[str, Any]
 WholeNumber = int  # inside a class with a field `int`, the name is the field's
 
@@ -132,14 +139,19 @@ def domains(space: BaseModel) -> dict[str, Choice[Any] | Range]:
 
 def holds(condition: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
     """Whether every setting that the condition names has that value, or one of those values."""
-    return all(
-        _plain(settings.get(name)) in [_plain(value) for value in (allowed if isinstance(allowed, list) else [allowed])]
-        for name, allowed in condition.items()
-    )
+    return all(settings.get(name) in allowed_values(name, allowed) for name, allowed in condition.items())
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+def allowed_values(name: str, allowed: Any) -> list[Any]:
+    """The values of a condition as a trial's settings have them (YAML's 1e-4 is a string), without what cannot be."""
+    # A list of modules is one value.
+    several = isinstance(allowed, list) and name != "target_modules"
+    found = []
+    for value in allowed if several else [allowed]:
+        with contextlib.suppress(ValidationError):
+            setting = SETTINGS[name].validate_python(value)
+            found.append(SETTINGS[name].dump_python(setting, mode="json"))
+    return found
 
 
 def in_order_of_need(space: Mapping[str, Choice[Any] | Range]) -> tuple[str, ...]:
@@ -180,7 +192,7 @@ def make_trials(configurations: Sequence[TrialConfig], repeats: int) -> tuple[Tr
         Trial(
             trial_id=f"{identity}-{repeat}",
             configuration_id=identity,
-            config=config.model_copy(update={"seed": config.seed + repeat}),
+            config=config.model_copy(update={"seed": (config.seed + repeat) % 2**31}),
             repeat=repeat,
         )
         for repeat in range(repeats)

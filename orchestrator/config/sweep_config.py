@@ -43,9 +43,9 @@ class SearchConfig(_Part):
 class AshaConfig(_Part):
     """Asynchronous successive halving (Li et al. 2020) on optimizer steps."""
 
-    grace_steps: Annotated[int, Field(ge=1)]
+    grace_steps: Annotated[int, Field(ge=1, le=10**8)]
     """Optimizer steps that every trial gets."""
-    reduction_factor: Annotated[int, Field(ge=2)] = 3
+    reduction_factor: Annotated[int, Field(ge=2, le=1000)] = 3
     """One of so many trials goes on from each rung to the next."""
 
 
@@ -63,6 +63,8 @@ class SchedulerConfig(_Part):
     def _one_scheduler(self) -> SchedulerConfig:
         if self.asha and self.fifo:
             raise ValueError("name one scheduler: asha or fifo")
+        if "asha" in self.model_fields_set and self.asha is None:
+            raise ValueError("asha needs its grace_steps, as `asha: {grace_steps: 40}`")
         return self
 
 
@@ -72,6 +74,14 @@ class ObjectiveConfig(_Part):
     metric: Literal["eval_loss", "loss", "tokens_per_s", "step_time_s", "peak_memory_bytes", "grad_norm"] = "eval_loss"
     """One of the logged metrics."""
     mode: Literal["min", "max"] = "min"
+    """`max` for tokens_per_s, where nothing is said."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _more_tokens_are_better(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and raw.get("metric") == "tokens_per_s":
+            return {"mode": "max", **raw}
+        return raw
 
 
 class ResourcesConfig(_Part):
@@ -80,7 +90,7 @@ class ResourcesConfig(_Part):
     workers_per_trial: Annotated[int, Field(ge=1, le=4096)] = 1
     gpus_per_worker: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] | None = None
     """1 where the cluster has GPUs and 0 elsewhere, where nothing is said. `auto` packs several trials on a GPU."""
-    cpus_per_worker: Annotated[float, Field(gt=0, le=1024)] = 1
+    cpus_per_worker: Annotated[float, Field(ge=0.01, le=1024)] = 1
     memory_per_worker: Annotated[ByteSize, Field(ge=2**20)] | None = None
     """Most that a worker may take, of its GPU or, without one, of host memory, as 24GiB; none: what there is."""
     max_concurrent: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"

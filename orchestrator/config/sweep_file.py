@@ -74,12 +74,13 @@ def to_yaml(sweep: SweepConfig) -> str:
 
 def _read(file: Path) -> tuple[dict[str, Any], Lines]:
     try:
-        text = file.read_bytes()
+        with file.open("rb") as opened:
+            text = opened.read(MAX_BYTES + 1)
     except OSError as error:
         near = nearest(file.name, [entry.name for entry in file.parent.glob("*.y*ml")])
         raise InputError(f"{file} cannot be read ({error.strerror}): name a sweep file{near}") from error
     if len(text) > MAX_BYTES:
-        raise InputError(f"{file} has {len(text):,} bytes: a sweep file has at most {MAX_BYTES:,}")
+        raise InputError(f"{file} is no sweep file: it has more than {MAX_BYTES:,} bytes")
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeError, RecursionError) as error:
@@ -120,12 +121,19 @@ def _construct(node: yaml.Node, path: Path_, lines: Lines, problems: list[Proble
 def _scalar(node: yaml.Node, path: Path_, problems: list[Problem]) -> Any:
     loader = yaml.SafeLoader("")
     try:
-        return loader.construct_object(node, deep=True)
+        return _plain_text(loader.construct_object(node, deep=True))
     except (yaml.YAMLError, ValueError) as error:
         problems.append(Problem(_spell(path), f"cannot be read ({error})", node.start_mark.line + 1))
         return None
     finally:
         loader.dispose()
+
+
+def _plain_text(value: Any) -> Any:
+    """The value, or ValueError where it is a text that no file can hold: half a character, or a zero byte."""
+    if isinstance(value, str) and ("\0" in value or value.encode(errors="replace").decode() != value):
+        raise ValueError("a character that no file can hold")
+    return value
 
 
 def _override(raw: dict[str, Any], lines: Lines, override: str) -> None:
@@ -134,7 +142,7 @@ def _override(raw: dict[str, Any], lines: Lines, override: str) -> None:
     if not sign or not all(keys):
         raise InputError(f"--set {override}: write it as trial.max_steps=20")
     try:
-        value = yaml.safe_load(text)
+        value = _plain_text(yaml.safe_load(text))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         # ValueError: what looks like a date and is none.
         raise InputError(f"--set {override}: {text!r} is not a YAML value") from error
@@ -257,12 +265,11 @@ def _problems_of_meaning(sweep: SweepConfig) -> Iterator[Problem]:
     """What is well formed and yet cannot be meant."""
     if "://" in sweep.storage:
         yield Problem("storage", "takes a folder or a mount that all nodes see; object stores are not supported yet")
-    for i, partial in enumerate(sweep.exclude):
-        yield from _problems_of_condition(partial, f"exclude[{i}]")
-    for name, domain in sweep.domains.items():
-        yield from _problems_of_condition(domain.when, f"space.{name}.when")
-        if not isinstance(domain, Choice):
-            yield from _problems_of_range(name, domain, sweep.search.algorithm)
+    problems = list(_problems_of_space(sweep))
+    yield from problems
+    if problems:
+        # What is wrong cannot be drawn from.
+        return
     try:
         in_order_of_need(sweep.domains)
     except ValueError as error:
@@ -271,6 +278,15 @@ def _problems_of_meaning(sweep: SweepConfig) -> Iterator[Problem]:
     ranges = [domain for domain in sweep.domains.values() if not isinstance(domain, Choice)]
     if (sweep.search.algorithm != "grid" or not ranges) and not sweep.trials():
         yield Problem("exclude", "leaves no configuration: take an entry away or search more values")
+
+
+def _problems_of_space(sweep: SweepConfig) -> Iterator[Problem]:
+    for i, partial in enumerate(sweep.exclude):
+        yield from _problems_of_condition(partial, f"exclude[{i}]")
+    for name, domain in sweep.domains.items():
+        yield from _problems_of_condition(domain.when, f"space.{name}.when")
+        if not isinstance(domain, Choice):
+            yield from _problems_of_range(name, domain, sweep.search.algorithm)
 
 
 def _problems_of_condition(condition: Mapping[str, Any], path: str) -> Iterator[Problem]:
@@ -294,7 +310,7 @@ def _problems_of_range(name: str, domain: Range, algorithm: str) -> Iterator[Pro
         yield Problem(
             f"space.{name}", "is a range, which a grid cannot walk: list its values, or search.algorithm: random"
         )
-    if low >= high:
+    if not low < high:
         yield Problem(f"space.{name}.{kind}", f"begins at {low}, not below its end {high}")
     if not numbers:
         yield Problem(f"space.{name}", "is no number: list its values")

@@ -38,7 +38,7 @@ def _answer(line: str, config_of: ConfigOf, shapes: dict[str, ModelShape]) -> di
     except ValidationError as error:
         told = "; ".join(f"{'.'.join(map(str, d['loc']))}: {d['msg']}" for d in error.errors(include_url=False))
         return {"id": identity, "error": told}
-    except (OrchestratorError, ValueError, TypeError, OverflowError, RecursionError) as error:
+    except (OrchestratorError, OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
         return {"id": identity, "error": str(error) or type(error).__name__}
 
 

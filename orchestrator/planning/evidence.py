@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from orchestrator.config.trial_config import TrialConfig
@@ -26,19 +26,27 @@ class Observation:
     """None: it ran out, a censored observation."""
 
 
-def observe(record: TrialResult, predicted_bytes: int) -> Observation | None:
-    """What a trial tells; `predicted_bytes` is what a worker's device was expected to hold. None: nothing.
+def observe(
+    record: TrialResult, predicted_bytes: Callable[[TrialConfig], int], available_bytes: int
+) -> Observation | None:
+    """What a trial tells where a worker may take `available_bytes`; None: nothing.
 
-    A GPU trial is measured by what torch allocated, and its device is scaled alike.
+    `predicted_bytes` is what a worker's device is expected to hold: a GPU trial is measured by what torch allocated,
+    and its device is scaled alike. One that ran out where there was less than now says nothing.
     """
     memory = record.peak_memory
-    if record.status is TrialStatus.OUT_OF_MEMORY:
-        return Observation(record.trial_id, kind_of(record.config), predicted_bytes, None)
-    ran = record.status in (TrialStatus.COMPLETED, TrialStatus.STOPPED)
-    if not ran or memory is None or not memory.measured_bytes or not memory.predicted_bytes:
+    if memory is None:
         return None
-    measured_bytes = int(predicted_bytes * memory.measured_bytes / memory.predicted_bytes)
-    return Observation(record.trial_id, kind_of(record.config), predicted_bytes, measured_bytes)
+    if record.status is TrialStatus.OUT_OF_MEMORY:
+        if available_bytes > (memory.available_bytes or available_bytes):
+            return None
+        return Observation(record.trial_id, kind_of(record.config), predicted_bytes(record.config), None)
+    ran = record.status in (TrialStatus.COMPLETED, TrialStatus.STOPPED)
+    if not ran or not memory.measured_bytes or not memory.predicted_bytes:
+        return None
+    expected_bytes = predicted_bytes(record.config)
+    measured_bytes = int(expected_bytes * memory.measured_bytes / memory.predicted_bytes)
+    return Observation(record.trial_id, kind_of(record.config), expected_bytes, measured_bytes)
 
 
 def kind_of(config: TrialConfig) -> tuple[object, ...]:

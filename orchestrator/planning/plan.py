@@ -311,9 +311,9 @@ def _trial_seconds(trials: Sequence[PlannedTrial], sweep: SweepConfig) -> tuple[
 
 def _packed(seconds: Sequence[float], concurrent: int) -> float:
     """The length of all trials, so many at a time: each takes the first slot that is free."""
-    free = [0.0] * concurrent
+    free = [0.0] * max(1, min(concurrent, len(seconds)))
     for trial_s in seconds:
-        first = min(range(concurrent), key=free.__getitem__)
+        first = min(range(len(free)), key=free.__getitem__)
         free[first] += trial_s
     return max(free, default=0.0)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from orchestrator.config.sweep_config import LOGGED_METRICS
 from orchestrator.config.trial_config import TrialConfig
 
 SCHEMA_VERSION = 1
@@ -59,6 +60,10 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="strings", use_attribute_docstrings=True)
 
 
+Bytes = Annotated[int, Field(ge=0, lt=2**63)]
+Seconds = Annotated[float, Field(allow_inf_nan=False)]
+
+
 class MetricPoint(_Record):
     """One line of metrics.jsonl: the state after an optimizer step."""
 
@@ -86,27 +91,29 @@ class MetricPoint(_Record):
 class PeakMemory(_Record):
     """One worker's peak memory: the largest of all workers."""
 
-    predicted_bytes: int | None = None
-    measured_bytes: int | None = None
-    reserved_bytes: int | None = None
+    predicted_bytes: Bytes | None = None
+    measured_bytes: Bytes | None = None
+    reserved_bytes: Bytes | None = None
     """torch's `max_memory_reserved`; None on a CPU."""
+    available_bytes: Bytes | None = None
+    """What a worker could take of its device."""
     kind: Literal["cuda_allocated", "resident"]
 
 
 class Timing(_Record):
     """Where a trial's wall-clock time went, in seconds."""
 
-    queued_s: float = 0.0
+    queued_s: Seconds = 0.0
     """From the sweep's start to the launch."""
-    startup_s: float = 0.0
+    startup_s: Seconds = 0.0
     """From the launch to a process that holds its imports and its process group."""
-    data_s: float = 0.0
-    model_s: float = 0.0
+    data_s: Seconds = 0.0
+    model_s: Seconds = 0.0
     """Base model, adapter and engine."""
-    training_s: float = 0.0
-    evaluation_s: float = 0.0
-    saving_s: float = 0.0
-    total_s: float = 0.0
+    training_s: Seconds = 0.0
+    evaluation_s: Seconds = 0.0
+    saving_s: Seconds = 0.0
+    total_s: Seconds = 0.0
     """From the launch to the end."""
 
 
@@ -175,6 +182,13 @@ class SweepResult(_Record):
     data_hash: str | None = None
     mlflow_run_id: str | None = None
     trials: tuple[TrialResult, ...]
+
+    @field_validator("objective_metric")
+    @classmethod
+    def _is_logged(cls, metric: str) -> str:
+        if metric not in LOGGED_METRICS:
+            raise ValueError(f"{metric}: no such metric")
+        return metric
 
     @field_validator("searched")
     @classmethod

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
+from pydantic_core import from_json
 
 from orchestrator.errors import FolderError, StorageError
 from orchestrator.results.records import MetricPoint, SweepResult, TrialResult, upgrade
@@ -128,8 +128,8 @@ class SweepFolder:
     def trials(self) -> Iterator[TrialFolder]:
         """Every trial's folder, by name."""
         try:
-            names = sorted(entry.name for entry in os.scandir(self.root / "trials") if entry.is_dir())
-        except FileNotFoundError:
+            names = sorted(entry.name for entry in os.scandir(self.root / "trials") if not entry.is_file())
+        except (FileNotFoundError, NotADirectoryError):
             return
         for name in names:
             yield self.trial(name)
@@ -149,8 +149,10 @@ def read_trial_results(folder: SweepFolder) -> tuple[dict[str, TrialResult], tup
     damaged = []
     for trial in folder.trials():
         try:
-            raw = json.loads(trial.result.read_bytes())
-            results[trial.root.name] = TrialResult.model_validate(upgrade(raw))
+            record = TrialResult.model_validate(upgrade(from_json(trial.result.read_bytes())))
+            if record.trial_id != trial.root.name:
+                raise ValueError(f"it is the record of trial {record.trial_id}")
+            results[trial.root.name] = record
             if trial.metrics.is_dir():
                 damaged.append(DamagedRecord(trial.metrics, "a folder: the curve is lost"))
         except FileNotFoundError:
@@ -167,8 +169,7 @@ def read_sweep(folder: SweepFolder) -> tuple[SweepResult, tuple[DamagedRecord, .
         FolderError: the folder holds no sweep.
     """
     try:
-        raw = json.loads(folder.results_json.read_bytes())
-        sweep = SweepResult.model_validate(upgrade(raw))
+        sweep = SweepResult.model_validate(upgrade(from_json(folder.results_json.read_bytes())))
     except FileNotFoundError as error:
         raise FolderError(f"{folder.root} holds no sweep: name a folder that `orchestrator run` made") from error
     except (OSError, ValueError, RecursionError) as error:

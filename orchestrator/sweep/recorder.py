@@ -123,7 +123,7 @@ class Recorder(tune.Callback):
         launched_at = self._launched_at[record.trial_id]
         known_s = sum(timing.model_dump().values())
         startup_s = record.timing.startup_s or max(0.0, time.time() - launched_at - known_s)
-        predicted = record.peak_memory.predicted_bytes if record.peak_memory else None
+        planned = record.peak_memory
         last = progress.last
         return record.model_copy(
             update={
@@ -135,7 +135,8 @@ class Recorder(tune.Callback):
                 "step_time_s": last.step_time_s if last else None,
                 "trainable_parameters": progress.trainable_parameters,
                 "peak_memory": PeakMemory(
-                    predicted_bytes=predicted,
+                    predicted_bytes=planned.predicted_bytes if planned else None,
+                    available_bytes=planned.available_bytes if planned else None,
                     measured_bytes=progress.peak_memory_bytes,
                     reserved_bytes=progress.reserved_bytes,
                     kind=progress.memory_kind,

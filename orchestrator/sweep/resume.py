@@ -30,9 +30,14 @@ def read_earlier(folder: SweepFolder) -> Earlier | None:
     """What an earlier run left, or None in a new folder.
 
     Raises:
-        InputError: its sweep.yaml cannot be read.
+        InputError: its sweep.yaml cannot be read, or is missing where there are results.
     """
     if not folder.sweep_file.exists():
+        if folder.results_json.exists() or any(trial.result.exists() for trial in folder.trials()):
+            raise FolderError(
+                f"{folder.root} holds results and no {folder.sweep_file.name}, so nobody knows of which sweep: put the "
+                "file back, or give this sweep another --name"
+            )
         return None
     try:
         result = read_sweep(folder)[0]
@@ -41,30 +46,33 @@ def read_earlier(folder: SweepFolder) -> Earlier | None:
     return Earlier(load(folder.sweep_file), result, read_trial_results(folder)[0])
 
 
-def require_same_question(folder: SweepFolder, before: SweepConfig, now: SweepConfig) -> None:
+def require_same_question(
+    folder: SweepFolder, before: SweepConfig, now: SweepConfig, *, knows_hardware: bool = False
+) -> None:
     """Refuse a sweep whose results could not be compared with those in its folder.
 
-    Searched values, repeats, budget, scheduler and resources may change.
+    Searched values, repeats, budget, scheduler and resources may change. Until the hardware is known, a precision that
+    the file does not name is not compared: it follows the hardware.
 
     Raises:
         FolderError: with each difference.
     """
-    if changes := tuple(_changes(before, now)):
+    if changes := tuple(_changes(before, now, knows_hardware)):
         raise FolderError(
             f"{folder.root} holds a sweep of which the results could not be compared with these: {'; '.join(changes)}. "
             "Give this one another --name"
         )
 
 
-def _changes(before: SweepConfig, now: SweepConfig) -> Iterator[str]:
+def _changes(before: SweepConfig, now: SweepConfig, knows_hardware: bool) -> Iterator[str]:
     for key in SAME_KEYS:
         old, new = getattr(before, key), getattr(now, key)
         if old != new:
             yield f"{key} was {old}, now {new}"
     searched = {*before.domains, *now.domains}
     for name in TrialConfig.model_fields:
-        # Where the file says nothing of the precision it follows the hardware, which is not known yet.
-        if name in searched or (name == "precision" and name not in now.trial.model_fields_set):
+        follows = name == "precision" and name not in now.trial.model_fields_set
+        if name in searched or (follows and not knows_hardware):
             continue
         old, new = getattr(before.trial, name), getattr(now.trial, name)
         if old != new:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shutil
 import time
@@ -89,7 +90,7 @@ def _lasting(sweep: SweepConfig) -> SweepConfig:
 @contextmanager
 def _only_one(folder: SweepFolder) -> Iterator[None]:
     """Hold the folder's lock; a dead owner's is free at once, since the kernel holds it."""
-    existed = folder.root.exists()
+    made = [path for path in (folder.root, *folder.root.parents) if not path.exists()]
     try:
         folder.root.mkdir(parents=True, exist_ok=True)
         # A moment, since `status` takes it to see whether it is free.
@@ -104,10 +105,13 @@ def _only_one(folder: SweepFolder) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
-        if not existed and not folder.sweep_file.exists():
-            # Nothing was started: nothing is left behind.
+        if made and not folder.sweep_file.exists():
+            # Nothing was started: nothing is left behind. Still under the lock, or another run could begin in it.
             shutil.rmtree(folder.root, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                for parent in made[1:]:
+                    parent.rmdir()
+        lock.release()
 
 
 def _run_prepared(
@@ -119,7 +123,7 @@ def _run_prepared(
 ) -> Outcome:
     sweep = prepared.sweep
     if earlier:
-        require_same_question(folder, earlier.sweep, sweep)
+        require_same_question(folder, earlier.sweep, sweep, knows_hardware=True)
     started_at = time.time()
     records = _records(prepared, earlier)
     result = _sweep_result(prepared, earlier, records, started_at)
@@ -166,12 +170,19 @@ def _records(prepared: Prepared, earlier: Earlier | None) -> dict[str, TrialResu
     records = {}
     for planned in prepared.plan.trials:
         old = before.get(planned.trial_id)
-        if old and old.status.is_final and old.status is not TrialStatus.INFEASIBLE:
+        if old and _stays(old, prepared.plan.worker_memory_bytes):
             records[planned.trial_id] = old
             continue
         new = _new_record(planned, prepared)
         records[planned.trial_id] = new.model_copy(update={"versions": versions, "git": git})
     return records | kept(earlier, frozenset(records)) if earlier else records
+
+
+def _stays(record: TrialResult, available_bytes: int) -> bool:
+    """Whether an end is final: refusals are made anew, and what ran out of memory may fit where there is more."""
+    if record.status is TrialStatus.OUT_OF_MEMORY and record.peak_memory and record.peak_memory.available_bytes:
+        return available_bytes <= record.peak_memory.available_bytes
+    return record.status.is_final and record.status is not TrialStatus.INFEASIBLE
 
 
 def _recorded_bytes(prepared: Prepared, config: TrialConfig) -> int:
@@ -193,7 +204,9 @@ def _new_record(planned: PlannedTrial, prepared: Prepared) -> TrialResult:
         repeat=planned.repeat,
         seed=planned.config.seed,
         notes=planned.notes,
-        peak_memory=PeakMemory(predicted_bytes=predicted, kind=prepared.memory_kind),
+        peak_memory=PeakMemory(
+            predicted_bytes=predicted, available_bytes=prepared.plan.worker_memory_bytes, kind=prepared.memory_kind
+        ),
     )
 
 
@@ -314,21 +327,21 @@ def _finish(
     from orchestrator.reporting import report
 
     say("writing the report")
-    tracked = tracker.finish(TRACKING_LIMIT_S)
+    ended = {"ended_ms": int(time.time() * 1000), "interrupted": stopper.interrupted}
+    result = result.model_copy(update={"trials": tuple(recorder.records.values()), **ended})
+    # Before MLflow is waited for: what was measured is safe whatever happens then.
+    write_sweep(folder, result)
+    write_atomically(folder.report, report.render_html(report.build(folder)))
+    try:
+        tracked = tracker.finish(TRACKING_LIMIT_S)
+    except KeyboardInterrupt:
+        tracked = False
     for record in list(recorder.records.values()):
         run_id = tracker.run_id(record.trial_id)
         if run_id and record.mlflow_run_id is None and tracked:
             recorder.save(record.model_copy(update={"mlflow_run_id": run_id}))
-    result = result.model_copy(
-        update={
-            "trials": tuple(recorder.records.values()),
-            "ended_ms": int(time.time() * 1000),
-            "interrupted": stopper.interrupted,
-        }
-    )
+    result = result.model_copy(update={"trials": tuple(recorder.records.values())})
     write_sweep(folder, result)
-    built = report.build(folder)
-    write_atomically(folder.report, report.render_html(built))
     if tracked:
         tracker.close_parent(result, statistics.best_trial(result))
     return Outcome(result, folder, tracked)

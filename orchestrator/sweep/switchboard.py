@@ -44,6 +44,8 @@ class _Group:
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     turns: list[_Turn] = field(default_factory=list)
     closed: bool = False
+    lost: str | None = None
+    """Why its workers are gone."""
 
 
 class Switchboard:
@@ -68,6 +70,8 @@ class Switchboard:
             group.turns[-1].events = asyncio.Queue()
         group.turns.append(turn)
         self._running[task.trial_id] = turn
+        if group.lost:
+            self._finish(turn, TrialEnd(TrialStatus.PREEMPTED, group.lost, None))
         async with group.changed:
             group.changed.notify_all()
 
@@ -109,7 +113,10 @@ class Switchboard:
     async def lose_group(self, group_id: str, reason: str) -> None:
         """A worker or its node died: the trial of that group will hear no more from it."""
         group = self._groups.get(group_id)
-        for turn in group.turns[-1:] if group else []:
+        if group is None:
+            return
+        group.lost = reason
+        for turn in group.turns[-1:]:
             if not turn.over.is_set():
                 self._finish(turn, TrialEnd(TrialStatus.PREEMPTED, reason, None))
 

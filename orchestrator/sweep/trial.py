@@ -87,6 +87,7 @@ class TrialOnWorkers(tune.Trainable):
             return False
         self._events.append(f"micro_batch_size {smaller.micro_batch_size} after: {reason}")
         self._task = replace(self._task, config=smaller)
+        self._attempt = 0
         self._launch()
         return True
 

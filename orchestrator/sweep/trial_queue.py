@@ -52,7 +52,7 @@ class TrialQueue(Searcher):
         seen = [
             observation
             for record in self._recorder.records.values()
-            if (observation := evidence.observe(record, self._predicted_bytes(record.config)))
+            if (observation := evidence.observe(record, self._predicted_bytes, self._available_bytes))
         ]
         while reason := evidence.refusal(config, self._predicted_bytes(config), self._available_bytes, seen):
             smaller = halved_micro_batch(config, self._workers) if trial_id in self._automatic else None

@@ -53,7 +53,10 @@ def check(data: DataConfig) -> None:
         if not source.startswith("builtin:") and not local_files(source):
             # On the hub: its rows come with the whole of it.
             continue
-        first = itertools.islice(read_rows(source, role), CHECKED_ROWS)
+        first = list(itertools.islice(read_rows(source, role), CHECKED_ROWS))
+        if len(first) < CHECKED_ROWS and all(row.columns is None for row in first):
+            why = f": {first[0].where}: {first[0].why}" if first else ""
+            raise DataError(f"data {source} has no usable row{why}. Mend the rows or name another source")
         seen = dict.fromkeys(str(name) for row in first if row.columns is not None for name in row.columns)
         if told := missing_columns(source, data.format, tuple(seen)):
             raise DataError(told)

@@ -68,11 +68,27 @@ def test_a_constant_that_the_estimate_lacks_is_not_taken_for_a_ratio() -> None:
 def test_only_trials_that_ran_tell_of_memory(status: TrialStatus, tells: bool) -> None:
     record = made_up_trial({"rank": 8}, status=status, reason="because")
     memory = PeakMemory(predicted_bytes=2 * GIB, measured_bytes=3 * GIB, kind="cuda_allocated")
-    found = observe(record.model_copy(update={"peak_memory": memory}), 4 * GIB)
+    found = observe(record.model_copy(update={"peak_memory": memory}), lambda _: 4 * GIB, 8 * GIB)
     assert (found is not None) is tells
     if found and status is not TrialStatus.OUT_OF_MEMORY:
         # Allocated was 1.5 times its estimate, so the device is scaled alike.
         assert found.measured_bytes == 6 * GIB
+
+
+def test_what_ran_out_where_there_was_less_says_nothing_where_there_is_more() -> None:
+    memory = PeakMemory(predicted_bytes=2 * GIB, available_bytes=2 * GIB, kind="resident")
+    record = made_up_trial({"rank": 8}, status=TrialStatus.OUT_OF_MEMORY, reason="full")
+    full = record.model_copy(update={"peak_memory": memory})
+    assert observe(full, lambda _: 2 * GIB, 2 * GIB) is not None
+    assert observe(full, lambda _: 2 * GIB, 24 * GIB) is None
+
+
+def test_a_refused_trial_whose_micro_batch_was_never_chosen_is_not_asked_for_its_memory() -> None:
+    def no_estimate(config: TrialConfig) -> int:
+        raise AssertionError(config.micro_batch_size)
+
+    record = made_up_trial({"rank": 8}, status=TrialStatus.INFEASIBLE, reason="no")
+    assert observe(record, no_estimate, GIB) is None
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,18 @@ def test_a_precision_that_follows_the_hardware_is_compared_once_it_is_known() ->
         require_same_question(FOLDER, before, sweep(trial={"max_steps": 20, "precision": "bf16"}))
 
 
+def test_on_other_hardware_a_precision_that_follows_it_is_another(tmp_path: Path) -> None:
+    before = sweep().on_hardware(has_gpus=False)
+    with pytest.raises(FolderError, match=r"trial\.precision was fp32, now bf16"):
+        require_same_question(FOLDER, before, sweep().on_hardware(has_gpus=True), knows_hardware=True)
+
+
+def test_results_without_their_sweep_file_are_not_written_over(tmp_path: Path) -> None:
+    folder = write_made_up(tmp_path, simulated([2.0], 1, 0))
+    with pytest.raises(FolderError, match=r"holds results and no sweep\.yaml"):
+        read_earlier(folder)
+
+
 def test_results_that_the_file_no_longer_asks_for_stay_and_open_trials_are_closed(tmp_path: Path) -> None:
     statuses = [TrialStatus.COMPLETED, TrialStatus.RUNNING, TrialStatus.INFEASIBLE, TrialStatus.COMPLETED]
     made_up = simulated([2.0, 2.1, 2.2, 2.3], 1, 0, status_of=lambda place, _: statuses[place])

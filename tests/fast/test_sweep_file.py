@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -122,6 +123,47 @@ def test_a_missing_file_names_its_nearest_neighbour(tmp_path: Path) -> None:
 def test_a_value_that_cannot_be_meant_is_refused(tmp_path: Path, key: str, told: str) -> None:
     with pytest.raises(SweepFileError, match=told):
         load(write(tmp_path, yaml.safe_dump(SMALL)), [key])
+
+
+@pytest.mark.parametrize(
+    ("setting", "domain"),
+    [
+        ("rank", {"int": [4, 1]}),
+        ("rank", {"int": [0, 4]}),
+        ("rank", {"uniform": [1, 4]}),
+        ("precision", {"int": [1, 4]}),
+        ("learning_rate", {"uniform": [float("nan"), 1]}),
+        ("rank", {"log_int": [1, 10**22]}),
+    ],
+)
+def test_a_range_that_cannot_be_drawn_from_is_refused(tmp_path: Path, setting: str, domain: dict[str, Any]) -> None:
+    raw = SMALL | {"space": {setting: domain}, "search": {"algorithm": "random"}}
+    with pytest.raises(SweepFileError, match=f"space.{setting}"):
+        load(write(tmp_path, yaml.safe_dump(raw)))
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1.0e-4", "0.0001", "[1e-4, 5]"])
+def test_an_exclusion_means_the_value_however_yaml_reads_it(tmp_path: Path, text: str) -> None:
+    space = "space: {learning_rate: [1e-4, 1e-3]}\nexclude: [{learning_rate: " + text + "}]\n"
+    sweep = load(write(tmp_path, yaml.safe_dump(SMALL) + space))
+    assert [trial.config.learning_rate for trial in sweep.trials()] == [1e-3]
+
+
+def test_a_list_of_modules_in_an_exclusion_is_one_value(tmp_path: Path) -> None:
+    modules = [["q_proj"], ["q_proj", "v_proj"]]
+    raw = SMALL | {"space": {"target_modules": modules}, "exclude": [{"target_modules": ["q_proj"]}]}
+    (trial,) = load(write(tmp_path, yaml.safe_dump(raw))).trials()
+    assert trial.config.target_modules == ("q_proj", "v_proj")
+
+
+def test_a_text_that_no_file_can_hold_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SweepFileError, match="no file can hold"):
+        load(write(tmp_path, yaml.safe_dump(SMALL) + 'question: "\\ud800"\n'))
+
+
+def test_a_device_is_no_sweep_file() -> None:
+    with pytest.raises(InputError, match="no sweep file"):
+        load(Path("/dev/zero"))
 
 
 def test_an_override_wins_and_moves_a_setting_from_space_to_trial(tmp_path: Path) -> None:

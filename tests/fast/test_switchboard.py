@@ -116,3 +116,17 @@ def test_the_cause_outweighs_its_consequences() -> None:
     stopped = TrialEnd(TrialStatus.STOPPED, "stopped", None)
     assert combined_end({0: FAILED, 1: oom, 2: stopped}).status is TrialStatus.OUT_OF_MEMORY
     assert combined_end({0: COMPLETED, 1: stopped}).status is TrialStatus.STOPPED
+
+
+def test_a_trial_that_is_given_to_a_group_that_is_lost_hears_so() -> None:
+    async def scene() -> None:
+        board = await a_group_at_work(1)
+        await board.send("g", 1, 0, COMPLETED)
+        assert await board.next_event("t-0") == COMPLETED
+        await board.lose_group("g", "its node died")
+        await board.assign("g", TASK)
+        end = await board.next_event("t-0")
+        assert isinstance(end, TrialEnd)
+        assert end.status is TrialStatus.PREEMPTED
+
+    play(scene())

@@ -30,7 +30,7 @@ def runs_of(storage: Path) -> tuple[list[object], list[object]]:
 def test_a_sweep_with_two_workers_a_trial_refusals_and_asha_runs_to_its_report(tmp_path: Path) -> None:
     run = start(
         tmp_path,
-        trial={"max_steps": 12, "eval_every": 2},
+        trial={"max_steps": 12, "eval_every": 2, "micro_batch_size": "auto"},
         space={"learning_rate": [1e-2, 1e-4, 1e-5], "offload": ["none", "optimizer_and_parameters"]},
         scheduler={"asha": {"grace_steps": 2, "reduction_factor": 3}},
         resources={"workers_per_trial": 2},
