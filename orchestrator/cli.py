@@ -150,6 +150,10 @@ def run(
         from orchestrator.config.sweep_file import load
 
         config = load(sweep, _all_overrides(overrides, name, storage))
+        from orchestrator.training import inputs
+
+        # Before what follows is loaded: a slip of the pen is told in a second.
+        inputs.look_at(config)
         from orchestrator.reporting import report as reporting
         from orchestrator.sweep.run import run as run_sweep
 

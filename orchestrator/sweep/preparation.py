@@ -15,12 +15,11 @@ from orchestrator.errors import InputError
 from orchestrator.planning import hardware as hardware_module
 from orchestrator.planning.hardware import Hardware
 from orchestrator.planning.memory import MemoryEstimate, estimate_on
-from orchestrator.planning.model_shape import shape_of
-from orchestrator.planning.plan import SweepPlan, plan_sweep, require_targets
+from orchestrator.planning.plan import SweepPlan, plan_sweep
 from orchestrator.results.storage import SweepFolder
 from orchestrator.sweep import cluster
 from orchestrator.sweep.worker import GroupShape
-from orchestrator.training import data, data_rows, model_source
+from orchestrator.training import data, inputs, model_source
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +47,7 @@ def prepare(sweep: SweepConfig, folder: SweepFolder, address: str | None, say: C
         ClusterUnreachableError: the cluster does not answer.
         StorageError: not all of its nodes see the folder.
     """
-    source = model_source.resolve(sweep.model)
-    model_shape = shape_of(source.config)
-    require_targets(sweep, model_shape)
-    data_rows.check(sweep.data)
+    source, model_shape = inputs.look_at(sweep)
     address = cluster.address_of(address)
     say("starting Ray here" if address == cluster.LOCAL else f"joining the cluster at {address}")
     cluster.connect(address)
