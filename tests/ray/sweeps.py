@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,29 @@ from orchestrator.results.records import SweepResult, TrialResult
 from orchestrator.results.storage import SweepFolder, read_sweep
 
 LIMIT_S = 300.0
+
+
+def _rows_file() -> Path:
+    """A small file of prompts and completions: reading the running Python's library would take 10 s a sweep."""
+    file = Path(tempfile.mkdtemp(prefix="orchestrator-rows-")) / "rows.jsonl"
+    names = ("list", "tuple", "string", "mapping", "number", "file", "socket", "thread", "path", "frame")
+    rows = [
+        {
+            "prompt": f"def {verb}_{name}({name}):\n",
+            "completion": f"{verb.title()} the {name} and return it as a {other}.",
+        }
+        for verb in ("open", "read", "sort", "close", "copy", "send")
+        for name in names
+        for other in names[:5]
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
 BASE: dict[str, Any] = {
     "name": "test",
     "model": "builtin:tiny-llama",
-    "data": {"train": "builtin:python-docstrings", "eval": 0.01, "format": "prompt_completion"},
+    "data": {"train": str(_rows_file()), "eval": 0.05, "format": "prompt_completion"},
     "trial": {
         "precision": "fp32",
         "learning_rate": 5e-3,
@@ -29,7 +50,8 @@ BASE: dict[str, Any] = {
         "max_steps": 6,
         "eval_every": 2,
     },
-    "resources": {"workers_per_trial": 1, "cpus_per_worker": 1},
+    # One at a time, unless a test says so: a second slot's actors and imports would double what a sweep takes to start.
+    "resources": {"workers_per_trial": 1, "cpus_per_worker": 1, "max_concurrent": 1},
 }
 
 

@@ -109,7 +109,7 @@ def test_ctrl_c_saves_the_state_and_the_same_command_goes_on(tmp_path: Path) -> 
 def test_a_killed_driver_leaves_no_process_and_the_same_command_goes_on(tmp_path: Path) -> None:
     keys = {
         "space": {"rank": [2, 4]},
-        "trial": {"max_steps": 300, "eval_every": 50},
+        "trial": {"max_steps": 600, "eval_every": 100},
         "resources": {"max_concurrent": 1},
     }
     run = start(tmp_path, **keys)
@@ -150,8 +150,7 @@ def test_a_trial_that_dies_harms_no_other_and_a_lost_worker_is_replaced(tmp_path
     run = start(
         tmp_path,
         space={"rank": [1, 2, 4, 8]},
-        trial={"max_steps": 120, "eval_every": 40},
-        resources={"max_concurrent": 1},
+        trial={"max_steps": 400, "eval_every": 200},
     )
     # The first trial's own process ends as a crash would; the second one's Ray worker is taken away.
     crashed = wait_until(lambda: trial_processes(run), bool, 200)[0]
@@ -165,12 +164,17 @@ def test_a_trial_that_dies_harms_no_other_and_a_lost_worker_is_replaced(tmp_path
     trials = sorted(run.trials().values(), key=lambda trial: trial.config.rank)
     assert [t.status.value for t in trials] == ["failed", "completed", "completed", "completed"]
     assert "signal 6" in str(trials[0].reason)
-    assert trials[1].steps == 120
-    assert [p.step for p in run.folder.trial(trials[1].trial_id).read_metrics()] == list(range(1, 121))
+    assert trials[1].steps == 400
+    assert [p.step for p in run.folder.trial(trials[1].trial_id).read_metrics()] == list(range(1, 401))
 
 
 def test_twenty_trials_on_two_cpus_end_and_leave_nothing_behind(tmp_path: Path) -> None:
-    run = start(tmp_path, space={"rank": list(range(1, 21))}, trial={"max_steps": 2, "eval_every": 1})
+    run = start(
+        tmp_path,
+        space={"rank": list(range(1, 21))},
+        trial={"max_steps": 2, "eval_every": 1},
+        resources={"max_concurrent": "auto"},
+    )
     wait_until(lambda: trial_processes(run), bool, 200)
     below = processes_of(run)
     exit_code, _, err = run.wait()
