@@ -158,22 +158,17 @@ def _refuse_to_destroy(to: Path, sweep: SweepFolder, base: _Base) -> None:
     """With --force a folder is replaced as a whole; not one that other things live in."""
     goes = to.resolve()
     if goes.is_relative_to(sweep.trial("any").root.parent.resolve()):
-        raise InputError(f"--to {to} is a part of the sweep's records: name another folder")
+        raise InputError(f"--to {to} is a part of the sweep's records, which --force would remove: name another folder")
     if not os.path.lexists(to):
         return
-    if to.is_symlink() or not to.is_dir() or not _is_ours(to):
-        raise InputError(f"--force replaces only what export wrote, or an empty folder, and {to} is neither")
+    if to.is_symlink() or not to.is_dir():
+        raise InputError(f"--force replaces a folder, and {to} is none: name another with --to")
     kept = {"the sweep": sweep.root, "the current folder": Path.cwd(), "your home": Path.home()}
     if Path(base.source).is_dir():
         kept["the base model"] = Path(base.source)
     for what, where in kept.items():
         if where.resolve().is_relative_to(goes):
             raise InputError(f"--force would remove {to}, which holds {what}: name another folder with --to")
-
-
-def _is_ours(folder: Path) -> bool:
-    names = {entry.name for entry in folder.iterdir()}
-    return not names or (CARD in names and bool(names & {"adapter_config.json", "config.json"}))
 
 
 @contextmanager

@@ -187,7 +187,12 @@ def test_twenty_trials_on_two_cpus_end_and_leave_nothing_behind(tmp_path: Path) 
 
 
 def test_losses_are_bit_identical_warm_and_fresh(tmp_path: Path) -> None:
-    keys = {"space": {"zero_stage": [0, 3], "precision": ["fp32", "nf4"]}, "trial": {"lora_dropout": 0.1}}
+    keys = {
+        "space": {"zero_stage": [0, 3], "precision": ["fp32", "nf4"]},
+        # Two of the four: a fresh group takes half a minute each.
+        "exclude": [{"zero_stage": 0, "precision": "nf4"}, {"zero_stage": 3, "precision": "fp32"}],
+        "trial": {"lora_dropout": 0.1},
+    }
     runs = [start(tmp_path / isolation, "--isolation", isolation, **keys) for isolation in ("warm",)]
     assert runs[0].wait()[0] == 0
     runs.append(start(tmp_path / "fresh", "--isolation", "fresh", **keys))
