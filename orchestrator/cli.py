@@ -115,10 +115,9 @@ def plan(
     with _told_errors():
         from orchestrator.config.sweep_file import load
         from orchestrator.planning.hardware import hardware_for
-        from orchestrator.planning.model_shape import shape_of
-        from orchestrator.planning.plan import plan_sweep, require_targets
+        from orchestrator.planning.plan import plan_sweep
         from orchestrator.planning.plan_table import render
-        from orchestrator.training import data_rows, model_source
+        from orchestrator.training import data_rows, inputs
 
         config = load(sweep, overrides or ())
         hardware = hardware_for(gpu, gpus, gpu_memory)
@@ -128,9 +127,7 @@ def plan(
         except DataError as error:
             # A plan may be made where the data is not.
             _say(f"warning: {error}")
-        shape = shape_of(model_source.resolve(config.model).config)
-        require_targets(config, shape)
-        planned = plan_sweep(config, shape, hardware)
+        planned = plan_sweep(config, inputs.find_model(config).shape, hardware)
         _show(planned.model_dump_json(indent=1) if json else render(planned))
 
 
@@ -153,11 +150,11 @@ def run(
         from orchestrator.training import inputs
 
         # Before what follows is loaded: a slip of the pen is told in a second.
-        inputs.look_at(config)
+        model = inputs.look_at(config)
         from orchestrator.reporting import report as reporting
         from orchestrator.sweep.run import run as run_sweep
 
-        outcome = run_sweep(config, address, isolation.value, _say)
+        outcome = run_sweep(config, model, address, isolation.value, _say)
         _show(reporting.render_text(reporting.build(outcome.folder)))
         _say(f"report: {outcome.folder.report}")
         if not outcome.tracked:

@@ -17,11 +17,12 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapt
 from orchestrator.config.trial_config import TrialConfig
 
 Value = TypeVar("Value")
-SETTINGS = {
-    name: TypeAdapter(hint)
+SETTING_TYPES = {
+    name: hint
     for name, hint in get_type_hints(TrialConfig, include_extras=True).items()
     if name in TrialConfig.model_fields
 }
+SETTINGS = {name: TypeAdapter(hint) for name, hint in SETTING_TYPES.items()}
 """What reads and writes the value of each setting."""
 Settings = dict[str, Any]
 WholeNumber = int  # inside a class with a field `int`, the name is the field's
@@ -121,8 +122,7 @@ Space: type[_Part] = create_model(  # type: ignore[call-overload]
     __base__=_Part,
     **{
         name: (_domain(name, annotation) | None, Field(None, description=TrialConfig.model_fields[name].description))
-        for name, annotation in get_type_hints(TrialConfig, include_extras=True).items()
-        if name in TrialConfig.model_fields
+        for name, annotation in SETTING_TYPES.items()
     },
 )
 

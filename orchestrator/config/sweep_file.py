@@ -5,14 +5,21 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 
-from orchestrator.config.search_space import Choice, IntRange, LogIntRange, Range, in_order_of_need
+from orchestrator.config.search_space import (
+    SETTING_TYPES,
+    SETTINGS,
+    Choice,
+    IntRange,
+    LogIntRange,
+    Range,
+    in_order_of_need,
+)
 from orchestrator.config.sweep_config import SchedulerConfig, SweepConfig
-from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import InputError, Problem, SweepFileError
 
 Path_ = tuple[str | int, ...]
@@ -20,11 +27,6 @@ Lines = dict[Path_, int]
 MAX_BYTES = 2**20
 MAX_DEPTH = 20
 MAX_VALUES = 50_000
-_SETTING_TYPES = {
-    name: hint
-    for name, hint in get_type_hints(TrialConfig, include_extras=True).items()
-    if name in TrialConfig.model_fields
-}
 
 
 def load(file: Path, overrides: Sequence[str] = ()) -> SweepConfig:
@@ -228,7 +230,7 @@ def _lower(message: str) -> str:
 
 def _unknown_key(path: Path_) -> str:
     name = str(path[-1])
-    if len(path) == 1 and name in _SETTING_TYPES:
+    if len(path) == 1 and name in SETTING_TYPES:
         return "is a setting: it stands under `trial:` or `space:`"
     known = _known_keys(path[:-1])
     return f"is no key here{nearest(name, known)}" + (f"; known: {', '.join(known)}" if len(known) <= 12 else "")
@@ -238,7 +240,7 @@ def _known_keys(parent: Path_) -> list[str]:
     if not parent:
         return list(SweepConfig.model_fields)
     if parent[0] in ("trial", "space") and len(parent) == 1:
-        return list(_SETTING_TYPES)
+        return list(SETTING_TYPES)
     if parent[0] == "space":
         return ["choice", "uniform", "log_uniform", "int", "log_int", "when"]
     model: Any = SweepConfig
@@ -291,12 +293,12 @@ def _problems_of_space(sweep: SweepConfig) -> Iterator[Problem]:
 
 def _problems_of_condition(condition: Mapping[str, Any], path: str) -> Iterator[Problem]:
     for name, allowed in condition.items():
-        if name not in _SETTING_TYPES:
-            yield Problem(f"{path}.{name}", f"is no setting{nearest(name, _SETTING_TYPES)}")
+        if name not in SETTING_TYPES:
+            yield Problem(f"{path}.{name}", f"is no setting{nearest(name, SETTING_TYPES)}")
             continue
         for value in allowed if isinstance(allowed, list) and name != "target_modules" else [allowed]:
             try:
-                TypeAdapter(_SETTING_TYPES[name]).validate_python(value)
+                SETTINGS[name].validate_python(value)
             except ValidationError as error:
                 sentences = " or ".join(_sentence(d, ()) for d in error.errors(include_url=False))
                 yield Problem(f"{path}.{name}", f"can never hold: {sentences}")
@@ -305,7 +307,7 @@ def _problems_of_condition(condition: Mapping[str, Any], path: str) -> Iterator[
 def _problems_of_range(name: str, domain: Range, algorithm: str) -> Iterator[Problem]:
     kind = next(key for key in type(domain).model_fields if key != "when")
     low, high = getattr(domain, kind)
-    numbers = {hint for hint in (int, float) if _admits(_SETTING_TYPES[name], hint)}
+    numbers = {hint for hint in (int, float) if _admits(SETTING_TYPES[name], hint)}
     if algorithm == "grid":
         yield Problem(
             f"space.{name}", "is a range, which a grid cannot walk: list its values, or search.algorithm: random"
@@ -318,7 +320,7 @@ def _problems_of_range(name: str, domain: Range, algorithm: str) -> Iterator[Pro
         yield Problem(f"space.{name}.{kind}", "is a whole number: use int or log_int")
     for bound in (low, high):
         try:
-            TypeAdapter(_SETTING_TYPES[name]).validate_python(bound)
+            SETTINGS[name].validate_python(bound)
         except ValidationError as error:
             yield Problem(f"space.{name}.{kind}", _sentence(error.errors(include_url=False)[0], ()))
 

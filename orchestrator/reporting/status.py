@@ -28,8 +28,9 @@ def render_status(folder: SweepFolder, now_s: float | None = None) -> str:
     now_s = time.time() if now_s is None else now_s
     counts = Counter(trial.status for trial in sweep.trials)
     told = ", ".join(f"{counts[status]} {status.value.replace('_', ' ')}" for status in TrialStatus if counts[status])
-    lines = [f"{sweep.name}: {len(sweep.trials)} trials: {told}", _best(sweep), _time(sweep, folder, now_s)]
-    running = "running" if is_at_work(folder) else "was running"
+    at_work = is_at_work(folder)
+    lines = [f"{sweep.name}: {len(sweep.trials)} trials: {told}", _best(sweep), _time(sweep, folder, now_s, at_work)]
+    running = "running" if at_work else "was running"
     lines += [f"{running}: {_named(sweep, trial)}, step {trial.steps}" for trial in _with(sweep, TrialStatus.RUNNING)]
     trouble = [trial for trial in sweep.trials if trial.status in TROUBLE]
     lines += [_trouble(sweep, trial) for trial in trouble[-MAX_REASONS:]]
@@ -60,14 +61,14 @@ def _best(sweep: SweepResult) -> str:
     return f"best so far: {sweep.objective_metric} {value}, {_named(sweep, trial)}, {trial.status.value}"
 
 
-def _time(sweep: SweepResult, folder: SweepFolder, now_s: float) -> str:
+def _time(sweep: SweepResult, folder: SweepFolder, now_s: float, at_work: bool) -> str:
     if sweep.started_ms is None:
         return "time: not started"
     if sweep.ended_ms:
         gone = quantities.duration((sweep.ended_ms - sweep.started_ms) / 1000)
         again = ", interrupted: run the same command again to go on" if sweep.interrupted else ""
         return f"time: ended after {gone}{again}"
-    if not is_at_work(folder):
+    if not at_work:
         return "time: not ended, and no run is at work here: run the same command again to go on"
     gone_s = now_s - sweep.started_ms / 1000
     told = f"time: {quantities.duration(gone_s)} gone"

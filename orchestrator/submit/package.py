@@ -12,7 +12,7 @@ from pathlib import Path
 import orchestrator
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.errors import InputError
-from orchestrator.training import data_rows, model_source
+from orchestrator.training import data_rows, inputs, model_source
 
 LIMIT_BYTES = 100 * 2**20
 """Ray keeps the package in the memory of its head and copies it to every node."""
@@ -100,15 +100,8 @@ def _local_sources(sweep: SweepConfig) -> Iterator[tuple[str, str, list[Path]]]:
     folder = Path(sweep.model)
     # A hub id is the cluster's to fetch: it may reach the hub where we do not.
     if folder.is_dir() or not model_source.is_hub_id(sweep.model):
-        _require_model(sweep)
+        inputs.find_model(sweep)
         yield "model", sweep.model, sorted(file for pattern in model_source.FILES for file in folder.glob(pattern))
-
-
-def _require_model(sweep: SweepConfig) -> None:
-    from orchestrator.planning.model_shape import shape_of
-    from orchestrator.planning.plan import require_targets
-
-    require_targets(sweep, shape_of(model_source.resolve(sweep.model).config))
 
 
 def is_the_clusters(source: str) -> bool:

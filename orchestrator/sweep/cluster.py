@@ -112,7 +112,11 @@ def _check_reachable(address: str) -> None:
 
 def nodes() -> tuple[Mapping[str, float], ...]:
     """What each living node has."""
-    return tuple(node["Resources"] for node in ray.nodes() if node["Alive"])
+    return tuple(node["Resources"] for node in _alive())
+
+
+def _alive() -> list[Mapping[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]
 
 
 def ask_every_node(look: Any, *arguments: Any) -> Iterator[tuple[Mapping[str, Any], Any]]:
@@ -122,8 +126,7 @@ def ask_every_node(look: Any, *arguments: Any) -> Iterator[tuple[Mapping[str, An
         probe.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
             *arguments
         ): node
-        for node in ray.nodes()
-        if node["Alive"]
+        for node in _alive()
     }
     ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=NODE_LIMIT_S)
     for task in ready:

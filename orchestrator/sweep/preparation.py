@@ -19,7 +19,8 @@ from orchestrator.planning.plan import SweepPlan, plan_sweep
 from orchestrator.results.storage import SweepFolder
 from orchestrator.sweep import cluster
 from orchestrator.sweep.worker import GroupShape
-from orchestrator.training import data, inputs, model_source
+from orchestrator.training import data, model_source
+from orchestrator.training.inputs import FoundModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,26 +40,27 @@ class Prepared:
     """The plan's own, for a configuration that has changed since."""
 
 
-def prepare(sweep: SweepConfig, folder: SweepFolder, address: str | None, say: Callable[[str], None]) -> Prepared:
-    """Check everything that can be checked, cheapest first, then fetch what the trials share.
+def prepare(
+    sweep: SweepConfig, model: FoundModel, folder: SweepFolder, address: str | None, say: Callable[[str], None]
+) -> Prepared:
+    """Check what needs the cluster, then fetch what the trials share.
 
     Raises:
-        InputError: model, data or resources cannot be used so.
+        InputError: weights, data or resources cannot be used so.
         ClusterUnreachableError: the cluster does not answer.
         StorageError: not all of its nodes see the folder.
     """
-    source, model_shape = inputs.look_at(sweep)
     address = cluster.address_of(address)
     say("starting Ray here" if address == cluster.LOCAL else f"joining the cluster at {address}")
     cluster.connect(address)
     cluster.require_shared(folder.root)
     hardware = cluster_hardware()
     sweep = sweep.on_hardware(has_gpus=hardware.device == "cuda")
-    plan = plan_sweep(sweep, model_shape, hardware)
+    plan = plan_sweep(sweep, model.shape, hardware)
     shape = GroupShape(plan.workers_per_trial, plan.gpus_per_worker, sweep.resources.cpus_per_worker)
     slots = slots_for(sweep, shape)
     say(f"model {sweep.model}")
-    model_folder = model_source.materialize(source)
+    model_folder = model_source.materialize(model.source)
     say(f"data {sweep.data.train}: reading and tokenising once for all trials")
     summary = data.prepare(sweep.data, model_folder, folder.data)
     say(f"data: {summary.train_rows} rows to train on, {summary.eval_rows} to evaluate on")
@@ -74,7 +76,7 @@ def prepare(sweep: SweepConfig, folder: SweepFolder, address: str | None, say: C
         summary.hash,
         "cuda_allocated" if hardware.device == "cuda" else "resident",
         share if 0 < share < 1 else None,
-        functools.partial(estimate_on, shape=model_shape, workers=shape.workers, hardware=hardware),
+        functools.partial(estimate_on, shape=model.shape, workers=shape.workers, hardware=hardware),
     )
 
 

@@ -57,14 +57,15 @@ def require_same_question(
     Raises:
         FolderError: with each difference.
     """
-    if changes := tuple(_changes(before, now, knows_hardware)):
+    if found := tuple(changes(before, now, knows_hardware)):
         raise FolderError(
-            f"{folder.root} holds a sweep of which the results could not be compared with these: {'; '.join(changes)}. "
+            f"{folder.root} holds a sweep of which the results could not be compared with these: {'; '.join(found)}. "
             "Give this one another --name"
         )
 
 
-def _changes(before: SweepConfig, now: SweepConfig, knows_hardware: bool) -> Iterator[str]:
+def changes(before: SweepConfig, now: SweepConfig, knows_hardware: bool) -> Iterator[str]:
+    """What makes the results of two sweep files incomparable."""
     for key in SAME_KEYS:
         old, new = getattr(before, key), getattr(now, key)
         if old != new:

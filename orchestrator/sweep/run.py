@@ -7,7 +7,7 @@ import functools
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,7 @@ from orchestrator.sweep.stopper import Stopper, signals_to
 from orchestrator.sweep.tracking import Tracker
 from orchestrator.sweep.trial import TrialOnWorkers
 from orchestrator.sweep.trial_queue import TrialQueue
+from orchestrator.training.inputs import FoundModel
 from orchestrator.training.task import TrialTask
 
 Isolation = Literal["warm", "fresh"]
@@ -61,8 +62,10 @@ class Outcome:
         return int(any(trial.status in (TrialStatus.FAILED, TrialStatus.PREEMPTED) for trial in self.sweep.trials))
 
 
-def run(sweep: SweepConfig, address: str | None, isolation: Isolation, say: Callable[[str], None]) -> Outcome:
-    """Run a sweep, or go on with it where its folder has a part already.
+def run(
+    sweep: SweepConfig, model: FoundModel, address: str | None, isolation: Isolation, say: Callable[[str], None]
+) -> Outcome:
+    """Run a sweep, or go on with it where its folder has a part already; `model` is the sweep's, as `inputs` found it.
 
     Raises:
         InputError: it cannot be run as it is written; nothing was started.
@@ -76,7 +79,7 @@ def run(sweep: SweepConfig, address: str | None, isolation: Isolation, say: Call
         if earlier:
             require_same_question(folder, earlier.sweep, sweep)
         try:
-            prepared = prepare(sweep, folder, address, say)
+            prepared = prepare(sweep, model, folder, address, say)
             return _run_prepared(prepared, folder, earlier, isolation, say)
         finally:
             cluster.disconnect()
@@ -239,12 +242,7 @@ def _tune(
     board: Any,
     isolation: Isolation,
 ) -> None:
-    automatic = frozenset(t.trial_id for t in prepared.sweep.trials() if t.config.micro_batch_size == "auto")
-    tasks = {
-        record.trial_id: _task(record, prepared, folder, halves_micro_batch=record.trial_id in automatic)
-        for record in recorder.records.values()
-        if record.status is TrialStatus.PENDING
-    }
+    tasks = _tasks(prepared, folder, recorder.records.values())
     if not tasks:
         return
     # Tune's own state is a cache that we never restore: what had ended is known from our records.
@@ -264,7 +262,6 @@ def _tune(
         lambda config: prepared.estimate(config).device_bytes,
         prepared.plan.worker_memory_bytes,
         prepared.shape.workers,
-        automatic,
     )
     tuner = tune.Tuner(
         tune.with_resources(trainable, SLOT),
@@ -297,6 +294,16 @@ def _run_config(folder: SweepFolder, callbacks: list[tune.Callback], stopper: St
         checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         failure_config=tune.FailureConfig(max_failures=2),
     )
+
+
+def _tasks(prepared: Prepared, folder: SweepFolder, records: Iterable[TrialResult]) -> dict[str, TrialTask]:
+    """Of the trials that wait."""
+    automatic = {trial.trial_id for trial in prepared.sweep.trials() if trial.config.micro_batch_size == "auto"}
+    return {
+        record.trial_id: _task(record, prepared, folder, halves_micro_batch=record.trial_id in automatic)
+        for record in records
+        if record.status is TrialStatus.PENDING
+    }
 
 
 def _task(record: TrialResult, prepared: Prepared, folder: SweepFolder, *, halves_micro_batch: bool) -> TrialTask:

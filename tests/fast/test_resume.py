@@ -12,7 +12,7 @@ from orchestrator.config.sweep_file import to_yaml
 from orchestrator.errors import FolderError
 from orchestrator.results.records import TrialStatus
 from orchestrator.results.storage import SweepFolder, write_atomically
-from orchestrator.sweep.resume import kept, read_earlier, require_same_question
+from orchestrator.sweep.resume import changes, kept, read_earlier, require_same_question
 from tests.made_up_sweep import simulated, write_made_up
 
 BASE: dict[str, Any] = {
@@ -64,6 +64,7 @@ def test_a_change_after_which_results_cannot_be_compared_is_refused_with_the_dif
     ids=str,
 )
 def test_a_change_of_what_is_searched_or_spent_goes_on(keys: dict[str, Any]) -> None:
+    assert list(changes(sweep(), sweep(**keys), knows_hardware=False)) == []
     require_same_question(FOLDER, sweep(), sweep(**keys))
 
 
