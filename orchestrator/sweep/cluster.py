@@ -82,13 +82,19 @@ def connect(address: str | None) -> None:
             include_dashboard=False if address == LOCAL else None,
             runtime_env=None if address == LOCAL else {"env_vars": told},
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:
+        # Ray has no type of its own for this; a raylet that takes over 30 s is a bare Exception (ray 2.60.0, node.py).
         raise not_joined(address, str(error)) from error
 
 
 def not_joined(address: str, why: str) -> ClusterUnreachableError:
     """Why a cluster was not joined, out of Ray's words."""
     why = " ".join(why.split())
+    if address == LOCAL:
+        return ClusterUnreachableError(
+            f"Ray did not start on this machine ({why}): run the same command again when it is less busy, and see "
+            "Ray's logs in /tmp/ray/session_latest/logs"
+        )
     if why.startswith("Version mismatch"):
         # Ray's words, with both versions in them (ray 2.60.0, ray/_private/utils.py).
         mend = "take the cluster's versions here, or use `orchestrator submit`, whose driver runs on the cluster's own"
@@ -199,10 +205,22 @@ def disconnect() -> None:
 
 
 def start_switchboard() -> Any:
-    """The sweep's switchboard, on the driver's node, so that it lives as long as the driver."""
+    """The sweep's switchboard."""
     from orchestrator.sweep.switchboard import Switchboard
 
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     # Every group waits here with several calls at a time.
-    actor: Any = ray.remote(Switchboard)
-    return actor.options(num_cpus=0, max_concurrency=10_000, scheduling_strategy=here).remote()
+    return _beside_the_driver(Switchboard).remote()
+
+
+def start_groups(board: Any, shape: GroupShape, model: str, storage: Path) -> Any:
+    """The sweep's worker groups, none of them started yet."""
+    from orchestrator.sweep.worker_group import WorkerGroups
+
+    return _beside_the_driver(WorkerGroups).remote(board, shape, model, str(storage))
+
+
+def _beside_the_driver(actor: type) -> Any:
+    """On the driver's node, so that it lives as long as the driver; a slot or worker may wait in each of its calls."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    remote: Any = ray.remote(actor)
+    return remote.options(num_cpus=0, max_concurrency=10_000, scheduling_strategy=here)

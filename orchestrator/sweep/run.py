@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import ray
 from filelock import FileLock, Timeout
 from ray import tune
 
@@ -247,13 +248,14 @@ def _tune(
         return
     # Tune's own state is a cache that we never restore: what had ended is known from our records.
     shutil.rmtree(folder.tune, ignore_errors=True)
+    groups = cluster.start_groups(board, prepared.shape, prepared.sweep.model, folder.tune / "worker_groups")
+    groups.start_ahead.remote(min(prepared.slots, len(tasks)))
     trainable = tune.with_parameters(
         TrialOnWorkers,
         board=board,
+        groups=groups,
         tasks=tasks,
-        shape=prepared.shape,
-        model=prepared.sweep.model,
-        storage=str(folder.tune / "worker_groups"),
+        workers=prepared.shape.workers,
         keeps_group=isolation == "warm",
     )
     queue = TrialQueue(
@@ -277,6 +279,7 @@ def _tune(
         run_config=_run_config(folder, callbacks, stopper),
     )
     tuner.fit()
+    ray.get(groups.close_all.remote())
 
 
 def _name(trial: Any) -> str:
