@@ -80,7 +80,8 @@ def run(
         if earlier:
             require_same_question(folder, earlier.sweep, sweep)
         try:
-            prepared = prepare(sweep, model, folder, address, say)
+            ended = {name for name, trial in earlier.trials.items() if trial.status.is_final} if earlier else ()
+            prepared = prepare(sweep, model, folder, address, ended, say)
             return _run_prepared(prepared, folder, earlier, isolation, say)
         finally:
             cluster.disconnect()
@@ -138,20 +139,19 @@ def _run_prepared(
     for record in records.values():
         write_result(folder, record)
     write_sweep(folder, result)
-    board = cluster.start_switchboard()
     label = _labeller(result)
     progress = Progress(folder, records.values(), label, sweep.objective.metric, sweep.objective.mode, prepared.slots)
     listeners = (tracker.track, progress)
     predicted = functools.partial(_recorded_bytes, prepared)
-    recorder = Recorder(folder, records, started_at, board, describe(sweep), predicted, listeners)
+    recorder = Recorder(folder, records, started_at, prepared.board, describe(sweep), predicted, listeners)
     gpus = prepared.shape.workers * prepared.shape.gpus_per_worker
-    stopper = Stopper(board, sweep.budget, lambda: recorder.trial_seconds() * gpus / 3600)
+    stopper = Stopper(prepared.board, sweep.budget, lambda: recorder.trial_seconds() * gpus / 3600)
     for record in records.values():
         if record.mlflow_run_id is None and record.status is not TrialStatus.PENDING:
             tracker.track(record)
     _say_start(records, prepared, say)
     with progress, signals_to(stopper):
-        _tune(prepared, folder, recorder, [recorder, progress], stopper, board, isolation)
+        _tune(prepared, folder, recorder, [recorder, progress], stopper, isolation)
     recorder.cancel_rest(stopper.reason or "the sweep ended before it: run the same command again")
     return _finish(result, recorder, tracker, folder, stopper, say)
 
@@ -240,20 +240,15 @@ def _tune(
     recorder: Recorder,
     callbacks: list[tune.Callback],
     stopper: Stopper,
-    board: Any,
     isolation: Isolation,
 ) -> None:
     tasks = _tasks(prepared, folder, recorder.records.values())
     if not tasks:
         return
-    # Tune's own state is a cache that we never restore: what had ended is known from our records.
-    shutil.rmtree(folder.tune, ignore_errors=True)
-    groups = cluster.start_groups(board, prepared.shape, prepared.sweep.model, folder.tune / "worker_groups")
-    groups.start_ahead.remote(min(prepared.slots, len(tasks)))
     trainable = tune.with_parameters(
         TrialOnWorkers,
-        board=board,
-        groups=groups,
+        board=prepared.board,
+        groups=prepared.groups,
         tasks=tasks,
         workers=prepared.shape.workers,
         keeps_group=isolation == "warm",
@@ -279,7 +274,7 @@ def _tune(
         run_config=_run_config(folder, callbacks, stopper),
     )
     tuner.fit()
-    ray.get(groups.close_all.remote())
+    ray.get(prepared.groups.close_all.remote())
 
 
 def _name(trial: Any) -> str:
