@@ -24,7 +24,7 @@ from orchestrator.reporting.statistics import (
     times_of,
 )
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
-from orchestrator.results.storage import DamagedRecord, SweepFolder, read_sweep
+from orchestrator.results.storage import DamagedRecord, SweepFolder, read_record, read_sweep
 
 _CREDENTIALS = re.compile(r"(?<=//)[^/@\s]+@")
 """A report is shared: `https://user:password@host` in a sweep file must not be."""
@@ -123,7 +123,7 @@ def _with_plateau(recommendation: Recommendation, levels: Mapping[str, Plateau])
 
 def _sweep_file(folder: SweepFolder) -> str | None:
     try:
-        return without_credentials(folder.sweep_file.read_text(encoding="utf-8"))
+        return without_credentials(read_record(folder.sweep_file).decode())
     except (OSError, UnicodeDecodeError):
         return None
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import os
+import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
@@ -60,11 +63,12 @@ class TrialFolder:
     def read_metrics_from(self, offset_bytes: int) -> tuple[tuple[MetricPoint, ...], int]:
         """The points after `offset_bytes`, and where to read on; from the start where the file began anew."""
         try:
-            with self.metrics.open("rb") as file:
+            with opened(self.metrics) as file:
                 size = file.seek(0, os.SEEK_END)
                 start = file.seek(offset_bytes if offset_bytes <= size else 0)
                 whole, newline, _ = file.read().rpartition(b"\n")
-        except (FileNotFoundError, IsADirectoryError):
+        except OSError:
+            # Gone, a folder, a circle of links: `read_trial_results` names it.
             return (), 0
         points = []
         for line in whole.splitlines():
@@ -143,13 +147,38 @@ class DamagedRecord:
     why: str
 
 
+@contextmanager
+def opened(file: Path) -> Iterator[BinaryIO]:
+    """The file, open for reading, and nothing that never ends: a pipe, a device.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file.
+    """
+    # To open a pipe would wait for whoever writes to it.
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
+    with open(descriptor, "rb") as stream:  # noqa: PTH123
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(file))
+        yield stream
+
+
+def read_record(file: Path) -> bytes:
+    """All of a file.
+
+    Raises:
+        OSError: as `opened`.
+    """
+    with opened(file) as stream:
+        return stream.read()
+
+
 def read_trial_results(folder: SweepFolder) -> tuple[dict[str, TrialResult], tuple[DamagedRecord, ...]]:
     """Every trial's record from its own file; damaged ones are named, never skipped in silence."""
     results: dict[str, TrialResult] = {}
     damaged = []
     for trial in folder.trials():
         try:
-            record = TrialResult.model_validate(upgrade(from_json(trial.result.read_bytes())))
+            record = TrialResult.model_validate(upgrade(from_json(read_record(trial.result))))
             if record.trial_id != trial.root.name:
                 raise ValueError(f"it is the record of trial {record.trial_id}")
             results[trial.root.name] = record
@@ -169,7 +198,7 @@ def read_sweep(folder: SweepFolder) -> tuple[SweepResult, tuple[DamagedRecord, .
         FolderError: the folder holds no sweep.
     """
     try:
-        sweep = SweepResult.model_validate(upgrade(from_json(folder.results_json.read_bytes())))
+        sweep = SweepResult.model_validate(upgrade(from_json(read_record(folder.results_json))))
     except FileNotFoundError as error:
         raise FolderError(f"{folder.root} holds no sweep: name a folder that `orchestrator run` made") from error
     except (OSError, ValueError, RecursionError) as error:

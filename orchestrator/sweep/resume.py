@@ -39,6 +39,8 @@ def read_earlier(folder: SweepFolder) -> Earlier | None:
                 "file back, or give this sweep another --name"
             )
         return None
+    if not folder.sweep_file.is_file():
+        raise FolderError(f"{folder.sweep_file} is no file: put it back, or give this sweep another --name")
     try:
         result = read_sweep(folder)[0]
     except FolderError:
