@@ -21,6 +21,7 @@ from typing import Annotated, Any
 import typer
 
 from orchestrator.errors import DataError, OrchestratorError, StorageError, cut, printable
+from orchestrator.results.provenance import without_secret
 
 app = typer.Typer(
     name="orchestrator",
@@ -63,7 +64,7 @@ BUG_EXIT_CODE = 70
 
 
 def _say(text: str) -> None:
-    print(printable(text), file=sys.stderr, flush=True)
+    print(printable(without_secret(text)), file=sys.stderr, flush=True)
 
 
 def _show(text: str) -> None:

@@ -132,8 +132,9 @@ class SweepFolder:
     def trials(self) -> Iterator[TrialFolder]:
         """Every trial's folder, by name."""
         try:
-            names = sorted(entry.name for entry in os.scandir(self.root / "trials") if not entry.is_file())
-        except (FileNotFoundError, NotADirectoryError):
+            names = sorted(path.name for path in (self.root / "trials").iterdir() if not path.is_file())
+        except OSError:
+            # None yet, or no folder.
             return
         for name in names:
             yield self.trial(name)

@@ -11,6 +11,7 @@ import ray
 from ray import tune
 
 from orchestrator.config.trial_config import TrialConfig
+from orchestrator.results.provenance import without_secret
 from orchestrator.results.records import PeakMemory, Timing, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder, write_result
 from orchestrator.training.task import TrialProgress
@@ -97,6 +98,8 @@ class Recorder(tune.Callback):
 
     def save(self, record: TrialResult) -> None:
         """Keep a record, on disk first."""
+        hidden = {"reason": record.reason and without_secret(record.reason), "notes": _each(record.notes)}
+        record = record.model_copy(update=hidden)
         write_result(self._folder, record)
         self.records[record.trial_id] = record
         for listener in self._listeners:
@@ -161,6 +164,10 @@ class Recorder(tune.Callback):
             total_s = time.time() - launched_at
             update["timing"] = record.timing.model_copy(update={"total_s": total_s})
         return record.model_copy(update=update)
+
+
+def _each(notes: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(without_secret(note) for note in notes)
 
 
 def _last_line(trial: Any) -> str:

@@ -132,7 +132,7 @@ def _run_prepared(
     result = _sweep_result(prepared, earlier, records, started_at)
     tracker = Tracker(sweep, result.sweep_id, folder)
     result = result.model_copy(update={"mlflow_run_id": tracker.parent_run_id})
-    write_atomically(folder.sweep_file, to_yaml(sweep))
+    write_atomically(folder.sweep_file, provenance.without_secret(to_yaml(sweep)))
     write_atomically(folder.plan, prepared.plan.model_dump_json(indent=1) + "\n")
     for record in records.values():
         write_result(folder, record)
