@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import os
@@ -85,22 +86,27 @@ class TrialFolder:
         """The curve so far; a last line that is still being written is left out."""
         return self.read_metrics_from(0)[0]
 
-    def read_metrics_from(self, offset_bytes: int) -> tuple[tuple[MetricPoint, ...], int]:
-        """The points after `offset_bytes`, and where to read on; from the start where the file began anew."""
+    def read_metrics_from(self, offset_bytes: int, last_step: int | None = None) -> tuple[tuple[MetricPoint, ...], int]:
+        """The points after `offset_bytes`, and where to read on; from the start where the file began anew.
+
+        last_step: later points are left for another time.
+        """
         try:
             with self.metrics.open("rb") as file:
                 size = file.seek(0, os.SEEK_END)
-                start = file.seek(offset_bytes if offset_bytes <= size else 0)
-                whole, newline, _ = file.read().rpartition(b"\n")
+                end = file.seek(offset_bytes if offset_bytes <= size else 0)
+                *lines, _ = file.read().split(b"\n")
         except (FileNotFoundError, IsADirectoryError):
             return (), 0
         points = []
-        for line in whole.splitlines():
-            try:
-                points.append(MetricPoint.model_validate_json(line))
-            except ValidationError:
-                continue
-        return tuple(points), start + len(whole) + len(newline)
+        for line in lines:
+            with contextlib.suppress(ValidationError):
+                point = MetricPoint.model_validate_json(line)
+                if last_step is not None and point.step > last_step:
+                    break
+                points.append(point)
+            end += len(line) + 1
+        return tuple(points), end
 
     def curve_bytes(self, steps: int) -> int | None:
         """How long metrics.jsonl was after so many steps; None where it does not hold each of them in a line."""
@@ -157,6 +163,11 @@ class SweepFolder:
     def lock(self) -> Path:
         """Held by the run that is at work here."""
         return self.root / ".lock"
+
+    @property
+    def lease(self) -> Path:
+        """Renewed by the run that is at work here, for other hosts to see."""
+        return self.root / ".lease"
 
     @property
     def tune(self) -> Path:
