@@ -28,7 +28,7 @@ from orchestrator.sweep.progress import Progress
 from orchestrator.sweep.recorder import Recorder
 from orchestrator.sweep.resume import Earlier, gone_on_with, kept, read_earlier, require_same_question
 from orchestrator.sweep.scheduler import describe, make_scheduler
-from orchestrator.sweep.stopper import Stopper, signals_to
+from orchestrator.sweep.stopper import Stopper, signals_to, sigterm_like_ctrl_c
 from orchestrator.sweep.tracking import Tracker
 from orchestrator.sweep.trial import TrialOnWorkers
 from orchestrator.sweep.trial_queue import TrialQueue
@@ -73,7 +73,7 @@ def run(
     if cluster.runs_in_a_job():
         sweep = _lasting(sweep)
     folder = SweepFolder(sweep.folder.absolute())
-    with only_one(folder):
+    with only_one(folder), sigterm_like_ctrl_c():
         earlier = read_earlier(folder)
         if earlier:
             require_same_question(folder, earlier.sweep, sweep)
