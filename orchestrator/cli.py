@@ -87,7 +87,7 @@ def _told_errors() -> Iterator[None]:
         _say(f"error: {str(error.filename)[:100]}… is longer than a path can be: shorten it")
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
-        _say("interrupted before anything was started")
+        _say("interrupted: run the same command again")
         raise typer.Exit(130) from error
     except BrokenPipeError as error:
         # The reader of our output went away, as `head` does: nothing is wrong.

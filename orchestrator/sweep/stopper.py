@@ -54,7 +54,7 @@ class Stopper(tune.Stopper):
 
 @contextmanager
 def sigterm_like_ctrl_c() -> Iterator[None]:
-    """Before the first trial and after the last one SIGTERM raises KeyboardInterrupt, so that all is closed by itself."""
+    """Before the first trial and after the last one SIGTERM raises KeyboardInterrupt: what is open is closed."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
