@@ -92,7 +92,7 @@ def _told_errors() -> Iterator[None]:
         _say(f"error: {error}")
         raise typer.Exit(error.exit_code) from error
     except KeyboardInterrupt as error:
-        _say("interrupted before anything was started")
+        _say("interrupted: run the same command again")
         raise typer.Exit(130) from error
     except BrokenPipeError as error:
         # The reader of our output went away, as `head` does: nothing is wrong.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import errno
 import io
 import os
+import re
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +22,8 @@ from pydantic_core import from_json
 
 from orchestrator.errors import FolderError, StorageError
 from orchestrator.results.records import MetricPoint, SweepResult, TrialResult, upgrade
+
+_CHECKPOINT = re.compile(r"\.?checkpoint-([1-9][0-9]{0,17})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,27 +61,70 @@ class TrialFolder:
         """Worker 0 has log.txt; the others have files of their own beside it."""
         return self.log if rank == 0 else self.root / f"log-worker{rank}.txt"
 
+    def checkpoint(self, step: int) -> Path:
+        """The state of all workers after a step, whole; there while the trial has not ended."""
+        return self.root / f"checkpoint-{step}"
+
+    def partial_checkpoint(self, step: int) -> Path:
+        """One that is being written."""
+        return self.root / f".checkpoint-{step}"
+
+    def checkpoint_steps(self) -> list[int]:
+        """Of the whole ones, in their order."""
+        return sorted(int(name.rpartition("-")[2]) for name in self._checkpoints() if not name.startswith("."))
+
+    def forget_checkpoints(self, but: int | None = None) -> None:
+        """Remove them, half written ones too; the one after step `but` stays."""
+        for name in self._checkpoints():
+            if but is None or name != self.checkpoint(but).name:
+                shutil.rmtree(self.root / name, ignore_errors=True)
+
+    def _checkpoints(self) -> list[str]:
+        try:
+            return [entry.name for entry in os.scandir(self.root) if _CHECKPOINT.fullmatch(entry.name)]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
     def read_metrics(self) -> tuple[MetricPoint, ...]:
         """The curve so far; a last line that is still being written is left out."""
         return self.read_metrics_from(0)[0]
 
-    def read_metrics_from(self, offset_bytes: int) -> tuple[tuple[MetricPoint, ...], int]:
-        """The points after `offset_bytes`, and where to read on; from the start where the file began anew."""
+    def read_metrics_from(self, offset_bytes: int, last_step: int | None = None) -> tuple[tuple[MetricPoint, ...], int]:
+        """The points after `offset_bytes`, and where to read on; from the start where the file began anew.
+
+        last_step: later points are left for another time.
+        """
         try:
             with opened(self.metrics) as file:
                 size = file.seek(0, os.SEEK_END)
-                start = file.seek(offset_bytes if offset_bytes <= size else 0)
-                whole, newline, _ = file.read().rpartition(b"\n")
+                end = file.seek(offset_bytes if offset_bytes <= size else 0)
+                *lines, _ = file.read().split(b"\n")
         except OSError:
             # Gone, a folder, a circle of links: `read_trial_results` names it.
             return (), 0
         points = []
-        for line in whole.splitlines():
-            try:
-                points.append(MetricPoint.model_validate_json(line))
-            except ValidationError:
-                continue
-        return tuple(points), start + len(whole) + len(newline)
+        for line in lines:
+            with contextlib.suppress(ValidationError):
+                point = MetricPoint.model_validate_json(line)
+                if last_step is not None and point.step > last_step:
+                    break
+                points.append(point)
+            end += len(line) + 1
+        return tuple(points), end
+
+    def curve_bytes(self, steps: int) -> int | None:
+        """How long metrics.jsonl was after so many steps; None where it does not hold each of them in a line."""
+        length = 0
+        try:
+            with opened(self.metrics) as file:
+                for step in range(1, steps + 1):
+                    line = file.readline()
+                    if not line.endswith(b"\n") or MetricPoint.model_validate_json(line).step != step:
+                        return None
+                    length += len(line)
+        except (OSError, ValidationError):
+            return None
+        return length
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +167,11 @@ class SweepFolder:
     def lock(self) -> Path:
         """Held by the run that is at work here."""
         return self.root / ".lock"
+
+    @property
+    def lease(self) -> Path:
+        """Renewed by the run that is at work here, for other hosts to see."""
+        return self.root / ".lease"
 
     @property
     def tune(self) -> Path:
@@ -241,8 +294,11 @@ def write_sweep(folder: SweepFolder, sweep: SweepResult) -> None:
 
 
 def write_result(folder: SweepFolder, result: TrialResult) -> None:
-    """Write a trial's result.json."""
-    write_atomically(folder.trial(result.trial_id).result, result.model_dump_json(indent=1) + "\n")
+    """Write a trial's result.json; a trial that has ended needs no checkpoint any more."""
+    trial = folder.trial(result.trial_id)
+    write_atomically(trial.result, result.model_dump_json(indent=1) + "\n")
+    if result.status.is_final:
+        trial.forget_checkpoints()
 
 
 def results_table(sweep: SweepResult) -> str:
@@ -299,3 +355,12 @@ def write_atomically(path: Path, text: str) -> None:
         raise StorageError(
             f"cannot write {path} ({error}): free some space there, or name another --storage"
         ) from error
+
+
+def sync_folder(path: Path) -> None:
+    """Let a file's new name outlast a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

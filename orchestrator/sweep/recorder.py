@@ -91,10 +91,10 @@ class Recorder(tune.Callback):
 
     def trial_seconds(self) -> float:
         """Seconds that trials have held their resources: all that ended, in earlier runs too, and those at work."""
-        ended = sum(record.timing.total_s for record in self.records.values())
+        before = sum(record.timing.total_s for record in self.records.values())
         at_work = [i for i, record in self.records.items() if record.status is TrialStatus.RUNNING]
         now = time.time()
-        return ended + sum(now - self._launched_at.get(trial_id, now) for trial_id in at_work)
+        return before + sum(now - self._launched_at.get(trial_id, now) for trial_id in at_work)
 
     def save(self, record: TrialResult) -> None:
         """Keep a record, on disk first."""
@@ -145,7 +145,12 @@ class Recorder(tune.Callback):
                     kind=progress.memory_kind,
                 ),
                 "timing": timing.model_copy(
-                    update={"startup_s": startup_s, "queued_s": max(0.0, launched_at - self._started_at)}
+                    update={
+                        "startup_s": startup_s,
+                        "queued_s": max(0.0, launched_at - self._started_at),
+                        # Of the runs before this one, until the trial has ended.
+                        "total_s": record.timing.total_s,
+                    }
                 ),
                 "hosts": (progress.host,),
                 "devices": (progress.device,),
@@ -161,7 +166,7 @@ class Recorder(tune.Callback):
         if points and launched_at:
             update |= {"last": points[-1], "steps": points[-1].step, "tokens": points[-1].tokens}
         if launched_at:
-            total_s = time.time() - launched_at
+            total_s = record.timing.total_s + time.time() - launched_at
             update["timing"] = record.timing.model_copy(update={"total_s": total_s})
         return record.model_copy(update=update)
 
