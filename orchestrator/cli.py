@@ -10,6 +10,7 @@ import functools
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -19,7 +20,8 @@ from typing import Annotated, Any
 
 import typer
 
-from orchestrator.errors import DataError, OrchestratorError, StorageError
+from orchestrator.errors import DataError, OrchestratorError, StorageError, cut, printable
+from orchestrator.results.provenance import without_secret
 
 app = typer.Typer(
     name="orchestrator",
@@ -57,11 +59,19 @@ def main() -> None:
     app()
 
 
+BUG_EXIT_CODE = 70
+"""EX_SOFTWARE of sysexits.h: not 1, which says that trials failed."""
+
+
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(printable(without_secret(text)), file=sys.stderr, flush=True)
 
 
-def _show(text: str, end: str = "\n") -> None:
+def _show(text: str) -> None:
+    _write(printable(text))
+
+
+def _write(text: str, end: str = "\n") -> None:
     try:
         print(text, end=end, flush=True)
     except BrokenPipeError:
@@ -74,25 +84,29 @@ def _show(text: str, end: str = "\n") -> None:
 
 @contextmanager
 def _told_errors() -> Iterator[None]:
-    """Errors of ours end with their message and exit code; all others are bugs and keep their traceback."""
+    """Errors of ours end with their message and exit code; all others are bugs, with a code and their traceback."""
     logging.basicConfig(level=os.environ.get("ORCHESTRATOR_LOG", "WARNING"), stream=sys.stderr)
     try:
         yield
     except OrchestratorError as error:
         _say(f"error: {error}")
         raise typer.Exit(error.exit_code) from error
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
-            raise
-        _say(f"error: {str(error.filename)[:100]}… is longer than a path can be: shorten it")
-        raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
-        _say("interrupted before anything was started")
+        _say("interrupted: run the same command again")
         raise typer.Exit(130) from error
     except BrokenPipeError as error:
         # The reader of our output went away, as `head` does: nothing is wrong.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(0) from error
+    except typer.Exit:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            _say(f"error: {cut(str(error.filename))} is longer than a path can be: shorten it")
+            raise typer.Exit(2) from error
+        story = "".join(traceback.format_exception(error))
+        _say(f"{story}error: this is a bug of orchestrator: report it with what stands above")
+        raise typer.Exit(BUG_EXIT_CODE) from error
 
 
 def _all_overrides(overrides: list[str] | None, name: str | None, storage: str | None) -> list[str]:
@@ -192,7 +206,7 @@ def submit(
 
         server, job_id = jobs.submit(config, text, address, isolation.value, install=install, say=_say)
         if follow:
-            raise typer.Exit(jobs.follow(server, job_id, functools.partial(_show, end=""), _say))
+            raise typer.Exit(jobs.follow(server, job_id, functools.partial(_write, end=""), _say))
         _show(job_id)
         _say("follow it: the same command with --follow")
         _say(f"stop it:   ray job stop {job_id} --address {server.shown_address}")
@@ -249,7 +263,7 @@ def estimate() -> None:
         from orchestrator.training import model_source
 
         config_of: Callable[[str], Any] = lambda model: model_source.resolve(model).config  # noqa: E731
-        for line in estimate_lines(sys.stdin or (), config_of):
+        for line in estimate_lines(sys.stdin.buffer if sys.stdin else (), config_of):
             _show(line)
 
 

@@ -255,7 +255,9 @@ def sample(
                 settings[name] = rng.choice(domain.choice) if isinstance(domain, Choice) else domain.sample(rng)
         return settings
 
-    # A small space runs out of new configurations: after 100 draws in vain for each one wanted there are no more.
+    # A small space runs out of new configurations: after 100 draws for each one that it has there are no more.
+    if all(isinstance(domain, Choice) for domain in space.values()):
+        count = min(count, math.prod(len(domain.choice) for domain in space.values() if isinstance(domain, Choice)))
     draws = (draw() for _ in range(count * 100))
     return tuple(itertools.islice(_distinct(draws, exclude), count))
 

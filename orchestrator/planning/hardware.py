@@ -14,7 +14,7 @@ from typing import Literal
 
 import psutil
 
-from orchestrator.errors import InputError
+from orchestrator.errors import InputError, shown
 
 GIB = 2**30
 CGROUP = Path("/sys/fs/cgroup")
@@ -135,11 +135,11 @@ def parse_memory(text: str) -> int:
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|B?)\s*", text)
     if not found or float(found[1]) <= 0:
-        raise InputError(f"{text!r} is no size of memory: write it as 80GiB")
+        raise InputError(f"{shown(text)} is no size of memory: write it as 80GiB")
     power = " KMGT".index(found[2][0]) if found[2] not in ("", "B") else 0
     size = float(found[1]) * (1024 if "i" in found[2] else 1000) ** power
     if not 1 <= size <= LARGEST_MEMORY:
-        raise InputError(f"{text!r} is no memory that a GPU has: write it as 80GiB")
+        raise InputError(f"{shown(text)} is no memory that a GPU has: write it as 80GiB")
     return int(size)
 
 

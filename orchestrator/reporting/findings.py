@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -23,10 +22,10 @@ from orchestrator.reporting.statistics import (
     summaries,
     times_of,
 )
+from orchestrator.results.provenance import without_secret
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
-from orchestrator.results.storage import DamagedRecord, SweepFolder, read_sweep
+from orchestrator.results.storage import DamagedRecord, SweepFolder, read_record, read_sweep
 
-_CREDENTIALS = re.compile(r"(?<=//)[^/@\s]+@")
 """A report is shared: `https://user:password@host` in a sweep file must not be."""
 
 
@@ -123,14 +122,9 @@ def _with_plateau(recommendation: Recommendation, levels: Mapping[str, Plateau])
 
 def _sweep_file(folder: SweepFolder) -> str | None:
     try:
-        return without_credentials(folder.sweep_file.read_text(encoding="utf-8"))
+        return without_secret(read_record(folder.sweep_file).decode())
     except (OSError, UnicodeDecodeError):
         return None
-
-
-def without_credentials(text: str) -> str:
-    """The text with the user and password of every address in it left out."""
-    return _CREDENTIALS.sub("…@", text)
 
 
 def trial_snippet(report: Report) -> str | None:
@@ -169,7 +163,7 @@ def reasons(report: Report) -> tuple[tuple[TrialStatus, str, tuple[str, ...]], .
     groups: dict[tuple[TrialStatus, str], list[str]] = {}
     for trial in report.sweep.trials:
         if trial.reason:
-            groups.setdefault((trial.status, without_credentials(trial.reason)), []).append(_name(report, trial))
+            groups.setdefault((trial.status, without_secret(trial.reason)), []).append(_name(report, trial))
     order = list(TrialStatus)
     ranked = sorted(groups.items(), key=lambda group: order.index(group[0][0]))
     return tuple((status, reason, tuple(dict.fromkeys(names))) for (status, reason), names in ranked)

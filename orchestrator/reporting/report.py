@@ -18,10 +18,10 @@ from orchestrator.reporting.findings import (
     objective_text,
     reasons,
     trial_snippet,
-    without_credentials,
 )
 from orchestrator.reporting.recommendation import RULE
 from orchestrator.reporting.statistics import label, objective_of, sign_of, spell
+from orchestrator.results.provenance import without_secret
 from orchestrator.results.records import TrialStatus
 
 __all__ = ["Report", "build", "render_html", "render_json", "render_text"]
@@ -157,7 +157,7 @@ def render_html(report: Report) -> str:
         "share": quantities.share,
         "spell": spell,
         "words": _words,
-        "shareable": without_credentials,
+        "shareable": without_secret,
     }
     return environment.get_template("report.html.jinja").render(_page(report))
 

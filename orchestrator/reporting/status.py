@@ -11,7 +11,7 @@ from typing import Any
 from orchestrator.reporting import quantities
 from orchestrator.reporting.statistics import best_trial, label, objective_of
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
-from orchestrator.results.storage import SweepFolder, is_at_work, read_sweep
+from orchestrator.results.storage import SweepFolder, is_at_work, read_record, read_sweep
 
 MAX_REASONS = 5
 OPEN = frozenset({TrialStatus.PENDING, TrialStatus.RUNNING})
@@ -98,7 +98,7 @@ def _left_s(sweep: SweepResult, planned_s: Mapping[str, float], gone_s: float) -
 def _planned_s(folder: SweepFolder) -> dict[str, float]:
     """Seconds that the plan gives each trial; nothing where there is no plan that can be read."""
     try:
-        trials = json.loads(folder.plan.read_bytes())["trials"]
+        trials = json.loads(read_record(folder.plan))["trials"]
         return {trial["trial_id"]: float(trial["seconds"]) for trial in trials if _is_known(trial.get("seconds"))}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}

@@ -128,7 +128,8 @@ class TrialResult(_Record):
     """Everything about one trial; written whole at every change of its status."""
 
     schema_version: Literal[1] = 1
-    trial_id: str
+    trial_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
+    """The name of its folder, and so never a path."""
     configuration_id: str
     """The same for all repeats of a configuration."""
     status: TrialStatus
@@ -151,7 +152,7 @@ class TrialResult(_Record):
     hosts: tuple[str, ...] = ()
     devices: tuple[str, ...] = ()
     mlflow_run_id: str | None = None
-    adapter: str | None = None
+    adapter: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")] | None = None
     """Folder of the best adapter, relative to the trial's own."""
     versions: dict[str, str] = {}
     git: GitState | None = None

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from orchestrator.errors import printable
 from orchestrator.results.records import MetricPoint, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder
 
@@ -87,7 +88,7 @@ class Progress(tune.Callback):
     def say(self, text: str) -> None:
         """One line."""
         self._said = time.monotonic()
-        self._console.print(Text(text), soft_wrap=True)
+        self._console.print(Text(printable(text)), soft_wrap=True)
 
     def _line(self, record: TrialResult) -> str:
         told = f"{record.trial_id}  {self._label(record)}  {record.status}"
@@ -111,7 +112,7 @@ class Progress(tune.Callback):
             text += f"\n{running}"
         if best := self._best():
             text += f"\nbest so far: {self._metric} {self._value(best.best):.4g}  {self._label(best)}"
-        return Text(text, style="bold")
+        return Text(printable(text), style="bold")
 
     def _left_s(self) -> float | None:
         """By the mean time of the trials that ended in this run."""

@@ -11,6 +11,7 @@ import ray
 from ray import tune
 
 from orchestrator.config.trial_config import TrialConfig
+from orchestrator.results.provenance import without_secret
 from orchestrator.results.records import PeakMemory, Timing, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder, write_result
 from orchestrator.training.task import TrialProgress
@@ -90,13 +91,15 @@ class Recorder(tune.Callback):
 
     def trial_seconds(self) -> float:
         """Seconds that trials have held their resources: all that ended, in earlier runs too, and those at work."""
-        ended = sum(record.timing.total_s for record in self.records.values())
+        before = sum(record.timing.total_s for record in self.records.values())
         at_work = [i for i, record in self.records.items() if record.status is TrialStatus.RUNNING]
         now = time.time()
-        return ended + sum(now - self._launched_at.get(trial_id, now) for trial_id in at_work)
+        return before + sum(now - self._launched_at.get(trial_id, now) for trial_id in at_work)
 
     def save(self, record: TrialResult) -> None:
         """Keep a record, on disk first."""
+        hidden = {"reason": record.reason and without_secret(record.reason), "notes": _each(record.notes)}
+        record = record.model_copy(update=hidden)
         write_result(self._folder, record)
         self.records[record.trial_id] = record
         for listener in self._listeners:
@@ -142,7 +145,12 @@ class Recorder(tune.Callback):
                     kind=progress.memory_kind,
                 ),
                 "timing": timing.model_copy(
-                    update={"startup_s": startup_s, "queued_s": max(0.0, launched_at - self._started_at)}
+                    update={
+                        "startup_s": startup_s,
+                        "queued_s": max(0.0, launched_at - self._started_at),
+                        # Of the runs before this one, until the trial has ended.
+                        "total_s": record.timing.total_s,
+                    }
                 ),
                 "hosts": (progress.host,),
                 "devices": (progress.device,),
@@ -158,9 +166,13 @@ class Recorder(tune.Callback):
         if points and launched_at:
             update |= {"last": points[-1], "steps": points[-1].step, "tokens": points[-1].tokens}
         if launched_at:
-            total_s = time.time() - launched_at
+            total_s = record.timing.total_s + time.time() - launched_at
             update["timing"] = record.timing.model_copy(update={"total_s": total_s})
         return record.model_copy(update=update)
+
+
+def _each(notes: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(without_secret(note) for note in notes)
 
 
 def _last_line(trial: Any) -> str:

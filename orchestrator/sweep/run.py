@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import ray
-from filelock import FileLock, Timeout
 from ray import tune
 
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.sweep_file import to_yaml
 from orchestrator.config.trial_config import TrialConfig
-from orchestrator.errors import FolderError, StorageError
 from orchestrator.planning.plan import PlannedTrial
 from orchestrator.reporting import statistics
 from orchestrator.results import provenance
 from orchestrator.results.records import PeakMemory, SweepResult, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder, write_atomically, write_result, write_sweep
 from orchestrator.sweep import cluster
+from orchestrator.sweep.folder_lock import only_one
 from orchestrator.sweep.preparation import Prepared, prepare
 from orchestrator.sweep.progress import Progress
 from orchestrator.sweep.recorder import Recorder
-from orchestrator.sweep.resume import Earlier, kept, read_earlier, require_same_question
+from orchestrator.sweep.resume import Earlier, gone_on_with, kept, read_earlier, require_same_question
 from orchestrator.sweep.scheduler import describe, make_scheduler
-from orchestrator.sweep.stopper import Stopper, signals_to
+from orchestrator.sweep.stopper import Stopper, signals_to, sigterm_like_ctrl_c
 from orchestrator.sweep.tracking import Tracker
 from orchestrator.sweep.trial import TrialOnWorkers
 from orchestrator.sweep.trial_queue import TrialQueue
@@ -41,6 +37,8 @@ from orchestrator.training.task import TrialTask
 
 Isolation = Literal["warm", "fresh"]
 TRACKING_LIMIT_S = 60.0
+INTERRUPTED_TRACKING_LIMIT_S = 5.0
+"""Kubernetes gives 30 s from SIGTERM to SIGKILL; what MLflow lacks is on disk, and the next run carries it over."""
 # A slot takes nothing: its workers do, in placement groups of their own, and there are never more slots than groups
 # that fit. A slot that held a CPU could starve its own workers. Tune wants something (ray 2.60.0): a byte of memory.
 SLOT = tune.PlacementGroupFactory([{"memory": 1}])
@@ -75,7 +73,7 @@ def run(
     if cluster.runs_in_a_job():
         sweep = _lasting(sweep)
     folder = SweepFolder(sweep.folder.absolute())
-    with _only_one(folder):
+    with only_one(folder), sigterm_like_ctrl_c():
         earlier = read_earlier(folder)
         if earlier:
             require_same_question(folder, earlier.sweep, sweep)
@@ -92,33 +90,6 @@ def _lasting(sweep: SweepConfig) -> SweepConfig:
     return sweep.model_copy(update={"storage": str(Path.home() / Path(sweep.storage).expanduser())})
 
 
-@contextmanager
-def _only_one(folder: SweepFolder) -> Iterator[None]:
-    """Hold the folder's lock; a dead owner's is free at once, since the kernel holds it."""
-    made = [path for path in (folder.root, *folder.root.parents) if not path.exists()]
-    try:
-        folder.root.mkdir(parents=True, exist_ok=True)
-        # A moment, since `status` takes it to see whether it is free.
-        lock = FileLock(folder.lock, timeout=1)
-        lock.acquire()
-    except Timeout as error:
-        raise FolderError(
-            f"another run is at work in {folder.root}: wait for it, or give this sweep another --name"
-        ) from error
-    except OSError as error:
-        raise StorageError(f"cannot write to {folder.root} ({error.strerror}): name another --storage") from error
-    try:
-        yield
-    finally:
-        if made and not folder.sweep_file.exists():
-            # Nothing was started: nothing is left behind. Still under the lock, or another run could begin in it.
-            shutil.rmtree(folder.root, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                for parent in made[1:]:
-                    parent.rmdir()
-        lock.release()
-
-
 def _run_prepared(
     prepared: Prepared,
     folder: SweepFolder,
@@ -130,11 +101,11 @@ def _run_prepared(
     if earlier:
         require_same_question(folder, earlier.sweep, sweep, knows_hardware=True)
     started_at = time.time()
-    records = _records(prepared, earlier)
+    records = _records(prepared, folder, earlier)
     result = _sweep_result(prepared, earlier, records, started_at)
     tracker = Tracker(sweep, result.sweep_id, folder)
     result = result.model_copy(update={"mlflow_run_id": tracker.parent_run_id})
-    write_atomically(folder.sweep_file, to_yaml(sweep))
+    write_atomically(folder.sweep_file, provenance.without_secret(to_yaml(sweep)))
     write_atomically(folder.plan, prepared.plan.model_dump_json(indent=1) + "\n")
     for record in records.values():
         write_result(folder, record)
@@ -167,8 +138,8 @@ def _say_start(records: Mapping[str, TrialResult], prepared: Prepared, say: Call
     say(f"{pending} trials to run, {prepared.slots} at a time; {refused} refused; {done} done before")
 
 
-def _records(prepared: Prepared, earlier: Earlier | None) -> dict[str, TrialResult]:
-    """What each trial starts with: as it ended before, refused, or pending."""
+def _records(prepared: Prepared, folder: SweepFolder, earlier: Earlier | None) -> dict[str, TrialResult]:
+    """What each trial starts with: as it ended before, refused, or pending, with what it had when it was cut off."""
     before = earlier.trials if earlier else {}
     versions, git = provenance.versions(), provenance.git_state(Path.cwd())
     records = {}
@@ -178,6 +149,8 @@ def _records(prepared: Prepared, earlier: Earlier | None) -> dict[str, TrialResu
             records[planned.trial_id] = old
             continue
         new = _new_record(planned, prepared)
+        if old:
+            new = gone_on_with(old, new, folder.trial(planned.trial_id))
         records[planned.trial_id] = new.model_copy(update={"versions": versions, "git": git})
     return records | kept(earlier, frozenset(records)) if earlier else records
 
@@ -338,7 +311,7 @@ def _finish(
     write_sweep(folder, result)
     write_atomically(folder.report, report.render_html(report.build(folder)))
     try:
-        tracked = tracker.finish(TRACKING_LIMIT_S)
+        tracked = tracker.finish(INTERRUPTED_TRACKING_LIMIT_S if stopper.interrupted else TRACKING_LIMIT_S)
     except KeyboardInterrupt:
         tracked = False
     for record in list(recorder.records.values()):

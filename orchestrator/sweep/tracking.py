@@ -174,7 +174,7 @@ class Tracker:
         assert result is not None
         if trial.run_id is None:
             trial.run_id = self._open_trial(result)
-        points, offset_bytes = self._folder.trial(result.trial_id).read_metrics_from(trial.offset_bytes)
+        points, offset_bytes = self._certain_points(result, trial.offset_bytes)
         for start in range(0, len(points), BATCH // len(METRICS)):
             some = points[start : start + BATCH // len(METRICS)]
             self._client.log_batch(trial.run_id, metrics=[m for point in some for m in metrics_of(point)])
@@ -184,6 +184,15 @@ class Tracker:
             if result.status is not TrialStatus.RUNNING:
                 self._close_trial(trial.run_id, result)
             trial.carried = result.status
+
+    def _certain_points(self, result: TrialResult, offset_bytes: int) -> tuple[tuple[MetricPoint, ...], int]:
+        """The points that no trial will make again: MLflow cannot take one back, and would have its step twice."""
+        folder = self._folder.trial(result.trial_id)
+        if result.status.is_final:
+            return folder.read_metrics_from(offset_bytes)
+        steps = folder.checkpoint_steps()
+        # Without a checkpoint it would begin again, and its curve with it.
+        return folder.read_metrics_from(offset_bytes, steps[-1]) if steps else ((), 0)
 
     def _open_trial(self, result: TrialResult) -> str:
         run_id = self._find_run(result.trial_id, {"trial_id": result.trial_id})
@@ -199,7 +208,7 @@ class Tracker:
     def _close_trial(self, run_id: str, result: TrialResult) -> None:
         tags = {"status": result.status.value, "reason": result.reason or "", "notes": "; ".join(result.notes)}
         self._client.log_batch(run_id, tags=[RunTag(key, value[:5000]) for key, value in tags.items() if value])
-        if result.best:
+        if result.best and result.status.is_final:
             value = getattr(result.best, self._sweep.objective.metric)
             if value is not None:
                 self._client.log_metric(run_id, f"best_{self._sweep.objective.metric}", value, result.best.time_ms)

@@ -72,6 +72,7 @@ class TrialOnWorkers(tune.Trainable):
         self._launch()
 
     def _launch(self) -> None:
+        """Hand the trial to its workers, who go on from its last checkpoint where it left one."""
         self._attempt += 1
         if self._group is None:
             self._group = ray.get(self._groups.open.remote())
@@ -94,6 +95,9 @@ class TrialOnWorkers(tune.Trainable):
             self._group = None
 
     def _result(self, progress: TrialProgress | None, **more: Any) -> dict[str, Any]:
+        if progress and progress.went_on_from is not None:
+            event = f"went on from step {progress.went_on_from}"
+            self._events += [event] * (event not in self._events)
         point = progress.last if progress else None
         metrics = point.model_dump(exclude_none=True, exclude={"time_ms"}) if point else {}
         about = {"launched_at": self._launched_at, "trial_config": self._task.config, "events": tuple(self._events)}

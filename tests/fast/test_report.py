@@ -150,7 +150,7 @@ def test_credentials_in_addresses_are_not_shared(tmp_path: Path) -> None:
     made = report.build(folder)
     html = report.render_html(made)
     assert "hunter2" not in html + report.render_text(made)
-    assert "https://…@mlflow.example" in html
+    assert "https://mlflow.example" in html
 
 
 @pytest.mark.timeout(30)
