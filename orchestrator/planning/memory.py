@@ -51,10 +51,11 @@ The logits themselves come on top (`_held_at_loss`).
 """
 ADAM_8BIT_BYTES = 2 + 2 * 4 / 256
 """bitsandbytes' two moments: a byte each, and an fp32 constant for 256 of them (0.50, optim/optimizer.py)."""
-UNCERTAINTY_BELOW, UNCERTAINTY_ABOVE = 0.35, 0.25
-"""The 90 % interval around `allocated_bytes`: where nine of ten calibration points lie, and 5 points wider each way for
-what none of them shows. The settings do not say which library runs them, and one that fuses its operators takes less: a
-quarter to nearly a half in LitGPT's phi."""
+REST_LOW, REST_HIGH = 0.41, 1.38
+"""The ends of the 90 % interval, over all that is predicted beside the weights: those are counted exactly, and the rest
+depends on the library, which no setting names. One that fuses its operators keeps half (LitGPT's phi); one that keeps
+fp32 activations, or offloads through buffers of its own, a quarter more. Where nine of ten calibration points lie, and
+0.15 wider each way, so that nine of ten of a source that was left out lie there too (benchmarks/memory_accuracy.py)."""
 ZERO_BUCKET_WEIGHTS = 50_000_000
 """Gradients of a bucket that ZeRO reduces at once; a tenth of DeepSpeed's default, since an adapter's fill no more."""
 ZERO3_LIVE_LAYERS = 2
@@ -126,7 +127,8 @@ def estimate(
         return MemoryEstimate(None, None, CPU_IMPORTS_BYTES + parts.total, None, None, parts)
     allocated = parts.total
     reserved = int(allocated * fragmentation(config, workers))
-    low, high = int(allocated * (1 - UNCERTAINTY_BELOW)), int(allocated * (1 + UNCERTAINTY_ABOVE))
+    rest = allocated - parts.weights
+    low, high = (parts.weights + int(rest * share) for share in (REST_LOW, REST_HIGH))
     return MemoryEstimate(allocated, reserved, reserved + CONTEXT_BYTES, low, high, parts)
 
 
