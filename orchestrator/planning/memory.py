@@ -165,8 +165,8 @@ def _bytes_of(config: TrialConfig, device: Literal["cuda", "cpu"], has_bf16: boo
 def memory_parts(config: TrialConfig, shape: ModelShape, workers: int, width: Widths) -> MemoryParts:
     """The parts of the estimate, at the moment of the peak."""
     shards = {stage: workers if config.zero_stage >= stage else 1 for stage in (1, 2, 3)}
-    adapter_weights = trainable_adapter_parameters(config, shape)
-    trainable = shape.parameters if config.trains_all_weights else adapter_weights
+    trainable = trainable_parameters(config, shape)
+    adapter_weights = 0 if config.trains_all_weights else trainable
     host_parameters = config.offload == "optimizer_and_parameters"
     # bitsandbytes keeps the constants of 4-bit weights beside the parameter, where ZeRO-3 neither shards nor offloads.
     constants = shape.linear_parameters * NF4_CONSTANT_BYTES if config.precision is Precision.NF4 else 0.0
@@ -204,10 +204,10 @@ def _loading(shape: ModelShape, width: Widths) -> int:
     return int(shape.linear_parameters * width.linear + rest * 4 + shape.embedding_parameters * width.dequantised)
 
 
-def trainable_adapter_parameters(config: TrialConfig, shape: ModelShape) -> int:
-    """LoRA's weights; DoRA adds a magnitude for each output; 0 where all weights are trained."""
+def trainable_parameters(config: TrialConfig, shape: ModelShape) -> int:
+    """LoRA's weights, to which DoRA adds a magnitude for each output, or all of the model's."""
     if config.rank == "full":
-        return 0
+        return shape.parameters
     targets = targeted(shape, config.target_modules)
     magnitudes = sum(m.rows * m.count for m in targets) if config.dora else 0
     return lora_parameters(config.rank, targets) + magnitudes

@@ -15,8 +15,10 @@ from orchestrator.errors import InputError
 from orchestrator.planning import hardware as hardware_module
 from orchestrator.planning.hardware import Hardware
 from orchestrator.planning.memory import MemoryEstimate, estimate_on
+from orchestrator.planning.pace import READ_SWEEPS, Pace
 from orchestrator.planning.plan import SweepPlan, plan_sweep
-from orchestrator.results.storage import SweepFolder
+from orchestrator.planning.step_time import Range, step_seconds
+from orchestrator.results.storage import SweepFolder, newest_sweeps
 from orchestrator.sweep import cluster
 from orchestrator.sweep.worker import GroupShape
 from orchestrator.training import data, model_source
@@ -38,6 +40,8 @@ class Prepared:
     gpu_memory_fraction: float | None
     estimate: Callable[[TrialConfig], MemoryEstimate]
     """The plan's own, for a configuration that has changed since."""
+    step_seconds: Callable[[TrialConfig], Range]
+    """The same, before anything measured corrects it."""
 
 
 def prepare(
@@ -56,7 +60,8 @@ def prepare(
     cluster.require_shared(folder.root)
     hardware = cluster_hardware()
     sweep = sweep.on_hardware(has_gpus=hardware.device == "cuda")
-    plan = plan_sweep(sweep, model.shape, hardware)
+    pace = Pace.of(newest_sweeps(folder.root.parent, READ_SWEEPS), sweep.model, hardware)
+    plan = plan_sweep(sweep, model.shape, hardware, pace)
     shape = GroupShape(plan.workers_per_trial, plan.gpus_per_worker, sweep.resources.cpus_per_worker)
     slots = slots_for(sweep, shape)
     say(f"model {sweep.model}")
@@ -77,6 +82,9 @@ def prepare(
         "cuda_allocated" if hardware.device == "cuda" else "resident",
         share if 0 < share < 1 else None,
         functools.partial(estimate_on, shape=model.shape, workers=shape.workers, hardware=hardware),
+        functools.partial(
+            step_seconds, shape=model.shape, hardware=hardware, workers=shape.workers, cpus=shape.cpus_per_worker
+        ),
     )
 
 

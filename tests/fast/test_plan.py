@@ -10,7 +10,7 @@ from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import InputError, ModelError
 from orchestrator.planning.hardware import Hardware, cpu_half_precision, named_gpu, parse_memory
-from orchestrator.planning.memory import estimate, estimate_on, memory_parts, trainable_adapter_parameters
+from orchestrator.planning.memory import estimate, estimate_on, memory_parts, trainable_parameters
 from orchestrator.planning.model_shape import shape_of
 from orchestrator.planning.plan import SweepPlan, plan_sweep
 from orchestrator.planning.plan_table import render
@@ -30,8 +30,8 @@ def test_published_parameter_counts() -> None:
     assert SEVEN_B.parameters == 6_738_415_616
     assert THREE_B.parameters == 3_212_749_824
     on_queries_and_values = {"target_modules": ("q_proj", "v_proj")}
-    assert trainable_adapter_parameters(TrialConfig(rank=8, **on_queries_and_values), SEVEN_B) == 4_194_304
-    assert trainable_adapter_parameters(TrialConfig(rank=32, **on_queries_and_values), THREE_B) == 9_175_040
+    assert trainable_parameters(TrialConfig(rank=8, **on_queries_and_values), SEVEN_B) == 4_194_304
+    assert trainable_parameters(TrialConfig(rank=32, **on_queries_and_values), THREE_B) == 9_175_040
 
 
 def test_a_config_that_lacks_a_field_names_it() -> None:
@@ -77,6 +77,11 @@ def test_what_the_budget_does_not_hold_is_said_before_the_start() -> None:
     assert any("budget.gpu_hours" in warning for warning in warned.warnings)
     assert warned.cost == pytest.approx(tuple(hours * 2 for hours in warned.gpu_hours))
     assert plan(A100, trial={"max_steps": 10}, budget={"hours": 100}).warnings == ()
+
+
+def test_a_trial_that_would_outrun_its_limit_is_warned_of() -> None:
+    (warning,) = plan(A100, trial={"max_steps": 10**6}, budget={"trial_hours": 0.5}).warnings
+    assert warning.startswith("1 trials are expected to run longer than budget.trial_hours (0.5)")
 
 
 def test_a_plan_as_text_names_every_trial_each_refusal_and_the_totals() -> None:
