@@ -124,7 +124,8 @@ def estimate(
     """Estimate one worker's peak; `micro_batch_size` is a number."""
     parts = memory_parts(config, shape, workers, _bytes_of(config, device, has_bf16))
     if device == "cpu":
-        return MemoryEstimate(None, None, CPU_IMPORTS_BYTES + parts.total, None, None, parts)
+        parts = replace(parts, framework=parts.framework + CPU_IMPORTS_BYTES)
+        return MemoryEstimate(None, None, parts.total, None, None, parts)
     allocated = parts.total
     reserved = int(allocated * fragmentation(config, workers))
     rest = allocated - parts.weights

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -14,18 +14,17 @@ from orchestrator.config.sweep_config import BudgetConfig, ResourcesConfig, Swee
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import ModelError
 from orchestrator.planning import budget
+from orchestrator.planning.cheaper import what_fits
 from orchestrator.planning.compatibility import Case, missing_targets, notes, refusals
 from orchestrator.planning.hardware import GIB, Hardware
 from orchestrator.planning.makespan import Work, simulate
-from orchestrator.planning.memory import MemoryEstimate, estimate_on
+from orchestrator.planning.memory import CONTEXT_BYTES, MemoryEstimate, estimate_on
 from orchestrator.planning.model_shape import ModelShape
 from orchestrator.planning.pace import Pace
 from orchestrator.planning.step_time import Range, step_seconds
 
 BESIDES_S = 3.0
 """Seconds of a trial that are no steps, on a warm worker group: model, evaluations, saving. Until one was measured."""
-LOW_RANK = 8
-"""Named where a higher rank does not fit."""
 NO_PACE = Pace()
 SPARE = 0.97
 """Share of a GPU's memory that a trial may be planned to take: the driver keeps some for itself."""
@@ -111,10 +110,14 @@ def packed_share(trials: Sequence[Trial], model: ModelShape, hardware: Hardware,
 
 def max_concurrent(resources: ResourcesConfig, shape: WorkerShape, hardware: Hardware) -> int:
     """Trials at a time; at least one, since what cannot fit at all is told when the cluster is joined."""
+    room = max(1, _workers_that_fit(shape, hardware) // shape.workers)
+    return room if resources.max_concurrent == "auto" else min(room, resources.max_concurrent)
+
+
+def _workers_that_fit(shape: WorkerShape, hardware: Hardware) -> int:
     by_cpu = hardware.cpus / shape.cpus_per_worker
     by_gpu = hardware.gpus / shape.gpus_per_worker if shape.gpus_per_worker else math.inf
-    room = max(1, int(min(by_cpu, by_gpu)) // shape.workers)
-    return room if resources.max_concurrent == "auto" else min(room, resources.max_concurrent)
+    return int(min(by_cpu, by_gpu) + 1e-9)
 
 
 def plan_trial(
@@ -128,7 +131,8 @@ def plan_trial(
     config = with_micro_batch(trial.config, model, hardware, shape.workers, memory_bytes)
     memory = estimate_on(config, model, shape.workers, hardware)
     if memory.device_bytes > memory_bytes:
-        return _planned(trial, config, reasons=(_does_not_fit(config, model, hardware, shape, memory, memory_bytes),))
+        told = _does_not_fit(replace(case, config=config), shape, memory, memory_bytes)
+        return _planned(trial, config, reasons=(told,))
     step = step_seconds(config, model, hardware, shape.workers, shape.cpus_per_worker, pace.correction(config))
     whole = step.times(config.max_steps).plus(_besides_s(pace))
     return _planned(
@@ -166,66 +170,14 @@ def with_micro_batch(
     return config.model_copy(update={"micro_batch_size": 1})
 
 
-def _does_not_fit(
-    config: TrialConfig,
-    model: ModelShape,
-    hardware: Hardware,
-    shape: WorkerShape,
-    memory: MemoryEstimate,
-    memory_bytes: int,
-) -> str:
+def _does_not_fit(case: Case, shape: WorkerShape, memory: MemoryEstimate, memory_bytes: int) -> str:
     reason = (
         f"needs about {memory.device_bytes / GIB:.1f} GiB of memory a worker, of which {memory.parts.biggest} takes "
         f"{getattr(memory.parts, memory.parts.biggest) / GIB:.1f} GiB, and {memory_bytes / GIB:.1f} GiB are there"
     )
-    fitting = [
-        changes
-        for changes in _cheaper(config)
-        if _fits(_changed(config, changes), model, hardware, shape, memory_bytes)
-    ]
-    if not fitting:
-        return f"{reason}; use a smaller model"
-    shortest = [changes for changes in fitting if len(changes) == len(fitting[0])]
-    return f"{reason}; fits with " + ", or ".join(" and ".join(c.told for c in changes) for changes in shortest)
-
-
-@dataclass(frozen=True, slots=True)
-class _Change:
-    """A cheaper setting, as a hint names it."""
-
-    told: str
-    settings: dict[str, Any]
-
-
-def _cheaper(config: TrialConfig) -> list[tuple[_Change, ...]]:
-    """Single changes first, those that alter the result least in front; then more and more of them together."""
-    changes: list[_Change] = []
-    micro = config.micro_batch_size
-    if isinstance(micro, int) and micro > 1:
-        changes.append(_Change("micro_batch_size 1", {"micro_batch_size": 1}))
-    if not config.gradient_checkpointing:
-        changes.append(_Change("gradient_checkpointing", {"gradient_checkpointing": True}))
-    if not config.precision.is_quantized and not config.trains_all_weights:
-        changes.append(_Change("precision nf4", {"precision": "nf4"}))
-    if config.zero_stage < 3:
-        changes.append(_Change("zero_stage 3", {"zero_stage": 3, "engine": "deepspeed"}))
-    if isinstance(config.rank, int) and config.rank > LOW_RANK:
-        changes.append(_Change(f"rank {LOW_RANK}", {"rank": LOW_RANK}))
-    together = [tuple(changes[: i + 1]) for i in range(1, len(changes))]
-    return [(change,) for change in changes] + together
-
-
-def _changed(config: TrialConfig, changes: Sequence[_Change]) -> TrialConfig:
-    raw = config.model_dump()
-    for change in changes:
-        raw |= change.settings
-    return TrialConfig.model_validate(raw)
-
-
-def _fits(config: TrialConfig, model: ModelShape, hardware: Hardware, shape: WorkerShape, memory_bytes: int) -> bool:
-    if refusals(Case(config, model, hardware, shape.workers)):
-        return False
-    return estimate_on(config, model, shape.workers, hardware).device_bytes <= memory_bytes
+    most_workers = int(case.hardware.gpus / shape.gpus_per_worker) if shape.gpus_per_worker else case.workers
+    fits = what_fits(case, memory_bytes, most_workers)
+    return f"{reason}; fits with {fits}" if fits else f"{reason}; use a smaller model"
 
 
 def memory_for_a_worker(hardware: Hardware, shape: WorkerShape, concurrent: int, limit_bytes: int | None) -> int:
@@ -238,6 +190,16 @@ def memory_for_a_worker(hardware: Hardware, shape: WorkerShape, concurrent: int,
         workers_a_node = max(1, math.ceil(concurrent * shape.workers / hardware.nodes))
         there = hardware.host_memory_bytes * 0.9 / workers_a_node
     return int(min(there, limit_bytes or there))
+
+
+def gpu_memory_fraction(plan: SweepPlan, hardware: Hardware) -> float | None:
+    """What torch may allocate of a GPU that trials share, so that none takes its neighbours' memory; None: all.
+
+    Every process has a CUDA context besides, which torch does not count.
+    """
+    if hardware.gpu_memory_bytes is None or not 0 < plan.gpus_per_worker < 1:
+        return None
+    return max(0.0, plan.worker_memory_bytes - CONTEXT_BYTES) / hardware.gpu_memory_bytes
 
 
 def require_targets(sweep: SweepConfig, model: ModelShape) -> None:
@@ -281,7 +243,7 @@ def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware, pace: 
         gpu_hours=(hours.low, hours.expected, hours.high),
         cost=_costs(sweep.budget, hours),
         measured=len(pace.steps),
-        warnings=_warnings(sweep, running, makespan, hours),
+        warnings=_too_few(shape, hardware) + _warnings(sweep, running, makespan, hours),
     )
 
 
@@ -308,6 +270,16 @@ def _work(trial: PlannedTrial, besides_s: float) -> Work:
     whole = Range(trial.seconds_range[0], trial.seconds, trial.seconds_range[1])
     steps = trial.config.max_steps
     return Work(besides_s, whole.plus(-besides_s).times(1 / steps), steps, trial.config.eval_every)
+
+
+def _too_few(shape: WorkerShape, hardware: Hardware) -> tuple[str, ...]:
+    if _workers_that_fit(shape, hardware) >= shape.workers:
+        return ()
+    each = f"{shape.cpus_per_worker:g} CPUs and {shape.gpus_per_worker:g} GPUs"
+    return (
+        f"a trial takes {shape.workers} workers of {each} each, and there are {hardware.cpus} CPUs and {hardware.gpus} "
+        "GPUs: not one can start there; lower resources, or name the cluster's GPUs with --gpu and --gpus",
+    )
 
 
 def _warnings(sweep: SweepConfig, running: Sequence[PlannedTrial], makespan: Range, hours: Range) -> tuple[str, ...]:

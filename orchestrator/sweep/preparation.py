@@ -16,7 +16,7 @@ from orchestrator.planning import hardware as hardware_module
 from orchestrator.planning.hardware import Hardware
 from orchestrator.planning.memory import MemoryEstimate, estimate_on
 from orchestrator.planning.pace import READ_SWEEPS, Pace
-from orchestrator.planning.plan import SweepPlan, plan_sweep
+from orchestrator.planning.plan import SweepPlan, gpu_memory_fraction, plan_sweep
 from orchestrator.planning.step_time import Range, step_seconds
 from orchestrator.results.storage import SweepFolder, newest_sweeps
 from orchestrator.sweep import cluster
@@ -72,7 +72,6 @@ def prepare(
     if summary.skipped_count:
         told = "; ".join(f"{where}: {why}" for where, why in summary.skipped[:3])
         say(f"data: {summary.skipped_count} rows could not be read and are left out ({told})")
-    share = shape.gpus_per_worker
     return Prepared(
         sweep,
         plan,
@@ -80,7 +79,7 @@ def prepare(
         slots,
         summary.hash,
         "cuda_allocated" if hardware.device == "cuda" else "resident",
-        share if 0 < share < 1 else None,
+        gpu_memory_fraction(plan, hardware),
         functools.partial(estimate_on, shape=model.shape, workers=shape.workers, hardware=hardware),
         functools.partial(
             step_seconds, shape=model.shape, hardware=hardware, workers=shape.workers, cpus=shape.cpus_per_worker
