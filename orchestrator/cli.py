@@ -129,8 +129,10 @@ def plan(
     with _told_errors():
         from orchestrator.config.sweep_file import load
         from orchestrator.planning.hardware import hardware_for
+        from orchestrator.planning.pace import READ_SWEEPS, Pace
         from orchestrator.planning.plan import plan_sweep
         from orchestrator.planning.plan_table import render
+        from orchestrator.results.storage import newest_sweeps
         from orchestrator.training import data_rows, inputs
 
         config = load(sweep, overrides or ())
@@ -141,7 +143,8 @@ def plan(
         except DataError as error:
             # A plan may be made where the data is not.
             _say(f"warning: {error}")
-        planned = plan_sweep(config, inputs.find_model(config).shape, hardware)
+        pace = Pace.of(newest_sweeps(config.folder.parent, READ_SWEEPS), config.model, hardware)
+        planned = plan_sweep(config, inputs.find_model(config).shape, hardware, pace)
         _show(planned.model_dump_json(indent=1) if json else render(planned))
 
 

@@ -107,6 +107,14 @@ class BudgetConfig(_Part):
     """The longest that one trial may run; one that hangs would hold its GPUs for ever."""
     gpu_hours: Annotated[float, Field(gt=0)] | None = None
     price_per_gpu_hour: Annotated[float, Field(ge=0)] | None = None
+    cost: Annotated[float, Field(gt=0)] | None = None
+    """Money, in the unit of `price_per_gpu_hour`, that the trials' GPU-hours may cost."""
+
+    @model_validator(mode="after")
+    def _cost_has_a_price(self) -> BudgetConfig:
+        if self.cost is not None and not self.price_per_gpu_hour:
+            raise ValueError("cost needs price_per_gpu_hour above 0: name it, or limit gpu_hours")
+        return self
 
 
 class TrackingConfig(_Part):

@@ -48,7 +48,8 @@ def _totals(plan: SweepPlan) -> list[str]:
     low, expected, high = plan.makespan_s
     lines = [
         f"{plan.runs} trials run, {plan.concurrent} at a time; {plan.refused} are refused",
-        f"time: about {duration(expected)} ({duration(low)} to {duration(high)})",
+        f"time: about {duration(expected)} ({duration(low)} to {duration(high)})"
+        + (f", by the speed of {plan.measured} trials that ran here" if plan.measured else ""),
     ]
     if plan.gpus_per_worker:
         hours = plan.gpu_hours

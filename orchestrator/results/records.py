@@ -146,6 +146,8 @@ class TrialResult(_Record):
     tokens: int = 0
     tokens_per_s: float | None = None
     step_time_s: float | None = None
+    predicted_step_time_s: float | None = None
+    """Before anything measured corrects it: by what both are apart, later plans are."""
     trainable_parameters: int | None = None
     peak_memory: PeakMemory | None = None
     timing: Timing = Timing()

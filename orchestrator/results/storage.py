@@ -284,7 +284,22 @@ def newest_sweep(storage: Path) -> SweepFolder:
     found = [SweepFolder(entry.parent) for entry in storage.glob("*/results.json")]
     if not found:
         raise FolderError(f"{storage} holds no sweep: name a folder that `orchestrator run` made")
-    return max(found, key=lambda folder: folder.results_json.stat().st_mtime)
+    return max(found, key=_written_at)
+
+
+def newest_sweeps(storage: Path, count: int) -> Iterator[SweepResult]:
+    """The sweeps in `storage` that were written to last, newest first; what cannot be read is left out."""
+    found = [SweepFolder(entry.parent) for entry in storage.glob("*/results.json")]
+    for folder in sorted(found, key=_written_at, reverse=True)[:count]:
+        with contextlib.suppress(FolderError):
+            yield read_sweep(folder)[0]
+
+
+def _written_at(folder: SweepFolder) -> float:
+    try:
+        return folder.results_json.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def write_sweep(folder: SweepFolder, sweep: SweepResult) -> None:

@@ -16,8 +16,10 @@ from orchestrator.errors import InputError
 from orchestrator.planning import hardware as hardware_module
 from orchestrator.planning.hardware import Hardware
 from orchestrator.planning.memory import MemoryEstimate, estimate_on
-from orchestrator.planning.plan import SweepPlan, plan_sweep
-from orchestrator.results.storage import SweepFolder
+from orchestrator.planning.pace import READ_SWEEPS, Pace
+from orchestrator.planning.plan import SweepPlan, gpu_memory_fraction, plan_sweep
+from orchestrator.planning.step_time import Range, step_seconds
+from orchestrator.results.storage import SweepFolder, newest_sweeps
 from orchestrator.sweep import cluster
 from orchestrator.sweep.worker import GroupShape
 from orchestrator.training import data, model_source
@@ -39,6 +41,8 @@ class Prepared:
     gpu_memory_fraction: float | None
     estimate: Callable[[TrialConfig], MemoryEstimate]
     """The plan's own, for a configuration that has changed since."""
+    step_seconds: Callable[[TrialConfig], Range]
+    """The same, before anything measured corrects it."""
     board: Any
     """The Ray actor `switchboard.Switchboard`."""
     groups: Any
@@ -66,7 +70,8 @@ def prepare(
     cluster.require_shared(folder.root)
     hardware = cluster_hardware()
     sweep = sweep.on_hardware(has_gpus=hardware.device == "cuda")
-    plan = plan_sweep(sweep, model.shape, hardware)
+    pace = Pace.of(newest_sweeps(folder.root.parent, READ_SWEEPS), sweep.model, hardware)
+    plan = plan_sweep(sweep, model.shape, hardware, pace)
     shape = GroupShape(plan.workers_per_trial, plan.gpus_per_worker, sweep.resources.cpus_per_worker)
     slots = slots_for(sweep, shape)
     # Tune's own state is a cache that we never restore: what had ended is known from our records.
@@ -82,7 +87,6 @@ def prepare(
         # On a cluster that is not ours they would go on for a while, and write into a folder that is to go.
         ray.get(groups.close_all.remote())
         raise
-    share = shape.gpus_per_worker
     return Prepared(
         sweep,
         plan,
@@ -90,8 +94,11 @@ def prepare(
         slots,
         summary.hash,
         "cuda_allocated" if hardware.device == "cuda" else "resident",
-        share if 0 < share < 1 else None,
+        gpu_memory_fraction(plan, hardware),
         functools.partial(estimate_on, shape=model.shape, workers=shape.workers, hardware=hardware),
+        functools.partial(
+            step_seconds, shape=model.shape, hardware=hardware, workers=shape.workers, cpus=shape.cpus_per_worker
+        ),
         board,
         groups,
     )

@@ -111,6 +111,8 @@ class Recorder(tune.Callback):
         memory = record.peak_memory
         if memory and config != record.config:
             memory = memory.model_copy(update={"predicted_bytes": self._predicted_bytes(config)})
+            # It was told of another micro-batch.
+            record = record.model_copy(update={"predicted_step_time_s": None})
         return record.model_copy(update={"config": config, "notes": notes, "peak_memory": memory})
 
     def _with_progress(self, record: TrialResult, progress: TrialProgress | None) -> TrialResult:

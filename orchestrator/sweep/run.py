@@ -111,7 +111,16 @@ def _run_prepared(
         write_result(folder, record)
     write_sweep(folder, result)
     label = _labeller(result)
-    progress = Progress(folder, records.values(), label, sweep.objective.metric, sweep.objective.mode, prepared.slots)
+    progress = Progress(
+        folder,
+        records.values(),
+        label,
+        sweep.objective.metric,
+        sweep.objective.mode,
+        prepared.slots,
+        {trial.trial_id: trial.seconds or 0.0 for trial in prepared.plan.trials},
+        sweep.budget.hours,
+    )
     listeners = (tracker.track, progress)
     predicted = functools.partial(_recorded_bytes, prepared)
     recorder = Recorder(folder, records, started_at, prepared.board, describe(sweep), predicted, listeners)
@@ -181,6 +190,7 @@ def _new_record(planned: PlannedTrial, prepared: Prepared) -> TrialResult:
         repeat=planned.repeat,
         seed=planned.config.seed,
         notes=planned.notes,
+        predicted_step_time_s=prepared.step_seconds(planned.config).expected if planned.memory else None,
         peak_memory=PeakMemory(
             predicted_bytes=predicted, available_bytes=prepared.plan.worker_memory_bytes, kind=prepared.memory_kind
         ),
