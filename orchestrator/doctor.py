@@ -30,7 +30,7 @@ from orchestrator.planning.compatibility import Case, notes, refusals
 from orchestrator.planning.hardware import Hardware, this_machine
 from orchestrator.planning.model_shape import shape_of
 from orchestrator.reporting import quantities
-from orchestrator.results import provenance, shared_storage
+from orchestrator.results import provenance, remote, shared_storage
 from orchestrator.training import builtin_models, model_source
 
 EXPECTED = ("bitsandbytes", "flash-attn")
@@ -282,7 +282,7 @@ def torch_problems(torch: Mapping[str, Any], versions: Mapping[str, str], gpus: 
 
 
 def _model_state(name: str) -> str:
-    if builtin_models.folder_of(name, model_source.cache_folder()).is_dir():
+    if builtin_models.folder_of(name, remote.cache_folder()).is_dir():
         return "cached"
     return builtin_models.missing_part(name) or "made at first use"
 

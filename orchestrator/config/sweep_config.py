@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
@@ -147,7 +146,7 @@ class SweepConfig(_Part):
     budget: BudgetConfig = BudgetConfig()
     tracking: TrackingConfig = TrackingConfig()
     storage: Annotated[str, Field(min_length=1)] = "sweeps"
-    """A local folder or a mount that all nodes see."""
+    """A local folder, a mount that all nodes see, or an object store, as s3://bucket/sweeps."""
 
     @field_validator("trial", mode="before")
     @classmethod
@@ -186,8 +185,3 @@ class SweepConfig(_Part):
         if resources.gpus_per_worker is None:
             resources = resources.model_copy(update={"gpus_per_worker": 1.0 if has_gpus else 0.0})
         return self.model_copy(update={"trial": trial, "resources": resources})
-
-    @property
-    def folder(self) -> Path:
-        """STORAGE/NAME."""
-        return Path(self.storage).expanduser() / self.name

@@ -6,14 +6,14 @@ import logging
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.errors import ClusterUnreachableError, InputError, StorageError
-from orchestrator.results import shared_storage
+from orchestrator.results import remote, shared_storage
+from orchestrator.results.storage import SweepFolder
 from orchestrator.sweep.worker import GroupShape
 
 CONNECT_LIMIT_S = 5.0
@@ -138,7 +138,7 @@ def ask_every_node(look: Any, *arguments: Any) -> Iterator[tuple[Mapping[str, An
         yield asked[task], TimeoutError(f"no answer in {NODE_LIMIT_S:.0f} s")
 
 
-def require_shared(where: Path) -> None:
+def require_shared(folder: SweepFolder) -> None:
     """Ask every node of a cluster that has several.
 
     Raises:
@@ -146,19 +146,34 @@ def require_shared(where: Path) -> None:
     """
     if len(nodes()) < 2:
         return
+    if folder.remote:
+        _require_access(folder.remote)
+        return
+    where = folder.root
     with shared_storage.marked(where) as token:
-        answers = [
-            (name_of(node), f"cannot be tried ({found})" if isinstance(found, Exception) else found)
-            for node, found in ask_every_node(shared_storage.answer, where, token)
-            # A node that has gone is counted as alive for some seconds more: no trial will run there.
-            if not isinstance(found, ray.exceptions.TaskUnschedulableError | ray.exceptions.NodeDiedError)
-        ]
+        answers = _answers(shared_storage.answer, where, token)
         why = shared_storage.problem(where, token, answers)
     if why:
         raise StorageError(
             f"storage {where} is not one for all {len(answers)} nodes: {why}. Name a mount that all of them see with "
             "--storage"
         )
+
+
+def _require_access(uri: str) -> None:
+    answers = _answers(remote.access_problem, uri)
+    if told := [f"from {host}: {why}" for host, why in answers if why]:
+        raise StorageError(f"not all {len(answers)} nodes can use the storage: {'; '.join(told)}")
+
+
+def _answers(look: Any, *arguments: Any) -> list[tuple[str, str | None]]:
+    """What each node says of the storage, None where all is well."""
+    return [
+        (name_of(node), f"cannot be tried ({found})" if isinstance(found, Exception) else found)
+        for node, found in ask_every_node(look, *arguments)
+        # A node that has gone is counted as alive for some seconds more: no trial will run there.
+        if not isinstance(found, ray.exceptions.TaskUnschedulableError | ray.exceptions.NodeDiedError)
+    ]
 
 
 def name_of(node: Mapping[str, Any]) -> str:

@@ -53,7 +53,7 @@ def prepare(
     address = cluster.address_of(address)
     say("starting Ray here" if address == cluster.LOCAL else f"joining the cluster at {address}")
     cluster.connect(address)
-    cluster.require_shared(folder.root)
+    cluster.require_shared(folder)
     hardware = cluster_hardware()
     sweep = sweep.on_hardware(has_gpus=hardware.device == "cuda")
     plan = plan_sweep(sweep, model.shape, hardware)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 from ray import tune
 
+from orchestrator.config.storage_address import is_remote
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.sweep_file import to_yaml
 from orchestrator.config.trial_config import TrialConfig
@@ -24,8 +25,10 @@ from orchestrator.planning.plan import PlannedTrial
 from orchestrator.reporting import statistics
 from orchestrator.results import provenance
 from orchestrator.results.records import PeakMemory, SweepResult, TrialResult, TrialStatus
+from orchestrator.results.remote import sweep_folder
 from orchestrator.results.storage import SweepFolder, write_atomically, write_result, write_sweep
 from orchestrator.sweep import cluster
+from orchestrator.sweep.carrier import Carrier, carried
 from orchestrator.sweep.preparation import Prepared, prepare
 from orchestrator.sweep.progress import Progress
 from orchestrator.sweep.recorder import Recorder
@@ -73,20 +76,22 @@ def run(
     """
     if cluster.runs_in_a_job():
         sweep = _lasting(sweep)
-    folder = SweepFolder(sweep.folder.absolute())
-    with _only_one(folder):
+    folder = sweep_folder(sweep.storage, sweep.name)
+    with _only_one(folder), carried(folder) as carrier:
         earlier = read_earlier(folder)
         if earlier:
             require_same_question(folder, earlier.sweep, sweep)
         try:
             prepared = prepare(sweep, model, folder, address, say)
-            return _run_prepared(prepared, folder, earlier, isolation, say)
+            return _run_prepared(prepared, folder, carrier, earlier, isolation, say)
         finally:
             cluster.disconnect()
 
 
 def _lasting(sweep: SweepConfig) -> SweepConfig:
     """A relative storage stands in the home folder, where a resubmitted job finds it again."""
+    if is_remote(sweep.storage):
+        return sweep
     return sweep.model_copy(update={"storage": str(Path.home() / Path(sweep.storage).expanduser())})
 
 
@@ -120,6 +125,7 @@ def _only_one(folder: SweepFolder) -> Iterator[None]:
 def _run_prepared(
     prepared: Prepared,
     folder: SweepFolder,
+    carrier: Carrier,
     earlier: Earlier | None,
     isolation: Isolation,
     say: Callable[[str], None],
@@ -137,12 +143,13 @@ def _run_prepared(
     for record in records.values():
         write_result(folder, record)
     write_sweep(folder, result)
+    carrier.push()
     board = cluster.start_switchboard()
     label = _labeller(result)
     progress = Progress(folder, records.values(), label, sweep.objective.metric, sweep.objective.mode, prepared.slots)
-    listeners = (tracker.track, progress)
+    listeners = (carrier.track, tracker.track, progress)
     predicted = functools.partial(_recorded_bytes, prepared)
-    recorder = Recorder(folder, records, started_at, board, describe(sweep), predicted, listeners)
+    recorder = Recorder(folder, records, started_at, board, describe(sweep), predicted, carrier.fetch, listeners)
     gpus = prepared.shape.workers * prepared.shape.gpus_per_worker
     stopper = Stopper(board, sweep.budget, lambda: recorder.trial_seconds() * gpus / 3600)
     for record in records.values():
@@ -311,8 +318,8 @@ def _task(record: TrialResult, prepared: Prepared, folder: SweepFolder, *, halve
         trial_id=record.trial_id,
         config=record.config,
         model_folder="",  # each node has its own: the worker fills it in
-        data_folder=str(folder.data),
-        trial_folder=str(folder.trial(record.trial_id).root),
+        data_folder=folder.location(folder.data),
+        trial_folder=folder.location(folder.trial(record.trial_id).root),
         objective_metric=prepared.sweep.objective.metric,
         objective_mode=prepared.sweep.objective.mode,
         gpu_memory_fraction=prepared.gpu_memory_fraction,
