@@ -94,6 +94,20 @@ class ResourcesConfig(_Part):
     """Most that a worker may take, of its GPU or, without one, of host memory, as 24GiB; none: what there is."""
     max_concurrent: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Trials at a time; `auto` is what the cluster has room for."""
+    accelerator: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] | None = None
+    """The type of GPU that trials run on, as Ray names it (A100); none: of unlike nodes the smallest that most trials
+    fit on."""
+    scale_up_minutes: Annotated[float, Field(gt=0, le=1440)] | None = None
+    """For clusters that start nodes when asked: so long the first is waited for; none: what is there must do."""
+
+    @model_validator(mode="after")
+    def _says_what_to_start(self) -> ResourcesConfig:
+        if self.scale_up_minutes and (self.gpus_per_worker is None or self.max_concurrent == "auto"):
+            raise ValueError(
+                "scale_up_minutes needs gpus_per_worker and a number as max_concurrent: of nodes that are not there "
+                "nothing is known"
+            )
+        return self
 
 
 class BudgetConfig(_Part):

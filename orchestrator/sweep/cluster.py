@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
+from ray.autoscaler import sdk
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from orchestrator.config.sweep_config import ResourcesConfig
 from orchestrator.errors import ClusterUnreachableError, InputError, StorageError
 from orchestrator.results import remote, shared_storage
 from orchestrator.results.storage import SweepFolder
@@ -20,6 +23,9 @@ CONNECT_LIMIT_S = 5.0
 NODE_LIMIT_S = 180.0
 """A node that starts its first worker may take minutes."""
 LOCAL = "local"
+PREFIX = "accelerator_type:"
+"""Of the resource by which Ray names a node's GPUs (ray.util.accelerators)."""
+SCALE_UP_LOOK_S = 2.0
 NO_DASHBOARD = "http://127.0.0.1:9"  # the discard port: refused at once
 # Read by Ray in this process and handed on to its workers; each is our need, and a user's own value wins.
 ENVIRONMENT = {
@@ -187,19 +193,71 @@ def room_for(shape: GroupShape, resources: Sequence[Mapping[str, float]]) -> int
     Raises:
         InputError: not one fits.
     """
-    workers = sum(_workers_on(node, shape) for node in resources)
-    groups = workers // shape.workers
+    groups = _room(shape, resources)
     if not groups:
         have = ", ".join(f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in resources)
         raise InputError(
-            f"a trial takes {shape.workers} workers of {shape.cpus_per_worker:g} CPUs and {shape.gpus_per_worker:g} "
-            f"GPUs each, and the cluster has {have}: lower resources.workers_per_trial, cpus_per_worker or "
-            "gpus_per_worker"
+            f"a trial takes {_told(shape)}, and the cluster has {have}: lower resources.workers_per_trial, "
+            "cpus_per_worker or gpus_per_worker, or give resources.scale_up_minutes where nodes come when asked"
         )
     return groups
 
 
+def await_room(resources: ResourcesConfig, say: Callable[[str], None]) -> None:
+    """Where the sweep file says that nodes come when asked, ask for one trial's and wait for them.
+
+    Ray does not tell what an autoscaler could start, nor whether there is one (2.60.0): so the sweep file must.
+
+    Raises:
+        InputError: they did not come in time.
+    """
+    if resources.scale_up_minutes is None:
+        return
+    gpus = resources.gpus_per_worker
+    gpus = float(gpus) if isinstance(gpus, int | float) else 1.0
+    shape = GroupShape(resources.workers_per_trial, gpus, resources.cpus_per_worker, resources.accelerator)
+    until_s = time.monotonic() + resources.scale_up_minutes * 60
+    asked = False
+    try:
+        while _room(shape, nodes()) == 0:
+            if time.monotonic() > until_s:
+                raise InputError(
+                    f"no node for a trial came up in {resources.scale_up_minutes:g} minutes: see the autoscaler's log "
+                    "(`ray status`), raise resources.scale_up_minutes, or ask for less"
+                )
+            if not asked:
+                say(f"asking the cluster for room for one trial ({_told(shape)}), and waiting for it")
+                sdk.request_resources(bundles=[worker_bundle(shape)] * shape.workers)
+                asked = True
+            time.sleep(SCALE_UP_LOOK_S)
+    finally:
+        if asked:
+            # From here on the trials' own placement groups ask: idle nodes may go again.
+            sdk.request_resources(bundles=[])
+
+
+def worker_bundle(shape: GroupShape) -> dict[str, float]:
+    """What one worker takes, as Ray counts it."""
+    bundle = {"CPU": shape.cpus_per_worker}
+    if shape.gpus_per_worker:
+        bundle["GPU"] = shape.gpus_per_worker
+    if shape.accelerator:
+        bundle[f"{PREFIX}{shape.accelerator}"] = 0.001
+    return bundle
+
+
+def _told(shape: GroupShape) -> str:
+    gpu = f" {shape.accelerator}" if shape.accelerator else ""
+    return f"{shape.workers} workers of {shape.cpus_per_worker:g} CPUs and {shape.gpus_per_worker:g}{gpu} GPUs each"
+
+
+def _room(shape: GroupShape, resources: Sequence[Mapping[str, float]]) -> int:
+    return sum(_workers_on(node, shape) for node in resources) // shape.workers
+
+
 def _workers_on(node: Mapping[str, float], shape: GroupShape) -> int:
+    if shape.accelerator and f"{PREFIX}{shape.accelerator}" not in node:
+        return 0
     by_cpu = int(node.get("CPU", 0) / shape.cpus_per_worker + 1e-9)
     if not shape.gpus_per_worker:
         return by_cpu

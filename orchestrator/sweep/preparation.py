@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
-
-import ray
 
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.trial_config import TrialConfig
-from orchestrator.errors import InputError
-from orchestrator.planning import hardware as hardware_module
 from orchestrator.planning.hardware import Hardware
 from orchestrator.planning.memory import MemoryEstimate, estimate_on
 from orchestrator.planning.plan import SweepPlan, plan_sweep
 from orchestrator.results.storage import SweepFolder
-from orchestrator.sweep import cluster
+from orchestrator.sweep import cluster, gpu_choice
 from orchestrator.sweep.worker import GroupShape
 from orchestrator.training import data, model_source
 from orchestrator.training.inputs import FoundModel
@@ -54,10 +50,9 @@ def prepare(
     say("starting Ray here" if address == cluster.LOCAL else f"joining the cluster at {address}")
     cluster.connect(address)
     cluster.require_shared(folder)
-    hardware = cluster_hardware()
-    sweep = sweep.on_hardware(has_gpus=hardware.device == "cuda")
-    plan = plan_sweep(sweep, model.shape, hardware)
-    shape = GroupShape(plan.workers_per_trial, plan.gpus_per_worker, sweep.resources.cpus_per_worker)
+    cluster.await_room(sweep.resources, say)
+    sweep, plan, hardware, accelerator = choose_gpus(sweep, model, say)
+    shape = GroupShape(plan.workers_per_trial, plan.gpus_per_worker, sweep.resources.cpus_per_worker, accelerator)
     slots = slots_for(sweep, shape)
     say(f"model {sweep.model}")
     model_folder = model_source.materialize(model.source)
@@ -80,6 +75,24 @@ def prepare(
     )
 
 
+def choose_gpus(
+    sweep: SweepConfig, model: FoundModel, say: Callable[[str], None]
+) -> tuple[SweepConfig, SweepPlan, Hardware, str | None]:
+    """The sweep with its hardware's defaults, its plan on the GPUs that it gets, and their type where nodes differ.
+
+    Raises:
+        InputError: the cluster has no node that can work.
+    """
+    found = gpu_choice.candidates(cluster.nodes(), sweep.resources.accelerator)
+    sweeps = {kind: sweep.on_hardware(has_gpus=hardware.device == "cuda") for kind, hardware in found.items()}
+    plans = {kind: plan_sweep(sweeps[kind], model.shape, hardware) for kind, hardware in found.items()}
+    kind = gpu_choice.chosen(plans)
+    if len(plans) > 1:
+        told = ", ".join(f"{plan.runs} on {one}" for one, plan in plans.items())
+        say(f"the nodes' GPUs differ, and of {len(plans[kind].trials)} trials {told} can run: all run on {kind}")
+    return sweeps[kind], plans[kind], found[kind], kind
+
+
 def slots_for(sweep: SweepConfig, shape: GroupShape) -> int:
     """Trials at a time: as many as fit, and no more than the sweep file wants.
 
@@ -88,23 +101,7 @@ def slots_for(sweep: SweepConfig, shape: GroupShape) -> int:
     """
     room = cluster.room_for(shape, cluster.nodes())
     wanted = sweep.resources.max_concurrent
-    return room if wanted == "auto" else min(room, wanted)
-
-
-def cluster_hardware() -> Hardware:
-    """One machine's facts for the whole cluster: a GPU node's where there is one, with the sums of all nodes.
-
-    Raises:
-        InputError: the cluster has no node that can work.
-    """
-    nodes = cluster.nodes()
-    gpus = int(sum(node.get("GPU", 0) for node in nodes))
-    cpus = int(sum(node.get("CPU", 0) for node in nodes))
-    if not cpus:
-        raise InputError("the cluster has no CPUs to run a trial on: add a worker node")
-    if not gpus and len(nodes) == 1:
-        return replace(hardware_module.this_machine(), cpus=cpus, nodes=1)
-    # Asked where trials run: the driver's node may have no GPU, or no CPU to give and another limit of memory.
-    probe = ray.remote(num_cpus=0.0 if gpus else 0.01, num_gpus=0.01 if gpus else 0.0)(hardware_module.this_machine)
-    found: Hardware = ray.get(probe.remote())
-    return replace(found, gpus=gpus, cpus=cpus, nodes=len(nodes))
+    if wanted == "auto":
+        return room
+    # What does not fit yet waits in Ray's queue, and nodes are started for it.
+    return wanted if sweep.resources.scale_up_minutes else min(room, wanted)

@@ -42,6 +42,8 @@ class GroupShape:
     workers: int
     gpus_per_worker: float
     cpus_per_worker: float
+    accelerator: str | None = None
+    """The type of GPU, where the cluster has several."""
 
 
 class _NoProcessGroup(Backend):

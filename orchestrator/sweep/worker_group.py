@@ -16,6 +16,7 @@ import ray.train
 from ray.train.torch import TorchTrainer
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from orchestrator.sweep.cluster import worker_bundle
 from orchestrator.sweep.worker import GroupShape, WorkerConfig, serve
 from orchestrator.training.task import TrialTask
 
@@ -53,15 +54,14 @@ class WorkerGroup:
 
     def _serve(self, model: str, storage: str) -> None:
         shape = self.shape
-        resources = {"CPU": shape.cpus_per_worker}
-        if shape.gpus_per_worker:
-            resources["GPU"] = shape.gpus_per_worker
         trainer = TorchTrainer(
             serve,
             train_loop_config={"board": self._board, "group_id": self._id, "model": model, "shape": shape},
             torch_config=WorkerConfig(),  # type: ignore[arg-type]
             scaling_config=ray.train.ScalingConfig(
-                num_workers=shape.workers, use_gpu=bool(shape.gpus_per_worker), resources_per_worker=resources
+                num_workers=shape.workers,
+                use_gpu=bool(shape.gpus_per_worker),
+                resources_per_worker=worker_bundle(shape),
             ),
             run_config=ray.train.RunConfig(name=f"group-{self._id}", storage_path=storage),
         )

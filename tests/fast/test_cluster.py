@@ -22,6 +22,7 @@ TWO_GPU_NODES = [{"CPU": 16.0, "GPU": 4.0}, {"CPU": 16.0, "GPU": 4.0}]
         (GroupShape(4, 1, 8), TWO_GPU_NODES, 1),
         (GroupShape(1, 0.4, 1), TWO_GPU_NODES, 16),
         (GroupShape(1, 0.5, 1), [{"CPU": 3.0, "GPU": 4.0}], 3),
+        (GroupShape(1, 1, 1, "A100"), [*TWO_GPU_NODES, {"CPU": 8.0, "GPU": 2.0, "accelerator_type:A100": 1.0}], 2),
     ],
 )
 def test_as_many_groups_run_at_a_time_as_fit(shape: GroupShape, nodes: list[dict[str, float]], groups: int) -> None:

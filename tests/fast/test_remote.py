@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -11,9 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import pytest
+from typer.testing import CliRunner
 
 pytest.importorskip("moto")
 
+from orchestrator.cli import app
 from orchestrator.errors import FolderError, StorageError
 from orchestrator.results import lease, remote
 from orchestrator.results.remote import Mirror
@@ -102,6 +105,15 @@ def test_a_store_that_does_not_answer_is_told_with_what_to_check(uri: str, monke
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(StorageError, match="AWS_ENDPOINT_URL"):
         remote.opened(uri)
+
+
+def test_doctor_tries_the_store(uri: str) -> None:
+    good = CliRunner().invoke(app, ["doctor", "--json", "--storage", uri])
+    assert good.exit_code == 0
+    assert next(check for check in json.loads(good.stdout)["checks"] if check["what"].startswith("storage"))["ok"]
+    bad = CliRunner().invoke(app, ["doctor", "--storage", "s3://no-such-bucket/x"])
+    assert bad.exit_code == 3
+    assert "NO_SUCH_BUCKET" in bad.stdout
 
 
 def test_of_two_runs_in_one_folder_the_second_is_refused_until_the_first_has_ended(uri: str) -> None:
