@@ -99,6 +99,8 @@ class Node(_Part):
     cuda: str | None = None
     """That torch was built for."""
     nccl: str | None = None
+    nccl_settings: dict[str, str] = {}
+    """NCCL's variables in the environment, which are the user's matter."""
     versions: dict[str, str]
     models: dict[str, str]
     """Each built-in model: `cached`, `made at first use`, or what is missing for it."""
@@ -218,6 +220,7 @@ def look(storage: str, token: str | None) -> Node:
         gpus=tuple(gpus),
         cuda=torch.get("cuda"),
         nccl=torch.get("nccl"),
+        nccl_settings={name: value for name, value in sorted(os.environ.items()) if name.startswith("NCCL_")},
         versions=versions,
         models={f"builtin:{name}": _model_state(name) for name in builtin_models.CONFIGS},
         problems=tuple(problems),
@@ -456,6 +459,9 @@ def _node(node: Node, hosts: Sequence[str]) -> Iterator[str]:
     if node.gpus:
         cuda, nccl = node.cuda or quantities.UNKNOWN, node.nccl or quantities.UNKNOWN
         yield f"driver {node.gpus[0].driver}, torch for CUDA {cuda}, NCCL {nccl}"
+    if node.gpus or node.nccl_settings:
+        told = ", ".join(f"{name}={value}" for name, value in node.nccl_settings.items())
+        yield f"NCCL settings: {told or 'none'}"
     yield ", ".join(f"{package} {version}" for package, version in node.versions.items())
     missing = [package for package in EXPECTED if package not in node.versions]
     if missing:

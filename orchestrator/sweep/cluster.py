@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -251,7 +252,17 @@ def _told(shape: GroupShape) -> str:
     return f"{shape.workers} workers of {shape.cpus_per_worker:g} CPUs and {shape.gpus_per_worker:g}{gpu} GPUs each"
 
 
+def placed(shape: GroupShape, resources: Sequence[Mapping[str, float]]) -> GroupShape:
+    """The shape, kept on one node wherever a node has room for all its workers.
+
+    Spread over nodes because some are busy, a trial would be slower than its like by the network's share.
+    """
+    return replace(shape, on_one_node=any(_workers_on(node, shape) >= shape.workers for node in resources))
+
+
 def _room(shape: GroupShape, resources: Sequence[Mapping[str, float]]) -> int:
+    if shape.on_one_node:
+        return sum(_workers_on(node, shape) // shape.workers for node in resources)
     return sum(_workers_on(node, shape) for node in resources) // shape.workers
 
 

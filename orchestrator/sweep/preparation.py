@@ -53,6 +53,7 @@ def prepare(
     cluster.await_room(sweep.resources, say)
     sweep, plan, hardware, accelerator = choose_gpus(sweep, model, say)
     shape = GroupShape(plan.workers_per_trial, plan.gpus_per_worker, sweep.resources.cpus_per_worker, accelerator)
+    shape = cluster.placed(shape, cluster.nodes())
     slots = slots_for(sweep, shape)
     say(f"model {sweep.model}")
     model_folder = model_source.materialize(model.source)

@@ -44,6 +44,8 @@ class GroupShape:
     cpus_per_worker: float
     accelerator: str | None = None
     """The type of GPU, where the cluster has several."""
+    on_one_node: bool = False
+    """Its workers must not lie on several nodes, whose network is slower than what joins a node's GPUs."""
 
 
 class _NoProcessGroup(Backend):

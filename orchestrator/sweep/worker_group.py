@@ -62,6 +62,7 @@ class WorkerGroup:
                 num_workers=shape.workers,
                 use_gpu=bool(shape.gpus_per_worker),
                 resources_per_worker=worker_bundle(shape),
+                placement_strategy="STRICT_PACK" if shape.on_one_node else "PACK",
             ),
             run_config=ray.train.RunConfig(name=f"group-{self._id}", storage_path=storage),
         )

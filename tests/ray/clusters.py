@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import socket
@@ -42,13 +43,14 @@ def answers(port: int) -> bool:
 
 
 @contextmanager
-def started_head(variables: Mapping[str, str]) -> Iterator[Head]:
-    """A head that has `variables` in its environment, and ends with the block."""
-    port, dashboard_port = free_port(), free_port()
+def started_head(variables: Mapping[str, str], *more: str, cpus: int = 2, port: int = 0) -> Iterator[Head]:
+    """A head that has `variables` in its environment, and ends with the block; `more` goes to `ray start`."""
+    port, dashboard_port = port or free_port(), free_port()
     # Ray's sockets need a short path, which pytest's folders are not.
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
         command = [BIN / "ray", "start", "--head", "--block", "--disable-usage-stats"]
-        options = [f"--port={port}", f"--dashboard-port={dashboard_port}", "--num-cpus=2", f"--temp-dir={folder}"]
+        options = [f"--port={port}", f"--dashboard-port={dashboard_port}", f"--num-cpus={cpus}"]
+        options += [f"--temp-dir={folder}", *more]
         environment = {**os.environ, **variables}
         environment.pop("RAY_API_SERVER_ADDRESS", None)
         process = subprocess.Popen(
@@ -89,12 +91,16 @@ def joined_node(head: Head, *, hides: Path | None = None) -> Iterator[None]:
 
 
 def _cpus_of(head: Head) -> int:
+    return int(resources_of(head).get("CPU", 0))
+
+
+def resources_of(head: Head) -> dict[str, float]:
     """What the cluster has, asked in a process of its own: this one may join another later."""
-    code = f"import ray; ray.init('{head.address}'); print('CPUs', ray.cluster_resources().get('CPU', 0))"
+    code = f"import json, ray; ray.init('{head.address}'); print('FOUND', json.dumps(ray.cluster_resources()))"
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    found = re.search(r"^CPUs (\d+)", done.stdout, re.MULTILINE)
-    return int(found[1]) if found else 0
+    found = re.search(r"^FOUND (.*)$", done.stdout, re.MULTILINE)
+    return dict(json.loads(found[1])) if found else {}
 
 
 def end_all(process: subprocess.Popen[bytes]) -> None:
