@@ -120,7 +120,7 @@ class Mirror:
                 for name, state in pool.map(self._bring, changed):
                     self._same[name] = state
 
-    def push(self) -> None:
+    def push(self, wanted: Wanted = everything) -> None:
         """Carry over what changed here since the last time, and remove what is gone.
 
         Raises:
@@ -128,12 +128,16 @@ class Mirror:
         """
         with self._lock, _told(self.uri, "written"):
             here = dict(self._here())
-            changed = [(name, state) for name, state in here.items() if self._same.get(name) != state]
+            changed = [
+                (name, state)
+                for name, state in here.items()
+                if self._same.get(name) != state and wanted(PurePosixPath(name))
+            ]
             with ThreadPoolExecutor(TRANSFERS) as pool:
                 for name, state in pool.map(self._carry, changed):
                     if state is not None:
                         self._same[name] = state
-            for name in [name for name in self._same if name not in here]:
+            for name in [name for name in self._same if name not in here and wanted(PurePosixPath(name))]:
                 if not (self.local / name).exists():
                     self._remove(name)
 

@@ -25,7 +25,7 @@ from ray.train.backend import Backend, BackendConfig
 from orchestrator.errors import StorageError
 from orchestrator.results.records import TrialStatus
 from orchestrator.sweep.switchboard import STOPPED, Assignment
-from orchestrator.sweep.trial_files import Keep, on_this_node
+from orchestrator.sweep.trial_files import Keep, leave_nothing, on_this_node
 from orchestrator.training.child import run_child
 from orchestrator.training.task import TrialEnd, TrialProgress
 
@@ -82,10 +82,12 @@ def serve(config: dict[str, Any]) -> None:
         turn = assignment.turn
         task = replace(assignment.task, model_folder=model_folder)
         try:
-            with on_this_node(task, f"worker-{group_id}-{rank}") as (here, keep):
-                _run_trial(board, group_id, replace(assignment, task=here), keep)
+            here, keep = on_this_node(task, assignment.place, group_id)
+            _run_trial(board, group_id, replace(assignment, task=here), keep)
         except StorageError as error:
             board.send.remote(group_id, turn, rank, TrialEnd(TrialStatus.PREEMPTED, str(error), None))
+    if turn:
+        leave_nothing(task, group_id)
 
 
 def _start_template() -> None:

@@ -61,7 +61,7 @@ def started_head(variables: Mapping[str, str], *more: str, cpus: int = 2, port: 
             start_new_session=True,
         )
         try:
-            wait_until(lambda: answers(port) and answers(dashboard_port), bool, 90)
+            wait_until(lambda: answers(port) and answers(dashboard_port), bool, 180)
             yield Head(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard_port}")
         finally:
             end_all(process)
@@ -82,12 +82,12 @@ def joined_node(head: Head, *, hides: Path | None = None) -> Iterator[None]:
         start_new_session=True,
     )
     try:
-        wait_until(lambda: _cpus_of(head), lambda cpus: cpus == 4, 90)
+        wait_until(lambda: _cpus_of(head), lambda cpus: cpus == 4, 180)
         yield
     finally:
         end_all(process)
         # Ray notices after some seconds; until then it would still be counted.
-        wait_until(lambda: _cpus_of(head), lambda cpus: cpus == 2, 90)
+        wait_until(lambda: _cpus_of(head), lambda cpus: cpus == 2, 180)
 
 
 def _cpus_of(head: Head) -> int:
