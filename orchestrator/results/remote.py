@@ -28,6 +28,7 @@ REQUEST_LIMIT_S = 60.0
 TRANSFERS = 8
 """Files at a time."""
 CHUNK_BYTES = 8 * 2**20
+CHECKPOINT = "checkpoint-"
 NOT_CARRIED = "tune"
 """Ray Tune's own state, which nobody reads back."""
 Wanted = Callable[[PurePosixPath], bool]
@@ -75,8 +76,7 @@ def opened(where: str) -> SweepFolder:
 def fetch_trial(folder: SweepFolder, trial_id: str) -> None:
     """Bring all that a trial left, its adapter too; nothing to do where the folder is no copy."""
     if folder.remote:
-        inside = PurePosixPath(folder.trial(trial_id).root.relative_to(folder.root))
-        Mirror(folder.root, folder.remote).pull(lambda path: path.is_relative_to(inside))
+        Mirror(folder.root, folder.remote).pull(is_result, under=folder.inside(folder.trial(trial_id).root))
 
 
 def publish(folder: SweepFolder, file: Path) -> None:
@@ -88,6 +88,16 @@ def publish(folder: SweepFolder, file: Path) -> None:
 def is_record(path: PurePosixPath) -> bool:
     """What says how a sweep stands: its own files and those of each trial, without adapters and data."""
     return len(path.parts) == 1 or (path.parts[0] == "trials" and len(path.parts) == 3)
+
+
+def is_result(path: PurePosixPath) -> bool:
+    """A record or what a trial trained; not the checkpoints, from which only its workers go on."""
+    return is_record(path) or (path.parts[0] == "trials" and not is_checkpoint(path))
+
+
+def is_checkpoint(path: PurePosixPath) -> bool:
+    """What a trial goes on from while it has not ended."""
+    return path.parts[0] == "trials" and len(path.parts) > 3 and path.parts[2].startswith(CHECKPOINT)
 
 
 def everything(path: PurePosixPath) -> bool:  # noqa: ARG001
@@ -105,16 +115,21 @@ class Mirror:
         self._same: dict[str, tuple[int, int]] = {}
         self._lock = threading.Lock()
 
-    def pull(self, wanted: Wanted = everything, *, exact: bool = False) -> None:
-        """Bring what the store has and this copy has not; `exact` removes what the store does not have.
+    def pull(self, wanted: Wanted = everything, *, under: str = "", exact: bool = False) -> None:
+        """Bring what the store has and this copy has not, all or what is `under` a folder of it.
+
+        The folders of what is not wanted are made, so that their names tell. `exact` removes what the store does not
+        have.
 
         Raises:
             StorageError: the store cannot be read, or the copy not written.
         """
         with self._lock, _told(self.uri, "read"):
-            there = self._there()
+            there = self._there(under)
             if exact:
                 self._remove_all_but(frozenset(there))
+            for folder in {(self.local / name).parent for name in there}:
+                folder.mkdir(parents=True, exist_ok=True)
             changed = [(name, info) for name, info in there.items() if wanted(PurePosixPath(name))]
             with ThreadPoolExecutor(TRANSFERS) as pool:
                 for name, state in pool.map(self._bring, changed):
@@ -141,10 +156,22 @@ class Mirror:
                 if not (self.local / name).exists():
                     self._remove(name)
 
-    def _there(self) -> dict[str, FileInfo]:
+    def remove(self, unwanted: Wanted, *, under: str = "") -> None:
+        """Remove from the store alone.
+
+        Raises:
+            StorageError: the store cannot be written.
+        """
+        with self._lock, _told(self.uri, "written"):
+            for name in self._there(under):
+                if unwanted(PurePosixPath(name)):
+                    self._remove(name)
+
+    def _there(self, under: str) -> dict[str, FileInfo]:
         from pyarrow import fs
 
-        found = store(self.uri).get_file_info(fs.FileSelector(self._base, allow_not_found=True, recursive=True))
+        where = f"{self._base}/{under}".rstrip("/")
+        found = store(self.uri).get_file_info(fs.FileSelector(where, allow_not_found=True, recursive=True))
         named = {info.path[len(self._base) + 1 :]: info for info in found if info.type == fs.FileType.File}
         return {name: info for name, info in named.items() if not _is_hidden(PurePosixPath(name))}
 
@@ -161,7 +188,6 @@ class Mirror:
         file, state = self.local / name, (info.size, info.mtime_ns)
         if _state(file) == state:
             return name, state
-        file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
         with store(self.uri).open_input_stream(info.path) as source, partial.open("wb") as target:
             shutil.copyfileobj(source, target, CHUNK_BYTES)
@@ -184,7 +210,7 @@ class Mirror:
     def _remove(self, name: str) -> None:
         with _missing_is_fine():
             store(self.uri).delete_file(f"{self._base}/{name}")
-        del self._same[name]
+        self._same.pop(name, None)
 
     def _remove_all_but(self, kept: frozenset[str]) -> None:
         for name, _ in list(self._here()):

@@ -90,7 +90,11 @@ class SweepFolder:
 
     def location(self, path: Path) -> str:
         """A path in the folder as every node finds it: the same path, or an address."""
-        return f"{self.remote}/{path.relative_to(self.root).as_posix()}" if self.remote else str(path)
+        return f"{self.remote}/{self.inside(path)}" if self.remote else str(path)
+
+    def inside(self, path: Path) -> str:
+        """A path as it is named within the folder."""
+        return path.relative_to(self.root).as_posix()
 
     @property
     def sweep_file(self) -> Path:

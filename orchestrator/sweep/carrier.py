@@ -12,12 +12,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import PurePosixPath
 
 from orchestrator.errors import StorageError
 from orchestrator.results import lease
 from orchestrator.results.records import TrialResult, TrialStatus
-from orchestrator.results.remote import Mirror, is_record
+from orchestrator.results.remote import Mirror, Wanted, is_checkpoint, is_record, is_result
 from orchestrator.results.storage import SweepFolder
 
 log = logging.getLogger(__name__)
@@ -33,6 +32,7 @@ class Carrier:
         self._folder = folder
         self._mirror = Mirror(folder.root, folder.remote) if folder.remote else None
         self._running: set[str] = set()
+        self._ended: set[str] = set()
         self._wake, self._ending = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
 
@@ -52,6 +52,8 @@ class Carrier:
             self._running.add(record.trial_id)
         else:
             self._running.discard(record.trial_id)
+        if record.status.is_final:
+            self._ended.add(record.trial_id)
         self._wake.set()
 
     def fetch(self, trial_id: str) -> None:
@@ -59,7 +61,7 @@ class Carrier:
         if self._mirror is None:
             return
         try:
-            self._mirror.pull(lambda path: path.parts[:2] == ("trials", trial_id) and not self._is_ours(path))
+            self._pull(trial_id, is_result)
         except StorageError as error:
             log.warning("trial %s: its files are in the store and not here: %s", trial_id, error)
 
@@ -87,6 +89,7 @@ class Carrier:
         while True:
             try:
                 self.push()
+                self._forget_checkpoints()
             except StorageError:
                 if time.monotonic() > until_s:
                     raise
@@ -100,19 +103,28 @@ class Carrier:
             self._wake.clear()
             try:
                 self.push()
-                self._fetch_curves()
+                for trial_id in tuple(self._running):
+                    self._pull(trial_id, is_record)
+                self._forget_checkpoints()
             except StorageError as error:
                 log.warning("%s; it is tried again", error)
                 self._ending.wait(RETRY_S)
                 self._wake.set()
 
-    def _fetch_curves(self) -> None:
-        running = {PurePosixPath("trials", trial_id) for trial_id in tuple(self._running)}
-        if self._mirror and running:
-            self._mirror.pull(lambda path: is_record(path) and path.parent in running and not self._is_ours(path))
+    def _pull(self, trial_id: str, wanted: Wanted) -> None:
+        assert self._mirror
+        ours = self._folder.trial(trial_id).result.name
+        self._mirror.pull(lambda path: wanted(path) and path.name != ours, under=self._inside(trial_id))
 
-    def _is_ours(self, path: PurePosixPath) -> bool:
-        return path.name == self._folder.trial("any").result.name
+    def _forget_checkpoints(self) -> None:
+        """Of trials that have ended."""
+        assert self._mirror
+        for trial_id in tuple(self._ended):
+            self._mirror.remove(is_checkpoint, under=self._inside(trial_id))
+            self._ended.discard(trial_id)
+
+    def _inside(self, trial_id: str) -> str:
+        return self._folder.inside(self._folder.trial(trial_id).root)
 
 
 @contextmanager

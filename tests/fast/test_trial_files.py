@@ -75,18 +75,24 @@ def test_what_a_worker_keeps_the_driver_has_at_the_trials_end(folder: SweepFolde
         carrier.track(record(TrialStatus.RUNNING))
         wait_until(folder.trial("t").metrics.exists, bool, LIMIT_S)
         theirs.metrics.write_text("12")
-        theirs.adapter.mkdir()
-        (theirs.adapter / "weights").write_text("w")
+        for made in (theirs.adapter, theirs.root / "checkpoint-2"):
+            made.mkdir()
+            (made / "weights").write_text("w")
         keep(0.0)
         carrier.fetch("t")
         assert folder.trial("t").metrics.read_text() == "12"
         assert (folder.trial("t").adapter / "weights").exists()
+        # Only workers go on from it; that it is there the driver sees.
+        assert list((folder.trial("t").root / "checkpoint-2").iterdir()) == []
         write_result(folder, record(TrialStatus.FAILED))
+        carrier.track(record(TrialStatus.FAILED))
         leave_nothing(task_in(folder), "group")
         assert not theirs.root.exists()
     kept = remote.opened(folder.shown)
     assert b"failed" in kept.trial("t").result.read_bytes()
     assert kept.trial("t").metrics.read_text() == "12"
+    assert (kept.trial("t").root / "adapter").exists()
+    assert not (kept.trial("t").root / "checkpoint-2").exists()
 
 
 def test_workers_of_one_node_share_a_copy_and_carry_each_file_once(folder: SweepFolder) -> None:
