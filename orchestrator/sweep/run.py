@@ -29,6 +29,7 @@ from orchestrator.results.remote import sweep_folder
 from orchestrator.results.storage import SweepFolder, write_atomically, write_result, write_sweep
 from orchestrator.sweep import cluster
 from orchestrator.sweep.carrier import Carrier, carried
+from orchestrator.sweep.gauges import Gauges
 from orchestrator.sweep.preparation import Prepared, prepare
 from orchestrator.sweep.progress import Progress
 from orchestrator.sweep.recorder import Recorder
@@ -147,7 +148,8 @@ def _run_prepared(
     board = cluster.start_switchboard()
     label = _labeller(result)
     progress = Progress(folder, records.values(), label, sweep.objective.metric, sweep.objective.mode, prepared.slots)
-    listeners = (carrier.track, tracker.track, progress)
+    gauges = Gauges(sweep.name, records.values(), sweep.objective.metric, sweep.objective.mode)
+    listeners = (carrier.track, tracker.track, gauges.track, progress)
     predicted = functools.partial(_recorded_bytes, prepared)
     recorder = Recorder(folder, records, started_at, board, describe(sweep), predicted, carrier.fetch, listeners)
     gpus = prepared.shape.workers * prepared.shape.gpus_per_worker

@@ -10,10 +10,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -96,11 +98,28 @@ def _cpus_of(head: Head) -> int:
 
 def resources_of(head: Head) -> dict[str, float]:
     """What the cluster has, asked in a process of its own: this one may join another later."""
-    code = f"import json, ray; ray.init('{head.address}'); print('FOUND', json.dumps(ray.cluster_resources()))"
+    return dict(_asked(head.address, "ray.cluster_resources()") or {})
+
+
+def metrics_of(address: str) -> str:
+    """What the nodes offer to Prometheus."""
+    ports = _asked(address, "[node['MetricsExportPort'] for node in ray.nodes() if node['Alive']]") or []
+    told = ""
+    for port in ports:
+        with (
+            contextlib.suppress(OSError),
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as page,
+        ):
+            told += page.read().decode()
+    return told
+
+
+def _asked(address: str, question: str) -> Any:
+    code = f"import json, ray; ray.init({address!r}); print('FOUND', json.dumps({question}))"
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     found = re.search(r"^FOUND (.*)$", done.stdout, re.MULTILINE)
-    return dict(json.loads(found[1])) if found else {}
+    return json.loads(found[1]) if found else None
 
 
 def end_all(process: subprocess.Popen[bytes]) -> None:
