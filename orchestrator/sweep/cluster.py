@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -18,14 +19,12 @@ from orchestrator.config.sweep_config import ResourcesConfig
 from orchestrator.errors import ClusterUnreachableError, InputError, StorageError
 from orchestrator.results import remote, shared_storage
 from orchestrator.results.storage import SweepFolder
-from orchestrator.sweep.worker import GroupShape
+from orchestrator.sweep.worker import ACCELERATOR, GroupShape
 
 CONNECT_LIMIT_S = 5.0
 NODE_LIMIT_S = 180.0
 """A node that starts its first worker may take minutes."""
 LOCAL = "local"
-PREFIX = "accelerator_type:"
-"""Of the resource by which Ray names a node's GPUs (ray.util.accelerators)."""
 SCALE_UP_LOOK_S = 2.0
 NO_DASHBOARD = "http://127.0.0.1:9"  # the discard port: refused at once
 # Read by Ray in this process and handed on to its workers; each is our need, and a user's own value wins.
@@ -89,13 +88,19 @@ def connect(address: str | None) -> None:
             include_dashboard=False if address == LOCAL else None,
             runtime_env=None if address == LOCAL else {"env_vars": told},
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:
+        # Ray has no type of its own for this; a raylet that takes over 30 s is a bare Exception (ray 2.60.0, node.py).
         raise not_joined(address, str(error)) from error
 
 
 def not_joined(address: str, why: str) -> ClusterUnreachableError:
     """Why a cluster was not joined, out of Ray's words."""
     why = " ".join(why.split())
+    if address == LOCAL:
+        return ClusterUnreachableError(
+            f"Ray did not start on this machine ({why}): run the same command again when it is less busy, and see "
+            "Ray's logs in /tmp/ray/session_latest/logs"
+        )
     if why.startswith("Version mismatch"):
         # Ray's words, with both versions in them (ray 2.60.0, ray/_private/utils.py).
         mend = "take the cluster's versions here, or use `orchestrator submit`, whose driver runs on the cluster's own"
@@ -228,23 +233,13 @@ def await_room(resources: ResourcesConfig, say: Callable[[str], None]) -> None:
                 )
             if not asked:
                 say(f"asking the cluster for room for one trial ({_told(shape)}), and waiting for it")
-                sdk.request_resources(bundles=[worker_bundle(shape)] * shape.workers)
+                sdk.request_resources(bundles=[shape.bundle] * shape.workers)
                 asked = True
             time.sleep(SCALE_UP_LOOK_S)
     finally:
         if asked:
             # From here on the trials' own placement groups ask: idle nodes may go again.
             sdk.request_resources(bundles=[])
-
-
-def worker_bundle(shape: GroupShape) -> dict[str, float]:
-    """What one worker takes, as Ray counts it."""
-    bundle = {"CPU": shape.cpus_per_worker}
-    if shape.gpus_per_worker:
-        bundle["GPU"] = shape.gpus_per_worker
-    if shape.accelerator:
-        bundle[f"{PREFIX}{shape.accelerator}"] = 0.001
-    return bundle
 
 
 def _told(shape: GroupShape) -> str:
@@ -267,7 +262,7 @@ def _room(shape: GroupShape, resources: Sequence[Mapping[str, float]]) -> int:
 
 
 def _workers_on(node: Mapping[str, float], shape: GroupShape) -> int:
-    if shape.accelerator and f"{PREFIX}{shape.accelerator}" not in node:
+    if shape.accelerator and f"{ACCELERATOR}{shape.accelerator}" not in node:
         return 0
     by_cpu = int(node.get("CPU", 0) / shape.cpus_per_worker + 1e-9)
     if not shape.gpus_per_worker:
@@ -283,10 +278,22 @@ def disconnect() -> None:
 
 
 def start_switchboard() -> Any:
-    """The sweep's switchboard, on the driver's node, so that it lives as long as the driver."""
+    """The sweep's switchboard."""
     from orchestrator.sweep.switchboard import Switchboard
 
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     # Every group waits here with several calls at a time.
-    actor: Any = ray.remote(Switchboard)
-    return actor.options(num_cpus=0, max_concurrency=10_000, scheduling_strategy=here).remote()
+    return _beside_the_driver(Switchboard).remote()
+
+
+def start_groups(board: Any, shape: GroupShape, model: str, storage: Path) -> Any:
+    """The sweep's worker groups, none of them started yet."""
+    from orchestrator.sweep.worker_group import WorkerGroups
+
+    return _beside_the_driver(WorkerGroups).remote(board, shape, model, str(storage))
+
+
+def _beside_the_driver(actor: type) -> Any:
+    """On the driver's node, so that it lives as long as the driver; a slot or worker may wait in each of its calls."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    remote: Any = ray.remote(actor)
+    return remote.options(num_cpus=0, max_concurrency=10_000, scheduling_strategy=here)

@@ -5,30 +5,50 @@ Memory and time are planned for the GPU that trials get, and times of trials on 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import ray
 
+from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.errors import InputError
 from orchestrator.planning import hardware as hardware_module
 from orchestrator.planning.hardware import Hardware
-from orchestrator.planning.plan import SweepPlan
+from orchestrator.planning.plan import SweepPlan, plan_sweep
 from orchestrator.sweep import cluster
-from orchestrator.sweep.cluster import PREFIX
+from orchestrator.sweep.worker import ACCELERATOR
+from orchestrator.training.inputs import FoundModel
 
 Resources = Mapping[str, float]
 
 
 def type_of(node: Resources) -> str | None:
     """The node's GPU as Ray names it; of A100 and A100-80G the one that says more. None without a GPU."""
-    names = [name.removeprefix(PREFIX) for name in node if name.startswith(PREFIX)]
+    names = [name.removeprefix(ACCELERATOR) for name in node if name.startswith(ACCELERATOR)]
     return max(names, key=len, default=None) if node.get("GPU") else None
 
 
 def has_type(node: Resources, accelerator: str | None) -> bool:
     """Whether trials that ask for this type can run on the node."""
-    return accelerator is None or f"{PREFIX}{accelerator}" in node
+    return accelerator is None or f"{ACCELERATOR}{accelerator}" in node
+
+
+def choose(
+    sweep: SweepConfig, model: FoundModel, say: Callable[[str], None]
+) -> tuple[SweepConfig, SweepPlan, Hardware, str | None]:
+    """The sweep with its hardware's defaults, its plan on the GPUs that it gets, and their type where nodes differ.
+
+    Raises:
+        InputError: the cluster has no node that can work.
+    """
+    found = candidates(cluster.nodes(), sweep.resources.accelerator)
+    sweeps = {kind: sweep.on_hardware(has_gpus=hardware.device == "cuda") for kind, hardware in found.items()}
+    plans = {kind: plan_sweep(sweeps[kind], model.shape, hardware) for kind, hardware in found.items()}
+    kind = chosen(plans)
+    if len(plans) > 1:
+        told = ", ".join(f"{plan.runs} on {one}" for one, plan in plans.items())
+        say(f"the nodes' GPUs differ, and of {len(plans[kind].trials)} trials {told} can run: all run on {kind}")
+    return sweeps[kind], plans[kind], found[kind], kind
 
 
 def candidates(nodes: Sequence[Resources], asked: str | None) -> dict[str | None, Hardware]:
@@ -65,7 +85,7 @@ def _hardware(nodes: Sequence[Resources], accelerator: str | None) -> Hardware:
     # Asked where trials run: the driver's node may have no GPU, or no CPU to give and another limit of memory.
     probe = ray.remote(num_cpus=0.0 if gpus else 0.01, num_gpus=0.01 if gpus else 0.0)(hardware_module.this_machine)
     if accelerator:
-        probe = probe.options(resources={f"{PREFIX}{accelerator}": 0.001})
+        probe = probe.options(resources={f"{ACCELERATOR}{accelerator}": 0.001})
     found: Hardware = ray.get(probe.remote())
     if gpus and found.device == "cpu" and accelerator:
         # Ray was told of a GPU that no driver shows: its data sheet must do.

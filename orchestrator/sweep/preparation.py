@@ -1,17 +1,19 @@
-"""What stands before the first launch: the cluster, the plan, the base model and the data, each made once."""
+"""What stands before the first launch: cluster, plan, worker groups, base model and data, each made once."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Container
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import ray
 
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.trial_config import TrialConfig
-from orchestrator.planning.hardware import Hardware
 from orchestrator.planning.memory import MemoryEstimate, estimate_on
-from orchestrator.planning.plan import SweepPlan, plan_sweep
+from orchestrator.planning.plan import SweepPlan
 from orchestrator.results.storage import SweepFolder
 from orchestrator.sweep import cluster, gpu_choice
 from orchestrator.sweep.worker import GroupShape
@@ -34,12 +36,21 @@ class Prepared:
     gpu_memory_fraction: float | None
     estimate: Callable[[TrialConfig], MemoryEstimate]
     """The plan's own, for a configuration that has changed since."""
+    board: Any
+    """The Ray actor `switchboard.Switchboard`."""
+    groups: Any
+    """The Ray actor `worker_group.WorkerGroups`, with the first groups on their way."""
 
 
 def prepare(
-    sweep: SweepConfig, model: FoundModel, folder: SweepFolder, address: str | None, say: Callable[[str], None]
+    sweep: SweepConfig,
+    model: FoundModel,
+    folder: SweepFolder,
+    address: str | None,
+    ended: Container[str],
+    say: Callable[[str], None],
 ) -> Prepared:
-    """Check what needs the cluster, then fetch what the trials share.
+    """Check what needs the cluster, then fetch what the trials share; `ended` has the ids of trials that are done.
 
     Raises:
         InputError: weights, data or resources cannot be used so.
@@ -51,18 +62,23 @@ def prepare(
     cluster.connect(address)
     cluster.require_shared(folder)
     cluster.await_room(sweep.resources, say)
-    sweep, plan, hardware, accelerator = choose_gpus(sweep, model, say)
+    sweep, plan, hardware, accelerator = gpu_choice.choose(sweep, model, say)
     shape = GroupShape(plan.workers_per_trial, plan.gpus_per_worker, sweep.resources.cpus_per_worker, accelerator)
     shape = cluster.placed(shape, cluster.nodes())
     slots = slots_for(sweep, shape)
-    say(f"model {sweep.model}")
-    model_folder = model_source.materialize(model.source)
-    say(f"data {sweep.data.train}: reading and tokenising once for all trials")
-    summary = data.prepare(sweep.data, model_folder, folder.data)
-    say(f"data: {summary.train_rows} rows to train on, {summary.eval_rows} to evaluate on")
-    if summary.skipped_count:
-        told = "; ".join(f"{where}: {why}" for where, why in summary.skipped[:3])
-        say(f"data: {summary.skipped_count} rows could not be read and are left out ({told})")
+    # Tune's own state is a cache that we never restore: what had ended is known from our records.
+    shutil.rmtree(folder.tune, ignore_errors=True)
+    board = cluster.start_switchboard()
+    groups = cluster.start_groups(board, shape, sweep.model, folder.tune / "worker_groups")
+    # Their processes and imports take longer than all that follows here, and need none of it.
+    waiting = sum(not trial.reasons and trial.trial_id not in ended for trial in plan.trials)
+    groups.start_ahead.remote(min(slots, waiting))
+    try:
+        summary = _fetch(sweep, model, folder, say)
+    except BaseException:
+        # On a cluster that is not ours they would go on for a while, and write into a folder that is to go.
+        ray.get(groups.close_all.remote())
+        raise
     share = shape.gpus_per_worker
     return Prepared(
         sweep,
@@ -73,25 +89,21 @@ def prepare(
         "cuda_allocated" if hardware.device == "cuda" else "resident",
         share if 0 < share < 1 else None,
         functools.partial(estimate_on, shape=model.shape, workers=shape.workers, hardware=hardware),
+        board,
+        groups,
     )
 
 
-def choose_gpus(
-    sweep: SweepConfig, model: FoundModel, say: Callable[[str], None]
-) -> tuple[SweepConfig, SweepPlan, Hardware, str | None]:
-    """The sweep with its hardware's defaults, its plan on the GPUs that it gets, and their type where nodes differ.
-
-    Raises:
-        InputError: the cluster has no node that can work.
-    """
-    found = gpu_choice.candidates(cluster.nodes(), sweep.resources.accelerator)
-    sweeps = {kind: sweep.on_hardware(has_gpus=hardware.device == "cuda") for kind, hardware in found.items()}
-    plans = {kind: plan_sweep(sweeps[kind], model.shape, hardware) for kind, hardware in found.items()}
-    kind = gpu_choice.chosen(plans)
-    if len(plans) > 1:
-        told = ", ".join(f"{plan.runs} on {one}" for one, plan in plans.items())
-        say(f"the nodes' GPUs differ, and of {len(plans[kind].trials)} trials {told} can run: all run on {kind}")
-    return sweeps[kind], plans[kind], found[kind], kind
+def _fetch(sweep: SweepConfig, model: FoundModel, folder: SweepFolder, say: Callable[[str], None]) -> data.DataSummary:
+    say(f"model {sweep.model}")
+    model_folder = model_source.materialize(model.source)
+    say(f"data {sweep.data.train}: reading and tokenising once for all trials")
+    summary = data.prepare(sweep.data, model_folder, folder.data)
+    say(f"data: {summary.train_rows} rows to train on, {summary.eval_rows} to evaluate on")
+    if summary.skipped_count:
+        told = "; ".join(f"{where}: {why}" for where, why in summary.skipped[:3])
+        say(f"data: {summary.skipped_count} rows could not be read and are left out ({told})")
+    return summary
 
 
 def slots_for(sweep: SweepConfig, shape: GroupShape) -> int:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import ray
 from filelock import FileLock, Timeout
 from ray import tune
 
@@ -83,7 +84,8 @@ def run(
         if earlier:
             require_same_question(folder, earlier.sweep, sweep)
         try:
-            prepared = prepare(sweep, model, folder, address, say)
+            ended = {name for name, trial in earlier.trials.items() if trial.status.is_final} if earlier else ()
+            prepared = prepare(sweep, model, folder, address, ended, say)
             return _run_prepared(prepared, folder, carrier, earlier, isolation, say)
         finally:
             cluster.disconnect()
@@ -145,21 +147,22 @@ def _run_prepared(
         write_result(folder, record)
     write_sweep(folder, result)
     carrier.push()
-    board = cluster.start_switchboard()
     label = _labeller(result)
     progress = Progress(folder, records.values(), label, sweep.objective.metric, sweep.objective.mode, prepared.slots)
     gauges = Gauges(sweep.name, records.values(), sweep.objective.metric, sweep.objective.mode)
     listeners = (carrier.track, tracker.track, gauges.track, progress)
     predicted = functools.partial(_recorded_bytes, prepared)
-    recorder = Recorder(folder, records, started_at, board, describe(sweep), predicted, carrier.fetch, listeners)
+    recorder = Recorder(
+        folder, records, started_at, prepared.board, describe(sweep), predicted, carrier.fetch, listeners
+    )
     gpus = prepared.shape.workers * prepared.shape.gpus_per_worker
-    stopper = Stopper(board, sweep.budget, lambda: recorder.trial_seconds() * gpus / 3600)
+    stopper = Stopper(prepared.board, sweep.budget, lambda: recorder.trial_seconds() * gpus / 3600)
     for record in records.values():
         if record.mlflow_run_id is None and record.status is not TrialStatus.PENDING:
             tracker.track(record)
     _say_start(records, prepared, say)
     with progress, signals_to(stopper):
-        _tune(prepared, folder, recorder, [recorder, progress], stopper, board, isolation)
+        _tune(prepared, folder, recorder, [recorder, progress], stopper, isolation)
     recorder.cancel_rest(stopper.reason or "the sweep ended before it: run the same command again")
     return _finish(result, recorder, tracker, folder, stopper, say)
 
@@ -248,21 +251,17 @@ def _tune(
     recorder: Recorder,
     callbacks: list[tune.Callback],
     stopper: Stopper,
-    board: Any,
     isolation: Isolation,
 ) -> None:
     tasks = _tasks(prepared, folder, recorder.records.values())
     if not tasks:
         return
-    # Tune's own state is a cache that we never restore: what had ended is known from our records.
-    shutil.rmtree(folder.tune, ignore_errors=True)
     trainable = tune.with_parameters(
         TrialOnWorkers,
-        board=board,
+        board=prepared.board,
+        groups=prepared.groups,
         tasks=tasks,
-        shape=prepared.shape,
-        model=prepared.sweep.model,
-        storage=str(folder.tune / "worker_groups"),
+        workers=prepared.shape.workers,
         keeps_group=isolation == "warm",
     )
     queue = TrialQueue(
@@ -286,6 +285,7 @@ def _tune(
         run_config=_run_config(folder, callbacks, stopper),
     )
     tuner.fit()
+    ray.get(prepared.groups.close_all.remote())
 
 
 def _name(trial: Any) -> str:

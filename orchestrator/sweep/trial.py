@@ -11,8 +11,6 @@ from ray import tune
 
 from orchestrator.config.trial_config import halved_micro_batch
 from orchestrator.results.records import TrialStatus
-from orchestrator.sweep.worker import GroupShape
-from orchestrator.sweep.worker_group import WorkerGroup
 from orchestrator.training.task import TrialEnd, TrialProgress, TrialTask
 
 MAX_ATTEMPTS = 3
@@ -29,21 +27,20 @@ class TrialOnWorkers(tune.Trainable):
         config: dict[str, Any],
         *,
         board: Any,
+        groups: Any,
         tasks: dict[str, TrialTask],
-        shape: GroupShape,
-        model: str,
-        storage: str,
+        workers: int,
         keeps_group: bool,
     ) -> None:
-        """Called once an actor."""
-        self._board, self._tasks, self._shape = board, tasks, shape
-        self._model, self._group_storage, self._keeps_group = model, storage, keeps_group
-        self._group: WorkerGroup | None = None
+        """Called once an actor; `board` is the sweep's Switchboard, `groups` its WorkerGroups."""
+        self._board, self._groups, self._tasks, self._workers = board, groups, tasks, workers
+        self._keeps_group = keeps_group
+        self._group: str | None = None
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take the next trial."""
-        if self._group and not (self._keeps_group and self._group.is_alive):
+        if self._group and not (self._keeps_group and ray.get(self._groups.is_alive.remote(self._group))):
             self._close()
         self._begin(new_config)
         return True
@@ -77,12 +74,12 @@ class TrialOnWorkers(tune.Trainable):
     def _launch(self) -> None:
         self._attempt += 1
         if self._group is None:
-            self._group = WorkerGroup(self._board, self._shape, self._model, self._group_storage)
-        self._group.assign(self._task)
+            self._group = ray.get(self._groups.open.remote())
+        ray.get(self._board.assign.remote(self._group, self._task))
 
     def _halve_micro_batch(self, reason: str | None) -> bool:
         """Start the trial again with a smaller micro-batch, where the size is ours to choose and can be smaller."""
-        smaller = halved_micro_batch(self._task.config, self._shape.workers) if self._task.halves_micro_batch else None
+        smaller = halved_micro_batch(self._task.config, self._workers) if self._task.halves_micro_batch else None
         if smaller is None:
             return False
         self._events.append(f"micro_batch_size {smaller.micro_batch_size} after: {reason}")
@@ -93,7 +90,7 @@ class TrialOnWorkers(tune.Trainable):
 
     def _close(self) -> None:
         if self._group:
-            self._group.close()
+            ray.get(self._groups.close.remote(self._group))
             self._group = None
 
     def _result(self, progress: TrialProgress | None, **more: Any) -> dict[str, Any]:

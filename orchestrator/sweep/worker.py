@@ -30,6 +30,8 @@ from orchestrator.training.child import run_child
 from orchestrator.training.task import TrialEnd, TrialProgress
 
 log = logging.getLogger(__name__)
+ACCELERATOR = "accelerator_type:"
+"""Of the resource by which Ray names a node's GPUs (ray.util.accelerators)."""
 TEMPLATE = "orchestrator.training.template"
 STORE_LIMIT_S = 300.0
 """So long the store may be away at the end of a trial, whose results are lost otherwise."""
@@ -46,6 +48,16 @@ class GroupShape:
     """The type of GPU, where the cluster has several."""
     on_one_node: bool = False
     """Its workers must not lie on several nodes, whose network is slower than what joins a node's GPUs."""
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """What one worker takes, as Ray counts it."""
+        taken = {"CPU": self.cpus_per_worker}
+        if self.gpus_per_worker:
+            taken["GPU"] = self.gpus_per_worker
+        if self.accelerator:
+            taken[f"{ACCELERATOR}{self.accelerator}"] = 0.001
+        return taken
 
 
 class _NoProcessGroup(Backend):

@@ -1,4 +1,4 @@
-"""The TorchTrainer whose workers serve trial after trial, or one trial each (`--isolation fresh`).
+"""The TorchTrainers whose workers serve trial after trial, or one trial each (`--isolation fresh`).
 
 Every worker holds a template process with all imports done, and forks one process a trial from it: fresh memory,
 fresh CUDA context, fresh process group. See docs/decisions/0001-warm-worker-groups.md.
@@ -6,73 +6,96 @@ fresh CUDA context, fresh process group. See docs/decisions/0001-warm-worker-gro
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import threading
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
-import ray.train
-from ray.train.torch import TorchTrainer
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from orchestrator.sweep.cluster import worker_bundle
 from orchestrator.sweep.worker import GroupShape, WorkerConfig, serve
-from orchestrator.training.task import TrialTask
 
 log = logging.getLogger(__name__)
 CLOSE_LIMIT_S = 20.0
 
 
-class WorkerGroup:
-    """One TorchTrainer and its workers, from the trial's side."""
+class WorkerGroups:
+    """All worker groups of a sweep: an asynchronous Ray actor, the one process of ours that TorchTrainers start from.
+
+    A slot that ran its TorchTrainer itself would import torch for nothing but that: 5 s and 300 MB, for every slot.
+    """
 
     def __init__(self, board: Any, shape: GroupShape, model: str, storage: str) -> None:
-        self.shape = shape
-        self._board = board
-        self._id = uuid.uuid4().hex[:12]
+        # Here and not above: the driver, which makes this actor, needs no torch either.
+        import ray.train.torch
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+        self._board, self._shape, self._model, self._storage = board, shape, model, storage
         # The trials' processes meet here: a store that outlives them all, so that no port is searched for each.
-        host = ray.util.get_node_ip_address()
-        self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
-        ray.get(board.open_group.remote(self._id, shape.workers, host, self._store.port))
-        self._thread = threading.Thread(target=self._serve, args=(model, storage), daemon=True)
-        self._thread.start()
+        self._host = ray.util.get_node_ip_address()
+        self._store = TCPStore(self._host, 0, is_master=True, wait_for_workers=False)
+        # A thread waits for each TorchTrainer; there are never more than slots, and a few that close.
+        self._threads = ThreadPoolExecutor(10_000)
+        self._open: dict[str, asyncio.Future[None]] = {}
+        self._ahead: list[asyncio.Task[str]] = []
 
-    def assign(self, task: TrialTask) -> None:
-        """Hand a trial to the workers; they start as soon as they are there."""
-        ray.get(self._board.assign.remote(self._id, task))
+    async def start_ahead(self, groups: int) -> None:
+        """Start so many before the first slot asks for one."""
+        self._ahead += [asyncio.create_task(self._start()) for _ in range(groups)]
 
-    @property
-    def is_alive(self) -> bool:
-        """Whether the workers can take another trial."""
-        return self._thread.is_alive()
+    async def open(self) -> str:
+        """A group's id, its workers there or on their way."""
+        while self._ahead:
+            group_id = await self._ahead.pop(0)
+            if await self.is_alive(group_id):
+                return group_id
+        return await self._start()
 
-    def close(self) -> None:
+    async def is_alive(self, group_id: str) -> bool:
+        """Whether its workers can take another trial."""
+        return group_id in self._open and not self._open[group_id].done()
+
+    async def close(self, group_id: str) -> None:
         """Let the workers end; returns when the trainer gave its resources back."""
-        ray.get(self._board.close_group.remote(self._id))
-        self._thread.join(CLOSE_LIMIT_S)
+        await self._board.close_group.remote(group_id)
+        if trainer := self._open.pop(group_id, None):
+            await asyncio.wait([trainer], timeout=CLOSE_LIMIT_S)
 
-    def _serve(self, model: str, storage: str) -> None:
-        shape = self.shape
+    async def close_all(self) -> None:
+        """The sweep is over."""
+        await asyncio.gather(*map(self.close, list(self._open)))
+
+    async def _start(self) -> str:
+        group_id = uuid.uuid4().hex[:12]
+        await self._board.open_group.remote(group_id, self._shape.workers, self._host, self._store.port)
+        self._open[group_id] = asyncio.get_running_loop().run_in_executor(self._threads, self._fit, group_id)
+        return group_id
+
+    def _fit(self, group_id: str) -> None:
+        from ray.train import RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+
+        shape = self._shape
         trainer = TorchTrainer(
             serve,
-            train_loop_config={"board": self._board, "group_id": self._id, "model": model, "shape": shape},
+            train_loop_config={"board": self._board, "group_id": group_id, "model": self._model, "shape": shape},
             torch_config=WorkerConfig(),  # type: ignore[arg-type]
-            scaling_config=ray.train.ScalingConfig(
+            scaling_config=ScalingConfig(
                 num_workers=shape.workers,
                 use_gpu=bool(shape.gpus_per_worker),
-                resources_per_worker=worker_bundle(shape),
+                resources_per_worker=shape.bundle,
                 placement_strategy="STRICT_PACK" if shape.on_one_node else "PACK",
             ),
-            run_config=ray.train.RunConfig(name=f"group-{self._id}", storage_path=storage),
+            run_config=RunConfig(name=f"group-{group_id}", storage_path=self._storage),
         )
         try:
             trainer.fit()
         except Exception as error:
             # Whatever Ray raises here means the same: this group is gone, and its trial needs another.
-            log.warning("worker group %s is gone: %s", self._id, error)
+            log.warning("worker group %s is gone: %s", group_id, error)
             reason = f"a worker or its node died ({type(error).__name__}: {_first_line(error)})"
-            ray.get(self._board.lose_group.remote(self._id, reason))
+            ray.get(self._board.lose_group.remote(group_id, reason))
 
 
 def _first_line(error: Exception) -> str:

@@ -20,7 +20,6 @@ from orchestrator.config.trial_config import TrialConfig
 from orchestrator.results.records import TrialStatus
 from orchestrator.sweep import cluster
 from orchestrator.sweep.worker import GroupShape
-from orchestrator.sweep.worker_group import WorkerGroup
 from orchestrator.training import data, model_source
 from orchestrator.training.task import TrialEnd, TrialProgress, TrialTask
 from tests.ray.sweeps import command_of
@@ -36,7 +35,8 @@ class Bench:
     """A board, a group, and the worker's process."""
 
     board: Any
-    group: WorkerGroup
+    groups: Any
+    group: str
     data_folder: Path
     folder: Path
     count: int = 0
@@ -50,7 +50,8 @@ class Bench:
         small = {"precision": "fp32", "global_batch_size": 2, "micro_batch_size": 2, "sequence_length": 16, "rank": 2}
         config = TrialConfig.model_validate(small | {"max_steps": 2, "eval_every": 1} | settings)
         where = (str(self.data_folder), str(self.folder / trial_id))
-        self.group.assign(TrialTask(trial_id, config, "", *where, "eval_loss", "min", time_limit_s=time_limit_s))
+        task = TrialTask(trial_id, config, "", *where, "eval_loss", "min", time_limit_s=time_limit_s)
+        ray.get(self.board.assign.remote(self.group, task))
         return trial_id
 
     def end_of(self, trial_id: str) -> TrialEnd:
@@ -85,9 +86,9 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     )
     cluster.connect(None)
     board = cluster.start_switchboard()
-    group = WorkerGroup(board, GroupShape(1, 0, 1), MODEL, str(folder / "groups"))
-    yield Bench(board, group, folder / "data", folder)
-    group.close()
+    groups = cluster.start_groups(board, GroupShape(1, 0, 1), MODEL, folder / "groups")
+    yield Bench(board, groups, ray.get(groups.open.remote()), folder / "data", folder)
+    ray.get(groups.close_all.remote())
     cluster.disconnect()
 
 
@@ -161,8 +162,8 @@ def test_a_stop_ends_the_trial_within_a_tenth_of_a_second_and_the_group_goes_on(
 
 
 def test_a_worker_that_is_killed_takes_template_and_trial_along_and_the_group_says_so(bench: Bench) -> None:
-    group = WorkerGroup(bench.board, GroupShape(1, 0, 1), MODEL, str(bench.folder / "groups"))
-    other = Bench(bench.board, group, bench.data_folder, bench.folder / "other", count=1000)
+    group = ray.get(bench.groups.open.remote())
+    other = Bench(bench.board, bench.groups, group, bench.data_folder, bench.folder / "other", count=1000)
     mine = {bench.process().pid}
 
     def new_worker() -> list[psutil.Process]:
@@ -176,5 +177,5 @@ def test_a_worker_that_is_killed_takes_template_and_trial_along_and_the_group_sa
     end = other.end_of(trial_id)
     assert end.status is TrialStatus.PREEMPTED
     assert psutil.wait_procs(below, 10)[1] == []
-    group.close()
-    assert not group.is_alive
+    ray.get(bench.groups.close.remote(group))
+    assert not ray.get(bench.groups.is_alive.remote(group))
