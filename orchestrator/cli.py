@@ -41,7 +41,9 @@ class Isolation(StrEnum):
 
 
 SweepArgument = Annotated[Path, typer.Argument(metavar="SWEEP", help="A sweep file, as search_spaces/demo.yaml.")]
-FolderArgument = Annotated[Path, typer.Argument(metavar="FOLDER", help="A sweep's folder, as sweeps/demo.")]
+FolderArgument = Annotated[
+    str, typer.Argument(metavar="FOLDER", help="A sweep's folder, as sweeps/demo or s3://bucket/sweeps/demo.")
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as trial.max_steps=20.")
 ]
@@ -132,18 +134,19 @@ def plan(
         from orchestrator.planning.pace import READ_SWEEPS, Pace
         from orchestrator.planning.plan import plan_sweep
         from orchestrator.planning.plan_table import render
+        from orchestrator.results.remote import local_storage
         from orchestrator.results.storage import newest_sweeps
         from orchestrator.training import data_rows, inputs
 
         config = load(sweep, overrides or ())
-        hardware = hardware_for(gpu, gpus, gpu_memory)
+        hardware = hardware_for(gpu or config.resources.accelerator, gpus, gpu_memory)
         config = config.on_hardware(has_gpus=hardware.device == "cuda")
         try:
             data_rows.check(config.data)
         except DataError as error:
             # A plan may be made where the data is not.
             _say(f"warning: {error}")
-        pace = Pace.of(newest_sweeps(config.folder.parent, READ_SWEEPS), config.model, hardware)
+        pace = Pace.of(newest_sweeps(local_storage(config.storage), READ_SWEEPS), config.model, hardware)
         planned = plan_sweep(config, inputs.find_model(config).shape, hardware, pace)
         _show(planned.model_dump_json(indent=1) if json else render(planned))
 
@@ -216,13 +219,14 @@ def submit(
 
 
 @app.command()
-def status(folder: Annotated[Path | None, typer.Argument(metavar="[FOLDER]", help="None: the newest.")] = None) -> None:
+def status(folder: Annotated[str | None, typer.Argument(metavar="[FOLDER]", help="None: the newest.")] = None) -> None:
     """Say how a running or ended sweep stands, read from disk."""
     with _told_errors():
         from orchestrator.reporting.status import render_status
-        from orchestrator.results.storage import SweepFolder, newest_sweep
+        from orchestrator.results.remote import opened
+        from orchestrator.results.storage import newest_sweep
 
-        _show(render_status(SweepFolder(folder) if folder else newest_sweep(Path("sweeps"))))
+        _show(render_status(opened(folder) if folder else newest_sweep(Path("sweeps"))))
 
 
 @app.command()
@@ -230,11 +234,13 @@ def report(folder: FolderArgument, json: JsonOption = False) -> None:
     """Print a sweep's answer with its evidence, and write report.html."""
     with _told_errors():
         from orchestrator.reporting import report as reporting
-        from orchestrator.results.storage import SweepFolder, write_atomically
+        from orchestrator.results.remote import opened, publish
+        from orchestrator.results.storage import write_atomically
 
-        where = SweepFolder(folder)
+        where = opened(folder)
         built = reporting.build(where)
         write_atomically(where.report, reporting.render_html(built))
+        publish(where, where.report)
         _show(reporting.render_json(built) if json else reporting.render_text(built))
         _say(f"report: {where.report}")
 
@@ -250,9 +256,9 @@ def export(
     """Write the best adapter, or a trial's, alone or merged into its base, ready for from_pretrained."""
     with _told_errors():
         from orchestrator.export import export as export_trial
-        from orchestrator.results.storage import SweepFolder
+        from orchestrator.results.remote import opened
 
-        exported = export_trial(SweepFolder(folder), trial, to, merge=merge, force=force)
+        exported = export_trial(opened(folder), trial, to, merge=merge, force=force)
         if merge and exported.kind == "full":
             _say("the trial trained all weights: there is no adapter to merge")
         _show(f"trial {exported.trial.trial_id} is in {exported.folder}; load it with {exported.loader}")

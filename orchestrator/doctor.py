@@ -24,14 +24,15 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict
 
+from orchestrator.config.storage_address import is_remote, storage_problem
 from orchestrator.config.trial_config import Precision, TrialConfig
 from orchestrator.errors import ClusterUnreachableError
 from orchestrator.planning.compatibility import Case, notes, refusals
 from orchestrator.planning.hardware import Hardware, this_machine
 from orchestrator.planning.model_shape import shape_of
 from orchestrator.reporting import quantities
-from orchestrator.results import provenance, shared_storage
-from orchestrator.training import builtin_models, model_source
+from orchestrator.results import provenance, remote, shared_storage
+from orchestrator.training import builtin_models
 
 EXPECTED = ("bitsandbytes", "flash-attn")
 """Packages that some settings need and others do without."""
@@ -82,8 +83,9 @@ class Gpu(_Part):
 class Space(_Part):
     """The storage as a node sees it."""
 
-    free_bytes: int
-    total_bytes: int
+    free_bytes: int | None
+    """None of an object store."""
+    total_bytes: int | None
     problem: str | None = None
     """Why it cannot be written, or is another one than the driver's."""
 
@@ -97,6 +99,8 @@ class Node(_Part):
     cuda: str | None = None
     """That torch was built for."""
     nccl: str | None = None
+    nccl_settings: dict[str, str] = {}
+    """NCCL's variables in the environment, which are the user's matter."""
     versions: dict[str, str]
     models: dict[str, str]
     """Each built-in model: `cached`, `made at first use`, or what is missing for it."""
@@ -132,16 +136,16 @@ class Diagnosis(_Part):
 
 def examine(address: str | None, storage: str | None, tracking_uri: str | None) -> Diagnosis:
     """Look at this machine, or at every node of the cluster at `address`."""
-    where = Path(storage or "sweeps").expanduser().absolute()
+    where = storage if storage and is_remote(storage) else str(remote.local_storage(storage or "sweeps"))
     checks: list[Check] = []
-    with _marked(where, storage) as (token, problem):
+    with _marked(where) as (token, problem):
         if address:
             nodes, check = _cluster_nodes(address, where, token)
             checks.append(check)
         else:
-            nodes = [look(str(where), token)]
+            nodes = [look(where, token)]
         checks.append(_storage_check(where, storage is not None, nodes, token, problem))
-    checks.append(tracking_check(tracking_uri, where))
+    checks.append(tracking_check(tracking_uri, remote.local_storage(where)))
     if address and nodes:
         checks.append(versions_check(nodes, provenance.versions()))
     return Diagnosis(cluster=address, nodes=tuple(_with_settings(nodes)), checks=tuple(checks))
@@ -216,10 +220,11 @@ def look(storage: str, token: str | None) -> Node:
         gpus=tuple(gpus),
         cuda=torch.get("cuda"),
         nccl=torch.get("nccl"),
+        nccl_settings={name: value for name, value in sorted(os.environ.items()) if name.startswith("NCCL_")},
         versions=versions,
         models={f"builtin:{name}": _model_state(name) for name in builtin_models.CONFIGS},
         problems=tuple(problems),
-        storage=_space(Path(storage), token),
+        storage=_space(storage, token),
     )
 
 
@@ -282,7 +287,7 @@ def torch_problems(torch: Mapping[str, Any], versions: Mapping[str, str], gpus: 
 
 
 def _model_state(name: str) -> str:
-    if builtin_models.folder_of(name, model_source.cache_folder()).is_dir():
+    if builtin_models.folder_of(name, remote.cache_folder()).is_dir():
         return "cached"
     return builtin_models.missing_part(name) or "made at first use"
 
@@ -291,22 +296,26 @@ def _model_state(name: str) -> str:
 
 
 @contextmanager
-def _marked(where: Path, named: str | None) -> Iterator[tuple[str | None, str | None]]:
-    """Yields the token of a mark in the storage, or a problem."""
-    if named and "://" in named:
-        yield None, "takes a folder or a mount that all nodes see; object stores are not supported yet"
+def _marked(where: str) -> Iterator[tuple[str | None, str | None]]:
+    """Yields the token of a mark in the storage, or a problem; an object store is the same for all without a mark."""
+    if is_remote(where):
+        yield None, storage_problem(where) or remote.access_problem(where)
         return
     with contextlib.ExitStack() as stack:
         try:
-            token = stack.enter_context(shared_storage.marked(where))
+            token = stack.enter_context(shared_storage.marked(Path(where)))
         except OSError as error:
             yield None, f"cannot be written ({error.strerror or error}): name another with --storage"
         else:
             yield token, None
 
 
-def _space(where: Path, token: str | None) -> Space | None:
+def _space(storage: str, token: str | None) -> Space | None:
     """Free space, and whether this node sees the asker's mark and can write beside it."""
+    if is_remote(storage):
+        problem = storage_problem(storage) or remote.access_problem(storage)
+        return Space(free_bytes=None, total_bytes=None, problem=problem)
+    where = Path(storage)
     there = next((folder for folder in (where, *where.parents) if folder.is_dir()), Path("/"))
     usage = shutil.disk_usage(there)
     return Space(
@@ -314,22 +323,26 @@ def _space(where: Path, token: str | None) -> Space | None:
     )
 
 
-def _storage_check(where: Path, asked: bool, nodes: Sequence[Node], token: str | None, problem: str | None) -> Check:
+def _storage_check(where: str, asked: bool, nodes: Sequence[Node], token: str | None, problem: str | None) -> Check:
     seen = [(node.host, node.storage) for node in nodes if node.storage]
     if problem is None and token:
-        problem = shared_storage.problem(where, token, [(host, space.problem) for host, space in seen])
+        problem = shared_storage.problem(Path(where), token, [(host, space.problem) for host, space in seen])
+    elif problem is None:
+        problem = "; ".join(f"from {host}: {space.problem}" for host, space in seen if space.problem) or None
     if problem is not None:
         return Check(what=f"storage {where}", ok=False, asked=asked, detail=problem)
-    free = min((space for _, space in seen), key=lambda space: space.free_bytes, default=None)
-    room = f", {quantities.memory(free.free_bytes)} free of {quantities.memory(free.total_bytes)}" if free else ""
+    room = min(
+        ((space.free_bytes, space.total_bytes) for _, space in seen if space.free_bytes is not None), default=None
+    )
+    free = f", {quantities.memory(room[0])} free of {quantities.memory(room[1])}" if room and room[1] else ""
     by = f"writable from {len(seen)} nodes" if len(seen) > 1 else "writable"
-    return Check(what=f"storage {where}", ok=True, asked=asked, detail=by + room)
+    return Check(what=f"storage {where}", ok=True, asked=asked, detail=by + free)
 
 
 # The cluster
 
 
-def _cluster_nodes(address: str, storage: Path, token: str | None) -> tuple[list[Node], Check]:
+def _cluster_nodes(address: str, storage: str, token: str | None) -> tuple[list[Node], Check]:
     from orchestrator.sweep import cluster
 
     what = f"cluster {address}"
@@ -339,7 +352,7 @@ def _cluster_nodes(address: str, storage: Path, token: str | None) -> tuple[list
         return [], Check(what=what, ok=False, asked=True, detail=str(error))
     try:
         nodes, silent, resources = [], [], []
-        for node, found in cluster.ask_every_node(look, str(storage), token):
+        for node, found in cluster.ask_every_node(look, storage, token):
             if isinstance(found, Exception):
                 silent.append(f"{cluster.name_of(node)}: {_last_line(found)}")
                 continue
@@ -446,6 +459,9 @@ def _node(node: Node, hosts: Sequence[str]) -> Iterator[str]:
     if node.gpus:
         cuda, nccl = node.cuda or quantities.UNKNOWN, node.nccl or quantities.UNKNOWN
         yield f"driver {node.gpus[0].driver}, torch for CUDA {cuda}, NCCL {nccl}"
+    if node.gpus or node.nccl_settings:
+        told = ", ".join(f"{name}={value}" for name, value in node.nccl_settings.items())
+        yield f"NCCL settings: {told or 'none'}"
     yield ", ".join(f"{package} {version}" for package, version in node.versions.items())
     missing = [package for package in EXPECTED if package not in node.versions]
     if missing:

@@ -23,6 +23,7 @@ from orchestrator.config.trial_config import Precision
 from orchestrator.errors import InputError, ModelError, StorageError
 from orchestrator.reporting import quantities
 from orchestrator.reporting.statistics import best_trial, spell
+from orchestrator.results import remote
 from orchestrator.results.provenance import without_secret
 from orchestrator.results.records import SweepResult, TrialResult
 from orchestrator.results.storage import SweepFolder, read_sweep
@@ -132,6 +133,7 @@ def weights_of(folder: SweepFolder, trial: TrialResult) -> Path:
     Raises:
         InputError: it has none; the reason is told.
     """
+    remote.fetch_trial(folder, trial.trial_id)
     root = folder.trial(trial.trial_id).root
     where = root / trial.adapter if trial.adapter else folder.trial(trial.trial_id).adapter
     if any(where.glob("*.safetensors")):

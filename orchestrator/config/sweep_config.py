@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
@@ -95,6 +94,20 @@ class ResourcesConfig(_Part):
     """Most that a worker may take, of its GPU or, without one, of host memory, as 24GiB; none: what there is."""
     max_concurrent: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Trials at a time; `auto` is what the cluster has room for."""
+    accelerator: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] | None = None
+    """The type of GPU that trials run on, as Ray names it (A100); none: of unlike nodes the smallest that most trials
+    fit on."""
+    scale_up_minutes: Annotated[float, Field(gt=0, le=1440)] | None = None
+    """For clusters that start nodes when asked: so long the first is waited for; none: what is there must do."""
+
+    @model_validator(mode="after")
+    def _says_what_to_start(self) -> ResourcesConfig:
+        if self.scale_up_minutes and (self.gpus_per_worker is None or self.max_concurrent == "auto"):
+            raise ValueError(
+                "scale_up_minutes needs gpus_per_worker and a number as max_concurrent: of nodes that are not there "
+                "nothing is known"
+            )
+        return self
 
 
 class BudgetConfig(_Part):
@@ -155,7 +168,7 @@ class SweepConfig(_Part):
     budget: BudgetConfig = BudgetConfig()
     tracking: TrackingConfig = TrackingConfig()
     storage: Annotated[str, Field(min_length=1)] = "sweeps"
-    """A local folder or a mount that all nodes see."""
+    """A local folder, a mount that all nodes see, or an object store, as s3://bucket/sweeps."""
 
     @field_validator("trial", mode="before")
     @classmethod
@@ -194,8 +207,3 @@ class SweepConfig(_Part):
         if resources.gpus_per_worker is None:
             resources = resources.model_copy(update={"gpus_per_worker": 1.0 if has_gpus else 0.0})
         return self.model_copy(update={"trial": trial, "resources": resources})
-
-    @property
-    def folder(self) -> Path:
-        """STORAGE/NAME."""
-        return Path(self.storage).expanduser() / self.name

@@ -21,6 +21,7 @@ from orchestrator.config.search_space import (
     Range,
     in_order_of_need,
 )
+from orchestrator.config.storage_address import storage_problem
 from orchestrator.config.sweep_config import SchedulerConfig, SweepConfig
 from orchestrator.errors import InputError, Problem, SweepFileError, cut, shown
 
@@ -296,8 +297,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def _problems_of_meaning(sweep: SweepConfig) -> Iterator[Problem]:
     """What is well formed and yet cannot be meant."""
-    if "://" in sweep.storage:
-        yield Problem("storage", "takes a folder or a mount that all nodes see; object stores are not supported yet")
+    if problem := storage_problem(sweep.storage):
+        yield Problem("storage", problem)
     problems = [*_problems_of_space(sweep), *_problems_of_size(sweep)]
     yield from problems
     if problems:

@@ -132,6 +132,21 @@ class SweepFolder:
     """STORAGE/NAME; no other module spells a file name in it."""
 
     root: Path
+    remote: str | None = None
+    """The address in an object store that `root` is a copy of."""
+
+    @property
+    def shown(self) -> str:
+        """As the user named it."""
+        return self.remote or str(self.root)
+
+    def location(self, path: Path) -> str:
+        """A path in the folder as every node finds it: the same path, or an address."""
+        return f"{self.remote}/{self.inside(path)}" if self.remote else str(path)
+
+    def inside(self, path: Path) -> str:
+        """A path as it is named within the folder."""
+        return path.relative_to(self.root).as_posix()
 
     @property
     def sweep_file(self) -> Path:
@@ -254,7 +269,7 @@ def read_sweep(folder: SweepFolder) -> tuple[SweepResult, tuple[DamagedRecord, .
     try:
         sweep = SweepResult.model_validate(upgrade(from_json(read_record(folder.results_json))))
     except FileNotFoundError as error:
-        raise FolderError(f"{folder.root} holds no sweep: name a folder that `orchestrator run` made") from error
+        raise FolderError(f"{folder.shown} holds no sweep: name a folder that `orchestrator run` made") from error
     except (OSError, ValueError, RecursionError) as error:
         why = " ".join(str(error).split())[:200]
         raise FolderError(f"{folder.results_json} cannot be read ({why}): run the sweep again to rebuild it") from error
@@ -265,6 +280,11 @@ def read_sweep(folder: SweepFolder) -> tuple[SweepResult, tuple[DamagedRecord, .
 
 def is_at_work(folder: SweepFolder) -> bool:
     """Whether a run holds the folder's lock; a dead owner's is free at once, since the kernel holds it."""
+    if folder.remote:
+        from orchestrator.results import lease
+
+        found = lease.look(folder.remote)
+        return found is not None and found.is_alive
     if not folder.lock.exists():
         return False
     try:

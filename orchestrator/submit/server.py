@@ -23,6 +23,7 @@ import ray
 import ray.exceptions
 from ray.job_submission import JobSubmissionClient
 
+from orchestrator.config.storage_address import is_remote
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.errors import ClusterUnreachableError, InputError
 from orchestrator.results.provenance import without_secret
@@ -204,7 +205,7 @@ def submit(
     else:
         server.start(job_id, sweep.name, package, entrypoint(isolation), requirements)
         say(f"job {job_id} was submitted to {server.shown_address}")
-    if not is_the_clusters(sweep.storage):
+    if not (is_remote(sweep.storage) or is_the_clusters(sweep.storage)):
         say(f"storage {sweep.storage} is relative: it is made in the home folder of the cluster's user")
     return server, job_id
 

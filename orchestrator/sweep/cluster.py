@@ -5,21 +5,27 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.autoscaler import sdk
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from orchestrator.config.sweep_config import ResourcesConfig
 from orchestrator.errors import ClusterUnreachableError, InputError, StorageError
-from orchestrator.results import shared_storage
-from orchestrator.sweep.worker import GroupShape
+from orchestrator.results import remote, shared_storage
+from orchestrator.results.storage import SweepFolder
+from orchestrator.sweep.worker import ACCELERATOR, GroupShape
 
 CONNECT_LIMIT_S = 5.0
 NODE_LIMIT_S = 180.0
 """A node that starts its first worker may take minutes."""
 LOCAL = "local"
+SCALE_UP_LOOK_S = 2.0
 NO_DASHBOARD = "http://127.0.0.1:9"  # the discard port: refused at once
 # Read by Ray in this process and handed on to its workers; each is our need, and a user's own value wins.
 ENVIRONMENT = {
@@ -144,7 +150,7 @@ def ask_every_node(look: Any, *arguments: Any) -> Iterator[tuple[Mapping[str, An
         yield asked[task], TimeoutError(f"no answer in {NODE_LIMIT_S:.0f} s")
 
 
-def require_shared(where: Path) -> None:
+def require_shared(folder: SweepFolder) -> None:
     """Ask every node of a cluster that has several.
 
     Raises:
@@ -152,19 +158,34 @@ def require_shared(where: Path) -> None:
     """
     if len(nodes()) < 2:
         return
+    if folder.remote:
+        _require_access(folder.remote)
+        return
+    where = folder.root
     with shared_storage.marked(where) as token:
-        answers = [
-            (name_of(node), f"cannot be tried ({found})" if isinstance(found, Exception) else found)
-            for node, found in ask_every_node(shared_storage.answer, where, token)
-            # A node that has gone is counted as alive for some seconds more: no trial will run there.
-            if not isinstance(found, ray.exceptions.TaskUnschedulableError | ray.exceptions.NodeDiedError)
-        ]
+        answers = _answers(shared_storage.answer, where, token)
         why = shared_storage.problem(where, token, answers)
     if why:
         raise StorageError(
             f"storage {where} is not one for all {len(answers)} nodes: {why}. Name a mount that all of them see with "
             "--storage"
         )
+
+
+def _require_access(uri: str) -> None:
+    answers = _answers(remote.access_problem, uri)
+    if told := [f"from {host}: {why}" for host, why in answers if why]:
+        raise StorageError(f"not all {len(answers)} nodes can use the storage: {'; '.join(told)}")
+
+
+def _answers(look: Any, *arguments: Any) -> list[tuple[str, str | None]]:
+    """What each node says of the storage, None where all is well."""
+    return [
+        (name_of(node), f"cannot be tried ({found})" if isinstance(found, Exception) else found)
+        for node, found in ask_every_node(look, *arguments)
+        # A node that has gone is counted as alive for some seconds more: no trial will run there.
+        if not isinstance(found, ray.exceptions.TaskUnschedulableError | ray.exceptions.NodeDiedError)
+    ]
 
 
 def name_of(node: Mapping[str, Any]) -> str:
@@ -178,19 +199,71 @@ def room_for(shape: GroupShape, resources: Sequence[Mapping[str, float]]) -> int
     Raises:
         InputError: not one fits.
     """
-    workers = sum(_workers_on(node, shape) for node in resources)
-    groups = workers // shape.workers
+    groups = _room(shape, resources)
     if not groups:
         have = ", ".join(f"{n.get('CPU', 0):g} CPUs and {n.get('GPU', 0):g} GPUs" for n in resources)
         raise InputError(
-            f"a trial takes {shape.workers} workers of {shape.cpus_per_worker:g} CPUs and {shape.gpus_per_worker:g} "
-            f"GPUs each, and the cluster has {have}: lower resources.workers_per_trial, cpus_per_worker or "
-            "gpus_per_worker"
+            f"a trial takes {_told(shape)}, and the cluster has {have}: lower resources.workers_per_trial, "
+            "cpus_per_worker or gpus_per_worker, or give resources.scale_up_minutes where nodes come when asked"
         )
     return groups
 
 
+def await_room(resources: ResourcesConfig, say: Callable[[str], None]) -> None:
+    """Where the sweep file says that nodes come when asked, ask for one trial's and wait for them.
+
+    Ray does not tell what an autoscaler could start, nor whether there is one (2.60.0): so the sweep file must.
+
+    Raises:
+        InputError: they did not come in time.
+    """
+    if resources.scale_up_minutes is None:
+        return
+    gpus = resources.gpus_per_worker
+    gpus = float(gpus) if isinstance(gpus, int | float) else 1.0
+    shape = GroupShape(resources.workers_per_trial, gpus, resources.cpus_per_worker, resources.accelerator)
+    until_s = time.monotonic() + resources.scale_up_minutes * 60
+    asked = False
+    try:
+        while _room(shape, nodes()) == 0:
+            if time.monotonic() > until_s:
+                raise InputError(
+                    f"no node for a trial came up in {resources.scale_up_minutes:g} minutes: see the autoscaler's log "
+                    "(`ray status`), raise resources.scale_up_minutes, or ask for less"
+                )
+            if not asked:
+                say(f"asking the cluster for room for one trial ({_told(shape)}), and waiting for it")
+                sdk.request_resources(bundles=[shape.bundle] * shape.workers)
+                asked = True
+            time.sleep(SCALE_UP_LOOK_S)
+    finally:
+        if asked:
+            # From here on the trials' own placement groups ask: idle nodes may go again.
+            sdk.request_resources(bundles=[])
+
+
+def _told(shape: GroupShape) -> str:
+    gpu = f" {shape.accelerator}" if shape.accelerator else ""
+    return f"{shape.workers} workers of {shape.cpus_per_worker:g} CPUs and {shape.gpus_per_worker:g}{gpu} GPUs each"
+
+
+def placed(shape: GroupShape, resources: Sequence[Mapping[str, float]]) -> GroupShape:
+    """The shape, kept on one node wherever a node has room for all its workers.
+
+    Spread over nodes because some are busy, a trial would be slower than its like by the network's share.
+    """
+    return replace(shape, on_one_node=any(_workers_on(node, shape) >= shape.workers for node in resources))
+
+
+def _room(shape: GroupShape, resources: Sequence[Mapping[str, float]]) -> int:
+    if shape.on_one_node:
+        return sum(_workers_on(node, shape) // shape.workers for node in resources)
+    return sum(_workers_on(node, shape) for node in resources) // shape.workers
+
+
 def _workers_on(node: Mapping[str, float], shape: GroupShape) -> int:
+    if shape.accelerator and f"{ACCELERATOR}{shape.accelerator}" not in node:
+        return 0
     by_cpu = int(node.get("CPU", 0) / shape.cpus_per_worker + 1e-9)
     if not shape.gpus_per_worker:
         return by_cpu

@@ -5,22 +5,19 @@ from __future__ import annotations
 import functools
 import shutil
 from collections.abc import Callable, Container
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import ray
 
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.trial_config import TrialConfig
-from orchestrator.errors import InputError
-from orchestrator.planning import hardware as hardware_module
-from orchestrator.planning.hardware import Hardware
 from orchestrator.planning.memory import MemoryEstimate, estimate_on
-from orchestrator.planning.pace import READ_SWEEPS, Pace
-from orchestrator.planning.plan import SweepPlan, gpu_memory_fraction, plan_sweep
+from orchestrator.planning.pace import READ_SWEEPS
+from orchestrator.planning.plan import SweepPlan, gpu_memory_fraction
 from orchestrator.planning.step_time import Range, step_seconds
 from orchestrator.results.storage import SweepFolder, newest_sweeps
-from orchestrator.sweep import cluster
+from orchestrator.sweep import cluster, gpu_choice
 from orchestrator.sweep.worker import GroupShape
 from orchestrator.training import data, model_source
 from orchestrator.training.inputs import FoundModel
@@ -67,12 +64,12 @@ def prepare(
     address = cluster.address_of(address)
     say("starting Ray here" if address == cluster.LOCAL else f"joining the cluster at {address}")
     cluster.connect(address)
-    cluster.require_shared(folder.root)
-    hardware = cluster_hardware()
-    sweep = sweep.on_hardware(has_gpus=hardware.device == "cuda")
-    pace = Pace.of(newest_sweeps(folder.root.parent, READ_SWEEPS), sweep.model, hardware)
-    plan = plan_sweep(sweep, model.shape, hardware, pace)
-    shape = GroupShape(plan.workers_per_trial, plan.gpus_per_worker, sweep.resources.cpus_per_worker)
+    cluster.require_shared(folder)
+    cluster.await_room(sweep.resources, say)
+    earlier = tuple(newest_sweeps(folder.root.parent, READ_SWEEPS))
+    sweep, plan, hardware, accelerator = gpu_choice.choose(sweep, model, earlier, say)
+    shape = GroupShape(plan.workers_per_trial, plan.gpus_per_worker, sweep.resources.cpus_per_worker, accelerator)
+    shape = cluster.placed(shape, cluster.nodes())
     slots = slots_for(sweep, shape)
     # Tune's own state is a cache that we never restore: what had ended is known from our records.
     shutil.rmtree(folder.tune, ignore_errors=True)
@@ -124,23 +121,7 @@ def slots_for(sweep: SweepConfig, shape: GroupShape) -> int:
     """
     room = cluster.room_for(shape, cluster.nodes())
     wanted = sweep.resources.max_concurrent
-    return room if wanted == "auto" else min(room, wanted)
-
-
-def cluster_hardware() -> Hardware:
-    """One machine's facts for the whole cluster: a GPU node's where there is one, with the sums of all nodes.
-
-    Raises:
-        InputError: the cluster has no node that can work.
-    """
-    nodes = cluster.nodes()
-    gpus = int(sum(node.get("GPU", 0) for node in nodes))
-    cpus = int(sum(node.get("CPU", 0) for node in nodes))
-    if not cpus:
-        raise InputError("the cluster has no CPUs to run a trial on: add a worker node")
-    if not gpus and len(nodes) == 1:
-        return replace(hardware_module.this_machine(), cpus=cpus, nodes=1)
-    # Asked where trials run: the driver's node may have no GPU, or no CPU to give and another limit of memory.
-    probe = ray.remote(num_cpus=0.0 if gpus else 0.01, num_gpus=0.01 if gpus else 0.0)(hardware_module.this_machine)
-    found: Hardware = ray.get(probe.remote())
-    return replace(found, gpus=gpus, cpus=cpus, nodes=len(nodes))
+    if wanted == "auto":
+        return room
+    # What does not fit yet waits in Ray's queue, and nodes are started for it.
+    return wanted if sweep.resources.scale_up_minutes else min(room, wanted)

@@ -30,11 +30,13 @@ class Recorder(tune.Callback):
         board: Any,
         scheduler: str,
         predicted_bytes: Callable[[TrialConfig], int],
+        fetch: Callable[[str], None],
         listeners: tuple[Callable[[TrialResult], None], ...],
     ) -> None:
         self.records = dict(records)
         self._folder, self._started_at, self._board = folder, started_at, board
         self._scheduler, self._predicted_bytes, self._listeners = scheduler, predicted_bytes, listeners
+        self._fetch = fetch
         self._launched_at: dict[str, float] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -163,6 +165,8 @@ class Recorder(tune.Callback):
     def _ended(self, record: TrialResult, status: TrialStatus, reason: str | None) -> TrialResult:
         """The final record; its last step is the last one on disk, which may be past the last report."""
         launched_at = self._launched_at.get(record.trial_id)
+        if launched_at:
+            self._fetch(record.trial_id)
         points = self._folder.trial(record.trial_id).read_metrics()
         update: dict[str, Any] = {"status": status, "reason": reason}
         if points and launched_at:

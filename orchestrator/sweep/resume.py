@@ -35,8 +35,8 @@ def read_earlier(folder: SweepFolder) -> Earlier | None:
     if not folder.sweep_file.exists():
         if folder.results_json.exists() or any(trial.result.exists() for trial in folder.trials()):
             raise FolderError(
-                f"{folder.root} holds results and no {folder.sweep_file.name}, so nobody knows of which sweep: put the "
-                "file back, or give this sweep another --name"
+                f"{folder.shown} holds results and no {folder.sweep_file.name}, so nobody knows of which sweep: put "
+                "the file back, or give this sweep another --name"
             )
         return None
     if not folder.sweep_file.is_file():
@@ -61,7 +61,7 @@ def require_same_question(
     """
     if found := tuple(changes(before, now, knows_hardware)):
         raise FolderError(
-            f"{folder.root} holds a sweep of which the results could not be compared with these: {'; '.join(found)}. "
+            f"{folder.shown} holds a sweep of which the results could not be compared with these: {'; '.join(found)}. "
             "Give this one another --name"
         )
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import ray
 from ray import tune
 
+from orchestrator.config.storage_address import is_remote
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.sweep_file import to_yaml
 from orchestrator.config.trial_config import TrialConfig
@@ -20,9 +21,12 @@ from orchestrator.planning.plan import PlannedTrial
 from orchestrator.reporting import statistics
 from orchestrator.results import provenance
 from orchestrator.results.records import PeakMemory, SweepResult, TrialResult, TrialStatus
+from orchestrator.results.remote import sweep_folder
 from orchestrator.results.storage import SweepFolder, write_atomically, write_result, write_sweep
 from orchestrator.sweep import cluster
+from orchestrator.sweep.carrier import Carrier, carried
 from orchestrator.sweep.folder_lock import only_one
+from orchestrator.sweep.gauges import Gauges
 from orchestrator.sweep.preparation import Prepared, prepare
 from orchestrator.sweep.progress import Progress
 from orchestrator.sweep.recorder import Recorder
@@ -72,27 +76,30 @@ def run(
     """
     if cluster.runs_in_a_job():
         sweep = _lasting(sweep)
-    folder = SweepFolder(sweep.folder.absolute())
-    with only_one(folder), sigterm_like_ctrl_c():
+    folder = sweep_folder(sweep.storage, sweep.name)
+    with only_one(folder), sigterm_like_ctrl_c(), carried(folder) as carrier:
         earlier = read_earlier(folder)
         if earlier:
             require_same_question(folder, earlier.sweep, sweep)
         try:
             ended = {name for name, trial in earlier.trials.items() if trial.status.is_final} if earlier else ()
             prepared = prepare(sweep, model, folder, address, ended, say)
-            return _run_prepared(prepared, folder, earlier, isolation, say)
+            return _run_prepared(prepared, folder, carrier, earlier, isolation, say)
         finally:
             cluster.disconnect()
 
 
 def _lasting(sweep: SweepConfig) -> SweepConfig:
     """A relative storage stands in the home folder, where a resubmitted job finds it again."""
+    if is_remote(sweep.storage):
+        return sweep
     return sweep.model_copy(update={"storage": str(Path.home() / Path(sweep.storage).expanduser())})
 
 
 def _run_prepared(
     prepared: Prepared,
     folder: SweepFolder,
+    carrier: Carrier,
     earlier: Earlier | None,
     isolation: Isolation,
     say: Callable[[str], None],
@@ -110,6 +117,7 @@ def _run_prepared(
     for record in records.values():
         write_result(folder, record)
     write_sweep(folder, result)
+    carrier.push()
     label = _labeller(result)
     progress = Progress(
         folder,
@@ -121,9 +129,12 @@ def _run_prepared(
         {trial.trial_id: trial.seconds or 0.0 for trial in prepared.plan.trials},
         sweep.budget.hours,
     )
-    listeners = (tracker.track, progress)
+    gauges = Gauges(sweep.name, records.values(), sweep.objective.metric, sweep.objective.mode)
+    listeners = (carrier.track, tracker.track, gauges.track, progress)
     predicted = functools.partial(_recorded_bytes, prepared)
-    recorder = Recorder(folder, records, started_at, prepared.board, describe(sweep), predicted, listeners)
+    recorder = Recorder(
+        folder, records, started_at, prepared.board, describe(sweep), predicted, carrier.fetch, listeners
+    )
     gpus = prepared.shape.workers * prepared.shape.gpus_per_worker
     stopper = Stopper(prepared.board, sweep.budget, lambda: recorder.trial_seconds() * gpus / 3600)
     for record in records.values():
@@ -292,8 +303,8 @@ def _task(record: TrialResult, prepared: Prepared, folder: SweepFolder, *, halve
         trial_id=record.trial_id,
         config=record.config,
         model_folder="",  # each node has its own: the worker fills it in
-        data_folder=str(folder.data),
-        trial_folder=str(folder.trial(record.trial_id).root),
+        data_folder=folder.location(folder.data),
+        trial_folder=folder.location(folder.trial(record.trial_id).root),
         objective_metric=prepared.sweep.objective.metric,
         objective_mode=prepared.sweep.objective.mode,
         gpu_memory_fraction=prepared.gpu_memory_fraction,

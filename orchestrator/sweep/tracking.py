@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from pathlib import Path
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag, ViewType
@@ -19,6 +18,7 @@ from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.errors import TrackingUnreachableError
 from orchestrator.results.provenance import without_secret
 from orchestrator.results.records import MetricPoint, SweepResult, TrialResult, TrialStatus
+from orchestrator.results.remote import local_storage
 from orchestrator.results.storage import SweepFolder
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ RUN_STATUS = {
 
 def tracking_uri(sweep: SweepConfig) -> str:
     """The server that the sweep file names, or MLFLOW_TRACKING_URI, or a database in the storage folder."""
-    storage = Path(sweep.storage).expanduser().absolute()
+    storage = local_storage(sweep.storage)
     return sweep.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage / 'mlflow.db'}"
 
 
@@ -127,7 +127,7 @@ class Tracker:
                 self._client.restore_experiment(found.experiment_id)
             return str(found.experiment_id)
         local = uri.startswith("sqlite:")
-        artifacts = Path(sweep.storage).expanduser().absolute() / "mlartifacts"
+        artifacts = local_storage(sweep.storage) / "mlartifacts"
         # Without it MLflow's pages open on traces and judges of language-model applications (mlflow 3.17).
         kind = {"mlflow.experimentKind": "custom_model_development"}
         return str(self._client.create_experiment(name, artifacts.as_uri() if local else None, kind))

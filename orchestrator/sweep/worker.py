@@ -6,6 +6,7 @@ The worker itself imports no torch: its template does, in a process of its own, 
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import sys
@@ -21,12 +22,19 @@ import ray
 import ray.train
 from ray.train.backend import Backend, BackendConfig
 
+from orchestrator.errors import StorageError
 from orchestrator.results.records import TrialStatus
 from orchestrator.sweep.switchboard import STOPPED, Assignment
+from orchestrator.sweep.trial_files import Keep, leave_nothing, on_this_node
 from orchestrator.training.child import run_child
 from orchestrator.training.task import TrialEnd, TrialProgress
 
+log = logging.getLogger(__name__)
+ACCELERATOR = "accelerator_type:"
+"""Of the resource by which Ray names a node's GPUs (ray.util.accelerators)."""
 TEMPLATE = "orchestrator.training.template"
+STORE_LIMIT_S = 300.0
+"""So long the store may be away at the end of a trial, whose results are lost otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +44,20 @@ class GroupShape:
     workers: int
     gpus_per_worker: float
     cpus_per_worker: float
+    accelerator: str | None = None
+    """The type of GPU, where the cluster has several."""
+    on_one_node: bool = False
+    """Its workers must not lie on several nodes, whose network is slower than what joins a node's GPUs."""
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """What one worker takes, as Ray counts it."""
+        taken = {"CPU": self.cpus_per_worker}
+        if self.gpus_per_worker:
+            taken["GPU"] = self.gpus_per_worker
+        if self.accelerator:
+            taken[f"{ACCELERATOR}{self.accelerator}"] = 0.001
+        return taken
 
 
 class _NoProcessGroup(Backend):
@@ -71,7 +93,13 @@ def serve(config: dict[str, Any]) -> None:
     while assignment := ray.get(board.next_assignment.remote(group_id, rank, local_rank, turn)):
         turn = assignment.turn
         task = replace(assignment.task, model_folder=model_folder)
-        _run_trial(board, group_id, replace(assignment, task=task))
+        try:
+            here, keep = on_this_node(task, assignment.place, group_id)
+            _run_trial(board, group_id, replace(assignment, task=here), keep)
+        except StorageError as error:
+            board.send.remote(group_id, turn, rank, TrialEnd(TrialStatus.PREEMPTED, str(error), None))
+    if turn:
+        leave_nothing(task, group_id)
 
 
 def _start_template() -> None:
@@ -100,7 +128,7 @@ def _without_main_module() -> Iterator[None]:
             main.__file__ = file
 
 
-def _run_trial(board: Any, group_id: str, assignment: Assignment) -> None:
+def _run_trial(board: Any, group_id: str, assignment: Assignment, keep: Keep) -> None:
     reports, child_end = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("forkserver").Process(
         target=run_child, args=(assignment.task, assignment.place, child_end), daemon=True
@@ -119,6 +147,7 @@ def _run_trial(board: Any, group_id: str, assignment: Assignment) -> None:
     try:
         for message in _messages(reports, process, assignment.task.time_limit_s):
             ended = ended or isinstance(message, TrialEnd)
+            _keep_before(message, keep)
             board.send.remote(group_id, assignment.turn, rank, message)
     except TimeoutError as error:
         process.kill()
@@ -126,10 +155,22 @@ def _run_trial(board: Any, group_id: str, assignment: Assignment) -> None:
     process.join()
     if not ended:
         end = STOPPED if stopped.is_set() else late or _unexpected_end(process.exitcode)
+        _keep_before(end, keep)
         board.send.remote(group_id, assignment.turn, rank, end)
     process.close()
     reports.close()
     stopper.join()
+
+
+def _keep_before(message: TrialProgress | TrialEnd, keep: Keep) -> None:
+    """Who hears of it finds the files that belong to it. What an evaluation cannot store the next one does."""
+    if isinstance(message, TrialEnd):
+        keep(STORE_LIMIT_S)
+        return
+    try:
+        keep(0.0)
+    except StorageError as error:
+        log.warning("%s; it is tried again at the next evaluation", error)
 
 
 def _messages(

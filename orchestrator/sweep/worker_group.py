@@ -77,15 +77,15 @@ class WorkerGroups:
         from ray.train.torch import TorchTrainer
 
         shape = self._shape
-        resources = {"CPU": shape.cpus_per_worker}
-        if shape.gpus_per_worker:
-            resources["GPU"] = shape.gpus_per_worker
         trainer = TorchTrainer(
             serve,
             train_loop_config={"board": self._board, "group_id": group_id, "model": self._model, "shape": shape},
             torch_config=WorkerConfig(),  # type: ignore[arg-type]
             scaling_config=ScalingConfig(
-                num_workers=shape.workers, use_gpu=bool(shape.gpus_per_worker), resources_per_worker=resources
+                num_workers=shape.workers,
+                use_gpu=bool(shape.gpus_per_worker),
+                resources_per_worker=shape.bundle,
+                placement_strategy="STRICT_PACK" if shape.on_one_node else "PACK",
             ),
             run_config=RunConfig(name=f"group-{group_id}", storage_path=self._storage),
         )

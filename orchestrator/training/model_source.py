@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import logging
-import os
 import re
 import socket
 import urllib.parse
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import ModelError
+from orchestrator.results.remote import cache_folder
 from orchestrator.training import builtin_models
 
 CAUSAL_LM_SUFFIXES = ("ForCausalLM", "LMHeadModel")
@@ -70,12 +70,6 @@ def materialize(source: ModelSource) -> Path:
 def is_hub_id(model: str) -> bool:
     """Whether the hub could have a model of this name."""
     return bool(_HUB_ID.match(model))
-
-
-def cache_folder() -> Path:
-    """Where this user's built and converted models are kept."""
-    named = os.environ.get("ORCHESTRATOR_CACHE")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "orchestrator"
 
 
 def _builtin_config(name: str) -> dict[str, Any]:

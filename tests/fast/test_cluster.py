@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("ray")
 
 from orchestrator.errors import ClusterUnreachableError, InputError
-from orchestrator.sweep.cluster import connect, not_joined, room_for
+from orchestrator.sweep.cluster import connect, not_joined, placed, room_for
 from orchestrator.sweep.worker import GroupShape
 
 TWO_GPU_NODES = [{"CPU": 16.0, "GPU": 4.0}, {"CPU": 16.0, "GPU": 4.0}]
@@ -22,9 +22,27 @@ TWO_GPU_NODES = [{"CPU": 16.0, "GPU": 4.0}, {"CPU": 16.0, "GPU": 4.0}]
         (GroupShape(4, 1, 8), TWO_GPU_NODES, 1),
         (GroupShape(1, 0.4, 1), TWO_GPU_NODES, 16),
         (GroupShape(1, 0.5, 1), [{"CPU": 3.0, "GPU": 4.0}], 3),
+        (GroupShape(1, 1, 1, "A100"), [*TWO_GPU_NODES, {"CPU": 8.0, "GPU": 2.0, "accelerator_type:A100": 1.0}], 2),
     ],
 )
 def test_as_many_groups_run_at_a_time_as_fit(shape: GroupShape, nodes: list[dict[str, float]], groups: int) -> None:
+    assert room_for(shape, nodes) == groups
+
+
+@pytest.mark.parametrize(
+    ("workers", "nodes", "on_one_node", "groups"),
+    [
+        (2, TWO_GPU_NODES, True, 4),
+        (3, TWO_GPU_NODES, True, 2),
+        (5, TWO_GPU_NODES, False, 1),
+        (8, [{"CPU": 8.0, "GPU": 8.0}, {"CPU": 8.0, "GPU": 4.0}], True, 1),
+    ],
+)
+def test_a_trial_stays_on_one_node_where_one_has_room_for_it(
+    workers: int, nodes: list[dict[str, float]], on_one_node: bool, groups: int
+) -> None:
+    shape = placed(GroupShape(workers, 1, 1), nodes)
+    assert shape.on_one_node is on_one_node
     assert room_for(shape, nodes) == groups
 
 

@@ -116,7 +116,9 @@ def test_a_missing_file_names_its_nearest_neighbour(tmp_path: Path) -> None:
         ("name=../x", "takes letters"),
         ("name=<script>", "takes letters"),
         ("trial.learning_rate=.nan", "finite"),
-        ("storage=s3://bucket/x", "not supported yet"),
+        ("storage=s3://key:secret@bucket/x", "come from the environment"),
+        ("storage=s3://bucket/../x", "takes a folder"),
+        ("storage=ftp://host/x", "takes a folder"),
         ("search.repeats=0", "greater than or equal to 1"),
     ],
 )

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import socket
 import subprocess
 import sys
 import tempfile
+import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -42,13 +45,14 @@ def answers(port: int) -> bool:
 
 
 @contextmanager
-def started_head(variables: Mapping[str, str]) -> Iterator[Head]:
-    """A head that has `variables` in its environment, and ends with the block."""
-    port, dashboard_port = free_port(), free_port()
+def started_head(variables: Mapping[str, str], *more: str, cpus: int = 2, port: int = 0) -> Iterator[Head]:
+    """A head that has `variables` in its environment, and ends with the block; `more` goes to `ray start`."""
+    port, dashboard_port = port or free_port(), free_port()
     # Ray's sockets need a short path, which pytest's folders are not.
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
         command = [BIN / "ray", "start", "--head", "--block", "--disable-usage-stats"]
-        options = [f"--port={port}", f"--dashboard-port={dashboard_port}", "--num-cpus=2", f"--temp-dir={folder}"]
+        options = [f"--port={port}", f"--dashboard-port={dashboard_port}", f"--num-cpus={cpus}"]
+        options += [f"--temp-dir={folder}", *more]
         environment = {**os.environ, **variables}
         environment.pop("RAY_API_SERVER_ADDRESS", None)
         process = subprocess.Popen(
@@ -59,7 +63,7 @@ def started_head(variables: Mapping[str, str]) -> Iterator[Head]:
             start_new_session=True,
         )
         try:
-            wait_until(lambda: answers(port) and answers(dashboard_port), bool, 90)
+            wait_until(lambda: answers(port) and answers(dashboard_port), bool, 180)
             yield Head(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard_port}")
         finally:
             end_all(process)
@@ -80,21 +84,42 @@ def joined_node(head: Head, *, hides: Path | None = None) -> Iterator[None]:
         start_new_session=True,
     )
     try:
-        wait_until(lambda: _cpus_of(head), lambda cpus: cpus == 4, 90)
+        wait_until(lambda: _cpus_of(head), lambda cpus: cpus == 4, 180)
         yield
     finally:
         end_all(process)
         # Ray notices after some seconds; until then it would still be counted.
-        wait_until(lambda: _cpus_of(head), lambda cpus: cpus == 2, 90)
+        wait_until(lambda: _cpus_of(head), lambda cpus: cpus == 2, 180)
 
 
 def _cpus_of(head: Head) -> int:
+    return int(resources_of(head).get("CPU", 0))
+
+
+def resources_of(head: Head) -> dict[str, float]:
     """What the cluster has, asked in a process of its own: this one may join another later."""
-    code = f"import ray; ray.init('{head.address}'); print('CPUs', ray.cluster_resources().get('CPU', 0))"
+    return dict(_asked(head.address, "ray.cluster_resources()") or {})
+
+
+def metrics_of(address: str) -> str:
+    """What the nodes offer to Prometheus."""
+    ports = _asked(address, "[node['MetricsExportPort'] for node in ray.nodes() if node['Alive']]") or []
+    told = ""
+    for port in ports:
+        with (
+            contextlib.suppress(OSError),
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as page,
+        ):
+            told += page.read().decode()
+    return told
+
+
+def _asked(address: str, question: str) -> Any:
+    code = f"import json, ray; ray.init({address!r}); print('FOUND', json.dumps({question}))"
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    found = re.search(r"^CPUs (\d+)", done.stdout, re.MULTILINE)
-    return int(found[1]) if found else 0
+    found = re.search(r"^FOUND (.*)$", done.stdout, re.MULTILINE)
+    return json.loads(found[1]) if found else None
 
 
 def end_all(process: subprocess.Popen[bytes]) -> None:

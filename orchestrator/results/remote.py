@@ -1,0 +1,316 @@
+"""A sweep folder in an object store: everybody works in a copy of their own, and what changed is carried over.
+
+A file has one writer there as in a shared folder, and is put there whole. The store is the truth: whoever begins, or
+goes on, reads it first. Credentials come from the environment alone, as AWS's own tools read them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.config.storage_address import SCHEME, is_remote, storage_problem
+from orchestrator.errors import FolderError, StorageError
+from orchestrator.results.storage import SweepFolder
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileInfo, S3FileSystem
+
+CONNECT_LIMIT_S = 10.0
+REQUEST_LIMIT_S = 60.0
+TRANSFERS = 8
+"""Files at a time."""
+CHUNK_BYTES = 8 * 2**20
+CHECKPOINT = "checkpoint-"
+NOT_CARRIED = "tune"
+"""Ray Tune's own state, which nobody reads back."""
+Wanted = Callable[[PurePosixPath], bool]
+"""Whether a file, by its path in the folder, is to be brought."""
+
+
+def cache_folder() -> Path:
+    """Where this user's models and copies are kept."""
+    named = os.environ.get("ORCHESTRATOR_CACHE")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "orchestrator"
+
+
+def copy_of(uri: str, whose: str) -> Path:
+    """Where `whose` copy of an address lies; no two processes that write may share one."""
+    return cache_folder() / "copies" / whose / uri.removeprefix(SCHEME).strip("/")
+
+
+def local_storage(storage: str) -> Path:
+    """The storage folder on the driver's own disk: itself, or its copy."""
+    return copy_of(storage, "driver") if is_remote(storage) else Path(storage).expanduser().absolute()
+
+
+def sweep_folder(storage: str, name: str) -> SweepFolder:
+    """STORAGE/NAME, as the sweep's driver writes it."""
+    return SweepFolder(local_storage(storage) / name, f"{storage.rstrip('/')}/{name}" if is_remote(storage) else None)
+
+
+def opened(where: str) -> SweepFolder:
+    """A sweep's folder for reading; of an address, the records are fetched, and what they name is not.
+
+    Raises:
+        FolderError: it is no address that can be read.
+        StorageError: the store does not answer.
+    """
+    if not is_remote(where):
+        return SweepFolder(Path(where))
+    if problem := storage_problem(where):
+        raise FolderError(f"{where}: {problem}")
+    uri = where.rstrip("/")
+    folder = SweepFolder(copy_of(uri, "reader"), uri)
+    Mirror(folder.root, uri).pull(is_record)
+    return folder
+
+
+def fetch_trial(folder: SweepFolder, trial_id: str) -> None:
+    """Bring all that a trial left, its adapter too; nothing to do where the folder is no copy."""
+    if folder.remote:
+        Mirror(folder.root, folder.remote).pull(is_result, under=folder.inside(folder.trial(trial_id).root))
+
+
+def publish(folder: SweepFolder, file: Path) -> None:
+    """Put one file of a copy into the store; nothing to do where the folder is no copy."""
+    if folder.remote:
+        write_text(folder.location(file), file.read_text(encoding="utf-8"))
+
+
+def is_record(path: PurePosixPath) -> bool:
+    """What says how a sweep stands: its own files and those of each trial, without adapters and data."""
+    return len(path.parts) == 1 or (path.parts[0] == "trials" and len(path.parts) == 3)
+
+
+def is_result(path: PurePosixPath) -> bool:
+    """A record or what a trial trained; not the checkpoints, from which only its workers go on."""
+    return is_record(path) or (path.parts[0] == "trials" and not is_checkpoint(path))
+
+
+def is_checkpoint(path: PurePosixPath) -> bool:
+    """What a trial goes on from while it has not ended."""
+    return path.parts[0] == "trials" and len(path.parts) > 3 and path.parts[2].startswith(CHECKPOINT)
+
+
+def everything(path: PurePosixPath) -> bool:  # noqa: ARG001
+    """All that is there."""
+    return True
+
+
+class Mirror:
+    """A folder here and the same in the store."""
+
+    def __init__(self, local: Path, uri: str) -> None:
+        self.local, self.uri = local, uri
+        self._base = uri.removeprefix(SCHEME).strip("/")
+        # Of each file that is the same on both sides: size and time of the local one.
+        self._same: dict[str, tuple[int, int]] = {}
+        self._lock = threading.Lock()
+
+    def pull(self, wanted: Wanted = everything, *, under: str = "", exact: bool = False) -> None:
+        """Bring what the store has and this copy has not, all or what is `under` a folder of it.
+
+        The folders of what is not wanted are made, so that their names tell. `exact` removes what the store does not
+        have.
+
+        Raises:
+            StorageError: the store cannot be read, or the copy not written.
+        """
+        with self._lock, _told(self.uri, "read"):
+            there = self._there(under)
+            if exact:
+                self._remove_all_but(frozenset(there))
+            for folder in {(self.local / name).parent for name in there}:
+                folder.mkdir(parents=True, exist_ok=True)
+            changed = [(name, info) for name, info in there.items() if wanted(PurePosixPath(name))]
+            with ThreadPoolExecutor(TRANSFERS) as pool:
+                for name, state in pool.map(self._bring, changed):
+                    self._same[name] = state
+
+    def push(self, wanted: Wanted = everything) -> None:
+        """Carry over what changed here since the last time, and remove what is gone.
+
+        Raises:
+            StorageError: the store cannot be written.
+        """
+        with self._lock, _told(self.uri, "written"):
+            here = dict(self._here())
+            changed = [
+                (name, state)
+                for name, state in here.items()
+                if self._same.get(name) != state and wanted(PurePosixPath(name))
+            ]
+            with ThreadPoolExecutor(TRANSFERS) as pool:
+                for name, state in pool.map(self._carry, changed):
+                    if state is not None:
+                        self._same[name] = state
+            for name in [name for name in self._same if name not in here and wanted(PurePosixPath(name))]:
+                if not (self.local / name).exists():
+                    self._remove(name)
+
+    def remove(self, unwanted: Wanted, *, under: str = "") -> None:
+        """Remove from the store alone.
+
+        Raises:
+            StorageError: the store cannot be written.
+        """
+        with self._lock, _told(self.uri, "written"):
+            for name in self._there(under):
+                if unwanted(PurePosixPath(name)):
+                    self._remove(name)
+
+    def _there(self, under: str) -> dict[str, FileInfo]:
+        from pyarrow import fs
+
+        where = f"{self._base}/{under}".rstrip("/")
+        found = store(self.uri).get_file_info(fs.FileSelector(where, allow_not_found=True, recursive=True))
+        named = {info.path[len(self._base) + 1 :]: info for info in found if info.type == fs.FileType.File}
+        return {name: info for name, info in named.items() if not _is_hidden(PurePosixPath(name))}
+
+    def _here(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        for folder, below, files in os.walk(self.local):
+            inside = PurePosixPath(Path(folder).relative_to(self.local))
+            below[:] = [name for name in below if not _is_hidden(inside / name)]
+            for name in files:
+                if not _is_hidden(inside / name) and (state := _state(Path(folder, name))):
+                    yield str(inside / name), state
+
+    def _bring(self, named: tuple[str, FileInfo]) -> tuple[str, tuple[int, int]]:
+        name, info = named
+        file, state = self.local / name, (info.size, info.mtime_ns)
+        if _state(file) == state:
+            return name, state
+        partial = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
+        with store(self.uri).open_input_stream(info.path) as source, partial.open("wb") as target:
+            shutil.copyfileobj(source, target, CHUNK_BYTES)
+        # The store's time, by which the next pull knows that nothing has changed.
+        os.utime(partial, ns=(info.mtime_ns, info.mtime_ns))
+        partial.replace(file)
+        return name, _state(file) or state
+
+    def _carry(self, changed: tuple[str, tuple[int, int]]) -> tuple[str, tuple[int, int] | None]:
+        """State of before it was read: what is written meanwhile is carried the next time."""
+        name, state = changed
+        try:
+            source = (self.local / name).open("rb")
+        except FileNotFoundError:
+            return name, None
+        with source, store(self.uri).open_output_stream(f"{self._base}/{name}") as target:
+            shutil.copyfileobj(source, target, CHUNK_BYTES)
+        return name, state
+
+    def _remove(self, name: str) -> None:
+        with _missing_is_fine():
+            store(self.uri).delete_file(f"{self._base}/{name}")
+        self._same.pop(name, None)
+
+    def _remove_all_but(self, kept: frozenset[str]) -> None:
+        for name, _ in list(self._here()):
+            if name not in kept:
+                (self.local / name).unlink(missing_ok=True)
+                self._same.pop(name, None)
+
+
+def store(uri: str) -> S3FileSystem:
+    """The object store, with the environment's credentials."""
+    from pyarrow import fs
+
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    bucket = uri.removeprefix(SCHEME).partition("/")[0]
+    key = (bucket, endpoint, region, os.getpid())
+    if key not in _STORES:
+        if region is None:
+            region = "us-east-1" if endpoint else fs.resolve_s3_region(bucket)
+        _STORES[key] = fs.S3FileSystem(
+            region=region,
+            endpoint_override=endpoint,
+            connect_timeout=CONNECT_LIMIT_S,
+            request_timeout=REQUEST_LIMIT_S,
+            # A small file is then one request.
+            allow_delayed_open=True,
+        )
+    return _STORES[key]
+
+
+_STORES: dict[Any, Any] = {}
+
+
+def write_text(uri: str, text: str) -> None:
+    """Put one small object."""
+    with _told(uri, "written"), store(uri).open_output_stream(uri.removeprefix(SCHEME)) as target:
+        target.write(text.encode())
+
+
+def read_text(uri: str) -> tuple[str, float] | None:
+    """One small object and when it was written, in seconds of the store's own clock; None where there is none."""
+    from pyarrow import fs
+
+    path = uri.removeprefix(SCHEME)
+    with _told(uri, "read"):
+        info = store(uri).get_file_info(path)
+        if info.type != fs.FileType.File:
+            return None
+        with _missing_is_fine():
+            return str(store(uri).open_input_stream(path).read(), "utf-8"), info.mtime_ns / 1e9
+    return None
+
+
+def delete(uri: str) -> None:
+    """Remove one object, if it is there."""
+    with _told(uri, "written"), _missing_is_fine():
+        store(uri).delete_file(uri.removeprefix(SCHEME))
+
+
+def access_problem(uri: str) -> str | None:
+    """From where this runs: why an object cannot be written beside the sweep, read and removed, or None."""
+    token = uuid.uuid4().hex
+    probe = f"{uri}/.access-{token}"
+    try:
+        write_text(probe, token)
+        found = read_text(probe)
+        delete(probe)
+    except (StorageError, ImportError) as error:
+        return str(error)
+    return None if found and found[0] == token else "what is written there cannot be read back"
+
+
+def _state(file: Path) -> tuple[int, int] | None:
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
+def _is_hidden(path: PurePosixPath) -> bool:
+    """Locks and what is half written; and what is not carried at all."""
+    return path.parts[0] == NOT_CARRIED or any(part.startswith(".") for part in path.parts)
+
+
+@contextmanager
+def _told(uri: str, what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        why = " ".join(str(error).split())[:300]
+        raise StorageError(
+            f"storage {uri} cannot be {what} ({why}): check its name and the credentials and endpoint in the "
+            "environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL and so on)"
+        ) from error
+
+
+@contextmanager
+def _missing_is_fine() -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        return

@@ -1,0 +1,153 @@
+"""The driver's side of a sweep in an object store: what the driver wrote goes there, what the trials wrote comes here.
+
+A thread does it, so that no trial waits for the store; only a trial's end waits until the trial's own files are here.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from orchestrator.errors import StorageError
+from orchestrator.results import lease
+from orchestrator.results.records import TrialResult, TrialStatus
+from orchestrator.results.remote import Mirror, Wanted, is_checkpoint, is_record, is_result
+from orchestrator.results.storage import SweepFolder
+
+log = logging.getLogger(__name__)
+RETRY_S = 5.0
+END_LIMIT_S = 120.0
+"""So long the store may be away at the end of the sweep."""
+
+
+class Carrier:
+    """Does nothing for a folder that all nodes share."""
+
+    def __init__(self, folder: SweepFolder) -> None:
+        self._folder = folder
+        self._mirror = Mirror(folder.root, folder.remote) if folder.remote else None
+        self._running: set[str] = set()
+        self._ended: set[str] = set()
+        self._wake, self._ending = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+
+    def start(self) -> None:
+        """Read what the store has of this sweep: all but what only trials and exports need.
+
+        Raises:
+            StorageError: the store does not answer.
+        """
+        if self._mirror:
+            self._mirror.pull(is_record, exact=True)
+            self._thread.start()
+
+    def track(self, record: TrialResult) -> None:
+        """Take note that a record was written."""
+        if record.status is TrialStatus.RUNNING:
+            self._running.add(record.trial_id)
+        else:
+            self._running.discard(record.trial_id)
+        if record.status.is_final:
+            self._ended.add(record.trial_id)
+        self._wake.set()
+
+    def fetch(self, trial_id: str) -> None:
+        """What the trial's workers wrote, here now; the sweep goes on without it where the store is away."""
+        if self._mirror is None:
+            return
+        try:
+            self._pull(trial_id, is_result)
+        except StorageError as error:
+            log.warning("trial %s: its files are in the store and not here: %s", trial_id, error)
+
+    def push(self) -> None:
+        """Carry over what was written here.
+
+        Raises:
+            StorageError: the store cannot be written.
+        """
+        if self._mirror:
+            self._mirror.push()
+
+    def finish(self) -> None:
+        """Carry over the rest, for which a store that is away is waited a bounded time.
+
+        Raises:
+            StorageError: it stayed away.
+        """
+        if self._mirror is None:
+            return
+        self._ending.set()
+        self._wake.set()
+        self._thread.join()
+        until_s = time.monotonic() + END_LIMIT_S
+        while True:
+            try:
+                self.push()
+                self._forget_checkpoints()
+            except StorageError:
+                if time.monotonic() > until_s:
+                    raise
+                time.sleep(RETRY_S)
+            else:
+                return
+
+    def _work(self) -> None:
+        while not self._ending.is_set():
+            self._wake.wait()
+            self._wake.clear()
+            try:
+                self.push()
+                for trial_id in tuple(self._running):
+                    self._pull(trial_id, is_record)
+                self._forget_checkpoints()
+            except StorageError as error:
+                log.warning("%s; it is tried again", error)
+                self._ending.wait(RETRY_S)
+                self._wake.set()
+
+    def _pull(self, trial_id: str, wanted: Wanted) -> None:
+        assert self._mirror
+        ours = self._folder.trial(trial_id).result.name
+        self._mirror.pull(lambda path: wanted(path) and path.name != ours, under=self._inside(trial_id))
+
+    def _forget_checkpoints(self) -> None:
+        """Of trials that have ended."""
+        assert self._mirror
+        for trial_id in tuple(self._ended):
+            self._mirror.remove(is_checkpoint, under=self._inside(trial_id))
+            self._ended.discard(trial_id)
+
+    def _inside(self, trial_id: str) -> str:
+        return self._folder.inside(self._folder.trial(trial_id).root)
+
+
+@contextmanager
+def carried(folder: SweepFolder) -> Iterator[Carrier]:
+    """Be the only one at work in the folder's store, if it has one, with what it holds at hand.
+
+    Raises:
+        FolderError: another run is at work there.
+        StorageError: the store does not answer, or did not take everything at the end.
+    """
+    carrier = Carrier(folder)
+    if folder.remote is None:
+        yield carrier
+        return
+    with lease.held(folder.remote, _stop_this_sweep):
+        carrier.start()
+        try:
+            yield carrier
+        finally:
+            if folder.sweep_file.exists():
+                carrier.finish()
+
+
+def _stop_this_sweep() -> None:
+    log.error("another run has taken this sweep over, since this one was silent for long: it ends here")
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,85 @@
+"""Where a worker's trial reads and writes: the sweep's own folders, or copies on this node of those in a store."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+from filelock import FileLock
+
+from orchestrator.config.storage_address import is_remote
+from orchestrator.errors import StorageError
+from orchestrator.results.remote import Mirror, Wanted, copy_of, everything
+from orchestrator.results.storage import TrialFolder
+from orchestrator.training.task import TrialTask, WorkerPlace
+
+Keep = Callable[[float], None]
+"""Carry over what the trial has written so far; StorageError after so many seconds of trying."""
+RETRY_S = 2.0
+
+
+def on_this_node(task: TrialTask, place: WorkerPlace, group_id: str) -> tuple[TrialTask, Keep]:
+    """The task with folders of this node, and what carries over what the trial wrote there.
+
+    The workers of a group on one node share a copy of the trial's folder; the first of them carries it over, and the
+    others their own logs.
+
+    Raises:
+        StorageError: the store does not answer.
+    """
+    if not is_remote(task.trial_folder):
+        return task, _keep_nothing
+    copy = copy_of(task.trial_folder, _owner(group_id))
+    mirror = Mirror(copy, task.trial_folder)
+    folder = TrialFolder(copy)
+    copy.mkdir(parents=True, exist_ok=True)
+    with FileLock(copy.with_name(f".{copy.name}.lock")):
+        # The sweep's process alone writes the record.
+        mirror.pull(lambda path: path.name != folder.result.name)
+    mine = everything if place.local_rank == 0 else partial(_is_log, folder.worker_log(place.rank).name)
+    data = _data_on_this_node(task.data_folder)
+    return replace(task, trial_folder=str(copy), data_folder=str(data)), partial(_push, mirror, mine)
+
+
+def leave_nothing(task: TrialTask, group_id: str) -> None:
+    """Remove the group's copies of trials on this node."""
+    if is_remote(task.trial_folder):
+        shutil.rmtree(copy_of(task.trial_folder, _owner(group_id)).parent, ignore_errors=True)
+
+
+def _owner(group_id: str) -> str:
+    # A home folder may be one that nodes share.
+    return f"{group_id}-{socket.gethostname()}"
+
+
+def _keep_nothing(_: float) -> None:
+    """All see the folder itself."""
+
+
+def _is_log(name: str, path: PurePosixPath) -> bool:
+    return path.name == name
+
+
+def _push(mirror: Mirror, mine: Wanted, limit_s: float) -> None:
+    until_s = time.monotonic() + limit_s
+    while True:
+        try:
+            return mirror.push(mine)
+        except StorageError:
+            if time.monotonic() + RETRY_S > until_s:
+                raise
+            time.sleep(RETRY_S)
+
+
+def _data_on_this_node(uri: str) -> Path:
+    """The tokenised data, fetched once a node, whoever comes first."""
+    copy = copy_of(uri, "node")
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(copy.with_name(f".{copy.name}.lock")):
+        Mirror(copy, uri).pull(exact=True)
+    return copy

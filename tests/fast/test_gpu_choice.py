@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("ray")
+
+from orchestrator.config.sweep_config import SweepConfig
+from orchestrator.errors import InputError
+from orchestrator.planning.hardware import named_gpu
+from orchestrator.planning.model_shape import shape_of
+from orchestrator.planning.plan import plan_sweep
+from orchestrator.sweep.gpu_choice import candidates, chosen, has_type, type_of
+from tests.fast.cases import LLAMA_2_7B
+
+T4 = {"CPU": 16.0, "GPU": 4.0, "accelerator_type:T4": 1.0}
+A100 = {"CPU": 16.0, "GPU": 8.0, "accelerator_type:A100": 1.0, "accelerator_type:A100-80G": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("node", "kind"), [(T4, "T4"), (A100, "A100-80G"), ({"CPU": 8.0}, None), ({"CPU": 8.0, "GPU": 1.0}, None)]
+)
+def test_a_node_has_the_type_that_says_most(node: dict[str, float], kind: str | None) -> None:
+    assert type_of(node) == kind
+    assert has_type(node, kind)
+
+
+def test_a_type_that_no_node_has_is_refused_with_those_there_are() -> None:
+    with pytest.raises(InputError, match="has A100-80G, T4: name one of its own"):
+        candidates([T4, A100], "H100")
+
+
+def sweep_on(gpu: str, **trial: object) -> object:
+    raw = {"name": "x", "model": "m", "data": {"train": "d"}, "trial": trial, "resources": {"gpus_per_worker": 1}}
+    return plan_sweep(SweepConfig.model_validate(raw), shape_of(LLAMA_2_7B), named_gpu(gpu, 4))
+
+
+def test_the_smallest_type_is_taken_on_which_as_many_trials_run_as_on_any() -> None:
+    small = {"precision": "nf4", "micro_batch_size": 1, "sequence_length": 128, "gradient_checkpointing": True}
+    assert chosen({gpu: sweep_on(gpu, **small) for gpu in ("A100", "T4", "L4")}) == "T4"
+    large = {"precision": "bf16", "micro_batch_size": 1, "sequence_length": 128}
+    assert chosen({gpu: sweep_on(gpu, **large) for gpu in ("A100", "T4", "L4")}) == "L4"

@@ -1,0 +1,160 @@
+"""Sweep folders in an object store, against a real S3 server."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+import pytest
+from typer.testing import CliRunner
+
+pytest.importorskip("moto")
+
+from orchestrator.cli import app
+from orchestrator.errors import FolderError, StorageError
+from orchestrator.results import lease, remote
+from orchestrator.results.remote import Mirror
+from orchestrator.results.storage import is_at_work
+from tests.object_store import BUCKET, started_store
+
+LIMIT_S = 30.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _store() -> Iterator[None]:
+    with started_store():
+        yield
+
+
+@pytest.fixture
+def uri(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
+    return f"s3://{BUCKET}/{abs(hash(request.node.name))}/demo"
+
+
+def write(folder: Path, **files: str) -> None:
+    for name, text in files.items():
+        file = folder / name.replace("__", "/")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+
+
+def names(folder: Path) -> set[str]:
+    return {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_what_one_copy_carries_over_another_finds_and_only_changes_travel(uri: str, tmp_path: Path) -> None:
+    one, other = Mirror(tmp_path / "one", uri), Mirror(tmp_path / "other", uri)
+    write(one.local, plan="1", trials__a__metrics="12", trials__a__adapter__weights="w" * 100, tune__state="no")
+    write(one.local, **{".lock": "no", "trials__a__.partial": "no"})
+    one.push()
+    other.pull()
+    assert names(other.local) == {"plan", "trials/a/metrics", "trials/a/adapter/weights"}
+    untouched = (other.local / "plan").stat().st_ino
+    write(one.local, trials__a__metrics="123")
+    one.push()
+    # Not its own to write: an older file here never takes the place of a newer one there.
+    other.push()
+    other.pull()
+    assert (other.local / "trials/a/metrics").read_text() == "123"
+    assert (other.local / "plan").stat().st_ino == untouched
+
+
+def test_what_is_removed_here_is_removed_there_and_an_exact_copy_has_nothing_else(uri: str, tmp_path: Path) -> None:
+    one, other = Mirror(tmp_path / "one", uri), Mirror(tmp_path / "other", uri)
+    write(one.local, a="1", b="2")
+    one.push()
+    (one.local / "a").unlink()
+    one.push()
+    write(other.local, left="of an earlier run", **{".lock": "kept"})
+    other.pull(exact=True)
+    assert names(other.local) == {"b", ".lock"}
+
+
+def test_a_reader_gets_the_records_and_an_export_the_adapter_of_its_trial(uri: str, tmp_path: Path) -> None:
+    driver = Mirror(tmp_path / "driver", uri)
+    write(driver.local, **{"results.json": "{}", "data__rows": "1"})
+    for trial in ("a", "b"):
+        write(driver.local, **{f"trials__{trial}__result.json": "{}", f"trials__{trial}__adapter__weights": "w"})
+    driver.push()
+    folder = remote.opened(uri)
+    assert names(folder.root) == {"results.json", "trials/a/result.json", "trials/b/result.json"}
+    remote.fetch_trial(folder, "b")
+    assert "trials/b/adapter/weights" in names(folder.root)
+    assert "trials/a/adapter/weights" not in names(folder.root)
+    folder.report.write_text("the answer")
+    remote.publish(folder, folder.report)
+    assert remote.read_text(f"{uri}/report.html")[0] == "the answer"
+
+
+@pytest.mark.parametrize("where", ["s3://bucket/../x", "s3://key:secret@bucket/x", "gs://bucket/x", "s3://"])
+def test_an_address_that_cannot_be_used_is_refused(where: str) -> None:
+    with pytest.raises(FolderError, match="takes a folder"):
+        remote.opened(where)
+
+
+def test_a_store_that_does_not_answer_is_told_with_what_to_check(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert remote.access_problem(uri) is None
+    assert "NO_SUCH_BUCKET" in remote.access_problem("s3://no-such-bucket/x")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(StorageError, match="AWS_ENDPOINT_URL"):
+        remote.opened(uri)
+
+
+def test_doctor_tries_the_store(uri: str) -> None:
+    good = CliRunner().invoke(app, ["doctor", "--json", "--storage", uri])
+    assert good.exit_code == 0
+    assert next(check for check in json.loads(good.stdout)["checks"] if check["what"].startswith("storage"))["ok"]
+    bad = CliRunner().invoke(app, ["doctor", "--storage", "s3://no-such-bucket/x"])
+    assert bad.exit_code == 3
+    assert "NO_SUCH_BUCKET" in bad.stdout
+
+
+def test_of_two_runs_in_one_folder_the_second_is_refused_until_the_first_has_ended(uri: str) -> None:
+    folder = remote.opened(uri)
+    with lease.held(uri, pytest.fail):
+        assert is_at_work(folder)
+        with pytest.raises(FolderError, match="another run is at work"), lease.held(uri, pytest.fail):
+            pass
+    assert not is_at_work(folder)
+    with lease.held(uri, pytest.fail):
+        pass
+
+
+def test_a_dead_owner_of_this_machine_is_given_up_at_once_and_one_elsewhere_after_its_silence(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    remote.write_text(f"{uri}/.lease", f"token {socket.gethostname()} {gone.pid}")
+    assert not lease.look(uri).is_alive
+    remote.write_text(f"{uri}/.lease", "token elsewhere 1")
+    assert lease.look(uri).is_alive
+    monkeypatch.setattr(lease, "LAPSE_S", 0.0)
+    with lease.held(uri, pytest.fail):
+        assert str(os.getpid()) in lease.look(uri).owner
+
+
+def test_an_owner_whose_lease_was_taken_is_told(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "BEAT_S", 0.05)
+    told: list[float] = []
+    with lease.held(uri, lambda: told.append(time.monotonic())):
+        remote.write_text(f"{uri}/.lease", "another elsewhere 1")
+        deadline = time.monotonic() + LIMIT_S
+        while not told:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert remote.read_text(f"{uri}/.lease")[0] == "another elsewhere 1"
+
+
+def test_names_that_are_hidden_or_tunes_own_are_records_of_nobody() -> None:
+    assert remote.is_record(PurePosixPath("plan.json"))
+    assert remote.is_record(PurePosixPath("trials/a/log.txt"))
+    assert not remote.is_record(PurePosixPath("trials/a/adapter/x"))
+    assert not remote.is_record(PurePosixPath("data/train.npy"))

@@ -1,0 +1,140 @@
+"""The driver's and the workers' sides of a sweep in an object store, without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("moto")
+
+from orchestrator.config.trial_config import TrialConfig
+from orchestrator.errors import FolderError, StorageError
+from orchestrator.results import remote
+from orchestrator.results.records import TrialResult, TrialStatus
+from orchestrator.results.storage import SweepFolder, TrialFolder, write_result
+from orchestrator.sweep.carrier import carried
+from orchestrator.sweep.trial_files import leave_nothing, on_this_node
+from orchestrator.training.task import TrialTask, WorkerPlace
+from tests.object_store import BUCKET, started_store
+from tests.waiting import wait_until
+
+LIMIT_S = 60.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _store() -> Iterator[None]:
+    with started_store():
+        yield
+
+
+@pytest.fixture
+def folder(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SweepFolder:
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path))
+    folder = remote.sweep_folder(f"s3://{BUCKET}/{abs(hash(request.node.name))}", "demo")
+    folder.root.mkdir(parents=True)
+    folder.sweep_file.write_text("name: demo")
+    folder.data.mkdir()
+    (folder.data / "train.bin").write_text("tokens")
+    return folder
+
+
+def record(status: TrialStatus) -> TrialResult:
+    return TrialResult(
+        trial_id="t", configuration_id="t", status=status, config=TrialConfig(), repeat=0, seed=0, reason="told"
+    )
+
+
+def task_in(folder: SweepFolder) -> TrialTask:
+    config = TrialConfig()
+    places = {"data_folder": folder.location(folder.data), "trial_folder": folder.location(folder.trial("t").root)}
+    return TrialTask("t", config, "model", objective_metric="eval_loss", objective_mode="min", **places)
+
+
+def place(rank: int) -> WorkerPlace:
+    return WorkerPlace(rank, 2, rank, "host", 1, "meeting")
+
+
+def test_what_a_worker_keeps_the_driver_has_at_the_trials_end(folder: SweepFolder, tmp_path: Path) -> None:
+    with carried(folder) as carrier:
+        # The store had nothing of this sweep: what lay here is of another time.
+        assert not folder.sweep_file.exists()
+        folder.sweep_file.write_text("name: demo")
+        folder.data.mkdir(exist_ok=True)
+        (folder.data / "train.bin").write_text("tokens")
+        write_result(folder, record(TrialStatus.PENDING))
+        carrier.push()
+        task, keep = on_this_node(task_in(folder), place(0), "group")
+        assert (Path(task.data_folder) / "train.bin").read_text() == "tokens"
+        assert Path(task.trial_folder) != folder.trial("t").root
+        theirs = TrialFolder(Path(task.trial_folder))
+        theirs.metrics.write_text("1")
+        keep(0.0)
+        write_result(folder, record(TrialStatus.RUNNING))
+        carrier.track(record(TrialStatus.RUNNING))
+        wait_until(folder.trial("t").metrics.exists, bool, LIMIT_S)
+        theirs.metrics.write_text("12")
+        for made in (theirs.adapter, theirs.root / "checkpoint-2"):
+            made.mkdir()
+            (made / "weights").write_text("w")
+        keep(0.0)
+        carrier.fetch("t")
+        assert folder.trial("t").metrics.read_text() == "12"
+        assert (folder.trial("t").adapter / "weights").exists()
+        # Only workers go on from it; that it is there the driver sees.
+        assert list((folder.trial("t").root / "checkpoint-2").iterdir()) == []
+        write_result(folder, record(TrialStatus.FAILED))
+        carrier.track(record(TrialStatus.FAILED))
+        leave_nothing(task_in(folder), "group")
+        assert not theirs.root.exists()
+    kept = remote.opened(folder.shown)
+    assert b"failed" in kept.trial("t").result.read_bytes()
+    assert kept.trial("t").metrics.read_text() == "12"
+    assert (kept.trial("t").root / "adapter").exists()
+    assert not (kept.trial("t").root / "checkpoint-2").exists()
+
+
+def test_workers_of_one_node_share_a_copy_and_carry_each_file_once(folder: SweepFolder) -> None:
+    (first, keep_first), (second, keep_second) = (on_this_node(task_in(folder), place(r), "group") for r in (0, 1))
+    assert first.trial_folder == second.trial_folder
+    ours = TrialFolder(Path(first.trial_folder))
+    for file in (ours.metrics, ours.worker_log(0), ours.worker_log(1)):
+        file.write_text("x")
+    keep_second(0.0)
+    found = remote.opened(folder.shown).trial("t").root
+    assert {file.name for file in found.iterdir()} == {ours.worker_log(1).name}
+    keep_first(0.0)
+    found = remote.opened(folder.shown).trial("t").root
+    assert {file.name for file in found.iterdir()} == {f.name for f in (ours.metrics, ours.log, ours.worker_log(1))}
+
+
+def test_a_worker_gives_up_a_store_that_stays_away_after_its_time(
+    folder: SweepFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, keep = on_this_node(task_in(folder), place(0), "group")
+    TrialFolder(Path(task.trial_folder)).metrics.write_text("1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(StorageError, match="cannot be written"):
+        keep(0.0)
+
+
+def test_nothing_is_put_into_the_store_by_a_sweep_that_did_not_start(folder: SweepFolder) -> None:
+    def fail() -> None:
+        with carried(folder):
+            raise FolderError("no")
+
+    with pytest.raises(FolderError):
+        fail()
+    assert not list(remote.opened(folder.shown).root.rglob("*"))
+
+
+def test_a_folder_that_all_share_needs_nobody_to_carry(tmp_path: Path) -> None:
+    folder = SweepFolder(tmp_path)
+    with carried(folder) as carrier:
+        carrier.push()
+        carrier.track(record(TrialStatus.RUNNING))
+        carrier.fetch("t")
+    task, keep = on_this_node(task_in(folder), place(0), "group")
+    keep(0.0)
+    assert task == task_in(folder)
