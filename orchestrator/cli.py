@@ -232,7 +232,7 @@ def export(
 ) -> None:
     """Write the best adapter, or a trial's, alone or merged into its base, ready for from_pretrained."""
     with _told_errors():
-        from orchestrator.export import export as export_trial
+        from orchestrator.export.folder import export as export_trial
         from orchestrator.results.storage import SweepFolder
 
         exported = export_trial(SweepFolder(folder), trial, to, merge=merge, force=force)
