@@ -36,6 +36,8 @@ class Exported:
     folder: Path
     trial: TrialResult
     kind: Kind
+    base: str
+    """What `from_pretrained` takes for the base model: a hub id, or a folder of this machine."""
 
     @property
     def loader(self) -> str:
@@ -85,7 +87,7 @@ def export(folder: SweepFolder, trial_id: str | None, to: Path, *, merge: bool, 
         for file in partial.iterdir():
             # safetensors makes files that only their owner may read.
             file.chmod(0o644)
-    return Exported(to, trial, kind)
+    return Exported(to, trial, kind, base.name)
 
 
 def _base_of(model: str, *, with_weights: bool) -> _Base:
