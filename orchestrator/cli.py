@@ -160,6 +160,9 @@ def run(
         str | None, typer.Option("--address", help="A Ray cluster, as 10.0.0.1:6379 or auto; none: start one here.")
     ] = None,
     isolation: IsolationOption = Isolation.WARM,
+    notify: Annotated[
+        str | None, typer.Option("--notify", metavar="URL", help="A webhook that is told of the end, as JSON.")
+    ] = None,
     overrides: SetOption = None,
 ) -> None:
     """Run a sweep to its end and write the report; the same command again goes on where it was left."""
@@ -167,15 +170,32 @@ def run(
         from orchestrator.config.sweep_file import load
 
         config = load(sweep, _all_overrides(overrides, name, storage))
+        from orchestrator.results.remote import local_storage
+        from orchestrator.sweep import notification
         from orchestrator.training import inputs
 
+        if notify is not None:
+            notification.require_address(notify)
         # Before what follows is loaded: a slip of the pen is told in a second.
         model = inputs.look_at(config)
-        from orchestrator.reporting import report as reporting
         from orchestrator.sweep.run import run as run_sweep
 
-        outcome = run_sweep(config, model, address, isolation.value, _say)
-        _show(reporting.render_text(reporting.build(outcome.folder)))
+        try:
+            outcome = run_sweep(config, model, address, isolation.value, _say)
+        except OrchestratorError as error:
+            if notify is not None:
+                notification.post(
+                    notify,
+                    notification.failure_of(config.name, local_storage(config.storage) / config.name, error),
+                    _say,
+                )
+            raise
+        from orchestrator.reporting import report as reporting
+
+        built = reporting.build(outcome.folder)
+        if notify is not None:
+            notification.post(notify, notification.end_of(built, outcome.exit_code, outcome.tracking_uri), _say)
+        _show(reporting.render_text(built))
         _say(f"report: {outcome.folder.report}")
         if not outcome.tracked:
             _say("MLflow did not take everything in time: run the same command again to deliver the rest")
@@ -255,7 +275,7 @@ def export(
 ) -> None:
     """Write the best adapter, or a trial's, alone or merged into its base, ready for from_pretrained."""
     with _told_errors():
-        from orchestrator.export import export as export_trial
+        from orchestrator.export.folder import export as export_trial
         from orchestrator.results.remote import opened
 
         exported = export_trial(opened(folder), trial, to, merge=merge, force=force)

@@ -58,6 +58,13 @@ def without_secret(text: str) -> str:
     return text
 
 
+def run_page(tracking_uri: str, run_id: str) -> str | None:
+    """The address of a run in MLflow's pages; None where the tracking address is no server's."""
+    if not tracking_uri.startswith(("http://", "https://")):
+        return None
+    return f"{without_secret(tracking_uri).rstrip('/')}/#/runs/{run_id}"
+
+
 def _git(folder: Path, *arguments: str) -> str:
     command = ["git", "-C", str(folder), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

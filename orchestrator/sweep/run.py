@@ -23,7 +23,8 @@ from orchestrator.results import provenance
 from orchestrator.results.records import PeakMemory, SweepResult, TrialResult, TrialStatus
 from orchestrator.results.remote import sweep_folder
 from orchestrator.results.storage import SweepFolder, write_atomically, write_result, write_sweep
-from orchestrator.sweep import cluster
+from orchestrator.sweep import cluster, logged_model, system_metrics
+from orchestrator.sweep.callbacks import Callbacks
 from orchestrator.sweep.carrier import Carrier, carried
 from orchestrator.sweep.folder_lock import only_one
 from orchestrator.sweep.gauges import Gauges
@@ -33,7 +34,7 @@ from orchestrator.sweep.recorder import Recorder
 from orchestrator.sweep.resume import Earlier, gone_on_with, kept, read_earlier, require_same_question
 from orchestrator.sweep.scheduler import describe, make_scheduler
 from orchestrator.sweep.stopper import Stopper, signals_to, sigterm_like_ctrl_c
-from orchestrator.sweep.tracking import Tracker
+from orchestrator.sweep.tracking import Tracker, tracking_uri
 from orchestrator.sweep.trial import TrialOnWorkers
 from orchestrator.sweep.trial_queue import TrialQueue
 from orchestrator.training.inputs import FoundModel
@@ -56,6 +57,8 @@ class Outcome:
     folder: SweepFolder
     tracked: bool
     """Whether MLflow has everything; what it lacks is on disk, and the next `run` carries it over."""
+
+    tracking_uri: str
 
     @property
     def exit_code(self) -> int:
@@ -130,7 +133,8 @@ def _run_prepared(
         sweep.budget.hours,
     )
     gauges = Gauges(sweep.name, records.values(), sweep.objective.metric, sweep.objective.mode)
-    listeners = (carrier.track, tracker.track, gauges.track, progress)
+    callbacks = Callbacks(say)
+    listeners = (carrier.track, tracker.track, gauges.track, progress, callbacks.track)
     predicted = functools.partial(_recorded_bytes, prepared)
     recorder = Recorder(
         folder, records, started_at, prepared.board, describe(sweep), predicted, carrier.fetch, listeners
@@ -141,10 +145,12 @@ def _run_prepared(
         if record.mlflow_run_id is None and record.status is not TrialStatus.PENDING:
             tracker.track(record)
     _say_start(records, prepared, say)
-    with progress, signals_to(stopper):
+    with progress, signals_to(stopper), system_metrics.logged(tracking_uri(sweep), tracker.parent_run_id):
         _tune(prepared, folder, recorder, [recorder, progress], stopper, isolation)
     recorder.cancel_rest(stopper.reason or "the sweep ended before it: run the same command again")
-    return _finish(result, recorder, tracker, folder, stopper, say)
+    outcome = _finish(sweep, result, recorder, tracker, folder, stopper, say)
+    callbacks.sweep_ended(outcome.sweep, folder.root)
+    return outcome
 
 
 def _labeller(result: SweepResult) -> Callable[[TrialResult], str]:
@@ -315,6 +321,7 @@ def _task(record: TrialResult, prepared: Prepared, folder: SweepFolder, *, halve
 
 
 def _finish(
+    sweep: SweepConfig,
     result: SweepResult,
     recorder: Recorder,
     tracker: Tracker,
@@ -342,5 +349,8 @@ def _finish(
     result = result.model_copy(update={"trials": tuple(recorder.records.values())})
     write_sweep(folder, result)
     if tracked:
-        tracker.close_parent(result, statistics.best_trial(result))
-    return Outcome(result, folder, tracked)
+        best = statistics.best_trial(result)
+        tracker.close_parent(result, best)
+        if best and best.mlflow_run_id and not result.interrupted:
+            logged_model.log_best(sweep, result, best, folder, say)
+    return Outcome(result, folder, tracked, tracking_uri(sweep))
