@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from orchestrator.reporting import charts, quantities
+from orchestrator.reporting import charts, cost_charts, effect_charts, quantities
 from orchestrator.reporting.curves import mean_curves
 from orchestrator.reporting.findings import (
     Report,
@@ -120,7 +120,9 @@ def render_json(report: Report) -> str:
             for summary in report.summaries
         ],
         "effects": [asdict(effect) for effect in report.effects],
+        "importances": report.importances,
         "times": {**asdict(report.times), "training_share": report.times.training_share},
+        "against_plan": [asdict(outlay) for outlay in report.outlays],
         "trials": trials,
         "curves": {identity: [(p.step, p.loss, p.eval_loss) for p in c] for identity, c in report.curves.items()},
         "damaged": [{"file": str(record.file), "why": record.why} for record in report.damaged],
@@ -155,6 +157,8 @@ def render_html(report: Report) -> str:
         "rate": quantities.rate,
         "number": quantities.number,
         "share": quantities.share,
+        "ratio": lambda e: quantities.ratio(e.mean, e.half_width) if e else "",
+        "outlay": _outlay,
         "spell": spell,
         "words": _words,
         "shareable": without_credentials,
@@ -165,10 +169,17 @@ def render_html(report: Report) -> str:
 def _page(report: Report) -> dict[str, Any]:
     sweep, recommended = report.sweep, report.recommendation.configuration_id
     kind = next((t.peak_memory.kind for t in sweep.trials if t.peak_memory), "resident")
-    cost = [
-        charts.memory_chart(report.summaries, kind),
-        charts.speed_chart(report.summaries),
-        charts.pareto_chart(sweep, report.summaries, report.front, recommended),
+    parts = cost_charts.parts_of(report.plan, report.summaries)
+    metric = sweep.objective_metric
+    costs = [
+        cost_charts.memory_chart(report.summaries, parts, kind),
+        cost_charts.speed_chart(report.summaries),
+        *cost_charts.pareto_charts(metric, report.summaries, report.front, recommended),
+    ]
+    settings = [
+        effect_charts.importance_chart(metric, report.importances),
+        *effect_charts.effect_charts(metric, report.effects),
+        *effect_charts.response_charts(sweep.searched, report.summaries),
     ]
     sign = sign_of(sweep)
     values = {trial.trial_id: objective_of(sweep, trial) for trial in sweep.trials}
@@ -179,22 +190,45 @@ def _page(report: Report) -> dict[str, Any]:
         "rule": RULE,
         "snippet": trial_snippet(report),
         "curves": charts.loss_curves(sweep, mean_curves(sweep, report.summaries, report.curves)),
-        "costs": [figure for figure in cost if figure],
-        "effect_figures": charts.effect_charts(sweep, report.effects),
+        "costs": [figure for figure in costs if figure],
+        "parts": [(s, parts[s.configuration_id]) for s in report.summaries[:PAGE_ROWS] if s.configuration_id in parts],
+        "part_styles": cost_charts.PART_STYLES,
+        "setting_figures": [figure for figure in settings if figure],
         "configurations": [(s, objective_text(s), behind_text(report, s)) for s in report.summaries],
         "most": PAGE_ROWS,
-        "plus_minus": lambda e: quantities.plus_minus(e.mean, e.half_width) if e else quantities.UNKNOWN,
+        "plus_minus": lambda e: quantities.plus_minus(e.mean, e.half_width) if e else "",
         "trials": sorted(sweep.trials, key=lambda t: _place(values[t.trial_id], sign)),
         "objective": values,
         "reasons": reasons(report),
         "statuses": list(TrialStatus),
         "environment": _environment(report),
+        "repeat": _repeat(report),
         "quantised": sweep.model == QUANTISED_MODEL,
     }
 
 
+def _outlay(value: float | None, unit: str) -> str:
+    if value is None:
+        return quantities.UNKNOWN
+    if unit == "s":
+        return quantities.duration(value)
+    return {"trials": f"{value:.0f}", "ratio": f"{value:.2f} ×", "cost": f"{value:.2f}"}.get(unit, f"{value:.2f} h")
+
+
 def _place(value: float | None, sign: int) -> tuple[bool, float]:
     return value is None, sign * (value or 0.0)
+
+
+def _repeat(report: Report) -> str:
+    """The lines that run the same sweep again, with what it ran on."""
+    trials = report.sweep.trials
+    versions = dict(sorted({item for trial in trials for item in trial.versions.items() if item[0] != "python"}))
+    told = {trial.git.commit for trial in trials if trial.git}
+    lines = [f"# orchestrator at commit {commit}" for commit in sorted(told)]
+    lines += [f"pip install {' '.join(f'{n}=={v}' for n, v in versions.items() if n != 'orchestrator')}"] * bool(
+        versions
+    )
+    return "\n".join([*lines, f"orchestrator run sweep.yaml --name {report.sweep.name}-again"])
 
 
 def _environment(report: Report) -> list[tuple[str, str]]:
