@@ -155,7 +155,7 @@ def run(
         from orchestrator.sweep.run import run as run_sweep
 
         outcome = run_sweep(config, model, address, isolation.value, _say)
-        _show(reporting.render_text(reporting.build(outcome.folder)))
+        _show(reporting.render_text(outcome.report))
         _say(f"report: {outcome.folder.report}")
         if not outcome.tracked:
             _say("MLflow did not take everything in time: run the same command again to deliver the rest")

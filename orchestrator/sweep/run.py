@@ -21,7 +21,8 @@ from orchestrator.config.sweep_file import to_yaml
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import FolderError, StorageError
 from orchestrator.planning.plan import PlannedTrial
-from orchestrator.reporting import statistics
+from orchestrator.reporting import report, statistics
+from orchestrator.reporting.findings import Report
 from orchestrator.results import provenance
 from orchestrator.results.records import PeakMemory, SweepResult, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder, write_atomically, write_result, write_sweep
@@ -51,6 +52,7 @@ class Outcome:
 
     sweep: SweepResult
     folder: SweepFolder
+    report: Report
     tracked: bool
     """Whether MLflow has everything; what it lacks is on disk, and the next `run` carries it over."""
 
@@ -331,14 +333,13 @@ def _finish(
     say: Callable[[str], None],
 ) -> Outcome:
     """Write results and report, then give MLflow a bounded time to have it all."""
-    from orchestrator.reporting import report
-
     say("writing the report")
     ended = {"ended_ms": int(time.time() * 1000), "interrupted": stopper.interrupted}
     result = result.model_copy(update={"trials": tuple(recorder.records.values()), **ended})
     # Before MLflow is waited for: what was measured is safe whatever happens then.
     write_sweep(folder, result)
-    write_atomically(folder.report, report.render_html(report.build(folder)))
+    made = report.build(folder)
+    write_atomically(folder.report, report.render_html(made))
     try:
         tracked = tracker.finish(TRACKING_LIMIT_S)
     except KeyboardInterrupt:
@@ -351,4 +352,4 @@ def _finish(
     write_sweep(folder, result)
     if tracked:
         tracker.close_parent(result, statistics.best_trial(result))
-    return Outcome(result, folder, tracked)
+    return Outcome(result, folder, made, tracked)
