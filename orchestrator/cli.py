@@ -209,17 +209,38 @@ def status(folder: Annotated[Path | None, typer.Argument(metavar="[FOLDER]", hel
 
 
 @app.command()
-def report(folder: FolderArgument, json: JsonOption = False) -> None:
-    """Print a sweep's answer with its evidence, and write report.html."""
+def report(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="FOLDER...", help="A sweep's folder, as sweeps/demo; several are compared.")
+    ],
+    json: JsonOption = False,
+    opens: Annotated[bool, typer.Option("--open", help="Show the page in a browser.")] = False,
+) -> None:
+    """Print a sweep's answer with its evidence, and write report.html; of several, how they compare."""
     with _told_errors():
         from orchestrator.reporting import report as reporting
         from orchestrator.results.storage import SweepFolder, write_atomically
 
-        where = SweepFolder(folder)
-        built = reporting.build(where)
-        write_atomically(where.report, reporting.render_html(built))
-        _show(reporting.render_json(built) if json else reporting.render_text(built))
-        _say(f"report: {where.report}")
+        where = [SweepFolder(folder) for folder in folders]
+        built = [reporting.build(folder) for folder in where]
+        for folder, made in zip(where, built, strict=True):
+            write_atomically(folder.report, reporting.render_html(made))
+        page = where[0].report
+        if len(built) == 1:
+            _show(reporting.render_json(built[0]) if json else reporting.render_text(built[0]))
+        else:
+            from orchestrator.reporting import comparison_report
+            from orchestrator.reporting.comparison import compare
+
+            compared, page = compare(built), where[0].comparison
+            write_atomically(page, comparison_report.render_html(compared))
+            _show(comparison_report.render_json(compared) if json else comparison_report.render_text(compared))
+        _say(f"report: {page}")
+        if opens:
+            import webbrowser
+
+            if not webbrowser.open(page.absolute().as_uri()):
+                _say("no browser could be opened here: copy the file to where one is")
 
 
 @app.command()

@@ -79,6 +79,15 @@ def ratio(mean: float, half_width: float | None) -> str:
     return f"{mean:.2f} ×" if half_width is None else f"{mean:.2f} ± {half_width:.2f} ×"
 
 
+def outlay(value: float | None, unit: str) -> str:
+    """What a plan or a sweep came to, in `s`, `gpu_hours`, `trials`, `cost` or as a `ratio`."""
+    if value is None:
+        return UNKNOWN
+    if unit == "s":
+        return duration(value)
+    return {"trials": f"{value:.0f}", "ratio": ratio(value, None), "cost": f"{value:.2f}"}.get(unit, f"{value:.2f} h")
+
+
 def share(fraction: float | None) -> str:
     """`31 %`."""
     return UNKNOWN if fraction is None else f"{fraction * 100:.0f} %"

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from orchestrator.reporting import charts, cost_charts, effect_charts, quantities
@@ -18,10 +15,10 @@ from orchestrator.reporting.findings import (
     objective_text,
     reasons,
     trial_snippet,
-    without_credentials,
 )
+from orchestrator.reporting.pages import plain, render_page, status_words
 from orchestrator.reporting.recommendation import RULE
-from orchestrator.reporting.statistics import label, objective_of, sign_of, spell
+from orchestrator.reporting.statistics import label, objective_of, sign_of
 from orchestrator.results.records import TrialStatus
 
 __all__ = ["Report", "build", "render_html", "render_json", "render_text"]
@@ -44,7 +41,7 @@ def render_text(report: Report) -> str:
     lines += ["", *_table(report)]
     for status, reason, names in reasons(report):
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        lines.append(f"{_words(status)}: {shown}: {_first_line(reason)}")
+        lines.append(f"{status_words(status)}: {shown}: {_first_line(reason)}")
     if snippet := trial_snippet(report):
         word = "best so far" if answer.basis == "provisional" else "recommended"
         lines += ["", f"{word} ({answer.label}):", *(f"  {line}" for line in snippet.rstrip().splitlines())]
@@ -57,16 +54,12 @@ def _first_line(text: str) -> str:
     return text.splitlines()[0][:300] if text else text
 
 
-def _words(status: TrialStatus) -> str:
-    return "refused" if status is TrialStatus.INFEASIBLE else status.value.replace("_", " ")
-
-
 def _table(report: Report) -> list[str]:
     metric = report.sweep.objective_metric
     rows = [("", "configuration", "trials", metric, "behind the best", "tokens/s", "step", "memory", "predicted")]
     for summary in report.summaries[:TEXT_ROWS]:
         marked = "*" if summary.configuration_id == report.recommendation.configuration_id else ""
-        states = ", ".join(f"{summary.counts[s]} {_words(s)}" for s in TrialStatus if summary.counts.get(s))
+        states = ", ".join(f"{summary.counts[s]} {status_words(s)}" for s in TrialStatus if summary.counts.get(s))
         rows.append(
             (
                 marked,
@@ -91,7 +84,7 @@ def _table(report: Report) -> list[str]:
 
 
 def _closing(report: Report) -> str:
-    counts = ", ".join(f"{count} {_words(status)}" for status, count in report.counts.items())
+    counts = ", ".join(f"{count} {status_words(status)}" for status, count in report.counts.items())
     times = report.times
     told = f"{len(report.sweep.trials)} trials ({counts}), {report.state}, {quantities.duration(times.wall_s)}"
     if times.training_share is not None:
@@ -127,43 +120,12 @@ def render_json(report: Report) -> str:
         "curves": {identity: [(p.step, p.loss, p.eval_loss) for p in c] for identity, c in report.curves.items()},
         "damaged": [{"file": str(record.file), "why": record.why} for record in report.damaged],
     }
-    return json.dumps(_plain(whole), indent=1, ensure_ascii=False, allow_nan=False)
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(plain(whole), indent=1, ensure_ascii=False, allow_nan=False)
 
 
 def render_html(report: Report) -> str:
     """One file that needs no network and no script to be read."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "memory": quantities.memory,
-        "duration": quantities.duration,
-        "step_time": quantities.step_time,
-        "rate": quantities.rate,
-        "number": quantities.number,
-        "share": quantities.share,
-        "ratio": lambda e: quantities.ratio(e.mean, e.half_width) if e else "",
-        "outlay": _outlay,
-        "spell": spell,
-        "words": _words,
-        "shareable": without_credentials,
-    }
-    return environment.get_template("report.html.jinja").render(_page(report))
+    return render_page("report.html.jinja", _page(report))
 
 
 def _page(report: Report) -> dict[str, Any]:
@@ -205,14 +167,6 @@ def _page(report: Report) -> dict[str, Any]:
         "repeat": _repeat(report),
         "quantised": sweep.model == QUANTISED_MODEL,
     }
-
-
-def _outlay(value: float | None, unit: str) -> str:
-    if value is None:
-        return quantities.UNKNOWN
-    if unit == "s":
-        return quantities.duration(value)
-    return {"trials": f"{value:.0f}", "ratio": f"{value:.2f} ×", "cost": f"{value:.2f}"}.get(unit, f"{value:.2f} h")
 
 
 def _place(value: float | None, sign: int) -> tuple[bool, float]:
