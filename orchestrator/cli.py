@@ -192,10 +192,11 @@ def run(
             raise
         from orchestrator.reporting import report as reporting
 
-        built = reporting.build(outcome.folder)
         if notify is not None:
-            notification.post(notify, notification.end_of(built, outcome.exit_code, outcome.tracking_uri), _say)
-        _show(reporting.render_text(built))
+            notification.post(
+                notify, notification.end_of(outcome.report, outcome.exit_code, outcome.tracking_uri), _say
+            )
+        _show(reporting.render_text(outcome.report))
         _say(f"report: {outcome.folder.report}")
         if not outcome.tracked:
             _say("MLflow did not take everything in time: run the same command again to deliver the rest")
@@ -250,19 +251,41 @@ def status(folder: Annotated[str | None, typer.Argument(metavar="[FOLDER]", help
 
 
 @app.command()
-def report(folder: FolderArgument, json: JsonOption = False) -> None:
-    """Print a sweep's answer with its evidence, and write report.html."""
+def report(
+    folders: Annotated[
+        list[str],
+        typer.Argument(metavar="FOLDER...", help="A sweep's folder or s3:// address; several are compared."),
+    ],
+    json: JsonOption = False,
+    opens: Annotated[bool, typer.Option("--open", help="Show the page in a browser.")] = False,
+) -> None:
+    """Print a sweep's answer with its evidence, and write report.html; of several, how they compare."""
     with _told_errors():
         from orchestrator.reporting import report as reporting
         from orchestrator.results.remote import opened, publish
         from orchestrator.results.storage import write_atomically
 
-        where = opened(folder)
-        built = reporting.build(where)
-        write_atomically(where.report, reporting.render_html(built))
-        publish(where, where.report)
-        _show(reporting.render_json(built) if json else reporting.render_text(built))
-        _say(f"report: {where.report}")
+        where = [opened(folder) for folder in folders]
+        built = [reporting.build(folder) for folder in where]
+        for folder, made in zip(where, built, strict=True):
+            write_atomically(folder.report, reporting.render_html(made))
+            publish(folder, folder.report)
+        page = where[0].report
+        if len(built) == 1:
+            _show(reporting.render_json(built[0]) if json else reporting.render_text(built[0]))
+        else:
+            from orchestrator.reporting import comparison_report
+            from orchestrator.reporting.comparison import compare
+
+            compared, page = compare(built), where[0].comparison
+            write_atomically(page, comparison_report.render_html(compared))
+            _show(comparison_report.render_json(compared) if json else comparison_report.render_text(compared))
+        _say(f"report: {page}")
+        if opens:
+            import webbrowser
+
+            if not webbrowser.open(page.absolute().as_uri()):
+                _say("no browser could be opened here: copy the file to where one is")
 
 
 @app.command()

@@ -179,6 +179,11 @@ class SweepFolder:
         return self.root / "report.html"
 
     @property
+    def comparison(self) -> Path:
+        """This sweep beside others, in one self-contained file."""
+        return self.root / "comparison.html"
+
+    @property
     def lock(self) -> Path:
         """Held by the run that is at work here."""
         return self.root / ".lock"

@@ -18,7 +18,8 @@ from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.sweep_file import to_yaml
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.planning.plan import PlannedTrial
-from orchestrator.reporting import statistics
+from orchestrator.reporting import report, statistics
+from orchestrator.reporting.findings import Report
 from orchestrator.results import provenance
 from orchestrator.results.records import PeakMemory, SweepResult, TrialResult, TrialStatus
 from orchestrator.results.remote import sweep_folder
@@ -55,6 +56,7 @@ class Outcome:
 
     sweep: SweepResult
     folder: SweepFolder
+    report: Report
     tracked: bool
     """Whether MLflow has everything; what it lacks is on disk, and the next `run` carries it over."""
 
@@ -330,14 +332,13 @@ def _finish(
     say: Callable[[str], None],
 ) -> Outcome:
     """Write results and report, then give MLflow a bounded time to have it all."""
-    from orchestrator.reporting import report
-
     say("writing the report")
     ended = {"ended_ms": int(time.time() * 1000), "interrupted": stopper.interrupted}
     result = result.model_copy(update={"trials": tuple(recorder.records.values()), **ended})
     # Before MLflow is waited for: what was measured is safe whatever happens then.
     write_sweep(folder, result)
-    write_atomically(folder.report, report.render_html(report.build(folder)))
+    made = report.build(folder)
+    write_atomically(folder.report, report.render_html(made))
     try:
         tracked = tracker.finish(INTERRUPTED_TRACKING_LIMIT_S if stopper.interrupted else TRACKING_LIMIT_S)
     except KeyboardInterrupt:
@@ -353,4 +354,4 @@ def _finish(
         tracker.close_parent(result, best)
         if best and best.mlflow_run_id and not result.interrupted:
             logged_model.log_best(sweep, result, best, folder, say)
-    return Outcome(result, folder, tracked, tracking_uri(sweep))
+    return Outcome(result, folder, made, tracked, tracking_uri(sweep))
