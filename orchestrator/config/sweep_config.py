@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
 
-from orchestrator.config.search_space import Choice, Range, Settings, Space, Trial, domains, grid, make_trials, sample
+from orchestrator.config.axes import axes_of, complete
+from orchestrator.config.search_space import (
+    Choice,
+    Range,
+    Settings,
+    Space,
+    Trial,
+    configuration_id,
+    domains,
+    grid,
+    is_excluded,
+    make_trials,
+    sample,
+)
 from orchestrator.config.trial_config import TrialConfig
 
 LOGGED_METRICS = ("eval_loss", "loss", "tokens_per_s", "step_time_s", "peak_memory_bytes", "grad_norm")
@@ -32,12 +46,29 @@ class DataConfig(_Part):
 class SearchConfig(_Part):
     """How configurations are chosen."""
 
-    algorithm: Literal["grid", "random"] = "grid"
-    """`grid` tries every combination, `random` as many as `budget.trials` says."""
+    algorithm: Literal["grid", "random", "tpe", "gp", "cma_es"] = "grid"
+    """`grid` tries every combination, the others as many as `budget.trials` says: `random` by chance, and by what the
+    trials so far have shown `tpe` (Parzen estimators), `gp` (a Gaussian process) and `cma_es` (evolution strategy)."""
     repeats: Annotated[int, Field(ge=1, le=1000)] = 1
     """Trials of every configuration, each with another seed."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of the random choices."""
+    points: tuple[dict[str, Any], ...] = ()
+    """Configurations to try first; what one leaves out stands in the middle of its range."""
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether configurations are chosen one by one, by what the trials so far have shown."""
+        return self.algorithm not in ("grid", "random")
+
+    @field_validator("algorithm", mode="before")
+    @classmethod
+    def _needs_checkpoints(cls, raw: Any) -> Any:
+        if raw == "pbt":
+            raise ValueError(
+                "pbt goes on from other trials' checkpoints, which trials do not write: use tpe with the scheduler asha"
+            )
+        return raw
 
 
 class AshaConfig(_Part):
@@ -101,7 +132,8 @@ class BudgetConfig(_Part):
     """What the sweep may take; where a limit is reached it ends cleanly."""
 
     trials: Annotated[int, Field(ge=1, le=10**6)] | None = None
-    """How many configurations a random search tries; at most so many of a grid."""
+    """How many configurations a search tries; at most so many of a grid. An adaptive search needs it: what it proposes
+    and is refused before launch costs nothing, up to as many again; from then on each refusal counts as a trial."""
     hours: Annotated[float, Field(gt=0)] | None = None
     trial_hours: Annotated[float, Field(gt=0)] | None = None
     """The longest that one trial may run; one that hangs would hold its GPUs for ever."""
@@ -160,23 +192,35 @@ class SweepConfig(_Part):
         return domains(self.space)
 
     @property
+    def base(self) -> Settings:
+        """What `trial:` sets of the settings that are not searched."""
+        return {name: value for name, value in self.shared_settings.items() if name not in self.domains}
+
+    @property
     def shared_settings(self) -> Settings:
         """What `trial:` sets, without the defaults."""
         return {name: getattr(self.trial, name) for name in self.trial.model_fields_set}
 
     def trials(self) -> tuple[Trial, ...]:
-        """Every trial of a grid or random search.
+        """Every trial of a grid or random search; of an adaptive one random ones, which stand for those to come.
 
         Raises:
             ValueError: a grid over a range, or conditions that wait for each other.
         """
-        base = {name: value for name, value in self.shared_settings.items() if name not in self.domains}
         if self.search.algorithm == "grid":
-            configurations = grid(base, self.domains, self.exclude)[: self.budget.trials]
+            configurations = grid(self.base, self.domains, self.exclude)[: self.budget.trials]
         else:
             count = self.budget.trials or DEFAULT_SAMPLES
-            configurations = sample(base, self.domains, self.exclude, count, self.search.seed)
+            drawn = sample(self.base, self.domains, self.exclude, count, self.search.seed)
+            configurations = tuple({configuration_id(one): one for one in (*self._points(), *drawn)}.values())[:count]
         return make_trials(configurations, self.search.repeats)
+
+    def _points(self) -> Iterator[TrialConfig]:
+        axes = axes_of(self.domains)
+        for point in self.search.points:
+            config = TrialConfig(**{**self.base, **complete(axes, self.base, point)})
+            if not is_excluded(config, self.exclude):
+                yield config
 
     def on_hardware(self, *, has_gpus: bool) -> SweepConfig:
         """Fill in the defaults that depend on the cluster: `precision` and `resources.gpus_per_worker`."""
