@@ -129,7 +129,7 @@ def _distribution(axis: Axis) -> BaseDistribution:
 def _asked(trial: Trial, axis: Axis) -> Any:
     if not axis.values:
         suggest = trial.suggest_int if axis.is_whole else trial.suggest_float
-        return suggest(axis.name, axis.low, axis.high, log=axis.is_log)  # type: ignore[arg-type]
+        return suggest(axis.name, axis.low, axis.high, log=axis.is_log)
     last = len(axis.values) - 1
     if axis.is_ordered and last > 1:
         return trial.suggest_int(axis.name, 0, last)

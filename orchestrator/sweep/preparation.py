@@ -9,13 +9,14 @@ from typing import Literal
 
 import ray
 
+from orchestrator.config.search_space import Trial
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import InputError
 from orchestrator.planning import hardware as hardware_module
 from orchestrator.planning.hardware import Hardware
 from orchestrator.planning.memory import MemoryEstimate, estimate_on
-from orchestrator.planning.plan import SweepPlan, plan_sweep
+from orchestrator.planning.plan import PlannedTrial, SweepPlan, WorkerShape, plan_sweep, plan_trial
 from orchestrator.results.storage import SweepFolder
 from orchestrator.sweep import cluster
 from orchestrator.sweep.worker import GroupShape
@@ -38,6 +39,8 @@ class Prepared:
     gpu_memory_fraction: float | None
     estimate: Callable[[TrialConfig], MemoryEstimate]
     """The plan's own, for a configuration that has changed since."""
+    plan_trial: Callable[[Trial], PlannedTrial]
+    """The plan's own, for a trial that an adaptive search proposes."""
 
 
 def prepare(
@@ -77,6 +80,13 @@ def prepare(
         "cuda_allocated" if hardware.device == "cuda" else "resident",
         share if 0 < share < 1 else None,
         functools.partial(estimate_on, shape=model.shape, workers=shape.workers, hardware=hardware),
+        lambda trial: plan_trial(
+            trial,
+            model.shape,
+            hardware,
+            WorkerShape(shape.workers, shape.gpus_per_worker, shape.cpus_per_worker),
+            plan.worker_memory_bytes,
+        ),
     )
 
 

@@ -45,7 +45,7 @@ class Recorder(tune.Callback):
         record = self.records[trial.config["trial_id"]]
         if record.status is TrialStatus.PENDING:
             self._launched_at[record.trial_id] = time.time()
-            micro = trial.config["micro_batch_size"]
+            micro = trial.config["task"].config.micro_batch_size
             if micro != record.config.micro_batch_size:
                 event = f"micro_batch_size {micro}, since trials of its kind ran out of memory with more"
                 config = record.config.model_copy(update={"micro_batch_size": micro})

@@ -7,7 +7,7 @@ import functools
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from orchestrator.errors import FolderError, StorageError
 from orchestrator.planning.plan import PlannedTrial
 from orchestrator.reporting import statistics
 from orchestrator.results import provenance
-from orchestrator.results.records import PeakMemory, SweepResult, TrialResult, TrialStatus
+from orchestrator.results.records import PeakMemory, Suggestion, SweepResult, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder, write_atomically, write_result, write_sweep
 from orchestrator.sweep import cluster
 from orchestrator.sweep.preparation import Prepared, prepare
@@ -32,6 +32,7 @@ from orchestrator.sweep.recorder import Recorder
 from orchestrator.sweep.resume import Earlier, kept, read_earlier, require_same_question
 from orchestrator.sweep.scheduler import describe, make_scheduler
 from orchestrator.sweep.stopper import Stopper, signals_to
+from orchestrator.sweep.suggestions import NewRecord, Suggestions, known_at_start
 from orchestrator.sweep.tracking import Tracker
 from orchestrator.sweep.trial import TrialOnWorkers
 from orchestrator.sweep.trial_queue import TrialQueue
@@ -128,7 +129,9 @@ def _run_prepared(
     if earlier:
         require_same_question(folder, earlier.sweep, sweep, knows_hardware=True)
     started_at = time.time()
-    records = _records(prepared, earlier)
+    made_with = {"versions": provenance.versions(), "git": provenance.git_state(Path.cwd())}
+    new_record = functools.partial(_new_record, prepared, made_with)
+    records = _records(prepared, earlier, new_record)
     result = _sweep_result(prepared, earlier, records, started_at)
     tracker = Tracker(sweep, result.sweep_id, folder)
     result = result.model_copy(update={"mlflow_run_id": tracker.parent_run_id})
@@ -150,7 +153,7 @@ def _run_prepared(
             tracker.track(record)
     _say_start(records, prepared, say)
     with progress, signals_to(stopper):
-        _tune(prepared, folder, recorder, [recorder, progress], stopper, board, isolation)
+        _tune(prepared, folder, recorder, new_record, [recorder, progress], stopper, board, isolation)
     recorder.cancel_rest(stopper.reason or "the sweep ended before it: run the same command again")
     return _finish(result, recorder, tracker, folder, stopper, say)
 
@@ -166,18 +169,14 @@ def _say_start(records: Mapping[str, TrialResult], prepared: Prepared, say: Call
     say(f"{pending} trials to run, {prepared.slots} at a time; {refused} refused; {done} done before")
 
 
-def _records(prepared: Prepared, earlier: Earlier | None) -> dict[str, TrialResult]:
+def _records(prepared: Prepared, earlier: Earlier | None, new_record: NewRecord) -> dict[str, TrialResult]:
     """What each trial starts with: as it ended before, refused, or pending."""
     before = earlier.trials if earlier else {}
-    versions, git = provenance.versions(), provenance.git_state(Path.cwd())
     records = {}
-    for planned in prepared.plan.trials:
+    for planned, suggestion in known_at_start(prepared, before.values()):
         old = before.get(planned.trial_id)
-        if old and _stays(old, prepared.plan.worker_memory_bytes):
-            records[planned.trial_id] = old
-            continue
-        new = _new_record(planned, prepared)
-        records[planned.trial_id] = new.model_copy(update={"versions": versions, "git": git})
+        stays = old and _stays(old, prepared.plan.worker_memory_bytes)
+        records[planned.trial_id] = old if old and stays else new_record(planned, suggestion)
     return records | kept(earlier, frozenset(records)) if earlier else records
 
 
@@ -196,7 +195,9 @@ def _recorded_bytes(prepared: Prepared, config: TrialConfig) -> int:
     return allocated
 
 
-def _new_record(planned: PlannedTrial, prepared: Prepared) -> TrialResult:
+def _new_record(
+    prepared: Prepared, made_with: Mapping[str, Any], planned: PlannedTrial, suggestion: Suggestion | None
+) -> TrialResult:
     predicted = _recorded_bytes(prepared, planned.config) if planned.memory else None
     return TrialResult(
         trial_id=planned.trial_id,
@@ -206,6 +207,8 @@ def _new_record(planned: PlannedTrial, prepared: Prepared) -> TrialResult:
         config=planned.config,
         repeat=planned.repeat,
         seed=planned.config.seed,
+        suggestion=suggestion,
+        **made_with,
         notes=planned.notes,
         peak_memory=PeakMemory(
             predicted_bytes=predicted, available_bytes=prepared.plan.worker_memory_bytes, kind=prepared.memory_kind
@@ -237,37 +240,31 @@ def _tune(
     prepared: Prepared,
     folder: SweepFolder,
     recorder: Recorder,
+    new_record: NewRecord,
     callbacks: list[tune.Callback],
     stopper: Stopper,
     board: Any,
     isolation: Isolation,
 ) -> None:
-    tasks = _tasks(prepared, folder, recorder.records.values())
-    if not tasks:
+    waiting = sum(record.status is TrialStatus.PENDING for record in recorder.records.values())
+    if not waiting and not prepared.sweep.search.is_adaptive:
         return
     # Tune's own state is a cache that we never restore: what had ended is known from our records.
     shutil.rmtree(folder.tune, ignore_errors=True)
     trainable = tune.with_parameters(
         TrialOnWorkers,
         board=board,
-        tasks=tasks,
         shape=prepared.shape,
         model=prepared.sweep.model,
         storage=str(folder.tune / "worker_groups"),
         keeps_group=isolation == "warm",
     )
-    queue = TrialQueue(
-        tasks,
-        recorder,
-        lambda config: prepared.estimate(config).device_bytes,
-        prepared.plan.worker_memory_bytes,
-        prepared.shape.workers,
-    )
     tuner = tune.Tuner(
         tune.with_resources(trainable, SLOT),
         tune_config=tune.TuneConfig(
-            search_alg=queue,
-            num_samples=len(tasks),
+            search_alg=_queue(prepared, folder, recorder, new_record),
+            # An adaptive search ends by itself.
+            num_samples=-1 if prepared.sweep.search.is_adaptive else waiting,
             scheduler=make_scheduler(prepared.sweep),
             max_concurrent_trials=prepared.slots,
             reuse_actors=True,
@@ -296,14 +293,23 @@ def _run_config(folder: SweepFolder, callbacks: list[tune.Callback], stopper: St
     )
 
 
-def _tasks(prepared: Prepared, folder: SweepFolder, records: Iterable[TrialResult]) -> dict[str, TrialTask]:
-    """Of the trials that wait."""
-    automatic = {trial.trial_id for trial in prepared.sweep.trials() if trial.config.micro_batch_size == "auto"}
-    return {
-        record.trial_id: _task(record, prepared, folder, halves_micro_batch=record.trial_id in automatic)
-        for record in records
-        if record.status is TrialStatus.PENDING
-    }
+def _queue(prepared: Prepared, folder: SweepFolder, recorder: Recorder, new_record: NewRecord) -> TrialQueue:
+    sweep = prepared.sweep
+    automatic = {trial.trial_id for trial in sweep.trials() if trial.config.micro_batch_size == "auto"}
+
+    def task_of(record: TrialResult) -> TrialTask:
+        chosen = record.suggestion and {**sweep.base, **record.suggestion.settings}.get("micro_batch_size", "auto")
+        halves = chosen == "auto" if chosen else record.trial_id in automatic
+        return _task(record, prepared, folder, halves_micro_batch=halves)
+
+    return TrialQueue(
+        recorder,
+        task_of,
+        Suggestions(prepared, folder, recorder, new_record).more,
+        lambda config: prepared.estimate(config).device_bytes,
+        prepared.plan.worker_memory_bytes,
+        prepared.shape.workers,
+    )
 
 
 def _task(record: TrialResult, prepared: Prepared, folder: SweepFolder, *, halves_micro_batch: bool) -> TrialTask:

@@ -29,14 +29,13 @@ class TrialOnWorkers(tune.Trainable):
         config: dict[str, Any],
         *,
         board: Any,
-        tasks: dict[str, TrialTask],
         shape: GroupShape,
         model: str,
         storage: str,
         keeps_group: bool,
     ) -> None:
         """Called once an actor."""
-        self._board, self._tasks, self._shape = board, tasks, shape
+        self._board, self._shape = board, shape
         self._model, self._group_storage, self._keeps_group = model, storage, keeps_group
         self._group: WorkerGroup | None = None
         self._begin(config)
@@ -66,9 +65,7 @@ class TrialOnWorkers(tune.Trainable):
         self._close()
 
     def _begin(self, config: dict[str, Any]) -> None:
-        task = self._tasks[config["trial_id"]]
-        size = {"micro_batch_size": config["micro_batch_size"]}
-        self._task = replace(task, config=task.config.model_copy(update=size))
+        self._task: TrialTask = config["task"]
         self._events: list[str] = []
         self._launched_at = time.time()
         self._attempt = 0
