@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
 
@@ -26,6 +26,8 @@ from orchestrator.config.trial_config import TrialConfig
 
 LOGGED_METRICS = ("eval_loss", "loss", "tokens_per_s", "step_time_s", "peak_memory_bytes", "grad_norm")
 DEFAULT_SAMPLES = 10
+GraceUnit = Literal["steps", "tokens", "seconds"]
+GRACE_UNITS: dict[str, GraceUnit] = {"grace_steps": "steps", "grace_tokens": "tokens", "grace_seconds": "seconds"}
 
 
 class _Part(BaseModel):
@@ -71,13 +73,52 @@ class SearchConfig(_Part):
         return raw
 
 
-class AshaConfig(_Part):
-    """Asynchronous successive halving (Li et al. 2020) on optimizer steps."""
+class _Graceful(_Part):
+    grace_steps: Annotated[int, Field(ge=1, le=10**8)] | None = None
+    """Optimizer steps that every trial gets. It is counted in steps, in tokens or in seconds: name one of the three."""
+    grace_tokens: Annotated[int, Field(ge=1, le=2**62)] | None = None
+    """Tokens that every trial trains on."""
+    grace_seconds: Annotated[float, Field(gt=0)] | None = None
+    """Seconds of training that every trial gets; where all trials hold as many GPUs, that is money too."""
 
-    grace_steps: Annotated[int, Field(ge=1, le=10**8)]
-    """Optimizer steps that every trial gets."""
+    @model_validator(mode="after")
+    def _one_grace(self) -> Self:
+        if sum(getattr(self, name) is not None for name in GRACE_UNITS) != 1:
+            raise ValueError(f"needs one of {', '.join(GRACE_UNITS)}, as `grace_steps: 40`")
+        return self
+
+    @property
+    def grace(self) -> tuple[float, GraceUnit]:
+        """How much every trial gets, and in which unit."""
+        name = next(name for name in GRACE_UNITS if getattr(self, name) is not None)
+        return getattr(self, name), GRACE_UNITS[name]
+
+
+class AshaConfig(_Graceful):
+    """Asynchronous successive halving (Li et al. 2020)."""
+
     reduction_factor: Annotated[int, Field(ge=2, le=1000)] = 3
     """One of so many trials goes on from each rung to the next."""
+
+
+class HyperbandConfig(AshaConfig):
+    """Successive halving in brackets, of which each gives `reduction_factor` times as much grace as the one before."""
+
+    brackets: Annotated[int, Field(ge=2, le=10)] = 3
+
+
+class MedianConfig(_Graceful):
+    """A trial that is worse than the median of the others so far is stopped (Golovin et al. 2017)."""
+
+    min_trials: Annotated[int, Field(ge=1, le=1000)] = 3
+    """Others that must have come as far."""
+
+
+class ExtrapolationConfig(_Graceful):
+    """A trial whose curve, carried on by a power law, will hardly win is stopped; stands beside a scheduler."""
+
+    min_chance: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
+    """Chance to end better than the best that has ended, below which a trial is stopped."""
 
 
 class FifoConfig(_Part):
@@ -85,18 +126,29 @@ class FifoConfig(_Part):
 
 
 class SchedulerConfig(_Part):
-    """Who is stopped early: exactly one scheduler."""
+    """Who is stopped early: one scheduler, and extrapolation beside it."""
 
     asha: AshaConfig | None = None
+    hyperband: HyperbandConfig | None = None
+    median: MedianConfig | None = None
     fifo: FifoConfig | None = None
+    extrapolation: ExtrapolationConfig | None = None
 
     @model_validator(mode="after")
     def _one_scheduler(self) -> SchedulerConfig:
-        if self.asha and self.fifo:
-            raise ValueError("name one scheduler: asha or fifo")
-        if "asha" in self.model_fields_set and self.asha is None:
-            raise ValueError("asha needs its grace_steps, as `asha: {grace_steps: 40}`")
+        named = [name for name in ("asha", "hyperband", "median", "fifo") if getattr(self, name)]
+        if len(named) > 1:
+            raise ValueError(f"name one scheduler, not {' and '.join(named)}")
+        if empty := [name for name in self.model_fields_set if getattr(self, name) is None and name != "fifo"]:
+            raise ValueError(f"{empty[0]} needs its grace_steps, as `{empty[0]}: {{grace_steps: 40}}`")
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _needs_checkpoints(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and "pbt" in raw:
+            raise ValueError("pbt goes on from other trials' checkpoints, which trials do not write: use asha")
+        return raw
 
 
 class ObjectiveConfig(_Part):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from orchestrator.config.search_space import Trial
-from orchestrator.config.sweep_config import BudgetConfig, ResourcesConfig, SweepConfig
+from orchestrator.config.sweep_config import AshaConfig, BudgetConfig, ResourcesConfig, SweepConfig
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import ModelError
 from orchestrator.planning import budget
@@ -321,13 +321,14 @@ def _packed(seconds: Sequence[float], concurrent: int) -> float:
 def _shares(trials: Sequence[PlannedTrial], sweep: SweepConfig) -> list[float]:
     """The share of its steps that each trial is expected to train: all under fifo; under ASHA the n-th best goes on
     to rung k where n is among the first 1 / factor^k, and which trial that is nobody knows before."""
-    asha = sweep.scheduler.asha
+    # Hyperband's first bracket, which most trials are in, is ASHA; nobody can say whom the other rules will stop.
+    asha = sweep.scheduler.asha or sweep.scheduler.hyperband
     if asha is None:
         return [1.0] * len(trials)
     shares = []
     for place, trial in enumerate(trials, 1):
         steps, goes_on = trial.config.max_steps, len(trials) / asha.reduction_factor
-        reached = min(asha.grace_steps, steps)
+        reached = min(_grace_steps(asha, trial), steps)
         # The place in a shuffled order stands for the rank: each share of places is equally likely.
         while place <= goes_on and reached < steps:
             reached, goes_on = min(steps, reached * asha.reduction_factor), goes_on / asha.reduction_factor
@@ -335,9 +336,19 @@ def _shares(trials: Sequence[PlannedTrial], sweep: SweepConfig) -> list[float]:
     return shares
 
 
+def _grace_steps(asha: AshaConfig, trial: PlannedTrial) -> float:
+    """The grace that a trial gets, as optimizer steps: tokens at full sequences, seconds as the plan expects them."""
+    grace, unit = asha.grace
+    config = trial.config
+    if unit == "tokens":
+        return grace / (config.global_batch_size * config.sequence_length)
+    return grace / (trial.seconds or grace) * config.max_steps if unit == "seconds" else grace
+
+
 def _warnings(sweep: SweepConfig, running: Sequence[PlannedTrial], makespan: Range, hours: Range) -> tuple[str, ...]:
     told: tuple[str, ...] = () if running else ("no trial of this sweep can run: see the reasons above",)
     asha = sweep.scheduler.asha
-    if asha and running and all(trial.config.max_steps <= asha.grace_steps for trial in running):
-        told += (f"asha stops nobody: no trial has more steps than grace_steps ({asha.grace_steps}); lower it",)
+    if asha and running and all(trial.config.max_steps <= _grace_steps(asha, trial) for trial in running):
+        grace, unit = asha.grace
+        told += (f"asha stops nobody: no trial has more steps than grace_{unit} ({grace:g}); lower it",)
     return told + budget.shortfalls(sweep.budget, makespan.times(1 / 3600), hours)

@@ -27,13 +27,13 @@ class Recorder(tune.Callback):
         records: Mapping[str, TrialResult],
         started_at: float,
         board: Any,
-        scheduler: str,
+        why_stopped: Mapping[str, str],
         predicted_bytes: Callable[[TrialConfig], int],
         listeners: tuple[Callable[[TrialResult], None], ...],
     ) -> None:
         self.records = dict(records)
         self._folder, self._started_at, self._board = folder, started_at, board
-        self._scheduler, self._predicted_bytes, self._listeners = scheduler, predicted_bytes, listeners
+        self._why_stopped, self._predicted_bytes, self._listeners = why_stopped, predicted_bytes, listeners
         self._launched_at: dict[str, float] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -68,8 +68,7 @@ class Recorder(tune.Callback):
             record = self._ended(record, TrialStatus(status), result.get("reason"))
         elif result.get("done"):
             ray.get(self._board.stop.remote(record.trial_id, STOP_LIMIT_S))
-            reason = f"stopped by {self._scheduler} at step {result.get('step')}: others were better there"
-            record = self._ended(record, TrialStatus.STOPPED, reason)
+            record = self._ended(record, TrialStatus.STOPPED, self._why_stopped[record.trial_id])
         self.save(record)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

@@ -30,7 +30,7 @@ from orchestrator.sweep.preparation import Prepared, prepare
 from orchestrator.sweep.progress import Progress
 from orchestrator.sweep.recorder import Recorder
 from orchestrator.sweep.resume import Earlier, kept, read_earlier, require_same_question
-from orchestrator.sweep.scheduler import describe, make_scheduler
+from orchestrator.sweep.scheduler import RuleScheduler
 from orchestrator.sweep.stopper import Stopper, signals_to
 from orchestrator.sweep.suggestions import NewRecord, Suggestions, known_at_start
 from orchestrator.sweep.tracking import Tracker
@@ -145,7 +145,10 @@ def _run_prepared(
     progress = Progress(folder, records.values(), label, sweep.objective.metric, sweep.objective.mode, prepared.slots)
     listeners = (tracker.track, progress)
     predicted = functools.partial(_recorded_bytes, prepared)
-    recorder = Recorder(folder, records, started_at, board, describe(sweep), predicted, listeners)
+    scheduler = RuleScheduler(sweep)
+    if earlier:
+        scheduler.hear_again(folder, records.values())
+    recorder = Recorder(folder, records, started_at, board, scheduler.reasons, predicted, listeners)
     gpus = prepared.shape.workers * prepared.shape.gpus_per_worker
     stopper = Stopper(board, sweep.budget, lambda: recorder.trial_seconds() * gpus / 3600)
     for record in records.values():
@@ -153,7 +156,7 @@ def _run_prepared(
             tracker.track(record)
     _say_start(records, prepared, say)
     with progress, signals_to(stopper):
-        _tune(prepared, folder, recorder, new_record, [recorder, progress], stopper, board, isolation)
+        _tune(prepared, folder, recorder, new_record, scheduler, [recorder, progress], stopper, board, isolation)
     recorder.cancel_rest(stopper.reason or "the sweep ended before it: run the same command again")
     return _finish(result, recorder, tracker, folder, stopper, say)
 
@@ -241,6 +244,7 @@ def _tune(
     folder: SweepFolder,
     recorder: Recorder,
     new_record: NewRecord,
+    scheduler: RuleScheduler,
     callbacks: list[tune.Callback],
     stopper: Stopper,
     board: Any,
@@ -265,7 +269,7 @@ def _tune(
             search_alg=_queue(prepared, folder, recorder, new_record),
             # An adaptive search ends by itself.
             num_samples=-1 if prepared.sweep.search.is_adaptive else waiting,
-            scheduler=make_scheduler(prepared.sweep),
+            scheduler=scheduler,
             max_concurrent_trials=prepared.slots,
             reuse_actors=True,
             trial_name_creator=_name,

@@ -50,7 +50,8 @@ class TrialQueue(Searcher):
                 self._recorder.refuse(task.trial_id, reason)
                 continue
             self._unread.add(task.trial_id)
-            return {"trial_id": task.trial_id, "task": task}
+            configuration_id = self._recorder.records[task.trial_id].configuration_id
+            return {"trial_id": task.trial_id, "configuration_id": configuration_id, "task": task}
         finished: Any = Searcher.FINISHED
         return finished  # type: ignore[no-any-return]
 
