@@ -1,4 +1,4 @@
-"""Ray Tune's scheduler out of the sweep file's `scheduler:`: it passes evaluations on to our rules and does as they say."""
+"""Ray Tune's scheduler out of the sweep file's `scheduler:`: our rules hear every evaluation, it does as they say."""
 
 from __future__ import annotations
 
