@@ -68,6 +68,8 @@ class SweepPlan(_Part):
     """What one worker may take of its device."""
     searched: tuple[str, ...]
     trials: tuple[PlannedTrial, ...]
+    proposed_by: str | None = None
+    """The adaptive search that will propose the trials one by one: those here are random ones of its space, examples."""
     runs: int
     refused: int
     makespan_s: tuple[float, float, float]
@@ -101,7 +103,9 @@ def packed_share(trials: Sequence[Trial], model: ModelShape, hardware: Hardware,
     """
     memory_bytes = memory_for_a_worker(hardware, whole, 1, None)
     planned = [plan_trial(trial, model, hardware, whole, memory_bytes) for trial in trials]
-    needed_bytes = max((trial.memory.device_bytes for trial in planned if trial.memory), default=memory_bytes)
+    needed_bytes = max(
+        (trial.memory.device_bytes for trial in planned if trial.memory and not trial.reasons), default=memory_bytes
+    )
     # Ray counts a GPU in ten-thousandths: rounded up, three thirds would not fit on it.
     return math.floor(10_000 / max(1, memory_bytes // needed_bytes)) / 10_000
 
@@ -125,7 +129,8 @@ def plan_trial(
     config = with_micro_batch(trial.config, model, hardware, shape.workers, memory_bytes)
     memory = estimate_on(config, model, shape.workers, hardware)
     if memory.device_bytes > memory_bytes:
-        return _planned(trial, config, reasons=(_does_not_fit(config, model, hardware, shape, memory, memory_bytes),))
+        reason = _does_not_fit(config, model, hardware, shape, memory, memory_bytes)
+        return _planned(trial, config, reasons=(reason,), memory=memory)
     step = step_seconds(config, model, hardware, shape.workers, shape.cpus_per_worker)
     whole = step.times(config.max_steps)
     return _planned(
@@ -257,9 +262,11 @@ def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware) -> Swe
     running = [trial for trial in trials if not trial.reasons]
     seconds = _trial_seconds(running, sweep)
     first_s = FIRST_START_S if running else 0.0
-    makespan = Range(*(first_s + _packed(s, concurrent) for s in seconds))
+    # An adaptive search proposes another where one is refused: all its trials run.
+    more = len(trials) / len(running) if running and sweep.search.is_adaptive else 1.0
+    makespan = Range(*(first_s + more * _packed(s, concurrent) for s in seconds))
     gpus = shape.workers * shape.gpus_per_worker
-    hours = Range(*map(sum, seconds)).times(gpus / 3600)
+    hours = Range(*map(sum, seconds)).times(more * gpus / 3600)
     return SweepPlan(
         name=sweep.name,
         model=sweep.model,
@@ -270,6 +277,7 @@ def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware) -> Swe
         worker_memory_bytes=memory_bytes,
         searched=tuple(sweep.domains),
         trials=trials,
+        proposed_by=sweep.search.algorithm if sweep.search.is_adaptive else None,
         runs=len(running),
         refused=len(trials) - len(running),
         makespan_s=(makespan.low, makespan.expected, makespan.high),
