@@ -69,7 +69,7 @@ class SweepPlan(_Part):
     searched: tuple[str, ...]
     trials: tuple[PlannedTrial, ...]
     proposed_by: str | None = None
-    """The adaptive search that will propose the trials one by one: those here are random ones of its space, examples."""
+    """The adaptive search that will propose the trials one by one: those here are random examples of its space."""
     runs: int
     refused: int
     makespan_s: tuple[float, float, float]
@@ -103,11 +103,9 @@ def packed_share(trials: Sequence[Trial], model: ModelShape, hardware: Hardware,
     """
     memory_bytes = memory_for_a_worker(hardware, whole, 1, None)
     planned = [plan_trial(trial, model, hardware, whole, memory_bytes) for trial in trials]
-    needed_bytes = max(
-        (trial.memory.device_bytes for trial in planned if trial.memory and not trial.reasons), default=memory_bytes
-    )
+    needed = [trial.memory.device_bytes for trial in planned if trial.memory and not trial.reasons]
     # Ray counts a GPU in ten-thousandths: rounded up, three thirds would not fit on it.
-    return math.floor(10_000 / max(1, memory_bytes // needed_bytes)) / 10_000
+    return math.floor(10_000 / max(1, memory_bytes // max(needed, default=memory_bytes))) / 10_000
 
 
 def max_concurrent(resources: ResourcesConfig, shape: WorkerShape, hardware: Hardware) -> int:
