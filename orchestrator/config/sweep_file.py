@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from orchestrator.config.axes import axis_of
 from orchestrator.config.search_space import (
     DOMAIN_TAGS,
     SETTING_TYPES,
@@ -299,7 +300,7 @@ def _problems_of_meaning(sweep: SweepConfig) -> Iterator[Problem]:
     """What is well formed and yet cannot be meant."""
     if problem := storage_problem(sweep.storage):
         yield Problem("storage", problem)
-    problems = [*_problems_of_space(sweep), *_problems_of_size(sweep)]
+    problems = [*_problems_of_space(sweep), *_problems_of_size(sweep), *_problems_of_search(sweep)]
     yield from problems
     if problems:
         # What is wrong cannot be drawn from.
@@ -336,6 +337,29 @@ def _problems_of_size(sweep: SweepConfig) -> Iterator[Problem]:
     if wanted * sweep.search.repeats > MOST_TRIALS:
         told = f"{wanted:,} configurations with {sweep.search.repeats:,} repeats are more than {MOST_TRIALS:,} trials"
         yield Problem("search.repeats" if sweep.search.repeats > 1 else "budget.trials", f"is too high: {told}")
+
+
+def _problems_of_search(sweep: SweepConfig) -> Iterator[Problem]:
+    search = sweep.search
+    if search.is_adaptive and sweep.budget.trials is None:
+        yield Problem("search.algorithm", f"{search.algorithm} goes on until budget.trials: write how many to try")
+    if search.is_adaptive and not sweep.domains:
+        yield Problem("search.algorithm", f"{search.algorithm} has nothing to search: write `space:`, or leave it out")
+    if search.points and search.algorithm == "grid":
+        yield Problem("search.points", "a grid tries every point anyway: leave it out, or name another algorithm")
+    for i, point in enumerate(search.points):
+        for name, value in point.items():
+            if name not in sweep.domains:
+                yield Problem(f"search.points[{i}].{name}", f"is not searched{nearest(name, sweep.domains)}")
+                continue
+            try:
+                axis_of(name, sweep.domains[name]).read(value)
+            except ValueError as error:
+                yield Problem(f"search.points[{i}].{name}", str(error))
+    if search.algorithm == "cma_es":
+        for name, domain in sweep.domains.items():
+            if not axis_of(name, domain).is_ordered:
+                yield Problem(f"space.{name}", "has no order, which cma_es needs: use tpe or gp, or share the setting")
 
 
 def _problems_of_condition(condition: Mapping[str, Any], path: str) -> Iterator[Problem]:

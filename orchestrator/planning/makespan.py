@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import bisect
 import heapq
+import math
 import random
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.config.sweep_config import AshaConfig
 from orchestrator.planning.step_time import Range
 
 FIRST_START_S = 20.0
@@ -28,6 +28,8 @@ class Work:
     steps: int
     eval_every: int
     """The scheduler hears of a trial only so often."""
+    grace_steps: float
+    """Steps to its first rung."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +41,16 @@ class Simulated:
     """All trials' seconds together."""
 
 
-def simulate(works: Sequence[Work], slots: int, asha: AshaConfig | None) -> Simulated:
-    """Low and expected under the scheduler; high if it stops nobody, as where every trial beats those before it."""
+def simulate(works: Sequence[Work], slots: int, factor: int | None) -> Simulated:
+    """Low and expected where one of `factor` trials goes on from each rung (None: all do).
+
+    High if nobody is stopped, as where every trial beats those before it.
+    """
     if not works:
         return Simulated(Range(0.0, 0.0, 0.0), Range(0.0, 0.0, 0.0))
-    orders = [random.Random(draw).sample(range(len(works)), len(works)) for draw in range(DRAWS if asha else 1)]
-    low = [_once(works, [work.step_s.low for work in works], order, slots, asha) for order in orders]
-    expected = [_once(works, [work.step_s.expected for work in works], order, slots, asha) for order in orders]
+    orders = [random.Random(draw).sample(range(len(works)), len(works)) for draw in range(DRAWS if factor else 1)]
+    low = [_once(works, [work.step_s.low for work in works], order, slots, factor) for order in orders]
+    expected = [_once(works, [work.step_s.expected for work in works], order, slots, factor) for order in orders]
     high = _once(works, [work.step_s.high for work in works], orders[0], slots, None)
     ranges = (
         Range(min(run[i] for run in low), sum(run[i] for run in expected) / len(expected), high[i]) for i in (0, 1)
@@ -54,7 +59,7 @@ def simulate(works: Sequence[Work], slots: int, asha: AshaConfig | None) -> Simu
 
 
 def _once(
-    works: Sequence[Work], step_s: Sequence[float], quality: Sequence[int], slots: int, asha: AshaConfig | None
+    works: Sequence[Work], step_s: Sequence[float], quality: Sequence[int], slots: int, factor: int | None
 ) -> tuple[float, float]:
     """One run: when its last trial ends, and the seconds of all."""
     waiting = deque(range(len(works)))
@@ -63,7 +68,7 @@ def _once(
     ended_s = trials_s = 0.0
 
     def go_on(now_s: float, trial: int, done: int) -> None:
-        rung, step = _next_stop(works[trial], done, asha)
+        rung, step = _next_stop(works[trial], done, factor)
         heapq.heappush(events, (now_s + (step - done) * step_s[trial], trial, rung, step))
 
     for _ in range(min(slots, len(works))):
@@ -71,7 +76,7 @@ def _once(
         go_on(FIRST_START_S + works[first].besides_s, first, 0)
     while events:
         now_s, trial, rung, step = heapq.heappop(events)
-        if step < works[trial].steps and asha and _goes_on(rungs[rung], quality[trial], asha.reduction_factor):
+        if step < works[trial].steps and factor and _goes_on(rungs[rung], quality[trial], factor):
             go_on(now_s, trial, step)
             continue
         ended_s = now_s
@@ -82,17 +87,17 @@ def _once(
     return ended_s, trials_s
 
 
-def _next_stop(work: Work, done: int, asha: AshaConfig | None) -> tuple[int, int]:
-    """The next rung, and the step at which it is told: the first evaluation at or after it, or the trial's end."""
-    if asha is None:
+def _next_stop(work: Work, done: int, factor: int | None) -> tuple[int, int]:
+    """The next rung's number, and the step at which it is told: the first evaluation at or after it, or the end."""
+    if factor is None:
         return 0, work.steps
-    rung = asha.grace_steps
+    number, rung = 0, work.grace_steps
     while rung <= done:
-        rung *= asha.reduction_factor
-    step = -(-rung // work.eval_every) * work.eval_every
-    while rung * asha.reduction_factor <= step:
-        rung *= asha.reduction_factor
-    return rung, min(work.steps, step)
+        number, rung = number + 1, rung * factor
+    step = math.ceil(rung / work.eval_every) * work.eval_every
+    while rung * factor <= step:
+        number, rung = number + 1, rung * factor
+    return number, min(work.steps, step)
 
 
 def _goes_on(reached: list[int], quality: int, factor: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from orchestrator.config.search_space import Trial
-from orchestrator.config.sweep_config import BudgetConfig, ResourcesConfig, SweepConfig
+from orchestrator.config.sweep_config import AshaConfig, BudgetConfig, ResourcesConfig, SweepConfig
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import ModelError
 from orchestrator.planning import budget
@@ -68,6 +69,8 @@ class SweepPlan(_Part):
     """What one worker may take of its device."""
     searched: tuple[str, ...]
     trials: tuple[PlannedTrial, ...]
+    proposed_by: str | None = None
+    """The adaptive search that will propose the trials one by one: those here are random examples of its space."""
     runs: int
     refused: int
     makespan_s: tuple[float, float, float]
@@ -103,9 +106,9 @@ def packed_share(trials: Sequence[Trial], model: ModelShape, hardware: Hardware,
     """
     memory_bytes = memory_for_a_worker(hardware, whole, 1, None)
     planned = [plan_trial(trial, model, hardware, whole, memory_bytes) for trial in trials]
-    needed_bytes = max((trial.memory.device_bytes for trial in planned if trial.memory), default=memory_bytes)
+    needed = [trial.memory.device_bytes for trial in planned if trial.memory and not trial.reasons]
     # Ray counts a GPU in ten-thousandths: rounded up, three thirds would not fit on it.
-    return math.floor(10_000 / max(1, memory_bytes // needed_bytes)) / 10_000
+    return math.floor(10_000 / max(1, memory_bytes // max(needed, default=memory_bytes))) / 10_000
 
 
 def max_concurrent(resources: ResourcesConfig, shape: WorkerShape, hardware: Hardware) -> int:
@@ -132,7 +135,7 @@ def plan_trial(
     memory = estimate_on(config, model, shape.workers, hardware)
     if memory.device_bytes > memory_bytes:
         told = _does_not_fit(replace(case, config=config), shape, memory, memory_bytes)
-        return _planned(trial, config, reasons=(told,))
+        return _planned(trial, config, reasons=(told,), memory=memory)
     step = step_seconds(config, model, hardware, shape.workers, shape.cpus_per_worker, pace.correction(config))
     whole = step.times(config.max_steps).plus(_besides_s(pace))
     return _planned(
@@ -225,7 +228,13 @@ def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware, pace: 
         for trial in sweep.trials()
     )
     running = [trial for trial in trials if not trial.reasons]
-    taken = simulate([_work(trial, _besides_s(pace)) for trial in running], concurrent, sweep.scheduler.asha)
+    proposes = sweep.search.is_adaptive
+    # An adaptive search proposes another where one is refused: all its trials run.
+    launched = list(itertools.islice(itertools.cycle(running), len(trials))) if proposes else running
+    # Hyperband's first bracket, which most trials are in, is ASHA; nobody can say whom the other rules will stop.
+    asha = sweep.scheduler.asha or sweep.scheduler.hyperband
+    works = [_work(trial, _besides_s(pace), asha) for trial in launched]
+    taken = simulate(works, concurrent, asha.reduction_factor if asha else None)
     makespan, hours = taken.makespan_s, taken.trials_s.times(shape.workers * shape.gpus_per_worker / 3600)
     return SweepPlan(
         name=sweep.name,
@@ -237,6 +246,7 @@ def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware, pace: 
         worker_memory_bytes=memory_bytes,
         searched=tuple(sweep.domains),
         trials=trials,
+        proposed_by=sweep.search.algorithm if proposes else None,
         runs=len(running),
         refused=len(trials) - len(running),
         makespan_s=(makespan.low, makespan.expected, makespan.high),
@@ -264,12 +274,13 @@ def _describe(hardware: Hardware) -> str:
     return f"{hardware.gpus} × {hardware.gpu_name}, {(hardware.gpu_memory_bytes or 0) / GIB:.0f} GiB each"
 
 
-def _work(trial: PlannedTrial, besides_s: float) -> Work:
+def _work(trial: PlannedTrial, besides_s: float, asha: AshaConfig | None) -> Work:
     assert trial.seconds is not None
     assert trial.seconds_range is not None
     whole = Range(trial.seconds_range[0], trial.seconds, trial.seconds_range[1])
     steps = trial.config.max_steps
-    return Work(besides_s, whole.plus(-besides_s).times(1 / steps), steps, trial.config.eval_every)
+    grace_steps = _grace_steps(asha, trial) if asha else steps
+    return Work(besides_s, whole.plus(-besides_s).times(1 / steps), steps, trial.config.eval_every, grace_steps)
 
 
 def _too_few(shape: WorkerShape, hardware: Hardware) -> tuple[str, ...]:
@@ -282,11 +293,21 @@ def _too_few(shape: WorkerShape, hardware: Hardware) -> tuple[str, ...]:
     )
 
 
+def _grace_steps(asha: AshaConfig, trial: PlannedTrial) -> float:
+    """The grace that a trial gets, as optimizer steps: tokens at full sequences, seconds as the plan expects them."""
+    grace, unit = asha.grace
+    config = trial.config
+    if unit == "tokens":
+        return grace / (config.global_batch_size * config.sequence_length)
+    return grace / (trial.seconds or grace) * config.max_steps if unit == "seconds" else grace
+
+
 def _warnings(sweep: SweepConfig, running: Sequence[PlannedTrial], makespan: Range, hours: Range) -> tuple[str, ...]:
     told: tuple[str, ...] = () if running else ("no trial of this sweep can run: see the reasons above",)
     asha = sweep.scheduler.asha
-    if asha and running and all(trial.config.max_steps <= asha.grace_steps for trial in running):
-        told += (f"asha stops nobody: no trial has more steps than grace_steps ({asha.grace_steps}); lower it",)
+    if asha and running and all(trial.config.max_steps <= _grace_steps(asha, trial) for trial in running):
+        grace, unit = asha.grace
+        told += (f"asha stops nobody: no trial has more steps than grace_{unit} ({grace:g}); lower it",)
     limit_s = (sweep.budget.trial_hours or math.inf) * 3600
     if too_long := [trial for trial in running if (trial.seconds or 0) > limit_s]:
         told += (

@@ -124,6 +124,15 @@ class GitState(_Record):
     dirty: bool
 
 
+class Suggestion(_Record):
+    """What an adaptive search proposed; all that it has to know to go on from the records."""
+
+    number: Annotated[int, Field(ge=0)]
+    """In the order of proposals, from 0; the repeats of a configuration share it."""
+    settings: dict[str, Any]
+    """The searched settings, as they were proposed; one whose `when` does not hold is left out."""
+
+
 class TrialResult(_Record):
     """Everything about one trial; written whole at every change of its status."""
 
@@ -137,6 +146,8 @@ class TrialResult(_Record):
     config: TrialConfig
     repeat: int
     seed: int
+    suggestion: Suggestion | None = None
+    """None in a grid or random search, which chooses before it starts."""
     notes: tuple[str, ...] = ()
     """What planning had to say about a trial that runs all the same."""
     best: MetricPoint | None = None

@@ -279,7 +279,10 @@ def read_sweep(folder: SweepFolder) -> tuple[SweepResult, tuple[DamagedRecord, .
         why = " ".join(str(error).split())[:200]
         raise FolderError(f"{folder.results_json} cannot be read ({why}): run the sweep again to rebuild it") from error
     results, damaged = read_trial_results(folder)
-    trials = tuple(results.get(trial.trial_id, trial) for trial in sweep.trials)
+    known = {trial.trial_id: trial for trial in sweep.trials}
+    # What an adaptive search has proposed since is in its own file alone.
+    read = {trial_id: trial for trial_id, trial in results.items() if trial_id in known or trial.suggestion}
+    trials = tuple((known | read).values())
     return sweep.model_copy(update={"trials": trials}), damaged
 
 

@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 import ray
 
+from orchestrator.config.search_space import Trial
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.planning.memory import MemoryEstimate, estimate_on
-from orchestrator.planning.pace import READ_SWEEPS
-from orchestrator.planning.plan import SweepPlan, gpu_memory_fraction
+from orchestrator.planning.pace import READ_SWEEPS, Pace
+from orchestrator.planning.plan import PlannedTrial, SweepPlan, WorkerShape, gpu_memory_fraction, plan_trial
 from orchestrator.planning.step_time import Range, step_seconds
 from orchestrator.results.storage import SweepFolder, newest_sweeps
 from orchestrator.sweep import cluster, gpu_choice
@@ -40,6 +41,8 @@ class Prepared:
     """The plan's own, for a configuration that has changed since."""
     step_seconds: Callable[[TrialConfig], Range]
     """The same, before anything measured corrects it."""
+    plan_trial: Callable[[Trial], PlannedTrial]
+    """The plan's own, for a trial that an adaptive search proposes."""
     board: Any
     """The Ray actor `switchboard.Switchboard`."""
     groups: Any
@@ -95,6 +98,14 @@ def prepare(
         functools.partial(estimate_on, shape=model.shape, workers=shape.workers, hardware=hardware),
         functools.partial(
             step_seconds, shape=model.shape, hardware=hardware, workers=shape.workers, cpus=shape.cpus_per_worker
+        ),
+        functools.partial(
+            plan_trial,
+            model=model.shape,
+            hardware=hardware,
+            shape=WorkerShape(shape.workers, shape.gpus_per_worker, shape.cpus_per_worker),
+            memory_bytes=plan.worker_memory_bytes,
+            pace=Pace.of(earlier, sweep.model, hardware),
         ),
         board,
         groups,

@@ -28,14 +28,14 @@ class Recorder(tune.Callback):
         records: Mapping[str, TrialResult],
         started_at: float,
         board: Any,
-        scheduler: str,
+        why_stopped: Mapping[str, str],
         predicted_bytes: Callable[[TrialConfig], int],
         fetch: Callable[[str], None],
         listeners: tuple[Callable[[TrialResult], None], ...],
     ) -> None:
         self.records = dict(records)
         self._folder, self._started_at, self._board = folder, started_at, board
-        self._scheduler, self._predicted_bytes, self._listeners = scheduler, predicted_bytes, listeners
+        self._why_stopped, self._predicted_bytes, self._listeners = why_stopped, predicted_bytes, listeners
         self._fetch = fetch
         self._launched_at: dict[str, float] = {}
 
@@ -48,7 +48,7 @@ class Recorder(tune.Callback):
         record = self.records[trial.config["trial_id"]]
         if record.status is TrialStatus.PENDING:
             self._launched_at[record.trial_id] = time.time()
-            micro = trial.config["micro_batch_size"]
+            micro = trial.config["task"].config.micro_batch_size
             if micro != record.config.micro_batch_size:
                 event = f"micro_batch_size {micro}, since trials of its kind ran out of memory with more"
                 config = record.config.model_copy(update={"micro_batch_size": micro})
@@ -71,8 +71,7 @@ class Recorder(tune.Callback):
             record = self._ended(record, TrialStatus(status), result.get("reason"))
         elif result.get("done"):
             ray.get(self._board.stop.remote(record.trial_id, STOP_LIMIT_S))
-            reason = f"stopped by {self._scheduler} at step {result.get('step')}: others were better there"
-            record = self._ended(record, TrialStatus.STOPPED, reason)
+            record = self._ended(record, TrialStatus.STOPPED, self._why_stopped[record.trial_id])
         self.save(record)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from orchestrator.planning.plan import PlannedTrial
 from orchestrator.reporting import report, statistics
 from orchestrator.reporting.findings import Report
 from orchestrator.results import provenance
-from orchestrator.results.records import PeakMemory, SweepResult, TrialResult, TrialStatus
+from orchestrator.results.records import PeakMemory, Suggestion, SweepResult, TrialResult, TrialStatus
 from orchestrator.results.remote import sweep_folder
 from orchestrator.results.storage import SweepFolder, write_atomically, write_result, write_sweep
 from orchestrator.sweep import cluster, logged_model, system_metrics
@@ -33,8 +33,9 @@ from orchestrator.sweep.preparation import Prepared, prepare
 from orchestrator.sweep.progress import Progress
 from orchestrator.sweep.recorder import Recorder
 from orchestrator.sweep.resume import Earlier, gone_on_with, kept, read_earlier, require_same_question
-from orchestrator.sweep.scheduler import describe, make_scheduler
+from orchestrator.sweep.scheduler import RuleScheduler
 from orchestrator.sweep.stopper import Stopper, signals_to, sigterm_like_ctrl_c
+from orchestrator.sweep.suggestions import NewRecord, Suggestions, known_at_start
 from orchestrator.sweep.tracking import Tracker, tracking_uri
 from orchestrator.sweep.trial import TrialOnWorkers
 from orchestrator.sweep.trial_queue import TrialQueue
@@ -113,7 +114,9 @@ def _run_prepared(
     if earlier:
         require_same_question(folder, earlier.sweep, sweep, knows_hardware=True)
     started_at = time.time()
-    records = _records(prepared, folder, earlier)
+    made_with = {"versions": provenance.versions(), "git": provenance.git_state(Path.cwd())}
+    new_record = functools.partial(_new_record, prepared, made_with)
+    records = _records(prepared, folder, earlier, new_record)
     result = _sweep_result(prepared, earlier, records, started_at)
     tracker = Tracker(sweep, result.sweep_id, folder)
     result = result.model_copy(update={"mlflow_run_id": tracker.parent_run_id})
@@ -138,8 +141,11 @@ def _run_prepared(
     callbacks = Callbacks(say)
     listeners = (carrier.track, tracker.track, gauges.track, progress, callbacks.track)
     predicted = functools.partial(_recorded_bytes, prepared)
+    scheduler = RuleScheduler(sweep)
+    if earlier:
+        scheduler.hear_again(folder, records.values())
     recorder = Recorder(
-        folder, records, started_at, prepared.board, describe(sweep), predicted, carrier.fetch, listeners
+        folder, records, started_at, prepared.board, scheduler.reasons, predicted, carrier.fetch, listeners
     )
     gpus = prepared.shape.workers * prepared.shape.gpus_per_worker
     stopper = Stopper(prepared.board, sweep.budget, lambda: recorder.trial_seconds() * gpus / 3600)
@@ -148,7 +154,7 @@ def _run_prepared(
             tracker.track(record)
     _say_start(records, prepared, say)
     with progress, signals_to(stopper), system_metrics.logged(tracking_uri(sweep), tracker.parent_run_id):
-        _tune(prepared, folder, recorder, [recorder, progress], stopper, isolation)
+        _tune(prepared, folder, recorder, new_record, scheduler, [recorder, progress], stopper, isolation)
     recorder.cancel_rest(stopper.reason or "the sweep ended before it: run the same command again")
     outcome = _finish(sweep, result, recorder, tracker, folder, stopper, say)
     callbacks.sweep_ended(outcome.sweep, folder.root)
@@ -166,20 +172,19 @@ def _say_start(records: Mapping[str, TrialResult], prepared: Prepared, say: Call
     say(f"{pending} trials to run, {prepared.slots} at a time; {refused} refused; {done} done before")
 
 
-def _records(prepared: Prepared, folder: SweepFolder, earlier: Earlier | None) -> dict[str, TrialResult]:
+def _records(
+    prepared: Prepared, folder: SweepFolder, earlier: Earlier | None, new_record: NewRecord
+) -> dict[str, TrialResult]:
     """What each trial starts with: as it ended before, refused, or pending, with what it had when it was cut off."""
     before = earlier.trials if earlier else {}
-    versions, git = provenance.versions(), provenance.git_state(Path.cwd())
     records = {}
-    for planned in prepared.plan.trials:
+    for planned, suggestion in known_at_start(prepared, before.values()):
         old = before.get(planned.trial_id)
         if old and _stays(old, prepared.plan.worker_memory_bytes):
             records[planned.trial_id] = old
             continue
-        new = _new_record(planned, prepared)
-        if old:
-            new = gone_on_with(old, new, folder.trial(planned.trial_id))
-        records[planned.trial_id] = new.model_copy(update={"versions": versions, "git": git})
+        new = new_record(planned, suggestion)
+        records[planned.trial_id] = gone_on_with(old, new, folder.trial(planned.trial_id)) if old else new
     return records | kept(earlier, frozenset(records)) if earlier else records
 
 
@@ -198,7 +203,9 @@ def _recorded_bytes(prepared: Prepared, config: TrialConfig) -> int:
     return allocated
 
 
-def _new_record(planned: PlannedTrial, prepared: Prepared) -> TrialResult:
+def _new_record(
+    prepared: Prepared, made_with: Mapping[str, Any], planned: PlannedTrial, suggestion: Suggestion | None
+) -> TrialResult:
     predicted = _recorded_bytes(prepared, planned.config) if planned.memory else None
     return TrialResult(
         trial_id=planned.trial_id,
@@ -208,6 +215,8 @@ def _new_record(planned: PlannedTrial, prepared: Prepared) -> TrialResult:
         config=planned.config,
         repeat=planned.repeat,
         seed=planned.config.seed,
+        suggestion=suggestion,
+        **made_with,
         notes=planned.notes,
         predicted_step_time_s=prepared.step_seconds(planned.config).expected if planned.memory else None,
         peak_memory=PeakMemory(
@@ -240,34 +249,29 @@ def _tune(
     prepared: Prepared,
     folder: SweepFolder,
     recorder: Recorder,
+    new_record: NewRecord,
+    scheduler: RuleScheduler,
     callbacks: list[tune.Callback],
     stopper: Stopper,
     isolation: Isolation,
 ) -> None:
-    tasks = _tasks(prepared, folder, recorder.records.values())
-    if not tasks:
+    waiting = sum(record.status is TrialStatus.PENDING for record in recorder.records.values())
+    if not waiting and not prepared.sweep.search.is_adaptive:
         return
     trainable = tune.with_parameters(
         TrialOnWorkers,
         board=prepared.board,
         groups=prepared.groups,
-        tasks=tasks,
         workers=prepared.shape.workers,
         keeps_group=isolation == "warm",
-    )
-    queue = TrialQueue(
-        tasks,
-        recorder,
-        lambda config: prepared.estimate(config).device_bytes,
-        prepared.plan.worker_memory_bytes,
-        prepared.shape.workers,
     )
     tuner = tune.Tuner(
         tune.with_resources(trainable, SLOT),
         tune_config=tune.TuneConfig(
-            search_alg=queue,
-            num_samples=len(tasks),
-            scheduler=make_scheduler(prepared.sweep),
+            search_alg=_queue(prepared, folder, recorder, new_record),
+            # An adaptive search ends by itself.
+            num_samples=-1 if prepared.sweep.search.is_adaptive else waiting,
+            scheduler=scheduler,
             max_concurrent_trials=prepared.slots,
             reuse_actors=True,
             trial_name_creator=_name,
@@ -296,14 +300,23 @@ def _run_config(folder: SweepFolder, callbacks: list[tune.Callback], stopper: St
     )
 
 
-def _tasks(prepared: Prepared, folder: SweepFolder, records: Iterable[TrialResult]) -> dict[str, TrialTask]:
-    """Of the trials that wait."""
-    automatic = {trial.trial_id for trial in prepared.sweep.trials() if trial.config.micro_batch_size == "auto"}
-    return {
-        record.trial_id: _task(record, prepared, folder, halves_micro_batch=record.trial_id in automatic)
-        for record in records
-        if record.status is TrialStatus.PENDING
-    }
+def _queue(prepared: Prepared, folder: SweepFolder, recorder: Recorder, new_record: NewRecord) -> TrialQueue:
+    sweep = prepared.sweep
+    automatic = {trial.trial_id for trial in sweep.trials() if trial.config.micro_batch_size == "auto"}
+
+    def task_of(record: TrialResult) -> TrialTask:
+        chosen = record.suggestion and {**sweep.base, **record.suggestion.settings}.get("micro_batch_size", "auto")
+        halves = chosen == "auto" if chosen else record.trial_id in automatic
+        return _task(record, prepared, folder, halves_micro_batch=halves)
+
+    return TrialQueue(
+        recorder,
+        task_of,
+        Suggestions(prepared, folder, recorder, new_record).more,
+        lambda config: prepared.estimate(config).device_bytes,
+        prepared.plan.worker_memory_bytes,
+        prepared.shape.workers,
+    )
 
 
 def _task(record: TrialResult, prepared: Prepared, folder: SweepFolder, *, halves_micro_batch: bool) -> TrialTask:

@@ -28,13 +28,11 @@ class TrialOnWorkers(tune.Trainable):
         *,
         board: Any,
         groups: Any,
-        tasks: dict[str, TrialTask],
         workers: int,
         keeps_group: bool,
     ) -> None:
         """Called once an actor; `board` is the sweep's Switchboard, `groups` its WorkerGroups."""
-        self._board, self._groups, self._tasks, self._workers = board, groups, tasks, workers
-        self._keeps_group = keeps_group
+        self._board, self._groups, self._workers, self._keeps_group = board, groups, workers, keeps_group
         self._group: str | None = None
         self._begin(config)
 
@@ -63,9 +61,7 @@ class TrialOnWorkers(tune.Trainable):
         self._close()
 
     def _begin(self, config: dict[str, Any]) -> None:
-        task = self._tasks[config["trial_id"]]
-        size = {"micro_batch_size": config["micro_batch_size"]}
-        self._task = replace(task, config=task.config.model_copy(update=size))
+        self._task: TrialTask = config["task"]
         self._events: list[str] = []
         self._launched_at = time.time()
         self._attempt = 0
