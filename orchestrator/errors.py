@@ -21,6 +21,7 @@ All fields go to `Exception.args` by position, so that an error survives picklin
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -42,7 +43,12 @@ def printable(text: str) -> str:
     """A text that does nothing to the terminal it is written to: control characters but line ends are escaped."""
     if text.isascii() and text.isprintable():
         return text
-    return "".join(c if c.isprintable() or c in "\n\t " else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if _is_harmless(c) else c.encode("unicode_escape").decode() for c in text)
+
+
+def _is_harmless(character: str) -> bool:
+    # Spaces of any width are not printable to Python; they group the digits of our own numbers.
+    return character.isprintable() or character in "\n\t" or unicodedata.category(character) == "Zs"
 
 
 class OrchestratorError(Exception):
