@@ -164,6 +164,11 @@ class SweepFolder:
         return self.root / "report.html"
 
     @property
+    def tracking(self) -> Path:
+        """How much of the trials MLflow has."""
+        return self.root / "tracking.json"
+
+    @property
     def lock(self) -> Path:
         """Held by the run that is at work here."""
         return self.root / ".lock"

@@ -118,7 +118,7 @@ def _run_prepared(
     gpus = prepared.shape.workers * prepared.shape.gpus_per_worker
     stopper = Stopper(board, sweep.budget, lambda: recorder.trial_seconds() * gpus / 3600)
     for record in records.values():
-        if record.mlflow_run_id is None and record.status is not TrialStatus.PENDING:
+        if record.status is not TrialStatus.PENDING:
             tracker.track(record)
     _say_start(records, prepared, say)
     with progress, signals_to(stopper):
@@ -319,10 +319,10 @@ def _finish(
         tracked = False
     for record in list(recorder.records.values()):
         run_id = tracker.run_id(record.trial_id)
-        if run_id and record.mlflow_run_id is None and tracked:
+        if run_id and record.mlflow_run_id is None:
             recorder.save(record.model_copy(update={"mlflow_run_id": run_id}))
     result = result.model_copy(update={"trials": tuple(recorder.records.values())})
     write_sweep(folder, result)
     if tracked:
-        tracker.close_parent(result, statistics.best_trial(result))
+        tracked = tracker.close_parent(result, statistics.best_trial(result))
     return Outcome(result, folder, tracked)
