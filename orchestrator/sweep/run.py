@@ -16,11 +16,12 @@ from ray import tune
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.sweep_file import to_yaml
 from orchestrator.config.trial_config import TrialConfig
+from orchestrator.errors import StorageError
 from orchestrator.planning.plan import PlannedTrial
 from orchestrator.reporting import statistics
 from orchestrator.results import provenance
 from orchestrator.results.records import PeakMemory, SweepResult, TrialResult, TrialStatus
-from orchestrator.results.storage import SweepFolder, write_atomically, write_result, write_sweep
+from orchestrator.results.storage import SweepFolder, is_storage_failure, write_atomically, write_result, write_sweep
 from orchestrator.sweep import cluster
 from orchestrator.sweep.folder_lock import only_one
 from orchestrator.sweep.preparation import Prepared, prepare
@@ -116,7 +117,9 @@ def _run_prepared(
     predicted = functools.partial(_recorded_bytes, prepared)
     recorder = Recorder(folder, records, started_at, board, describe(sweep), predicted, listeners)
     gpus = prepared.shape.workers * prepared.shape.gpus_per_worker
-    stopper = Stopper(board, sweep.budget, lambda: recorder.trial_seconds() * gpus / 3600)
+    stopper = Stopper(
+        board, sweep.budget, lambda: recorder.trial_seconds() * gpus / 3600, lambda: recorder.storage_error
+    )
     for record in records.values():
         if record.status is not TrialStatus.PENDING:
             tracker.track(record)
@@ -124,6 +127,12 @@ def _run_prepared(
     with progress, signals_to(stopper):
         _tune(prepared, folder, recorder, [recorder, progress], stopper, board, isolation)
     recorder.cancel_rest(stopper.reason or "the sweep ended before it: run the same command again")
+    if recorder.storage_error:
+        tracker.finish(INTERRUPTED_TRACKING_LIMIT_S)
+        raise StorageError(
+            f"the sweep was stopped, since nothing can be kept any more: {recorder.storage_error}. What had ended "
+            "before is safe: run the same command again to go on"
+        )
     return _finish(result, recorder, tracker, folder, stopper, say)
 
 
@@ -250,7 +259,13 @@ def _tune(
         ),
         run_config=_run_config(folder, callbacks, stopper),
     )
-    tuner.fit()
+    try:
+        tuner.fit()
+    except Exception as error:
+        # Tune writes beside our records, and stumbles over the same disk.
+        if recorder.storage_error is None and not is_storage_failure(error):
+            raise
+        recorder.storage_error = recorder.storage_error or StorageError(f"cannot write to {folder.root} ({error})")
 
 
 def _name(trial: Any) -> str:

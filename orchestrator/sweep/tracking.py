@@ -228,6 +228,7 @@ class Tracker:
         if not trial.is_open:
             trial.run_id = self._open_trial(result, trial.run_id)
             trial.is_open = True
+        assert trial.run_id is not None
         points, offset_bytes = self._certain_points(result, trial.offset_bytes)
         for start in range(0, len(points), BATCH // len(METRICS)):
             some = points[start : start + BATCH // len(METRICS)]
