@@ -32,12 +32,23 @@ class Delivered(BaseModel):
 
 def read_delivered(folder: SweepFolder, server: str, sweep_id: str) -> Delivered:
     """What was kept; nothing where it is lost, damaged, or of another server or sweep: all of it is told once more."""
-    nothing = Delivered(server=server, sweep_id=sweep_id)
+    found = _read(folder)
+    if found and (found.server, found.sweep_id) == (server, sweep_id):
+        return found
+    return Delivered(server=server, sweep_id=sweep_id)
+
+
+def kept_sweep_id(folder: SweepFolder) -> str | None:
+    """The sweep's id, for a folder that has lost its results.json."""
+    found = _read(folder)
+    return found.sweep_id if found else None
+
+
+def _read(folder: SweepFolder) -> Delivered | None:
     try:
-        found = Delivered.model_validate_json(read_record(folder.tracking))
+        return Delivered.model_validate_json(read_record(folder.tracking))
     except (OSError, ValidationError):
-        return nothing
-    return found if (found.server, found.sweep_id) == (server, sweep_id) else nothing
+        return None
 
 
 def write_delivered(folder: SweepFolder, delivered: Delivered) -> None:

@@ -100,7 +100,7 @@ class Recorder(tune.Callback):
 
     def trial_seconds(self) -> float:
         """Seconds that trials have held their resources: all that ended, in earlier runs too, and those at work."""
-        before = sum(record.timing.total_s for record in self.records.values())
+        before = sum(record.timing.total_s + record.timing.earlier_s for record in self.records.values())
         at_work = [i for i, record in self.records.items() if record.status is TrialStatus.RUNNING]
         now = time.time()
         return before + sum(now - self._launched_at.get(trial_id, now) for trial_id in at_work)
@@ -175,6 +175,7 @@ class Recorder(tune.Callback):
                         "queued_s": max(0.0, launched_at - self._started_at),
                         # Of the runs before this one, until the trial has ended.
                         "total_s": record.timing.total_s,
+                        "earlier_s": record.timing.earlier_s,
                     }
                 ),
                 "hosts": (progress.host,),

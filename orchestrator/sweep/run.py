@@ -27,7 +27,7 @@ from orchestrator.sweep.folder_lock import only_one
 from orchestrator.sweep.preparation import Prepared, prepare
 from orchestrator.sweep.progress import Progress
 from orchestrator.sweep.recorder import Recorder
-from orchestrator.sweep.resume import Earlier, gone_on_with, kept, read_earlier, require_same_question
+from orchestrator.sweep.resume import Earlier, gone_on_with, kept, read_earlier, require_same_question, with_time_spent
 from orchestrator.sweep.scheduler import describe, make_scheduler
 from orchestrator.sweep.stopper import Stopper, signals_to, sigterm_like_ctrl_c
 from orchestrator.sweep.tracking import Tracker
@@ -159,7 +159,7 @@ def _records(prepared: Prepared, folder: SweepFolder, earlier: Earlier | None) -
             continue
         new = _new_record(planned, prepared)
         if old:
-            new = gone_on_with(old, new, folder.trial(planned.trial_id))
+            new = with_time_spent(old, gone_on_with(old, new, folder.trial(planned.trial_id)))
         records[planned.trial_id] = new.model_copy(update={"versions": versions, "git": git})
     return records | kept(earlier, frozenset(records)) if earlier else records
 
@@ -205,7 +205,7 @@ def _sweep_result(
     return SweepResult(
         name=sweep.name,
         question=sweep.question,
-        sweep_id=before.sweep_id if before else uuid.uuid4().hex[:12],
+        sweep_id=(earlier and earlier.sweep_id) or uuid.uuid4().hex[:12],
         model=sweep.model,
         objective_metric=sweep.objective.metric,
         objective_mode=sweep.objective.mode,
