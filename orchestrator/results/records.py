@@ -115,6 +115,8 @@ class Timing(_Record):
     saving_s: Seconds = 0.0
     total_s: Seconds = 0.0
     """From the launch to the end."""
+    earlier_s: Seconds = 0.0
+    """Held by attempts in earlier runs of the sweep, of which the other figures know nothing: only the budget does."""
 
 
 class GitState(_Record):

@@ -17,13 +17,14 @@ from orchestrator.config.storage_address import is_remote
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.sweep_file import to_yaml
 from orchestrator.config.trial_config import TrialConfig
+from orchestrator.errors import StorageError
 from orchestrator.planning.plan import PlannedTrial
 from orchestrator.reporting import report, statistics
 from orchestrator.reporting.findings import Report
 from orchestrator.results import provenance
 from orchestrator.results.records import PeakMemory, Suggestion, SweepResult, TrialResult, TrialStatus
 from orchestrator.results.remote import sweep_folder
-from orchestrator.results.storage import SweepFolder, write_atomically, write_result, write_sweep
+from orchestrator.results.storage import SweepFolder, is_storage_failure, write_atomically, write_result, write_sweep
 from orchestrator.sweep import cluster, logged_model, system_metrics
 from orchestrator.sweep.callbacks import Callbacks
 from orchestrator.sweep.carrier import Carrier, carried
@@ -32,7 +33,7 @@ from orchestrator.sweep.gauges import Gauges
 from orchestrator.sweep.preparation import Prepared, prepare
 from orchestrator.sweep.progress import Progress
 from orchestrator.sweep.recorder import Recorder
-from orchestrator.sweep.resume import Earlier, gone_on_with, kept, read_earlier, require_same_question
+from orchestrator.sweep.resume import Earlier, gone_on_with, kept, read_earlier, require_same_question, with_time_spent
 from orchestrator.sweep.scheduler import RuleScheduler
 from orchestrator.sweep.stopper import Stopper, signals_to, sigterm_like_ctrl_c
 from orchestrator.sweep.suggestions import NewRecord, Suggestions, known_at_start
@@ -148,14 +149,22 @@ def _run_prepared(
         folder, records, started_at, prepared.board, scheduler.reasons, predicted, carrier.fetch, listeners
     )
     gpus = prepared.shape.workers * prepared.shape.gpus_per_worker
-    stopper = Stopper(prepared.board, sweep.budget, lambda: recorder.trial_seconds() * gpus / 3600)
+    stopper = Stopper(
+        prepared.board, sweep.budget, lambda: recorder.trial_seconds() * gpus / 3600, lambda: recorder.storage_error
+    )
     for record in records.values():
-        if record.mlflow_run_id is None and record.status is not TrialStatus.PENDING:
+        if record.status is not TrialStatus.PENDING:
             tracker.track(record)
     _say_start(records, prepared, say)
     with progress, signals_to(stopper), system_metrics.logged(tracking_uri(sweep), tracker.parent_run_id):
         _tune(prepared, folder, recorder, new_record, scheduler, [recorder, progress], stopper, isolation)
     recorder.cancel_rest(stopper.reason or "the sweep ended before it: run the same command again")
+    if recorder.storage_error:
+        tracker.finish(INTERRUPTED_TRACKING_LIMIT_S)
+        raise StorageError(
+            f"the sweep was stopped, since nothing can be kept any more: {recorder.storage_error}. What had ended "
+            "before is safe: run the same command again to go on"
+        )
     outcome = _finish(sweep, result, recorder, tracker, folder, stopper, say)
     callbacks.sweep_ended(outcome.sweep, folder.root)
     return outcome
@@ -184,7 +193,9 @@ def _records(
             records[planned.trial_id] = old
             continue
         new = new_record(planned, suggestion)
-        records[planned.trial_id] = gone_on_with(old, new, folder.trial(planned.trial_id)) if old else new
+        records[planned.trial_id] = (
+            with_time_spent(old, gone_on_with(old, new, folder.trial(planned.trial_id))) if old else new
+        )
     return records | kept(earlier, frozenset(records)) if earlier else records
 
 
@@ -234,7 +245,7 @@ def _sweep_result(
     return SweepResult(
         name=sweep.name,
         question=sweep.question,
-        sweep_id=before.sweep_id if before else uuid.uuid4().hex[:12],
+        sweep_id=(earlier and earlier.sweep_id) or uuid.uuid4().hex[:12],
         model=sweep.model,
         objective_metric=sweep.objective.metric,
         objective_mode=sweep.objective.mode,
@@ -279,7 +290,13 @@ def _tune(
         ),
         run_config=_run_config(folder, callbacks, stopper),
     )
-    tuner.fit()
+    try:
+        tuner.fit()
+    except Exception as error:
+        # Tune writes beside our records, and stumbles over the same disk.
+        if recorder.storage_error is None and not is_storage_failure(error):
+            raise
+        recorder.storage_error = recorder.storage_error or StorageError(f"cannot write to {folder.root} ({error})")
     ray.get(prepared.groups.close_all.remote())
 
 
@@ -358,13 +375,13 @@ def _finish(
         tracked = False
     for record in list(recorder.records.values()):
         run_id = tracker.run_id(record.trial_id)
-        if run_id and record.mlflow_run_id is None and tracked:
+        if run_id and record.mlflow_run_id is None:
             recorder.save(record.model_copy(update={"mlflow_run_id": run_id}))
     result = result.model_copy(update={"trials": tuple(recorder.records.values())})
     write_sweep(folder, result)
     if tracked:
         best = statistics.best_trial(result)
-        tracker.close_parent(result, best)
+        tracked = tracker.close_parent(result, best)
         if best and best.mlflow_run_id and not result.interrupted:
             logged_model.log_best(sweep, result, best, folder, say)
     return Outcome(result, folder, made, tracked, tracking_uri(sweep))

@@ -44,6 +44,8 @@ class Run:
     train: trial_data.Dataset
     held_out: trial_data.Dataset
     pad_token: int
+    alive: Callable[[], None]
+    """Called at every micro-batch: whoever watches the process sees that it works."""
 
     @property
     def config(self) -> TrialConfig:
@@ -154,7 +156,7 @@ def set_up(task: TrialTask, place: WorkerPlace, ledger: Ledger) -> Run:
         )
     ledger.speed = Speed(min(WARM_UP_STEPS, config.max_steps - 1))
     pad_token = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    return Run(task, place, ledger.device, model, engine, train_data, held_out, pad_token)
+    return Run(task, place, ledger.device, model, engine, train_data, held_out, pad_token, ledger.alive)
 
 
 def optimizer_step(run: Run, step: int, ledger: Ledger) -> MetricPoint:
@@ -205,6 +207,7 @@ def summed_loss(run: Run, sequences: trial_data.Ints) -> torch.Tensor:
 
 
 def _cross_entropy(run: Run, batch: trial_data.Batch) -> torch.Tensor:
+    run.alive()
     input_ids = torch.from_numpy(batch.input_ids).to(run.device)  # (sequences, longest)
     labels = torch.from_numpy(batch.labels).to(run.device)
     inputs = {"input_ids": input_ids}
