@@ -26,9 +26,10 @@ from pydantic import BaseModel, ConfigDict
 
 from orchestrator.config.trial_config import Precision, TrialConfig
 from orchestrator.errors import ClusterUnreachableError
-from orchestrator.planning.compatibility import Case, notes, refusals
+from orchestrator.planning.compatibility import Case, refusals
 from orchestrator.planning.hardware import Hardware, this_machine
 from orchestrator.planning.model_shape import shape_of
+from orchestrator.planning.notes import notes
 from orchestrator.reporting import quantities
 from orchestrator.results import provenance, shared_storage
 from orchestrator.training import builtin_models, model_source

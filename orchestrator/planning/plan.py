@@ -15,11 +15,12 @@ from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import ModelError
 from orchestrator.planning import budget
 from orchestrator.planning.cheaper import what_fits
-from orchestrator.planning.compatibility import Case, missing_targets, notes, refusals
+from orchestrator.planning.compatibility import Case, missing_targets, refusals
 from orchestrator.planning.hardware import GIB, Hardware
 from orchestrator.planning.makespan import Work, simulate
 from orchestrator.planning.memory import CONTEXT_BYTES, MemoryEstimate, estimate_on
 from orchestrator.planning.model_shape import ModelShape
+from orchestrator.planning.notes import notes
 from orchestrator.planning.pace import Pace
 from orchestrator.planning.step_time import Range, step_seconds
 
