@@ -217,7 +217,7 @@ def require_targets(sweep: SweepConfig, model: ModelShape) -> None:
 def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware, pace: Pace = NO_PACE) -> SweepPlan:
     """Plan all trials of a sweep whose hardware defaults are filled in; `pace` is what was measured before."""
     shape = worker_shape(sweep.resources, hardware)
-    if sweep.resources.gpus_per_worker == "auto" and hardware.device == "cuda":
+    if sweep.resources.gpus_per_worker == "auto" and hardware.device == "cuda" and shape.workers == 1:
         shape = replace(shape, gpus_per_worker=packed_share(sweep.trials(), model, hardware, shape))
     concurrent = max_concurrent(sweep.resources, shape, hardware)
     memory_bytes = memory_for_a_worker(hardware, shape, concurrent, sweep.resources.memory_per_worker)
