@@ -171,7 +171,7 @@ class ResourcesConfig(_Part):
 
     workers_per_trial: Annotated[int, Field(ge=1, le=4096)] = 1
     gpus_per_worker: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] | None = None
-    """1 where the cluster has GPUs and 0 elsewhere, where nothing is said. `auto` packs several trials on a GPU."""
+    """1 where the cluster has GPUs and 0 elsewhere, where nothing is said. `auto` packs one-worker trials on a GPU."""
     cpus_per_worker: Annotated[float, Field(ge=0.01, le=1024)] = 1
     memory_per_worker: Annotated[ByteSize, Field(ge=2**20)] | None = None
     """Most that a worker may take, of its GPU or, without one, of host memory, as 24GiB; none: what there is."""
@@ -190,6 +190,14 @@ class ResourcesConfig(_Part):
                 "scale_up_minutes needs gpus_per_worker and a number as max_concurrent: of nodes that are not there "
                 "nothing is known"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _workers_of_a_trial_have_gpus_of_their_own(self) -> ResourcesConfig:
+        # NCCL 2.x, init.cc: "Duplicate GPU detected", where two ranks of one group are on one device.
+        share = self.gpus_per_worker
+        if isinstance(share, float) and 0 < share < 1 and self.workers_per_trial > 1:
+            raise ValueError("a trial's workers cannot share a GPU: set gpus_per_worker 1, or workers_per_trial 1")
         return self
 
 
