@@ -109,7 +109,7 @@ def _only_one(folder: SweepFolder) -> Iterator[None]:
         lock.acquire()
     except Timeout as error:
         raise FolderError(
-            f"another run is at work in {folder.root}: wait for it, or give this sweep another --name"
+            f"another run is at work in {folder.shown}: wait for it, or give this sweep another --name"
         ) from error
     except OSError as error:
         raise StorageError(f"cannot write to {folder.root} ({error.strerror}): name another --storage") from error
