@@ -63,7 +63,7 @@ def only_one(folder: SweepFolder, host: str | None = None) -> Iterator[None]:
 
 
 def _taken(folder: SweepFolder, where: str = "") -> str:
-    return f"another run is at work in {folder.root}{where}: wait for it, or give this sweep another --name"
+    return f"another run is at work in {folder.shown}{where}: wait for it, or give this sweep another --name"
 
 
 @contextmanager

@@ -34,7 +34,9 @@ def autoscaling(gcs_address: str) -> dict[str, Any]:
         "idle_timeout_minutes": 0.1,
         "upscaling_speed": 1.0,
         "provider": {
-            "type": "fake_multinode",
+            # By its class, since under its own name Ray looks for a file that its wheel does not have (2.60.0).
+            "type": "external",
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
             "gcs_address": gcs_address,
             "launch_multiple": True,
             "head_node_id": HEAD_ID,
