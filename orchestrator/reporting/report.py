@@ -21,8 +21,10 @@ from orchestrator.reporting.findings import (
     without_credentials,
 )
 from orchestrator.reporting.recommendation import RULE
+from orchestrator.reporting.samples import samples_of
 from orchestrator.reporting.statistics import label, objective_of, sign_of, spell
 from orchestrator.results.records import TrialStatus
+from orchestrator.results.storage import SweepFolder
 
 __all__ = ["Report", "build", "render_html", "render_json", "render_text"]
 
@@ -188,6 +190,7 @@ def _page(report: Report) -> dict[str, Any]:
         "objective": values,
         "reasons": reasons(report),
         "statuses": list(TrialStatus),
+        "samples": samples_of(sweep, SweepFolder(report.folder)),
         "environment": _environment(report),
         "quantised": sweep.model == QUANTISED_MODEL,
     }

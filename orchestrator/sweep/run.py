@@ -25,7 +25,7 @@ from orchestrator.reporting import statistics
 from orchestrator.results import provenance
 from orchestrator.results.records import PeakMemory, SweepResult, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder, write_atomically, write_result, write_sweep
-from orchestrator.sweep import cluster, logged_model, system_metrics
+from orchestrator.sweep import cluster, evaluation, logged_model, system_metrics
 from orchestrator.sweep.callbacks import Callbacks
 from orchestrator.sweep.preparation import Prepared, prepare
 from orchestrator.sweep.progress import Progress
@@ -156,7 +156,7 @@ def _run_prepared(
     with progress, signals_to(stopper), system_metrics.logged(tracking_uri(sweep), tracker.parent_run_id):
         _tune(prepared, folder, recorder, [recorder, progress], stopper, board, isolation)
     recorder.cancel_rest(stopper.reason or "the sweep ended before it: run the same command again")
-    outcome = _finish(sweep, result, recorder, tracker, folder, stopper, say)
+    outcome = _finish(prepared, result, recorder, tracker, folder, stopper, say)
     callbacks.sweep_ended(outcome.sweep, folder.root)
     return outcome
 
@@ -329,7 +329,7 @@ def _task(record: TrialResult, prepared: Prepared, folder: SweepFolder, *, halve
 
 
 def _finish(
-    sweep: SweepConfig,
+    prepared: Prepared,
     result: SweepResult,
     recorder: Recorder,
     tracker: Tracker,
@@ -340,9 +340,12 @@ def _finish(
     """Write results and report, then give MLflow a bounded time to have it all."""
     from orchestrator.reporting import report
 
-    say("writing the report")
+    sweep = prepared.sweep
     ended = {"ended_ms": int(time.time() * 1000), "interrupted": stopper.interrupted}
     result = result.model_copy(update={"trials": tuple(recorder.records.values()), **ended})
+    if not stopper.interrupted:
+        evaluation.evaluate(sweep, result, prepared.shape, folder, say)
+    say("writing the report")
     # Before MLflow is waited for: what was measured is safe whatever happens then.
     write_sweep(folder, result)
     write_atomically(folder.report, report.render_html(report.build(folder)))
@@ -359,6 +362,7 @@ def _finish(
     if tracked:
         best = statistics.best_trial(result)
         tracker.close_parent(result, best)
+        evaluation.log(tracking_uri(sweep), result, folder, say)
         if best and best.mlflow_run_id and not result.interrupted:
             logged_model.log_best(sweep, result, best, folder, say)
     return Outcome(result, folder, tracked, tracking_uri(sweep))
