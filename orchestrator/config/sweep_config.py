@@ -222,6 +222,23 @@ class BudgetConfig(_Part):
         return self
 
 
+class EvaluateConfig(_Part):
+    """What trained models are asked once the trials have ended; without prompts and tasks nothing."""
+
+    prompts: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Each is answered, and the report shows the answers; with `format: messages` as a user's turn."""
+    max_new_tokens: Annotated[int, Field(ge=1, le=100_000)] = 64
+    """The longest answer."""
+    tasks: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Tasks of lm-eval, as hellaswag; it comes with `pip install 'orchestrator[eval]'`."""
+    task_folder: str | None = None
+    """Where tasks of your own lie, as lm-eval's YAML; all nodes must see it."""
+    examples: Annotated[int, Field(ge=1)] | None = None
+    """So many of each task's examples; none: all."""
+    trials: Literal["best", "all"] = "best"
+    """The best trial's adapter, or every completed trial's."""
+
+
 class TrackingConfig(_Part):
     """Where MLflow's runs go."""
 
@@ -258,6 +275,7 @@ class SweepConfig(_Part):
     objective: ObjectiveConfig = ObjectiveConfig()
     resources: ResourcesConfig = ResourcesConfig()
     budget: BudgetConfig = BudgetConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
     tracking: TrackingConfig = TrackingConfig()
     storage: Annotated[str, Field(min_length=1)] = "sweeps"
     """A local folder, a mount that all nodes see, or an object store, as s3://bucket/sweeps."""

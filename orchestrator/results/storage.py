@@ -54,6 +54,11 @@ class TrialFolder:
         return self.root / "adapter"
 
     @property
+    def evaluation(self) -> Path:
+        """What its best adapter wrote and scored; written by the sweep process."""
+        return self.root / "evaluation.json"
+
+    @property
     def log(self) -> Path:
         """What the trial's process printed."""
         return self.root / "log.txt"

@@ -25,7 +25,7 @@ from orchestrator.results import provenance
 from orchestrator.results.records import PeakMemory, Suggestion, SweepResult, TrialResult, TrialStatus
 from orchestrator.results.remote import sweep_folder
 from orchestrator.results.storage import SweepFolder, is_storage_failure, write_atomically, write_result, write_sweep
-from orchestrator.sweep import cluster, logged_model, system_metrics
+from orchestrator.sweep import cluster, evaluation, logged_model, system_metrics
 from orchestrator.sweep.callbacks import Callbacks
 from orchestrator.sweep.carrier import Carrier, carried
 from orchestrator.sweep.folder_lock import only_one
@@ -165,7 +165,7 @@ def _run_prepared(
             f"the sweep was stopped, since nothing can be kept any more: {recorder.storage_error}. What had ended "
             "before is safe: run the same command again to go on"
         )
-    outcome = _finish(sweep, result, recorder, tracker, folder, stopper, say)
+    outcome = _finish(prepared, result, recorder, tracker, folder, stopper, say)
     callbacks.sweep_ended(outcome.sweep, folder.root)
     return outcome
 
@@ -353,7 +353,7 @@ def _task(record: TrialResult, prepared: Prepared, folder: SweepFolder, *, halve
 
 
 def _finish(
-    sweep: SweepConfig,
+    prepared: Prepared,
     result: SweepResult,
     recorder: Recorder,
     tracker: Tracker,
@@ -362,9 +362,12 @@ def _finish(
     say: Callable[[str], None],
 ) -> Outcome:
     """Write results and report, then give MLflow a bounded time to have it all."""
-    say("writing the report")
+    sweep = prepared.sweep
     ended = {"ended_ms": int(time.time() * 1000), "interrupted": stopper.interrupted}
     result = result.model_copy(update={"trials": tuple(recorder.records.values()), **ended})
+    if not stopper.interrupted:
+        evaluation.evaluate(sweep, result, prepared.shape, folder, say)
+    say("writing the report")
     # Before MLflow is waited for: what was measured is safe whatever happens then.
     write_sweep(folder, result)
     made = report.build(folder)
@@ -382,6 +385,7 @@ def _finish(
     if tracked:
         best = statistics.best_trial(result)
         tracked = tracker.close_parent(result, best)
+        evaluation.log(tracking_uri(sweep), result, folder, say)
         if best and best.mlflow_run_id and not result.interrupted:
             logged_model.log_best(sweep, result, best, folder, say)
     return Outcome(result, folder, made, tracked, tracking_uri(sweep))
