@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
 
 from orchestrator.config.axes import axes_of, complete
+from orchestrator.config.constraint import parse
 from orchestrator.config.search_space import (
     Choice,
     Range,
@@ -204,6 +205,11 @@ class TrackingConfig(_Part):
     """The best adapter becomes a version of this registered model."""
 
 
+def _constraint(text: str) -> str:
+    parse(text)
+    return " ".join(text.split())
+
+
 class SweepConfig(_Part):
     """One sweep file."""
 
@@ -226,7 +232,10 @@ class SweepConfig(_Part):
     """Partial configurations that must not run."""
     search: SearchConfig = SearchConfig()
     scheduler: SchedulerConfig = SchedulerConfig(fifo=FifoConfig())
-    objective: ObjectiveConfig = ObjectiveConfig()
+    objective: ObjectiveConfig | Annotated[tuple[ObjectiveConfig, ...], Field(min_length=1)] = ObjectiveConfig()
+    """What makes one trial better than another; of a list, schedulers stop by the first."""
+    constraints: tuple[Annotated[str, AfterValidator(_constraint)], ...] = ()
+    """What a configuration must keep to, as `peak_memory_bytes <= 24GiB` or `tokens_per_s >= 1000`."""
     resources: ResourcesConfig = ResourcesConfig()
     budget: BudgetConfig = BudgetConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -242,6 +251,16 @@ class SweepConfig(_Part):
     def domains(self) -> dict[str, Choice[Any] | Range]:
         """The searched settings."""
         return domains(self.space)
+
+    @property
+    def objectives(self) -> tuple[ObjectiveConfig, ...]:
+        """All of them, the first one first."""
+        return self.objective if isinstance(self.objective, tuple) else (self.objective,)
+
+    @property
+    def primary(self) -> ObjectiveConfig:
+        """The objective that schedulers stop by, and by which a trial's best evaluation is kept."""
+        return self.objectives[0]
 
     @property
     def base(self) -> Settings:

@@ -142,7 +142,7 @@ def _run_prepared(
     write_sweep(folder, result)
     board = cluster.start_switchboard()
     label = _labeller(result)
-    progress = Progress(folder, records.values(), label, sweep.objective.metric, sweep.objective.mode, prepared.slots)
+    progress = Progress(folder, records.values(), label, sweep.primary.metric, sweep.primary.mode, prepared.slots)
     listeners = (tracker.track, progress)
     predicted = functools.partial(_recorded_bytes, prepared)
     scheduler = RuleScheduler(sweep)
@@ -230,8 +230,10 @@ def _sweep_result(
         question=sweep.question,
         sweep_id=before.sweep_id if before else uuid.uuid4().hex[:12],
         model=sweep.model,
-        objective_metric=sweep.objective.metric,
-        objective_mode=sweep.objective.mode,
+        objective_metric=sweep.primary.metric,
+        objective_mode=sweep.primary.mode,
+        objectives=tuple((objective.metric, objective.mode) for objective in sweep.objectives),
+        constraints=sweep.constraints,
         searched=tuple(dict.fromkeys(searched)),
         started_ms=before.started_ms if before else int(started_at * 1000),
         data_hash=prepared.data_hash,
@@ -323,8 +325,8 @@ def _task(record: TrialResult, prepared: Prepared, folder: SweepFolder, *, halve
         model_folder="",  # each node has its own: the worker fills it in
         data_folder=str(folder.data),
         trial_folder=str(folder.trial(record.trial_id).root),
-        objective_metric=prepared.sweep.objective.metric,
-        objective_mode=prepared.sweep.objective.mode,
+        objective_metric=prepared.sweep.primary.metric,
+        objective_mode=prepared.sweep.primary.mode,
         gpu_memory_fraction=prepared.gpu_memory_fraction,
         memory_limit_bytes=prepared.sweep.resources.memory_per_worker,
         halves_micro_batch=halves_micro_batch,

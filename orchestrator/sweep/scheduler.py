@@ -20,8 +20,8 @@ class RuleScheduler(FIFOScheduler):
     """First come, first served, until a rule stops a trial; Tune's own schedulers forget their state on a resume."""
 
     def __init__(self, sweep: SweepConfig) -> None:
-        super().__init__()
-        self._goal = Goal(sweep.objective.metric, sweep.objective.mode)
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._goal = Goal(sweep.primary.metric, sweep.primary.mode)
         self._rules = tuple(rules_of(sweep))
         self.reasons: dict[str, str] = {}
         """Why each trial was stopped."""

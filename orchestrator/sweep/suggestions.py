@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from orchestrator.config.constraint import Constraint, parse
 from orchestrator.config.search_space import make_trials
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.planning.plan import PlannedTrial
 from orchestrator.results.records import MetricPoint, Suggestion, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder
-from orchestrator.search.observation import Goal, observe
+from orchestrator.search.observation import Goal, Limit, observe
 from orchestrator.search.suggest import next_settings
 from orchestrator.sweep.preparation import Prepared
 from orchestrator.sweep.recorder import Recorder
@@ -39,7 +41,7 @@ class Suggestions:
                 self._sweep.base,
                 self._sweep.exclude,
                 self._sweep.search.points,
-                observe(records, goals(self._sweep), self._curve),
+                observe(records, goals(self._sweep), self._curve, limits(self._sweep)),
                 self._sweep.search.seed,
             )
             if settings is None:
@@ -64,7 +66,23 @@ class Suggestions:
 
 def goals(sweep: SweepConfig) -> tuple[Goal, ...]:
     """The objectives as the search takes them."""
-    return (Goal(sweep.objective.metric, sweep.objective.mode),)
+    return tuple(Goal(objective.metric, objective.mode) for objective in sweep.objectives)
+
+
+def limits(sweep: SweepConfig) -> dict[str, Limit]:
+    """The constraints as the search takes them."""
+    return {text: functools.partial(_excess, parse(text)) for text in sweep.constraints}
+
+
+def _excess(constraint: Constraint, record: TrialResult) -> float | None:
+    memory = record.peak_memory
+    measured = {
+        "peak_memory_bytes": memory.measured_bytes if memory else None,
+        "tokens_per_s": record.tokens_per_s,
+        "step_time_s": record.step_time_s,
+    }
+    value = measured.get(constraint.metric, getattr(record.best, constraint.metric, None))
+    return None if value is None else constraint.excess(value)
 
 
 def plan_suggestion(prepared: Prepared, suggestion: Suggestion) -> list[PlannedTrial]:
