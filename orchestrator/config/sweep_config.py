@@ -58,6 +58,9 @@ class SearchConfig(_Part):
     """Seed of the random choices."""
     points: tuple[dict[str, Any], ...] = ()
     """Configurations to try first; what one leaves out stands in the middle of its range."""
+    warm_start: str | None = None
+    """Folder of an earlier sweep: an adaptive search tries its best configurations first, and learns from all of them
+    where model, data, objective and shared settings are the same."""
 
     @property
     def is_adaptive(self) -> bool:

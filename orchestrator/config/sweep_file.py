@@ -313,6 +313,8 @@ def _problems_of_search(sweep: SweepConfig) -> Iterator[Problem]:
                 axis_of(name, sweep.domains[name]).read(value)
             except ValueError as error:
                 yield Problem(f"search.points[{i}].{name}", str(error))
+    if search.warm_start and not search.is_adaptive:
+        yield Problem("search.warm_start", f"teaches {search.algorithm} nothing: leave it out, or use tpe or gp")
     if search.algorithm == "cma_es" and len(sweep.objectives) > 1:
         yield Problem("search.algorithm", "cma_es knows one objective: use tpe or gp, or name one")
     if search.algorithm == "cma_es":

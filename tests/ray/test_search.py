@@ -1,4 +1,4 @@
-"""An adaptive search on a real cluster: a conditional space, refusals, early stopping, and a second run that goes on."""
+"""An adaptive search on a real cluster: a conditional space, refusals, early stopping, a second run that goes on."""
 
 from __future__ import annotations
 
