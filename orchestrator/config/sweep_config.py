@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
 
 from orchestrator.config.axes import axes_of, complete
+from orchestrator.config.constraint import parse
 from orchestrator.config.search_space import (
     Choice,
     Range,
@@ -56,6 +57,9 @@ class SearchConfig(_Part):
     """Seed of the random choices."""
     points: tuple[dict[str, Any], ...] = ()
     """Configurations to try first; what one leaves out stands in the middle of its range."""
+    warm_start: str | None = None
+    """Folder of an earlier sweep: an adaptive search tries its best configurations first, and learns from all of them
+    where model, data, objective and shared settings are the same."""
 
     @property
     def is_adaptive(self) -> bool:
@@ -250,6 +254,11 @@ class TrackingConfig(_Part):
     """The best adapter becomes a version of this registered model."""
 
 
+def _constraint(text: str) -> str:
+    parse(text)
+    return " ".join(text.split())
+
+
 class SweepConfig(_Part):
     """One sweep file."""
 
@@ -272,7 +281,10 @@ class SweepConfig(_Part):
     """Partial configurations that must not run."""
     search: SearchConfig = SearchConfig()
     scheduler: SchedulerConfig = SchedulerConfig(fifo=FifoConfig())
-    objective: ObjectiveConfig = ObjectiveConfig()
+    objective: ObjectiveConfig | Annotated[tuple[ObjectiveConfig, ...], Field(min_length=1)] = ObjectiveConfig()
+    """What makes one trial better than another; of a list, schedulers stop by the first."""
+    constraints: tuple[Annotated[str, AfterValidator(_constraint)], ...] = ()
+    """What a configuration must keep to, as `peak_memory_bytes <= 24GiB` or `tokens_per_s >= 1000`."""
     resources: ResourcesConfig = ResourcesConfig()
     budget: BudgetConfig = BudgetConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -289,6 +301,16 @@ class SweepConfig(_Part):
     def domains(self) -> dict[str, Choice[Any] | Range]:
         """The searched settings."""
         return domains(self.space)
+
+    @property
+    def objectives(self) -> tuple[ObjectiveConfig, ...]:
+        """All of them, the first one first."""
+        return self.objective if isinstance(self.objective, tuple) else (self.objective,)
+
+    @property
+    def primary(self) -> ObjectiveConfig:
+        """The objective that schedulers stop by, and by which a trial's best evaluation is kept."""
+        return self.objectives[0]
 
     @property
     def base(self) -> Settings:

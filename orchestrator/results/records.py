@@ -189,6 +189,10 @@ class SweepResult(_Record):
     model: str
     objective_metric: str
     objective_mode: Literal["min", "max"]
+    objectives: tuple[tuple[str, Literal["min", "max"]], ...] = ()
+    """All of them with their modes, where there are several; the first is `objective_metric`."""
+    constraints: tuple[str, ...] = ()
+    """As the sweep file has them."""
     searched: tuple[str, ...]
     """Names of the settings in `space:`, in the file's order."""
     started_ms: int | None = None

@@ -132,13 +132,13 @@ def _run_prepared(
         folder,
         records.values(),
         label,
-        sweep.objective.metric,
-        sweep.objective.mode,
+        sweep.primary.metric,
+        sweep.primary.mode,
         prepared.slots,
         {trial.trial_id: trial.seconds or 0.0 for trial in prepared.plan.trials},
         sweep.budget.hours,
     )
-    gauges = Gauges(sweep.name, records.values(), sweep.objective.metric, sweep.objective.mode)
+    gauges = Gauges(sweep.name, records.values(), sweep.primary.metric, sweep.primary.mode)
     callbacks = Callbacks(say)
     listeners = (carrier.track, tracker.track, gauges.track, progress, callbacks.track)
     predicted = functools.partial(_recorded_bytes, prepared)
@@ -247,8 +247,10 @@ def _sweep_result(
         question=sweep.question,
         sweep_id=(earlier and earlier.sweep_id) or uuid.uuid4().hex[:12],
         model=sweep.model,
-        objective_metric=sweep.objective.metric,
-        objective_mode=sweep.objective.mode,
+        objective_metric=sweep.primary.metric,
+        objective_mode=sweep.primary.mode,
+        objectives=tuple((objective.metric, objective.mode) for objective in sweep.objectives),
+        constraints=sweep.constraints,
         searched=tuple(dict.fromkeys(searched)),
         started_ms=before.started_ms if before else int(started_at * 1000),
         data_hash=prepared.data_hash,
@@ -343,8 +345,8 @@ def _task(record: TrialResult, prepared: Prepared, folder: SweepFolder, *, halve
         model_folder="",  # each node has its own: the worker fills it in
         data_folder=folder.location(folder.data),
         trial_folder=folder.location(folder.trial(record.trial_id).root),
-        objective_metric=prepared.sweep.objective.metric,
-        objective_mode=prepared.sweep.objective.mode,
+        objective_metric=prepared.sweep.primary.metric,
+        objective_mode=prepared.sweep.primary.mode,
         gpu_memory_fraction=prepared.gpu_memory_fraction,
         memory_limit_bytes=prepared.sweep.resources.memory_per_worker,
         halves_micro_batch=halves_micro_batch,

@@ -273,9 +273,9 @@ class Tracker:
         tags = {"status": result.status.value, "reason": result.reason or "", "notes": "; ".join(result.notes)}
         self._client.log_batch(run_id, tags=[RunTag(key, value[:5000]) for key, value in tags.items() if value])
         if result.best and result.status.is_final:
-            value = getattr(result.best, self._sweep.objective.metric)
+            value = getattr(result.best, self._sweep.primary.metric)
             if value is not None:
-                self._client.log_metric(run_id, f"best_{self._sweep.objective.metric}", value, result.best.time_ms)
+                self._client.log_metric(run_id, f"best_{self._sweep.primary.metric}", value, result.best.time_ms)
         self._log_searched_numbers(run_id, result)
         trial = self._folder.trial(result.trial_id)
         for file in (trial.deepspeed, trial.log, trial.result):
