@@ -12,8 +12,9 @@ INTRODUCTION = """# The sweep file, key by key
 Written by `scripts/golden` from the schema that `orchestrator schema` prints. What each part means together is in the
 [reference](reference.md); `search_spaces/` has whole files.
 
-In `space:` stand the settings of `trial:` that are searched, each as a list of values, as `{choice: [...], when: {...}}`, searched
-only where the condition holds, or as a range: `{uniform: [a, b]}`, `{log_uniform: [a, b]}`, `{int: [a, b]}`, `{log_int: [a, b]}`.
+In `space:` stand the settings of `trial:` that are searched, each as a list of values, as a choice with a condition
+under which alone it is searched (`{choice: [...], when: {...}}`), or as a range: `{uniform: [a, b]}`,
+`{log_uniform: [a, b]}`, `{int: [a, b]}`, `{log_int: [a, b]}`.
 """
 
 
@@ -30,10 +31,12 @@ def _section(path: str, part: Schema, schema: Schema) -> Iterator[str]:
         below = f"{path}.{name}" if path else name
         # Its keys are those of `trial:`, and the introduction says how they are written there.
         model = None if name == "space" else _model(key, schema)
-        if model:
+        if model and model["properties"]:
             inner.append((below, model))
-        takes = f"[keys](#{below.replace('.', '')})" if model else _takes(key, schema)
-        about = key.get("description") or (model or {}).get("description", "")
+        takes = _takes(key, schema)
+        if model:
+            takes = f"[keys](#{below.replace('.', '')})" if model["properties"] else "`{}`"
+        about = " ".join((key.get("description") or (model or {}).get("description", "")).split())
         yield f"| `{name}` | {takes} | {_default(name, key, part)} | {about} |"
     yield ""
     for below, model in inner:
