@@ -100,6 +100,9 @@ def go_on(run: Run, checkpoints: Checkpoints, ledger: Ledger) -> int:
     run.engine.load_state(state["engine"])
     set_random_states(state["random"], run.device)
     ledger.go_on(step, state["ledger"])
+    # The copies just read are no part of what the trial takes; the ledger remembers what the earlier attempt took.
+    del found, state
+    devices.start_measuring(run.device)
     log.warning("goes on from step %d", step)
     return step
 
@@ -238,7 +241,9 @@ def evaluate_and_keep(run: Run, point: MetricPoint, ledger: Ledger) -> MetricPoi
         eval_loss = evaluate(run)
     if not math.isfinite(eval_loss):
         raise TrialDivergedError(point.step, eval_loss)
-    ledger.peak_bytes, ledger.reserved_bytes = largest_peak(run.device, run.place.world_size)
+    held, reserved = largest_peak(run.device, run.place.world_size)
+    ledger.peak_bytes = max(ledger.peak_bytes, held)
+    ledger.reserved_bytes = reserved and max(ledger.reserved_bytes or 0, reserved)
     point = point.model_copy(update={"eval_loss": eval_loss, "peak_memory_bytes": ledger.peak_bytes})
     improves = ledger.improves(point, run.task.objective_metric, run.task.objective_mode)
     # Clocks differ between workers, and saving takes all of them: worker 0 decides.
