@@ -29,7 +29,7 @@ from orchestrator.planning.model_shape import shape_of
 GIB = 2**30
 UNDER_COSTS = 3
 """What fits the constants: a run that needs more than was told is worth three that were told too much of."""
-UNSEEN = 0.05
+UNSEEN = 0.15
 """How much the interval is wider, each way, than the fitted points' 5 % and 95 % quantiles."""
 Row = dict[str, str]
 
@@ -41,9 +41,9 @@ class Constants:
     uncounted: float = memory.UNCOUNTED
     fragmentation: float = memory.FRAGMENTATION
     fragmentation_sharded: float = memory.FRAGMENTATION_SHARDED
-    low: float = 1 - memory.UNCERTAINTY_BELOW
-    """The interval's ends, over the estimate."""
-    high: float = 1 + memory.UNCERTAINTY_ABOVE
+    low: float = memory.REST_LOW
+    """The interval's ends, over what is predicted beside the weights."""
+    high: float = memory.REST_HIGH
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +65,17 @@ class Point:
 
     def predicted(self, constants: Constants) -> float:
         """Bytes by the row's own measure; with the constants that the estimate has, this is what it says."""
-        uncounted = constants.uncounted * (self.counted - self.weights)
-        allocated = self.counted + memory.WORKSPACE_BYTES + uncounted
+        return (self.weights + self.rest(constants)) * self._fragmentation(constants)
+
+    def rest(self, constants: Constants) -> float:
+        """Bytes allocated beside the weights."""
+        return (self.counted - self.weights) * (1 + constants.uncounted) + memory.WORKSPACE_BYTES
+
+    def _fragmentation(self, constants: Constants) -> float:
         if self.row["metric"] != "max_reserved":
-            return allocated
+            return 1.0
         is_sharded = self.row["zero_stage"] == "fsdp"
-        return allocated * (constants.fragmentation_sharded if is_sharded else constants.fragmentation)
+        return constants.fragmentation_sharded if is_sharded else constants.fragmentation
 
     def error(self, constants: Constants) -> float:
         """Relative; below 0 where more was needed than predicted."""
@@ -78,7 +83,11 @@ class Point:
 
     def is_covered(self, constants: Constants) -> bool:
         """Whether the interval holds it."""
-        return constants.low <= self.measured / self.predicted(constants) <= constants.high
+        return constants.low <= self.rest_over_predicted(constants) <= constants.high
+
+    def rest_over_predicted(self, constants: Constants) -> float:
+        """What was allocated beside the weights, over what is predicted of it."""
+        return (self.measured / self._fragmentation(constants) - self.weights) / self.rest(constants)
 
 
 def read(path: Path) -> list[Row]:
@@ -178,7 +187,7 @@ def fitted(points: Sequence[Point]) -> Constants:
     )
     shares = [Constants(uncounted=n / 200, fragmentation=plain, fragmentation_sharded=sharded) for n in range(0, 41)]
     best = min(shares, key=lambda constants: statistics.mean(_cost(p.error(constants)) for p in points))
-    over = sorted(p.measured / p.predicted(best) for p in points)
+    over = sorted(p.rest_over_predicted(best) for p in points)
     outside = int(0.05 * (len(over) - 1))
     return replace(best, low=over[outside] - UNSEEN, high=over[-1 - outside] + UNSEEN)
 

@@ -10,6 +10,7 @@ import functools
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -19,7 +20,8 @@ from typing import Annotated, Any
 
 import typer
 
-from orchestrator.errors import DataError, OrchestratorError, StorageError
+from orchestrator.errors import DataError, OrchestratorError, StorageError, cut, printable
+from orchestrator.results.provenance import without_secret
 
 app = typer.Typer(
     name="orchestrator",
@@ -59,11 +61,19 @@ def main() -> None:
     app()
 
 
+BUG_EXIT_CODE = 70
+"""EX_SOFTWARE of sysexits.h: not 1, which says that trials failed."""
+
+
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(printable(without_secret(text)), file=sys.stderr, flush=True)
 
 
-def _show(text: str, end: str = "\n") -> None:
+def _show(text: str) -> None:
+    _write(printable(text))
+
+
+def _write(text: str, end: str = "\n") -> None:
     try:
         print(text, end=end, flush=True)
     except BrokenPipeError:
@@ -76,25 +86,29 @@ def _show(text: str, end: str = "\n") -> None:
 
 @contextmanager
 def _told_errors() -> Iterator[None]:
-    """Errors of ours end with their message and exit code; all others are bugs and keep their traceback."""
+    """Errors of ours end with their message and exit code; all others are bugs, with a code and their traceback."""
     logging.basicConfig(level=os.environ.get("ORCHESTRATOR_LOG", "WARNING"), stream=sys.stderr)
     try:
         yield
     except OrchestratorError as error:
         _say(f"error: {error}")
         raise typer.Exit(error.exit_code) from error
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
-            raise
-        _say(f"error: {str(error.filename)[:100]}… is longer than a path can be: shorten it")
-        raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
-        _say("interrupted before anything was started")
+        _say("interrupted: run the same command again")
         raise typer.Exit(130) from error
     except BrokenPipeError as error:
         # The reader of our output went away, as `head` does: nothing is wrong.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(0) from error
+    except typer.Exit:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            _say(f"error: {cut(str(error.filename))} is longer than a path can be: shorten it")
+            raise typer.Exit(2) from error
+        story = "".join(traceback.format_exception(error))
+        _say(f"{story}error: this is a bug of orchestrator: report it with what stands above")
+        raise typer.Exit(BUG_EXIT_CODE) from error
 
 
 def _all_overrides(overrides: list[str] | None, name: str | None, storage: str | None) -> list[str]:
@@ -117,8 +131,11 @@ def plan(
     with _told_errors():
         from orchestrator.config.sweep_file import load
         from orchestrator.planning.hardware import hardware_for
+        from orchestrator.planning.pace import READ_SWEEPS, Pace
         from orchestrator.planning.plan import plan_sweep
         from orchestrator.planning.plan_table import render
+        from orchestrator.results.remote import local_storage
+        from orchestrator.results.storage import newest_sweeps
         from orchestrator.training import data_rows, inputs
 
         config = load(sweep, overrides or ())
@@ -129,7 +146,8 @@ def plan(
         except DataError as error:
             # A plan may be made where the data is not.
             _say(f"warning: {error}")
-        planned = plan_sweep(config, inputs.find_model(config).shape, hardware)
+        pace = Pace.of(newest_sweeps(local_storage(config.storage), READ_SWEEPS), config.model, hardware)
+        planned = plan_sweep(config, inputs.find_model(config).shape, hardware, pace)
         _show(planned.model_dump_json(indent=1) if json else render(planned))
 
 
@@ -142,6 +160,9 @@ def run(
         str | None, typer.Option("--address", help="A Ray cluster, as 10.0.0.1:6379 or auto; none: start one here.")
     ] = None,
     isolation: IsolationOption = Isolation.WARM,
+    notify: Annotated[
+        str | None, typer.Option("--notify", metavar="URL", help="A webhook that is told of the end, as JSON.")
+    ] = None,
     overrides: SetOption = None,
 ) -> None:
     """Run a sweep to its end and write the report; the same command again goes on where it was left."""
@@ -149,15 +170,33 @@ def run(
         from orchestrator.config.sweep_file import load
 
         config = load(sweep, _all_overrides(overrides, name, storage))
+        from orchestrator.results.remote import local_storage
+        from orchestrator.sweep import notification
         from orchestrator.training import inputs
 
+        if notify is not None:
+            notification.require_address(notify)
         # Before what follows is loaded: a slip of the pen is told in a second.
         model = inputs.look_at(config)
-        from orchestrator.reporting import report as reporting
         from orchestrator.sweep.run import run as run_sweep
 
-        outcome = run_sweep(config, model, address, isolation.value, _say)
-        _show(reporting.render_text(reporting.build(outcome.folder)))
+        try:
+            outcome = run_sweep(config, model, address, isolation.value, _say)
+        except OrchestratorError as error:
+            if notify is not None:
+                notification.post(
+                    notify,
+                    notification.failure_of(config.name, local_storage(config.storage) / config.name, error),
+                    _say,
+                )
+            raise
+        from orchestrator.reporting import report as reporting
+
+        if notify is not None:
+            notification.post(
+                notify, notification.end_of(outcome.report, outcome.exit_code, outcome.tracking_uri), _say
+            )
+        _show(reporting.render_text(outcome.report))
         _say(f"report: {outcome.folder.report}")
         if not outcome.tracked:
             _say("MLflow did not take everything in time: run the same command again to deliver the rest")
@@ -194,7 +233,7 @@ def submit(
 
         server, job_id = jobs.submit(config, text, address, isolation.value, install=install, say=_say)
         if follow:
-            raise typer.Exit(jobs.follow(server, job_id, functools.partial(_show, end=""), _say))
+            raise typer.Exit(jobs.follow(server, job_id, functools.partial(_write, end=""), _say))
         _show(job_id)
         _say("follow it: the same command with --follow")
         _say(f"stop it:   ray job stop {job_id} --address {server.shown_address}")
@@ -212,19 +251,41 @@ def status(folder: Annotated[str | None, typer.Argument(metavar="[FOLDER]", help
 
 
 @app.command()
-def report(folder: FolderArgument, json: JsonOption = False) -> None:
-    """Print a sweep's answer with its evidence, and write report.html."""
+def report(
+    folders: Annotated[
+        list[str],
+        typer.Argument(metavar="FOLDER...", help="A sweep's folder or s3:// address; several are compared."),
+    ],
+    json: JsonOption = False,
+    opens: Annotated[bool, typer.Option("--open", help="Show the page in a browser.")] = False,
+) -> None:
+    """Print a sweep's answer with its evidence, and write report.html; of several, how they compare."""
     with _told_errors():
         from orchestrator.reporting import report as reporting
         from orchestrator.results.remote import opened, publish
         from orchestrator.results.storage import write_atomically
 
-        where = opened(folder)
-        built = reporting.build(where)
-        write_atomically(where.report, reporting.render_html(built))
-        publish(where, where.report)
-        _show(reporting.render_json(built) if json else reporting.render_text(built))
-        _say(f"report: {where.report}")
+        where = [opened(folder) for folder in folders]
+        built = [reporting.build(folder) for folder in where]
+        for folder, made in zip(where, built, strict=True):
+            write_atomically(folder.report, reporting.render_html(made))
+            publish(folder, folder.report)
+        page = where[0].report
+        if len(built) == 1:
+            _show(reporting.render_json(built[0]) if json else reporting.render_text(built[0]))
+        else:
+            from orchestrator.reporting import comparison_report
+            from orchestrator.reporting.comparison import compare
+
+            compared, page = compare(built), where[0].comparison
+            write_atomically(page, comparison_report.render_html(compared))
+            _show(comparison_report.render_json(compared) if json else comparison_report.render_text(compared))
+        _say(f"report: {page}")
+        if opens:
+            import webbrowser
+
+            if not webbrowser.open(page.absolute().as_uri()):
+                _say("no browser could be opened here: copy the file to where one is")
 
 
 @app.command()
@@ -237,7 +298,7 @@ def export(
 ) -> None:
     """Write the best adapter, or a trial's, alone or merged into its base, ready for from_pretrained."""
     with _told_errors():
-        from orchestrator.export import export as export_trial
+        from orchestrator.export.folder import export as export_trial
         from orchestrator.results.remote import opened
 
         exported = export_trial(opened(folder), trial, to, merge=merge, force=force)
@@ -254,7 +315,7 @@ def estimate() -> None:
         from orchestrator.training import model_source
 
         config_of: Callable[[str], Any] = lambda model: model_source.resolve(model).config  # noqa: E731
-        for line in estimate_lines(sys.stdin or (), config_of):
+        for line in estimate_lines(sys.stdin.buffer if sys.stdin else (), config_of):
             _show(line)
 
 

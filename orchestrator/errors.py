@@ -21,8 +21,34 @@ All fields go to `Exception.args` by position, so that an error survives picklin
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
+
+LONGEST_SHOWN = 80
+"""Characters of a value that a message repeats."""
+
+
+def cut(text: str) -> str:
+    """As much of a text as a message repeats."""
+    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 1]}…"
+
+
+def shown(value: Any) -> str:
+    """A value as a message repeats it: a long one is cut."""
+    return cut(repr(value))
+
+
+def printable(text: str) -> str:
+    """A text that does nothing to the terminal it is written to: control characters but line ends are escaped."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(c if _is_harmless(c) else c.encode("unicode_escape").decode() for c in text)
+
+
+def _is_harmless(character: str) -> bool:
+    # Spaces of any width are not printable to Python; they group the digits of our own numbers.
+    return character.isprintable() or character in "\n\t" or unicodedata.category(character) == "Zs"
 
 
 class OrchestratorError(Exception):

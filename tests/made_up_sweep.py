@@ -11,6 +11,8 @@ from typing import Any
 
 from orchestrator.config.search_space import configuration_id
 from orchestrator.config.trial_config import TrialConfig
+from orchestrator.planning.memory import MemoryEstimate, MemoryParts
+from orchestrator.planning.plan import PlannedTrial, SweepPlan
 from orchestrator.results.records import (
     GitState,
     MetricPoint,
@@ -131,6 +133,35 @@ def made_up_sweep(trials: Sequence[TrialResult], searched: Sequence[str] = ("ran
         "data_hash": "d41d8cd98f00b204",
     }
     return SweepResult(**{**known, **fields}, trials=tuple(trials))
+
+
+def made_up_plan(sweep: SweepResult) -> SweepPlan:
+    """A plan of the sweep's trials, each predicted as its record says, two GPUs and 40 s each."""
+    trials = []
+    for trial in sweep.trials:
+        assert trial.peak_memory
+        predicted_bytes = trial.peak_memory.predicted_bytes or 0
+        parts = MemoryParts(predicted_bytes - 2**28, 0, 0, 0, 2**28, 0, 0, 0)
+        memory = MemoryEstimate(predicted_bytes, None, predicted_bytes, None, None, parts)
+        names = {"trial_id": trial.trial_id, "configuration_id": trial.configuration_id, "repeat": trial.repeat}
+        trials.append(PlannedTrial(**names, config=trial.config, memory=memory, seconds=40.0))
+    return SweepPlan(
+        name=sweep.name,
+        model=sweep.model,
+        hardware="2 × A10G, 24 GiB each",
+        workers_per_trial=2,
+        gpus_per_worker=1,
+        concurrent=1,
+        worker_memory_bytes=24 * 2**30,
+        searched=sweep.searched,
+        trials=tuple(trials),
+        runs=len(trials),
+        refused=0,
+        makespan_s=(100.0, 200.0, 300.0),
+        gpu_hours=(0.1, 0.2, 0.3),
+        cost=(0.3, 0.6, 0.9),
+        warnings=(),
+    )
 
 
 def simulated(

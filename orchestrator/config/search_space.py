@@ -142,6 +142,16 @@ def holds(condition: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
     return all(settings.get(name) in allowed_values(name, allowed) for name, allowed in condition.items())
 
 
+def as_trial(settings: Settings) -> Settings:
+    """The settings with every default filled in, for a condition to look at."""
+    return TrialConfig(**settings).model_dump(mode="json")
+
+
+def is_excluded(config: TrialConfig, exclude: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether one of the partial configurations that must not run is part of it."""
+    return any(holds(partial, config.model_dump(mode="json")) for partial in exclude)
+
+
 def allowed_values(name: str, allowed: Any) -> list[Any]:
     """The values of a condition as a trial's settings have them (YAML's 1e-4 is a string), without what cannot be."""
     # A list of modules is one value.
@@ -226,7 +236,7 @@ def grid(
             return
         domain = space[names[0]]
         assert isinstance(domain, Choice)
-        if not holds(domain.when, _as_trial(settings)):
+        if not holds(domain.when, as_trial(settings)):
             yield from walk(settings, names[1:])
             return
         for value in domain.choice:
@@ -251,18 +261,15 @@ def sample(
         settings = dict(base)
         for name in order:
             domain = space[name]
-            if holds(domain.when, _as_trial(settings)):
+            if holds(domain.when, as_trial(settings)):
                 settings[name] = rng.choice(domain.choice) if isinstance(domain, Choice) else domain.sample(rng)
         return settings
 
-    # A small space runs out of new configurations: after 100 draws in vain for each one wanted there are no more.
+    # A small space runs out of new configurations: after 100 draws for each one that it has there are no more.
+    if all(isinstance(domain, Choice) for domain in space.values()):
+        count = min(count, math.prod(len(domain.choice) for domain in space.values() if isinstance(domain, Choice)))
     draws = (draw() for _ in range(count * 100))
     return tuple(itertools.islice(_distinct(draws, exclude), count))
-
-
-def _as_trial(settings: Settings) -> Settings:
-    """The settings with every default filled in, for a condition to look at."""
-    return TrialConfig(**settings).model_dump(mode="json")
 
 
 def _distinct(draws: Iterator[Settings], exclude: Sequence[Mapping[str, Any]]) -> Iterator[TrialConfig]:
@@ -270,7 +277,7 @@ def _distinct(draws: Iterator[Settings], exclude: Sequence[Mapping[str, Any]]) -
     for settings in draws:
         config = TrialConfig(**settings)
         identity = configuration_id(config)
-        if identity in seen or any(holds(partial, config.model_dump(mode="json")) for partial in exclude):
+        if identity in seen or is_excluded(config, exclude):
             continue
         seen.add(identity)
         yield config

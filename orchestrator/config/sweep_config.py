@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
 
-from orchestrator.config.search_space import Choice, Range, Settings, Space, Trial, domains, grid, make_trials, sample
+from orchestrator.config.axes import axes_of, complete
+from orchestrator.config.search_space import (
+    Choice,
+    Range,
+    Settings,
+    Space,
+    Trial,
+    configuration_id,
+    domains,
+    grid,
+    is_excluded,
+    make_trials,
+    sample,
+)
 from orchestrator.config.trial_config import TrialConfig
 
 LOGGED_METRICS = ("eval_loss", "loss", "tokens_per_s", "step_time_s", "peak_memory_bytes", "grad_norm")
 DEFAULT_SAMPLES = 10
+GraceUnit = Literal["steps", "tokens", "seconds"]
+GRACE_UNITS: dict[str, GraceUnit] = {"grace_steps": "steps", "grace_tokens": "tokens", "grace_seconds": "seconds"}
 
 
 class _Part(BaseModel):
@@ -31,21 +47,77 @@ class DataConfig(_Part):
 class SearchConfig(_Part):
     """How configurations are chosen."""
 
-    algorithm: Literal["grid", "random"] = "grid"
-    """`grid` tries every combination, `random` as many as `budget.trials` says."""
+    algorithm: Literal["grid", "random", "tpe", "gp", "cma_es"] = "grid"
+    """`grid` tries every combination, the others as many as `budget.trials` says: `random` by chance, and by what the
+    trials so far have shown `tpe` (Parzen estimators), `gp` (a Gaussian process) and `cma_es` (evolution strategy)."""
     repeats: Annotated[int, Field(ge=1, le=1000)] = 1
     """Trials of every configuration, each with another seed."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of the random choices."""
+    points: tuple[dict[str, Any], ...] = ()
+    """Configurations to try first; what one leaves out stands in the middle of its range."""
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether configurations are chosen one by one, by what the trials so far have shown."""
+        return self.algorithm not in ("grid", "random")
+
+    @field_validator("algorithm", mode="before")
+    @classmethod
+    def _needs_checkpoints(cls, raw: Any) -> Any:
+        if raw == "pbt":
+            raise ValueError(
+                "pbt goes on from other trials' checkpoints, which trials do not write: use tpe with the scheduler asha"
+            )
+        return raw
 
 
-class AshaConfig(_Part):
-    """Asynchronous successive halving (Li et al. 2020) on optimizer steps."""
+class _Graceful(_Part):
+    grace_steps: Annotated[int, Field(ge=1, le=10**8)] | None = None
+    """Optimizer steps that every trial gets. It is counted in steps, in tokens or in seconds: name one of the three."""
+    grace_tokens: Annotated[int, Field(ge=1, le=2**62)] | None = None
+    """Tokens that every trial trains on."""
+    grace_seconds: Annotated[float, Field(gt=0)] | None = None
+    """Seconds of training that every trial gets; where all trials hold as many GPUs, that is money too."""
 
-    grace_steps: Annotated[int, Field(ge=1, le=10**8)]
-    """Optimizer steps that every trial gets."""
+    @model_validator(mode="after")
+    def _one_grace(self) -> Self:
+        if sum(getattr(self, name) is not None for name in GRACE_UNITS) != 1:
+            raise ValueError(f"needs one of {', '.join(GRACE_UNITS)}, as `grace_steps: 40`")
+        return self
+
+    @property
+    def grace(self) -> tuple[float, GraceUnit]:
+        """How much every trial gets, and in which unit."""
+        name = next(name for name in GRACE_UNITS if getattr(self, name) is not None)
+        return getattr(self, name), GRACE_UNITS[name]
+
+
+class AshaConfig(_Graceful):
+    """Asynchronous successive halving (Li et al. 2020)."""
+
     reduction_factor: Annotated[int, Field(ge=2, le=1000)] = 3
     """One of so many trials goes on from each rung to the next."""
+
+
+class HyperbandConfig(AshaConfig):
+    """Successive halving in brackets, of which each gives `reduction_factor` times as much grace as the one before."""
+
+    brackets: Annotated[int, Field(ge=2, le=10)] = 3
+
+
+class MedianConfig(_Graceful):
+    """A trial that is worse than the median of the others so far is stopped (Golovin et al. 2017)."""
+
+    min_trials: Annotated[int, Field(ge=1, le=1000)] = 3
+    """Others that must have come as far."""
+
+
+class ExtrapolationConfig(_Graceful):
+    """A trial whose curve, carried on by a power law, will hardly win is stopped; stands beside a scheduler."""
+
+    min_chance: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
+    """Chance to end better than the best that has ended, below which a trial is stopped."""
 
 
 class FifoConfig(_Part):
@@ -53,18 +125,29 @@ class FifoConfig(_Part):
 
 
 class SchedulerConfig(_Part):
-    """Who is stopped early: exactly one scheduler."""
+    """Who is stopped early: one scheduler, and extrapolation beside it."""
 
     asha: AshaConfig | None = None
+    hyperband: HyperbandConfig | None = None
+    median: MedianConfig | None = None
     fifo: FifoConfig | None = None
+    extrapolation: ExtrapolationConfig | None = None
 
     @model_validator(mode="after")
     def _one_scheduler(self) -> SchedulerConfig:
-        if self.asha and self.fifo:
-            raise ValueError("name one scheduler: asha or fifo")
-        if "asha" in self.model_fields_set and self.asha is None:
-            raise ValueError("asha needs its grace_steps, as `asha: {grace_steps: 40}`")
+        named = [name for name in ("asha", "hyperband", "median", "fifo") if getattr(self, name)]
+        if len(named) > 1:
+            raise ValueError(f"name one scheduler, not {' and '.join(named)}")
+        if empty := [name for name in self.model_fields_set if getattr(self, name) is None and name != "fifo"]:
+            raise ValueError(f"{empty[0]} needs its grace_steps, as `{empty[0]}: {{grace_steps: 40}}`")
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _needs_checkpoints(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and "pbt" in raw:
+            raise ValueError("pbt goes on from other trials' checkpoints, which trials do not write: use asha")
+        return raw
 
 
 class ObjectiveConfig(_Part):
@@ -114,12 +197,21 @@ class BudgetConfig(_Part):
     """What the sweep may take; where a limit is reached it ends cleanly."""
 
     trials: Annotated[int, Field(ge=1, le=10**6)] | None = None
-    """How many configurations a random search tries; at most so many of a grid."""
+    """How many configurations a search tries; at most so many of a grid. An adaptive search needs it: what it proposes
+    and is refused before launch costs nothing, up to as many again; from then on each refusal counts as a trial."""
     hours: Annotated[float, Field(gt=0)] | None = None
     trial_hours: Annotated[float, Field(gt=0)] | None = None
     """The longest that one trial may run; one that hangs would hold its GPUs for ever."""
     gpu_hours: Annotated[float, Field(gt=0)] | None = None
     price_per_gpu_hour: Annotated[float, Field(ge=0)] | None = None
+    cost: Annotated[float, Field(gt=0)] | None = None
+    """Money, in the unit of `price_per_gpu_hour`, that the trials' GPU-hours may cost."""
+
+    @model_validator(mode="after")
+    def _cost_has_a_price(self) -> BudgetConfig:
+        if self.cost is not None and not self.price_per_gpu_hour:
+            raise ValueError("cost needs price_per_gpu_hour above 0: name it, or limit gpu_hours")
+        return self
 
 
 class TrackingConfig(_Part):
@@ -173,23 +265,35 @@ class SweepConfig(_Part):
         return domains(self.space)
 
     @property
+    def base(self) -> Settings:
+        """What `trial:` sets of the settings that are not searched."""
+        return {name: value for name, value in self.shared_settings.items() if name not in self.domains}
+
+    @property
     def shared_settings(self) -> Settings:
         """What `trial:` sets, without the defaults."""
         return {name: getattr(self.trial, name) for name in self.trial.model_fields_set}
 
     def trials(self) -> tuple[Trial, ...]:
-        """Every trial of a grid or random search.
+        """Every trial of a grid or random search; of an adaptive one random ones, which stand for those to come.
 
         Raises:
             ValueError: a grid over a range, or conditions that wait for each other.
         """
-        base = {name: value for name, value in self.shared_settings.items() if name not in self.domains}
         if self.search.algorithm == "grid":
-            configurations = grid(base, self.domains, self.exclude)[: self.budget.trials]
+            configurations = grid(self.base, self.domains, self.exclude)[: self.budget.trials]
         else:
             count = self.budget.trials or DEFAULT_SAMPLES
-            configurations = sample(base, self.domains, self.exclude, count, self.search.seed)
+            drawn = sample(self.base, self.domains, self.exclude, count, self.search.seed)
+            configurations = tuple({configuration_id(one): one for one in (*self._points(), *drawn)}.values())[:count]
         return make_trials(configurations, self.search.repeats)
+
+    def _points(self) -> Iterator[TrialConfig]:
+        axes = axes_of(self.domains)
+        for point in self.search.points:
+            config = TrialConfig(**{**self.base, **complete(axes, self.base, point)})
+            if not is_excluded(config, self.exclude):
+                yield config
 
     def on_hardware(self, *, has_gpus: bool) -> SweepConfig:
         """Fill in the defaults that depend on the cluster: `precision` and `resources.gpus_per_worker`."""

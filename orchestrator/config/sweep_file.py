@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from orchestrator.config.axes import axis_of
 from orchestrator.config.search_space import (
+    DOMAIN_TAGS,
     SETTING_TYPES,
     SETTINGS,
     Choice,
@@ -21,13 +24,15 @@ from orchestrator.config.search_space import (
 )
 from orchestrator.config.storage_address import storage_problem
 from orchestrator.config.sweep_config import SchedulerConfig, SweepConfig
-from orchestrator.errors import InputError, Problem, SweepFileError
+from orchestrator.errors import InputError, Problem, SweepFileError, cut, shown
 
 Path_ = tuple[str | int, ...]
 Lines = dict[Path_, int]
 MAX_BYTES = 2**20
 MAX_DEPTH = 20
 MAX_VALUES = 50_000
+LARGEST_WHOLE_NUMBER = 2**63
+MOST_TRIALS = 100_000
 
 
 def load(file: Path, overrides: Sequence[str] = ()) -> SweepConfig:
@@ -124,18 +129,20 @@ def _construct(node: yaml.Node, path: Path_, lines: Lines, problems: list[Proble
 def _scalar(node: yaml.Node, path: Path_, problems: list[Problem]) -> Any:
     loader = yaml.SafeLoader("")
     try:
-        return _plain_text(loader.construct_object(node, deep=True))
+        return _plain_value(loader.construct_object(node, deep=True))
     except (yaml.YAMLError, ValueError) as error:
-        problems.append(Problem(_spell(path), f"cannot be read ({error})", node.start_mark.line + 1))
+        problems.append(Problem(_spell(path), f"cannot be read ({cut(str(error))})", node.start_mark.line + 1))
         return None
     finally:
         loader.dispose()
 
 
-def _plain_text(value: Any) -> Any:
-    """The value, or ValueError where it is a text that no file can hold: half a character, or a zero byte."""
+def _plain_value(value: Any) -> Any:
+    """The value, or ValueError where it is a text that no file can hold (half a character, a zero byte), or endless."""
     if isinstance(value, str) and ("\0" in value or value.encode(errors="replace").decode() != value):
         raise ValueError("a character that no file can hold")
+    if isinstance(value, int) and abs(value) >= LARGEST_WHOLE_NUMBER:
+        raise ValueError("a whole number of more than 63 bits")
     return value
 
 
@@ -143,12 +150,8 @@ def _override(raw: dict[str, Any], lines: Lines, override: str) -> None:
     path, sign, text = override.partition("=")
     keys = path.strip().split(".")
     if not sign or not all(keys):
-        raise InputError(f"--set {override}: write it as trial.max_steps=20")
-    try:
-        value = _plain_text(yaml.safe_load(text))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        # ValueError: what looks like a date and is none.
-        raise InputError(f"--set {override}: {text!r} is not a YAML value") from error
+        raise InputError(f"--set {cut(override)}: write it as trial.max_steps=20")
+    value = _value_of(override, text)
     # A setting stands in one of the two: naming it in one takes it out of the other.
     other = {"trial": "space", "space": "trial"}.get(keys[0])
     if other and len(keys) > 1 and isinstance(raw.get(other), dict) and keys[1] in raw[other]:
@@ -164,6 +167,19 @@ def _override(raw: dict[str, Any], lines: Lines, override: str) -> None:
             at[key] = {}
         at = at[key]
     at[keys[-1]] = value
+
+
+def _value_of(override: str, text: str) -> Any:
+    problems: list[Problem] = []
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        # By the way of the file, and so within its limits.
+        value = None if node is None else _construct(node, (), {}, problems)
+    except (yaml.YAMLError, UnicodeError, RecursionError) as error:
+        raise InputError(f"--set {cut(override)}: {shown(text)} is not a YAML value") from error
+    if problems:
+        raise InputError(f"--set {cut(override)}: {problems[0].message}; it is not a YAML value that can be used")
+    return value
 
 
 def _problems_between_keys(raw: Mapping[str, Any]) -> Iterator[Problem]:
@@ -182,11 +198,22 @@ def _problems_of(error: ValidationError, raw: Any) -> Iterator[Problem]:
     for detail in error.errors(include_url=False):
         path = _real_path(detail["loc"], raw)
         said.setdefault(path, []).append(_sentence(detail, path))
-    for path, sentences in said.items():
+    for path, found in said.items():
+        sentences = found if (whole := _rule_told_whole(path)) is None else [whole]
         # An element that is wrong leaves its list too short in pydantic's eyes: the element's own problem is enough.
         if any(len(other) > len(path) and other[: len(path)] == path for other in said):
             continue
         yield Problem(_spell(path), " or ".join(dict.fromkeys(sentences)))
+
+
+def _rule_told_whole(path: Path_) -> str | None:
+    """Of keys of which the rule is better told at once than member by member of its union."""
+    if path[0] == "exclude":
+        return "takes a list of partial configurations, as `exclude: [{precision: nf4, zero_stage: 3}]`"
+    in_list = isinstance(path[-1], int) and [key for key in path if key != "choice"][:-1] == ["space", "alpha"]
+    if path == ("trial", "alpha") or in_list:
+        return "takes a number above 0, or a multiple of the rank as 2x"
+    return None
 
 
 def _real_path(loc: Iterable[str | int], raw: Any) -> Path_:
@@ -194,6 +221,9 @@ def _real_path(loc: Iterable[str | int], raw: Any) -> Path_:
     path: list[str | int] = []
     at = raw
     items = list(loc)
+    if items[0] == "space" and len(items) > 2 and items[2] in DOMAIN_TAGS:
+        # The tag of the domain's kind, which may be spelled as a key of it.
+        del items[2]
     for i, item in enumerate(items):
         held = at if isinstance(at, Mapping) else dict(enumerate(at)) if isinstance(at, list) else {}
         if item in held:
@@ -207,22 +237,24 @@ def _real_path(loc: Iterable[str | int], raw: Any) -> Path_:
 def _sentence(detail: Any, path: Path_) -> str:
     kind, message, value = detail["type"], str(detail["msg"]), detail["input"]
     if kind == "missing":
-        return "is missing: write it"
+        return "takes two bounds, as [1, 4]" if isinstance(detail["loc"][-1], int) else "is missing: write it"
     if kind == "extra_forbidden":
         return _unknown_key(path)
     if kind == "tuple_type":
+        if len(path) > 2 and path[-1] in DOMAIN_TAGS:
+            return "takes a list of values" if path[-1] == "choice" else "takes two bounds, as [1, 4]"
         return "takes a list of values, `{choice: [...]}` or a range"
     if kind in ("model_type", "dict_type"):
-        return f"takes keys with values, not {value!r}"
+        return f"takes keys with values, not {shown(value)}"
     if kind == "string_pattern_mismatch":
-        return f"takes letters, digits, `-`, `_` and `.`, and begins with a letter or digit, not {value!r}"
+        return f"takes letters, digits, `-`, `_` and `.`, and begins with a letter or digit, not {shown(value)}"
     if kind == "too_short":
         return "is empty: name at least one value"
     if kind in ("literal_error", "enum") and isinstance(value, str):
         expected = [part.strip(" '") for part in detail["ctx"]["expected"].replace(" or ", ", ").split(",")]
-        return f"{_lower(message)}, not {value!r}{nearest(value, expected)}"
-    shown = f", not {value!r}" if isinstance(value, str | int | float | bool) else ""
-    return f"{_lower(message.removeprefix('Value error, '))}{shown}"
+        return f"{_lower(message)}, not {shown(value)}{nearest(value, expected)}"
+    seen = f", not {shown(value)}" if isinstance(value, str | int | float | bool) else ""
+    return f"{_lower(message.removeprefix('Value error, '))}{seen}"
 
 
 def _lower(message: str) -> str:
@@ -268,7 +300,7 @@ def _problems_of_meaning(sweep: SweepConfig) -> Iterator[Problem]:
     """What is well formed and yet cannot be meant."""
     if problem := storage_problem(sweep.storage):
         yield Problem("storage", problem)
-    problems = list(_problems_of_space(sweep))
+    problems = [*_problems_of_space(sweep), *_problems_of_size(sweep), *_problems_of_search(sweep)]
     yield from problems
     if problems:
         # What is wrong cannot be drawn from.
@@ -290,6 +322,44 @@ def _problems_of_space(sweep: SweepConfig) -> Iterator[Problem]:
         yield from _problems_of_condition(domain.when, f"space.{name}.when")
         if not isinstance(domain, Choice):
             yield from _problems_of_range(name, domain, sweep.search.algorithm)
+
+
+def _problems_of_size(sweep: SweepConfig) -> Iterator[Problem]:
+    """More trials than anybody can wait for, told before they are counted one by one."""
+    combinations = math.prod(len(d.choice) for d in sweep.domains.values() if isinstance(d, Choice))
+    if sweep.search.algorithm == "grid":
+        if combinations > MOST_TRIALS:
+            yield Problem("space", f"has {combinations:,} combinations, of which a grid walks {MOST_TRIALS:,} at most")
+            return
+        wanted = min(combinations, sweep.budget.trials or combinations)
+    else:
+        wanted = sweep.budget.trials or 1
+    if wanted * sweep.search.repeats > MOST_TRIALS:
+        told = f"{wanted:,} configurations with {sweep.search.repeats:,} repeats are more than {MOST_TRIALS:,} trials"
+        yield Problem("search.repeats" if sweep.search.repeats > 1 else "budget.trials", f"is too high: {told}")
+
+
+def _problems_of_search(sweep: SweepConfig) -> Iterator[Problem]:
+    search = sweep.search
+    if search.is_adaptive and sweep.budget.trials is None:
+        yield Problem("search.algorithm", f"{search.algorithm} goes on until budget.trials: write how many to try")
+    if search.is_adaptive and not sweep.domains:
+        yield Problem("search.algorithm", f"{search.algorithm} has nothing to search: write `space:`, or leave it out")
+    if search.points and search.algorithm == "grid":
+        yield Problem("search.points", "a grid tries every point anyway: leave it out, or name another algorithm")
+    for i, point in enumerate(search.points):
+        for name, value in point.items():
+            if name not in sweep.domains:
+                yield Problem(f"search.points[{i}].{name}", f"is not searched{nearest(name, sweep.domains)}")
+                continue
+            try:
+                axis_of(name, sweep.domains[name]).read(value)
+            except ValueError as error:
+                yield Problem(f"search.points[{i}].{name}", str(error))
+    if search.algorithm == "cma_es":
+        for name, domain in sweep.domains.items():
+            if not axis_of(name, domain).is_ordered:
+                yield Problem(f"space.{name}", "has no order, which cma_es needs: use tpe or gp, or share the setting")
 
 
 def _problems_of_condition(condition: Mapping[str, Any], path: str) -> Iterator[Problem]:
@@ -355,5 +425,5 @@ def _override_of(path: str, overrides: Sequence[str]) -> str | None:
 def _spell(path: Path_) -> str:
     text = ""
     for item in path:
-        text += f"[{item}]" if isinstance(item, int) else f".{item}" if text else item
+        text += f"[{item}]" if isinstance(item, int) else f".{cut(item)}" if text else cut(item)
     return text

@@ -9,8 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-AlphaMultiple = Annotated[str, StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)?x$")]
-"""`2x` is twice the rank."""
+AlphaMultiple = Annotated[
+    str, StringConstraints(pattern=r"^([0-9]*[1-9][0-9]*(\.[0-9]+)?|[0-9]+\.[0-9]*[1-9][0-9]*)x$", max_length=12)
+]
+"""`2x` is twice the rank; above 0."""
 
 
 class Precision(StrEnum):

@@ -5,6 +5,8 @@ GPU-hours are those of the trials, from launch to end: what is billed between th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from orchestrator.config.sweep_config import BudgetConfig
 from orchestrator.planning.step_time import Range
 
@@ -12,27 +14,31 @@ from orchestrator.planning.step_time import Range
 def shortfalls(budget: BudgetConfig, hours: Range, gpu_hours: Range) -> tuple[str, ...]:
     """What of a plan the budget does not hold, or may not."""
     told = []
-    for name, unit, limit, needed in (
-        ("hours", "hours", budget.hours, hours),
-        ("gpu_hours", "GPU-hours", budget.gpu_hours, gpu_hours),
-    ):
-        if limit is None or needed.high <= limit:
+    for name, unit, limit, needed in _limits(budget, hours, gpu_hours):
+        if needed.high <= limit:
             continue
         if needed.expected > limit:
-            said = f"about {needed.expected:.3g} {unit} are needed, and budget.{name} is {limit:g}: "
+            said = f"about {needed.expected:.3g}{unit} are needed, and budget.{name} is {limit:g}: "
             told.append(said + "the sweep will end before its last trials; raise it, or search fewer values")
         else:
-            told.append(f"up to {needed.high:.3g} {unit} may be needed, and budget.{name} is {limit:g}")
+            told.append(f"up to {needed.high:.3g}{unit} may be needed, and budget.{name} is {limit:g}")
     return tuple(told)
 
 
 def exhausted(budget: BudgetConfig, hours: float, gpu_hours: float) -> str | None:
     """The key whose limit is reached by what is spent, None while nothing is."""
-    if budget.hours is not None and hours >= budget.hours:
-        return "budget.hours"
-    if budget.gpu_hours is not None and gpu_hours >= budget.gpu_hours:
-        return "budget.gpu_hours"
-    return None
+    spent = (Range(used, used, used) for used in (hours, gpu_hours))
+    return next((f"budget.{name}" for name, _, limit, used in _limits(budget, *spent) if used.low >= limit), None)
+
+
+def _limits(budget: BudgetConfig, hours: Range, gpu_hours: Range) -> Iterator[tuple[str, str, float, Range]]:
+    """Each limit that is set: its key, its unit, and what it is compared with."""
+    if budget.hours is not None:
+        yield "hours", " hours", budget.hours, hours
+    if budget.gpu_hours is not None:
+        yield "gpu_hours", " GPU-hours", budget.gpu_hours, gpu_hours
+    if budget.cost is not None and budget.price_per_gpu_hour:
+        yield "cost", " of money", budget.cost, gpu_hours.times(budget.price_per_gpu_hour)
 
 
 def cost(budget: BudgetConfig, gpu_hours: float) -> float | None:

@@ -140,6 +140,28 @@ def eight_bit_adamw_needs_a_gpu(case: Case) -> str | None:
     return None
 
 
+def fp16_autocast_excludes_zero(case: Case) -> str | None:
+    """Source: deepspeed 0.19.8, zero/stage_1_and_2.py and stage3.py: `unscale_and_clip_grads` knows the loss scaler and
+    not `torch_autocast_gradscaler`, so that gradients are clipped while they are 65,536 times too large; and where a
+    step overflows the scaler never hears of it, and keeps its scale."""
+    config = case.config
+    if config.precision is Precision.AMP_FP16 and config.engine == "deepspeed" and config.zero_stage:
+        return (
+            f"precision amp_fp16: DeepSpeed clips its gradients before they are unscaled at zero_stage "
+            f"{config.zero_stage}; use zero_stage 0, or precision amp_bf16 or fp16"
+        )
+    return None
+
+
+def packing_needs_positions(case: Case) -> str | None:
+    """Source: transformers 5.23, masking_utils.py: packed rows are told apart by `position_ids`, which not all take."""
+    if case.config.packing and case.shape.model_type in WITHOUT_POSITIONS:
+        return (
+            f"packing: {case.shape.model_type} models take no position_ids, so packed rows would see each other; use no"
+        )
+    return None
+
+
 def pure_fp16_excludes_plain_ddp(case: Case) -> str | None:
     """Source: torch 2.13, amp/grad_scaler.py: "Attempting to unscale FP16 gradients"."""
     config = case.config
@@ -281,8 +303,49 @@ def evaluated_only_at_the_end(case: Case) -> str | None:
     return None
 
 
-WITHOUT_SDPA = frozenset({"gemma2", "gptj", "bloom", "gpt_oss"})
-WITHOUT_FLASH_ATTENTION = frozenset({"bloom"})
+def offload_on_a_cpu(case: Case) -> str | None:
+    """What would go to the host's memory is there already."""
+    if case.config.offload != "none" and case.hardware.device == "cpu":
+        return f"offload {case.config.offload} on a CPU spares nothing: what it moves is in the same memory"
+    return None
+
+
+def int8_is_slow_before_turing(case: Case) -> str | None:
+    """Source: bitsandbytes 0.50, diagnostics/cuda.py: "Only slow 8-bit matmul is supported" below 7.5."""
+    capability = case.hardware.compute_capability
+    if case.config.precision is Precision.INT8 and capability and capability < (7, 5):
+        return f"precision int8: {case.hardware.gpu_name} has only a slow 8-bit product; nf4 is faster there"
+    return None
+
+
+def adapter_settings_without_an_adapter(case: Case) -> str | None:
+    """Allowed, since a space may cross ranks with `full`."""
+    config = case.config
+    ignored = [name for name, used in (("lora_dropout", config.lora_dropout), ("alpha", config.alpha != "2x")) if used]
+    if config.trains_all_weights and ignored:
+        return f"{' and '.join(ignored)}: without effect where rank is full, which has no adapter"
+    return None
+
+
+# transformers 5.23's classes of decoders, by what they declare (tests/training/test_model.py).
+WITHOUT_SDPA = frozenset(
+    {"bloom", "codegen", "gemma2", "gpt_neo", "gpt_neox_japanese", "gpt_oss", "gptj", "mpt", "vaultgemma", "xglm"}
+)
+WITHOUT_FLASH_ATTENTION = frozenset(
+    {
+        "bloom",
+        "codegen",
+        "deepseek_v32",
+        "doge",
+        "glm_moe_dsa",
+        "gpt_neox_japanese",
+        "llama4",
+        "llama4_text",
+        "mpt",
+        "xglm",
+    }
+)
+WITHOUT_POSITIONS = frozenset({"bloom", "mpt"})
 REFUSALS: tuple[Rule, ...] = (
     fp16_needs_hardware,
     bf16_needs_ampere,
@@ -294,7 +357,9 @@ REFUSALS: tuple[Rule, ...] = (
     quantisation_needs_an_adapter,
     quantisation_needs_bitsandbytes,
     eight_bit_adamw_needs_a_gpu,
+    fp16_autocast_excludes_zero,
     pure_fp16_excludes_plain_ddp,
+    packing_needs_positions,
     adapters_only_options,
     targets_must_exist,
     global_batch_must_divide,
@@ -310,4 +375,7 @@ NOTES: tuple[Rule, ...] = (
     int8_inputs_escape_checkpointing,
     fp32_grouped_queries_write_scores,
     evaluated_only_at_the_end,
+    offload_on_a_cpu,
+    int8_is_slow_before_turing,
+    adapter_settings_without_an_adapter,
 )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
 from orchestrator.config.trial_config import TrialConfig
-from orchestrator.errors import InputError, OrchestratorError
+from orchestrator.errors import InputError, OrchestratorError, cut, shown
 from orchestrator.planning.compatibility import Case, refusals
 from orchestrator.planning.hardware import Hardware
 from orchestrator.planning.memory import estimate
@@ -19,21 +20,22 @@ ConfigOf = Callable[[str], Mapping[str, Any]]
 MAX_WORKERS = 100_000
 
 
-def estimate_lines(lines: Iterable[str], config_of: ConfigOf) -> Iterator[str]:
-    """One answer a line; `config_of` gives the transformers config of a hub id or folder."""
+def estimate_lines(lines: Iterable[str | bytes], config_of: ConfigOf) -> Iterator[str]:
+    """One answer a line (UTF-8); `config_of` gives the transformers config of a hub id or folder."""
     shapes: dict[str, ModelShape] = {}
     for line in lines:
         if line.strip():
             yield json.dumps(_answer(line, config_of, shapes))
 
 
-def _answer(line: str, config_of: ConfigOf, shapes: dict[str, ModelShape]) -> dict[str, Any]:
+def _answer(line: str | bytes, config_of: ConfigOf, shapes: dict[str, ModelShape]) -> dict[str, Any]:
     identity = None
     try:
-        raw = json.loads(line)
+        raw = json.loads(line if isinstance(line, str) else line.decode(), parse_constant=_no_json, parse_float=_finite)
         if not isinstance(raw, dict):
             raise InputError('a line is an object, as {"id": 1, "model": "…", "trial": {"rank": 8}}')
-        identity = raw.get("id")
+        # An `id` that cannot be written back (it is nested too deep) is none.
+        identity = json.dumps(raw.get("id")) and raw.get("id")
         return {"id": identity, **_estimated(raw, config_of, shapes)}
     except ValidationError as error:
         told = "; ".join(f"{'.'.join(map(str, d['loc']))}: {d['msg']}" for d in error.errors(include_url=False))
@@ -42,10 +44,23 @@ def _answer(line: str, config_of: ConfigOf, shapes: dict[str, ModelShape]) -> di
         return {"id": identity, "error": str(error) or type(error).__name__}
 
 
+def _no_json(constant: str) -> Any:
+    raise InputError(f"{constant} is no JSON: give a number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise InputError(f"{cut(text)} is larger than a number can be")
+    return number
+
+
 def _estimated(raw: Mapping[str, Any], config_of: ConfigOf, shapes: dict[str, ModelShape]) -> dict[str, Any]:
     unknown = set(raw) - {"id", "model", "trial", "workers", "gpu_memory_bytes"}
     if unknown:
-        raise InputError(f"unknown key {sorted(unknown)[0]}: known are id, model, trial, workers, gpu_memory_bytes")
+        raise InputError(
+            f"unknown key {cut(sorted(unknown)[0])}: known are id, model, trial, workers, gpu_memory_bytes"
+        )
     workers, memory_bytes = _whole(raw, "workers", 1, MAX_WORKERS), _whole(raw, "gpu_memory_bytes", None, 2**50)
     shape = _shape(raw.get("model"), config_of, shapes)
     assert workers is not None
@@ -74,7 +89,7 @@ def _whole(raw: Mapping[str, Any], name: str, default: int | None, most: int) ->
     if value is None:
         return default
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-        raise InputError(f"{name} is {value!r}: give a whole number from 1 to {most:,}")
+        raise InputError(f"{name} is {shown(value)}: give a whole number from 1 to {most:,}")
     return value
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import re
 import subprocess
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Literal
 
 import psutil
 
-from orchestrator.errors import InputError
+from orchestrator.errors import InputError, shown
 
 GIB = 2**30
 CGROUP = Path("/sys/fs/cgroup")
@@ -35,6 +36,7 @@ class Hardware:
     has_bf16: bool
     """The device computes it; emulated does not count."""
     has_fp16: bool
+    cpu_name: str | None = None
     gpu_name: str | None = None
     gpu_memory_bytes: int | None = None
     compute_capability: tuple[int, int] | None = None
@@ -123,6 +125,29 @@ def named_gpu(name: str, count: int, memory_bytes: int | None = None) -> Hardwar
     )
 
 
+def _like(name: str) -> str:
+    """The known GPU whose speed stands for that of a driver's name: the one that is meant, or the nearest."""
+    near = get_close_matches(_plain(name), [_plain(known) for known in GPUS], n=1, cutoff=0.3)
+    return _meant(name) or next((known for known in GPUS if near and _plain(known) == near[0]), "A10G")
+
+
+def _meant(name: str) -> str | None:
+    """A100 by NVIDIA A100-SXM4-80GB."""
+    words = _words(name)
+    return max((known for known in GPUS if _words(known) <= words), key=lambda known: len(_words(known)), default=None)
+
+
+def is_named(device: str, hardware: Hardware) -> bool:
+    """Whether a device that a trial named is this hardware's."""
+    if hardware.gpu_name is None:
+        return device == hardware.cpu_name
+    return device == hardware.gpu_name or _meant(device) == _meant(hardware.gpu_name) is not None
+
+
+def _words(name: str) -> set[str]:
+    return set(re.split(r"[^a-z0-9]+", name.lower()))
+
+
 def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]|nvidia|geforce|tesla", "", name.lower())
 
@@ -135,11 +160,11 @@ def parse_memory(text: str) -> int:
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|B?)\s*", text)
     if not found or float(found[1]) <= 0:
-        raise InputError(f"{text!r} is no size of memory: write it as 80GiB")
+        raise InputError(f"{shown(text)} is no size of memory: write it as 80GiB")
     power = " KMGT".index(found[2][0]) if found[2] not in ("", "B") else 0
     size = float(found[1]) * (1024 if "i" in found[2] else 1000) ** power
     if not 1 <= size <= LARGEST_MEMORY:
-        raise InputError(f"{text!r} is no memory that a GPU has: write it as 80GiB")
+        raise InputError(f"{shown(text)} is no memory that a GPU has: write it as 80GiB")
     return int(size)
 
 
@@ -150,10 +175,11 @@ def this_machine() -> Hardware:
     gpus = _local_gpus()
     if not gpus:
         has_bf16, has_fp16 = cpu_half_precision(cpu_flags())
-        return Hardware("cpu", 0, cpus, 1, memory, has_bf16, has_fp16, has_bitsandbytes=has_bitsandbytes)
+        return Hardware(
+            "cpu", 0, cpus, 1, memory, has_bf16, has_fp16, cpu_name=cpu_name(), has_bitsandbytes=has_bitsandbytes
+        )
     name, memory_bytes, capability = gpus[0]
-    near = get_close_matches(_plain(name), [_plain(known) for known in GPUS], n=1, cutoff=0.3)
-    like = next((gpu for known, gpu in GPUS.items() if near and _plain(known) == near[0]), GPUS["A10G"])
+    like = GPUS[_like(name)]
     return Hardware(
         device="cuda",
         gpus=len(gpus),
@@ -204,12 +230,22 @@ def _local_gpus() -> list[tuple[str, int, tuple[int, int]]]:
 @cache
 def cpu_flags() -> frozenset[str]:
     """What this machine's CPU says of itself; empty where it says nothing."""
+    return frozenset(_of_the_cpu("flags|Features").split())
+
+
+@cache
+def cpu_name() -> str:
+    """This machine's CPU, as its maker names it, or its architecture."""
+    return _of_the_cpu("model name") or platform.processor() or platform.machine()
+
+
+def _of_the_cpu(field: str) -> str:
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return frozenset()
-    found = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", text, re.MULTILINE)
-    return frozenset(found[1].split()) if found else frozenset()
+        return ""
+    found = re.search(rf"^(?:{field})\s*:\s*(.*)$", text, re.MULTILINE)
+    return found[1].strip() if found else ""
 
 
 def cpu_half_precision(flags: frozenset[str]) -> tuple[bool, bool]:

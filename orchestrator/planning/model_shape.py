@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from orchestrator.errors import ModelError
+from orchestrator.errors import ModelError, shown
 from orchestrator.planning.model_families import SPELLINGS, Family, family_of
 
 LARGEST_FIELD = 2**31
@@ -179,7 +179,9 @@ class _Reader:
             if value is None or value == 0:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < LARGEST_FIELD:
-                raise ModelError(f"the model's config has {value!r} as `{spelling}`: it must be a whole number above 0")
+                raise ModelError(
+                    f"the model's config has {shown(value)} as `{spelling}`: it must be a whole number above 0"
+                )
             return value
         return None
 
@@ -192,8 +194,8 @@ class _Reader:
         value = self.whole(name)
         if value is None:
             raise ModelError(
-                f"the model's config has no usable `{name}` (it is {self.config.get(name)!r}): use a config.json that "
-                "transformers writes"
+                f"the model's config has no usable `{name}` (it is {shown(self.config.get(name))}): use a config.json "
+                "that transformers writes"
             )
         return value
 
@@ -231,7 +233,16 @@ class _Reader:
             return 1 if self.config.get("multi_query", True) else heads
         if self.name == "falcon" and not self.config.get("new_decoder_architecture"):
             return 1 if self.config["multi_query"] else heads
-        return self.whole("num_key_value_heads") or heads
+        kv_heads = self.whole("num_key_value_heads")
+        if kv_heads is None:
+            if self.config.get("num_key_value_heads") == 0:
+                raise ModelError("the model's config has 0 as `num_key_value_heads`: it must be a whole number above 0")
+            return heads
+        if heads % kv_heads:
+            raise ModelError(
+                f"the model's config has {kv_heads} key-value heads for {heads} heads: correct one of them"
+            )
+        return kv_heads
 
     def _intermediate(self, hidden: int, experts: int) -> int:
         if experts and (width := self.whole("moe_intermediate_size")):

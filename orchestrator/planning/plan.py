@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from orchestrator.config.search_space import Trial
-from orchestrator.config.sweep_config import BudgetConfig, ResourcesConfig, SweepConfig
+from orchestrator.config.sweep_config import AshaConfig, BudgetConfig, ResourcesConfig, SweepConfig
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import ModelError
 from orchestrator.planning import budget
+from orchestrator.planning.cheaper import what_fits
 from orchestrator.planning.compatibility import Case, missing_targets, notes, refusals
 from orchestrator.planning.hardware import GIB, Hardware
-from orchestrator.planning.memory import MemoryEstimate, estimate_on
+from orchestrator.planning.makespan import Work, simulate
+from orchestrator.planning.memory import CONTEXT_BYTES, MemoryEstimate, estimate_on
 from orchestrator.planning.model_shape import ModelShape
+from orchestrator.planning.pace import Pace
 from orchestrator.planning.step_time import Range, step_seconds
 
-STARTUP_S = 3.0
-"""Seconds of a trial that are not training, on a warm worker group: model, evaluations, saving."""
-LOW_RANK = 8
-"""Named where a higher rank does not fit."""
-FIRST_START_S = 20.0
-"""Seconds from the command to a slot's first step: Ray, worker groups, imports, once a sweep (2 CPU cores)."""
+BESIDES_S = 3.0
+"""Seconds of a trial that are no steps, on a warm worker group: model, evaluations, saving. Until one was measured."""
+NO_PACE = Pace()
 SPARE = 0.97
 """Share of a GPU's memory that a trial may be planned to take: the driver keeps some for itself."""
 
@@ -68,12 +69,16 @@ class SweepPlan(_Part):
     """What one worker may take of its device."""
     searched: tuple[str, ...]
     trials: tuple[PlannedTrial, ...]
+    proposed_by: str | None = None
+    """The adaptive search that will propose the trials one by one: those here are random examples of its space."""
     runs: int
     refused: int
     makespan_s: tuple[float, float, float]
     """Low, expected and high: under the scheduler, so many trials at a time."""
     gpu_hours: tuple[float, float, float]
     cost: tuple[float, float, float] | None
+    measured: int = 0
+    """Trials on such a device by whose speed the times are corrected."""
     warnings: tuple[str, ...]
 
 
@@ -101,21 +106,25 @@ def packed_share(trials: Sequence[Trial], model: ModelShape, hardware: Hardware,
     """
     memory_bytes = memory_for_a_worker(hardware, whole, 1, None)
     planned = [plan_trial(trial, model, hardware, whole, memory_bytes) for trial in trials]
-    needed_bytes = max((trial.memory.device_bytes for trial in planned if trial.memory), default=memory_bytes)
+    needed = [trial.memory.device_bytes for trial in planned if trial.memory and not trial.reasons]
     # Ray counts a GPU in ten-thousandths: rounded up, three thirds would not fit on it.
-    return math.floor(10_000 / max(1, memory_bytes // needed_bytes)) / 10_000
+    return math.floor(10_000 / max(1, memory_bytes // max(needed, default=memory_bytes))) / 10_000
 
 
 def max_concurrent(resources: ResourcesConfig, shape: WorkerShape, hardware: Hardware) -> int:
     """Trials at a time; at least one, since what cannot fit at all is told when the cluster is joined."""
-    by_cpu = hardware.cpus / shape.cpus_per_worker
-    by_gpu = hardware.gpus / shape.gpus_per_worker if shape.gpus_per_worker else math.inf
-    room = max(1, int(min(by_cpu, by_gpu)) // shape.workers)
+    room = max(1, _workers_that_fit(shape, hardware) // shape.workers)
     return room if resources.max_concurrent == "auto" else min(room, resources.max_concurrent)
 
 
+def _workers_that_fit(shape: WorkerShape, hardware: Hardware) -> int:
+    by_cpu = hardware.cpus / shape.cpus_per_worker
+    by_gpu = hardware.gpus / shape.gpus_per_worker if shape.gpus_per_worker else math.inf
+    return int(min(by_cpu, by_gpu) + 1e-9)
+
+
 def plan_trial(
-    trial: Trial, model: ModelShape, hardware: Hardware, shape: WorkerShape, memory_bytes: int
+    trial: Trial, model: ModelShape, hardware: Hardware, shape: WorkerShape, memory_bytes: int, pace: Pace = NO_PACE
 ) -> PlannedTrial:
     """Decide about one trial, which may take `memory_bytes` a worker."""
     case = Case(trial.config, model, hardware, shape.workers)
@@ -125,18 +134,23 @@ def plan_trial(
     config = with_micro_batch(trial.config, model, hardware, shape.workers, memory_bytes)
     memory = estimate_on(config, model, shape.workers, hardware)
     if memory.device_bytes > memory_bytes:
-        return _planned(trial, config, reasons=(_does_not_fit(config, model, hardware, shape, memory, memory_bytes),))
-    step = step_seconds(config, model, hardware, shape.workers, shape.cpus_per_worker)
-    whole = step.times(config.max_steps)
+        told = _does_not_fit(replace(case, config=config), shape, memory, memory_bytes)
+        return _planned(trial, config, reasons=(told,), memory=memory)
+    step = step_seconds(config, model, hardware, shape.workers, shape.cpus_per_worker, pace.correction(config))
+    whole = step.times(config.max_steps).plus(_besides_s(pace))
     return _planned(
         trial,
         config,
         notes=notes(case),
         memory=memory,
-        seconds=whole.expected + STARTUP_S,
-        seconds_range=(whole.low + STARTUP_S, whole.high + STARTUP_S),
-        gpu_hours=(whole.expected + STARTUP_S) * shape.workers * shape.gpus_per_worker / 3600,
+        seconds=whole.expected,
+        seconds_range=(whole.low, whole.high),
+        gpu_hours=whole.expected * shape.workers * shape.gpus_per_worker / 3600,
     )
+
+
+def _besides_s(pace: Pace) -> float:
+    return BESIDES_S if pace.besides_s is None else pace.besides_s
 
 
 def _planned(trial: Trial, config: TrialConfig, **more: object) -> PlannedTrial:
@@ -159,66 +173,14 @@ def with_micro_batch(
     return config.model_copy(update={"micro_batch_size": 1})
 
 
-def _does_not_fit(
-    config: TrialConfig,
-    model: ModelShape,
-    hardware: Hardware,
-    shape: WorkerShape,
-    memory: MemoryEstimate,
-    memory_bytes: int,
-) -> str:
+def _does_not_fit(case: Case, shape: WorkerShape, memory: MemoryEstimate, memory_bytes: int) -> str:
     reason = (
         f"needs about {memory.device_bytes / GIB:.1f} GiB of memory a worker, of which {memory.parts.biggest} takes "
         f"{getattr(memory.parts, memory.parts.biggest) / GIB:.1f} GiB, and {memory_bytes / GIB:.1f} GiB are there"
     )
-    fitting = [
-        changes
-        for changes in _cheaper(config)
-        if _fits(_changed(config, changes), model, hardware, shape, memory_bytes)
-    ]
-    if not fitting:
-        return f"{reason}; use a smaller model"
-    shortest = [changes for changes in fitting if len(changes) == len(fitting[0])]
-    return f"{reason}; fits with " + ", or ".join(" and ".join(c.told for c in changes) for changes in shortest)
-
-
-@dataclass(frozen=True, slots=True)
-class _Change:
-    """A cheaper setting, as a hint names it."""
-
-    told: str
-    settings: dict[str, Any]
-
-
-def _cheaper(config: TrialConfig) -> list[tuple[_Change, ...]]:
-    """Single changes first, those that alter the result least in front; then more and more of them together."""
-    changes: list[_Change] = []
-    micro = config.micro_batch_size
-    if isinstance(micro, int) and micro > 1:
-        changes.append(_Change("micro_batch_size 1", {"micro_batch_size": 1}))
-    if not config.gradient_checkpointing:
-        changes.append(_Change("gradient_checkpointing", {"gradient_checkpointing": True}))
-    if not config.precision.is_quantized and not config.trains_all_weights:
-        changes.append(_Change("precision nf4", {"precision": "nf4"}))
-    if config.zero_stage < 3:
-        changes.append(_Change("zero_stage 3", {"zero_stage": 3, "engine": "deepspeed"}))
-    if isinstance(config.rank, int) and config.rank > LOW_RANK:
-        changes.append(_Change(f"rank {LOW_RANK}", {"rank": LOW_RANK}))
-    together = [tuple(changes[: i + 1]) for i in range(1, len(changes))]
-    return [(change,) for change in changes] + together
-
-
-def _changed(config: TrialConfig, changes: Sequence[_Change]) -> TrialConfig:
-    raw = config.model_dump()
-    for change in changes:
-        raw |= change.settings
-    return TrialConfig.model_validate(raw)
-
-
-def _fits(config: TrialConfig, model: ModelShape, hardware: Hardware, shape: WorkerShape, memory_bytes: int) -> bool:
-    if refusals(Case(config, model, hardware, shape.workers)):
-        return False
-    return estimate_on(config, model, shape.workers, hardware).device_bytes <= memory_bytes
+    most_workers = int(case.hardware.gpus / shape.gpus_per_worker) if shape.gpus_per_worker else case.workers
+    fits = what_fits(case, memory_bytes, most_workers)
+    return f"{reason}; fits with {fits}" if fits else f"{reason}; use a smaller model"
 
 
 def memory_for_a_worker(hardware: Hardware, shape: WorkerShape, concurrent: int, limit_bytes: int | None) -> int:
@@ -233,6 +195,16 @@ def memory_for_a_worker(hardware: Hardware, shape: WorkerShape, concurrent: int,
     return int(min(there, limit_bytes or there))
 
 
+def gpu_memory_fraction(plan: SweepPlan, hardware: Hardware) -> float | None:
+    """What torch may allocate of a GPU that trials share, so that none takes its neighbours' memory; None: all.
+
+    Every process has a CUDA context besides, which torch does not count.
+    """
+    if hardware.gpu_memory_bytes is None or not 0 < plan.gpus_per_worker < 1:
+        return None
+    return max(0.0, plan.worker_memory_bytes - CONTEXT_BYTES) / hardware.gpu_memory_bytes
+
+
 def require_targets(sweep: SweepConfig, model: ModelShape) -> None:
     """A module that the model does not have is a slip of the pen in every trial, not one trial's refusal.
 
@@ -244,22 +216,26 @@ def require_targets(sweep: SweepConfig, model: ModelShape) -> None:
             raise ModelError(f"model {sweep.model}: {reason}")
 
 
-def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware) -> SweepPlan:
-    """Plan all trials of a sweep whose hardware defaults are filled in."""
+def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware, pace: Pace = NO_PACE) -> SweepPlan:
+    """Plan all trials of a sweep whose hardware defaults are filled in; `pace` is what was measured before."""
     shape = worker_shape(sweep.resources, hardware)
     if sweep.resources.gpus_per_worker == "auto" and hardware.device == "cuda":
         shape = replace(shape, gpus_per_worker=packed_share(sweep.trials(), model, hardware, shape))
     concurrent = max_concurrent(sweep.resources, shape, hardware)
     memory_bytes = memory_for_a_worker(hardware, shape, concurrent, sweep.resources.memory_per_worker)
     trials = tuple(
-        _with_cost(plan_trial(trial, model, hardware, shape, memory_bytes), sweep.budget) for trial in sweep.trials()
+        _with_cost(plan_trial(trial, model, hardware, shape, memory_bytes, pace), sweep.budget)
+        for trial in sweep.trials()
     )
     running = [trial for trial in trials if not trial.reasons]
-    seconds = _trial_seconds(running, sweep)
-    first_s = FIRST_START_S if running else 0.0
-    makespan = Range(*(first_s + _packed(s, concurrent) for s in seconds))
-    gpus = shape.workers * shape.gpus_per_worker
-    hours = Range(*map(sum, seconds)).times(gpus / 3600)
+    proposes = sweep.search.is_adaptive
+    # An adaptive search proposes another where one is refused: all its trials run.
+    launched = list(itertools.islice(itertools.cycle(running), len(trials))) if proposes else running
+    # Hyperband's first bracket, which most trials are in, is ASHA; nobody can say whom the other rules will stop.
+    asha = sweep.scheduler.asha or sweep.scheduler.hyperband
+    works = [_work(trial, _besides_s(pace), asha) for trial in launched]
+    taken = simulate(works, concurrent, asha.reduction_factor if asha else None)
+    makespan, hours = taken.makespan_s, taken.trials_s.times(shape.workers * shape.gpus_per_worker / 3600)
     return SweepPlan(
         name=sweep.name,
         model=sweep.model,
@@ -270,12 +246,14 @@ def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware) -> Swe
         worker_memory_bytes=memory_bytes,
         searched=tuple(sweep.domains),
         trials=trials,
+        proposed_by=sweep.search.algorithm if proposes else None,
         runs=len(running),
         refused=len(trials) - len(running),
         makespan_s=(makespan.low, makespan.expected, makespan.high),
         gpu_hours=(hours.low, hours.expected, hours.high),
         cost=_costs(sweep.budget, hours),
-        warnings=_warnings(sweep, running, makespan, hours),
+        measured=len(pace.steps),
+        warnings=_too_few(shape, hardware) + _warnings(sweep, running, makespan, hours),
     )
 
 
@@ -296,48 +274,44 @@ def _describe(hardware: Hardware) -> str:
     return f"{hardware.gpus} × {hardware.gpu_name}, {(hardware.gpu_memory_bytes or 0) / GIB:.0f} GiB each"
 
 
-def _trial_seconds(trials: Sequence[PlannedTrial], sweep: SweepConfig) -> tuple[list[float], list[float], list[float]]:
-    """Each trial's seconds, low, expected and high: ASHA ends so many at each rung."""
-    low, expected, high = [], [], []
-    for trial, share in zip(trials, _shares(trials, sweep), strict=True):
-        assert trial.seconds is not None
-        assert trial.seconds_range is not None
-        low.append(trial.seconds_range[0] * share)
-        expected.append(trial.seconds * share)
-        # At worst the scheduler stops nobody: every trial came after those that it beats.
-        high.append(trial.seconds_range[1])
-    return low, expected, high
+def _work(trial: PlannedTrial, besides_s: float, asha: AshaConfig | None) -> Work:
+    assert trial.seconds is not None
+    assert trial.seconds_range is not None
+    whole = Range(trial.seconds_range[0], trial.seconds, trial.seconds_range[1])
+    steps = trial.config.max_steps
+    grace_steps = _grace_steps(asha, trial) if asha else steps
+    return Work(besides_s, whole.plus(-besides_s).times(1 / steps), steps, trial.config.eval_every, grace_steps)
 
 
-def _packed(seconds: Sequence[float], concurrent: int) -> float:
-    """The length of all trials, so many at a time: each takes the first slot that is free."""
-    free = [0.0] * max(1, min(concurrent, len(seconds)))
-    for trial_s in seconds:
-        first = min(range(len(free)), key=free.__getitem__)
-        free[first] += trial_s
-    return max(free, default=0.0)
+def _too_few(shape: WorkerShape, hardware: Hardware) -> tuple[str, ...]:
+    if _workers_that_fit(shape, hardware) >= shape.workers:
+        return ()
+    each = f"{shape.cpus_per_worker:g} CPUs and {shape.gpus_per_worker:g} GPUs"
+    return (
+        f"a trial takes {shape.workers} workers of {each} each, and there are {hardware.cpus} CPUs and {hardware.gpus} "
+        "GPUs: not one can start there; lower resources, or name the cluster's GPUs with --gpu and --gpus",
+    )
 
 
-def _shares(trials: Sequence[PlannedTrial], sweep: SweepConfig) -> list[float]:
-    """The share of its steps that each trial is expected to train: all under fifo; under ASHA the n-th best goes on
-    to rung k where n is among the first 1 / factor^k, and which trial that is nobody knows before."""
-    asha = sweep.scheduler.asha
-    if asha is None:
-        return [1.0] * len(trials)
-    shares = []
-    for place, trial in enumerate(trials, 1):
-        steps, goes_on = trial.config.max_steps, len(trials) / asha.reduction_factor
-        reached = min(asha.grace_steps, steps)
-        # The place in a shuffled order stands for the rank: each share of places is equally likely.
-        while place <= goes_on and reached < steps:
-            reached, goes_on = min(steps, reached * asha.reduction_factor), goes_on / asha.reduction_factor
-        shares.append(reached / steps)
-    return shares
+def _grace_steps(asha: AshaConfig, trial: PlannedTrial) -> float:
+    """The grace that a trial gets, as optimizer steps: tokens at full sequences, seconds as the plan expects them."""
+    grace, unit = asha.grace
+    config = trial.config
+    if unit == "tokens":
+        return grace / (config.global_batch_size * config.sequence_length)
+    return grace / (trial.seconds or grace) * config.max_steps if unit == "seconds" else grace
 
 
 def _warnings(sweep: SweepConfig, running: Sequence[PlannedTrial], makespan: Range, hours: Range) -> tuple[str, ...]:
     told: tuple[str, ...] = () if running else ("no trial of this sweep can run: see the reasons above",)
     asha = sweep.scheduler.asha
-    if asha and running and all(trial.config.max_steps <= asha.grace_steps for trial in running):
-        told += (f"asha stops nobody: no trial has more steps than grace_steps ({asha.grace_steps}); lower it",)
+    if asha and running and all(trial.config.max_steps <= _grace_steps(asha, trial) for trial in running):
+        grace, unit = asha.grace
+        told += (f"asha stops nobody: no trial has more steps than grace_{unit} ({grace:g}); lower it",)
+    limit_s = (sweep.budget.trial_hours or math.inf) * 3600
+    if too_long := [trial for trial in running if (trial.seconds or 0) > limit_s]:
+        told += (
+            f"{len(too_long)} trials are expected to run longer than budget.trial_hours ({sweep.budget.trial_hours:g}) "
+            "and to be ended there; raise it, or lower max_steps",
+        )
     return told + budget.shortfalls(sweep.budget, makespan.times(1 / 3600), hours)

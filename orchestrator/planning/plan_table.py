@@ -13,6 +13,8 @@ def render(plan: SweepPlan) -> str:
     """A table of the trials, what is refused and why, and the totals."""
     runs = [trial for trial in plan.trials if not trial.reasons]
     lines = [f"{plan.name}: {plan.model} on {plan.hardware}", ""]
+    if plan.proposed_by:
+        lines += [f"{plan.proposed_by} proposes one configuration after the other; random ones of its space:", ""]
     if runs:
         lines += [*_table(plan, runs), ""]
     for reason, trials in _grouped((reason, trial) for trial in plan.trials for reason in trial.reasons):
@@ -47,8 +49,11 @@ def _table(plan: SweepPlan, trials: Sequence[PlannedTrial]) -> list[str]:
 def _totals(plan: SweepPlan) -> list[str]:
     low, expected, high = plan.makespan_s
     lines = [
-        f"{plan.runs} trials run, {plan.concurrent} at a time; {plan.refused} are refused",
-        f"time: about {duration(expected)} ({duration(low)} to {duration(high)})",
+        _proposals(plan)
+        if plan.proposed_by
+        else f"{plan.runs} trials run, {plan.concurrent} at a time; {plan.refused} are refused",
+        f"time: about {duration(expected)} ({duration(low)} to {duration(high)})"
+        + (f", by the speed of {plan.measured} trials that ran here" if plan.measured else ""),
     ]
     if plan.gpus_per_worker:
         hours = plan.gpu_hours
@@ -56,6 +61,18 @@ def _totals(plan: SweepPlan) -> list[str]:
     if plan.cost:
         lines.append(f"cost: about {plan.cost[1]:.2f} ({plan.cost[0]:.2f} to {plan.cost[2]:.2f})")
     return lines + [f"warning: {warning}" for warning in plan.warnings]
+
+
+def _proposals(plan: SweepPlan) -> str:
+    told = f"up to {len(plan.trials)} trials, {plan.concurrent} at a time; {plan.refused} of these examples are refused"
+    known = [(t.memory.device_bytes, t.seconds) for t in plan.trials if not t.reasons and t.memory and t.seconds]
+    if not known:
+        return told
+    memory, seconds = zip(*known, strict=True)
+    return (
+        f"{told}; the others take {min(memory) / GIB:.2f} to {max(memory) / GIB:.2f} GiB and "
+        f"{duration(min(seconds))} to {duration(max(seconds))} each"
+    )
 
 
 def _grouped(pairs: Any) -> list[tuple[str, list[PlannedTrial]]]:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from orchestrator.config.trial_config import Precision, TrialConfig
 from orchestrator.planning.hardware import Hardware
-from orchestrator.planning.model_shape import ModelShape, lora_parameters, targeted
+from orchestrator.planning.memory import trainable_parameters
+from orchestrator.planning.model_shape import ModelShape
 
 CPU_CORE_FLOPS = 60e9
 """fp32 FLOP/s that one core reached training SmolLM2-135M (4 × 64 tokens, AVX2: 2.15 s a step)."""
@@ -30,7 +31,7 @@ HOST_LINK_BYTES_PER_S = 25e9
 WEIGHT_BYTES = {Precision.BF16: 2.0, Precision.FP16: 2.0, Precision.INT8: 1.0, Precision.NF4: 0.52}
 """A weight of the decoder layers; 4 where it is not named."""
 SPREAD = 2.0
-"""The range is the expected time divided and multiplied by this: nothing was measured on the device yet."""
+"""The range is the expected time divided and multiplied by this, where nothing was measured on the device yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,13 @@ class Range:
     def times(self, factor: float) -> Range:
         """Scaled."""
         return Range(self.low * factor, self.expected * factor, self.high * factor)
+
+    def plus(self, more: float) -> Range:
+        """With so much more, which is certain."""
+        return Range(self.low + more, self.expected + more, self.high + more)
+
+
+UNMEASURED = Range(1 / SPREAD, 1.0, SPREAD)
 
 
 def step_flops(config: TrialConfig, shape: ModelShape) -> float:
@@ -65,15 +73,19 @@ def step_flops(config: TrialConfig, shape: ModelShape) -> float:
 
 
 def step_seconds(
-    config: TrialConfig, shape: ModelShape, hardware: Hardware, workers: int, cpus: float, correction: float = 1.0
+    config: TrialConfig,
+    shape: ModelShape,
+    hardware: Hardware,
+    workers: int,
+    cpus: float,
+    correction: Range = UNMEASURED,
 ) -> Range:
-    """Seconds an optimizer step takes; `correction` is measured over predicted, where this was measured."""
+    """Seconds an optimizer step takes; `correction` is measured over predicted, as `planning.pace` knows it."""
     seconds = step_flops(config, shape) / (_speed(config, hardware, cpus) * workers) * _slowdown(config)
     if hardware.device == "cuda":
         seconds = max(seconds, _micro_batches(config, workers) * _least_seconds(config, shape, hardware))
         seconds += _link_seconds(config, shape, hardware, workers)
-    expected = seconds * correction
-    return Range(expected / SPREAD, expected, expected * SPREAD)
+    return correction.times(seconds)
 
 
 def _speed(config: TrialConfig, hardware: Hardware, cpus: float) -> float:
@@ -111,7 +123,7 @@ def _link_seconds(config: TrialConfig, shape: ModelShape, hardware: Hardware, wo
     micro_batches = _micro_batches(config, workers)
     passed_bytes = micro_batches * _passes(config) * _weight_bytes(config, shape)
     width = 2 if config.precision in (Precision.BF16, Precision.FP16) or config.precision.is_quantized else 4
-    gradient_bytes = _trainable(config, shape) * width
+    gradient_bytes = trainable_parameters(config, shape) * width
     sent_bytes = 2 * others * gradient_bytes + (others * passed_bytes if config.zero_stage == 3 else 0.0)
     seconds = sent_bytes / hardware.interconnect_bytes_per_s if sent_bytes else 0.0
     if config.offload != "none":
@@ -120,12 +132,6 @@ def _link_seconds(config: TrialConfig, shape: ModelShape, hardware: Hardware, wo
     if config.offload == "optimizer_and_parameters":
         seconds += passed_bytes / workers / HOST_LINK_BYTES_PER_S
     return seconds
-
-
-def _trainable(config: TrialConfig, shape: ModelShape) -> int:
-    if config.rank == "full":
-        return shape.parameters
-    return lora_parameters(config.rank, targeted(shape, config.target_modules))
 
 
 def _computes_half(config: TrialConfig) -> bool:

@@ -1,18 +1,31 @@
-"""What each searched setting does to the objective, over all completed trials."""
+"""What each searched setting does to the objective, to memory and to speed, over trials that differ in nothing else.
+
+What is compared is averaged over the other settings within each seed, and its interval is over the seeds: trials that
+differ in their ZeRO stage alone have the same loss, and twice the same is no second opinion.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
-from orchestrator.reporting.statistics import Estimate, estimate, objective_of, spell
+from orchestrator.reporting.statistics import Estimate, estimate, objective_of, sign_of, spell
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 
 MAX_VALUES = 8
 BINS = 4
+LITTLE = 0.01
+"""Share of the objective that is too little to matter, as in the recommendation."""
+COSTLIER_UPWARDS = ("rank", "sequence_length", "max_steps")
+"""Settings of which more costs more, so that it matters from where on more gains nothing."""
+MEASURED = frozenset({TrialStatus.COMPLETED, TrialStatus.STOPPED})
+"""What the scheduler stopped has no final objective, but its memory and speed are as good as any."""
+Reading = Callable[[TrialResult], float | None]
+Cells = Sequence[tuple[int, Mapping[str, float]]]
+"""Trials that differ in one setting alone: their repeat, and that setting's value → what was read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +33,30 @@ class SettingValue:
     """What goes with one value of a searched setting, whatever the other settings are."""
 
     value: str
-    objective: Estimate
+    objective: Estimate | None
+    """Over the completed trials; None where none has completed."""
     difference: Estimate | None
-    """To the setting's first value, over pairs of trials that differ in nothing else, seed included."""
+    """To the setting's first value, over pairs of trials that differ in nothing else; its count and interval are those
+    of the seeds, so that one seed alone has none."""
     gain: Estimate | None
     """The same, to the value before: what one step more still brings."""
+    memory_ratio: Estimate | None
+    """Peak memory over that with the first value, over such pairs; stopped trials take part."""
+    speed_ratio: Estimate | None
+    """Tokens a second, likewise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Levelling:
+    """Whether more of a setting still helps."""
+
+    state: Literal["levelled_off", "still_gains", "undecided"]
+    value: str
+    """The smallest that no higher one beats by 1 %, with 95 % confidence; else the last that was looked at."""
+    further: str
+    """The higher value with the best objective."""
+    gain: Estimate
+    """By how much `further` is better than `value`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,43 +67,52 @@ class Effect:
     values: tuple[SettingValue, ...]
     explained: float | None
     """Share of the objective's variance over completed trials that the setting alone accounts for (eta squared)."""
+    levelling: Levelling | None
+    """Of a setting of which more costs more; None where no two of its values can be compared with their noise."""
 
 
 def main_effects(sweep: SweepResult) -> tuple[Effect, ...]:
-    """One effect for every searched setting that has at least two values among the completed trials."""
-    completed = {
-        trial.trial_id: (trial, value)
-        for trial in sweep.trials
-        if trial.status is TrialStatus.COMPLETED and (value := objective_of(sweep, trial)) is not None
-    }
-    found = [_effect(name, sweep.searched, list(completed.values())) for name in sweep.searched]
+    """One effect for every searched setting that has at least two values among the trials that were measured."""
+    measured = [trial for trial in sweep.trials if trial.status in MEASURED]
+    found = [_effect(sweep, name, measured) for name in sweep.searched] if measured else []
     return tuple(effect for effect in found if len(effect.values) > 1)
 
 
-def _effect(name: str, searched: Sequence[str], completed: Sequence[tuple[TrialResult, float]]) -> Effect:
-    group_of = grouping([getattr(trial.config, name) for trial, _ in completed])
-    groups: dict[str, list[float]] = defaultdict(list)
-    for trial, value in completed:
-        groups[group_of(getattr(trial.config, name))].append(value)
-    order = sorted(groups, key=lambda group: _first(group, group_of, name, completed))
-    cells = _cells(name, searched, completed, group_of)
+def _effect(sweep: SweepResult, name: str, measured: Sequence[TrialResult]) -> Effect:
+    def final(trial: TrialResult) -> float | None:
+        return objective_of(sweep, trial) if trial.status is TrialStatus.COMPLETED else None
+
+    group_of = grouping([getattr(trial.config, name) for trial in measured])
+    ordered = sorted({spell(v): v for t in measured for v in [getattr(t.config, name)]}.values(), key=sort_key)
+    order = list(dict.fromkeys(map(group_of, ordered)))
+    objectives: dict[str, list[float]] = {group: [] for group in order}
+    for trial in measured:
+        if (value := final(trial)) is not None:
+            objectives[group_of(getattr(trial.config, name))].append(value)
+    places = _places(name, sweep.searched, measured, group_of)
+    cells, memory, speed = (_cells(places, measured, reading) for reading in (final, _memory, _speed))
     values = tuple(
         SettingValue(
             value=group,
-            objective=estimate(groups[group]),
+            objective=estimate(objectives[group]) if objectives[group] else None,
             difference=_difference(cells, group, order[0]) if place else None,
             gain=_difference(cells, group, order[place - 1]) if place else None,
+            memory_ratio=_ratio(memory, group, order[0]) if place else None,
+            speed_ratio=_ratio(speed, group, order[0]) if place else None,
         )
         for place, group in enumerate(order)
     )
-    return Effect(name, values, _explained(list(groups.values())))
+    known = [group for group in objectives.values() if group]
+    levels = _levelling(cells, order, sign_of(sweep)) if name in COSTLIER_UPWARDS and group_of is spell else None
+    return Effect(name, values, _explained(known), levels)
 
 
-def _first(
-    group: str, group_of: Callable[[Any], str], name: str, completed: Sequence[tuple[TrialResult, float]]
-) -> tuple[int, float, str]:
-    members = [value for trial, _ in completed if group_of(value := getattr(trial.config, name)) == group]
-    return sort_key(min(members, key=sort_key))
+def _memory(trial: TrialResult) -> float | None:
+    return trial.peak_memory.measured_bytes if trial.peak_memory else None
+
+
+def _speed(trial: TrialResult) -> float | None:
+    return trial.tokens_per_s
 
 
 def sort_key(value: Any) -> tuple[int, float, str]:
@@ -96,29 +137,67 @@ def grouping(values: Sequence[Any]) -> Callable[[Any], str]:
     return quarter
 
 
-def _cells(
-    name: str,
-    searched: Sequence[str],
-    completed: Sequence[tuple[TrialResult, float]],
-    group_of: Callable[[Any], str],
-) -> Sequence[Mapping[str, float]]:
-    """Trials that are alike in every other searched setting and the seed: the setting's value → objective."""
+def _places(
+    name: str, searched: Sequence[str], measured: Sequence[TrialResult], group_of: Callable[[Any], str]
+) -> Sequence[tuple[tuple[Any, ...], str]]:
+    """Of each trial what it has besides the setting, its repeat and all other searched settings; and its value."""
     others = [other for other in searched if other != name]
-    cells: dict[tuple[Any, ...], dict[str, float]] = defaultdict(dict)
-    for trial, value in completed:
-        cell = (trial.repeat, *(spell(getattr(trial.config, other)) for other in others))
-        cells[cell][group_of(getattr(trial.config, name))] = value
-    return list(cells.values())
+    return [
+        (
+            (trial.repeat, *(spell(getattr(trial.config, other)) for other in others)),
+            group_of(getattr(trial.config, name)),
+        )
+        for trial in measured
+    ]
 
 
-def _difference(cells: Sequence[Mapping[str, float]], group: str, reference: str) -> Estimate | None:
-    pairs = [cell[group] - cell[reference] for cell in cells if group in cell and reference in cell]
-    return estimate(pairs) if pairs else None
+def _cells(places: Sequence[tuple[tuple[Any, ...], str]], measured: Sequence[TrialResult], reading: Reading) -> Cells:
+    cells: dict[tuple[Any, ...], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for (cell, group), trial in zip(places, measured, strict=True):
+        if (value := reading(trial)) is not None:
+            cells[cell][group].append(value)
+    return [(place[0], {group: fmean(read) for group, read in cell.items()}) for place, cell in cells.items()]
+
+
+def _difference(cells: Cells, group: str, reference: str) -> Estimate | None:
+    return _over_seeds((r, cell[group] - cell[reference]) for r, cell in cells if group in cell and reference in cell)
+
+
+def _ratio(cells: Cells, group: str, reference: str) -> Estimate | None:
+    return _over_seeds((r, cell[group] / cell[reference]) for r, cell in cells if group in cell and cell.get(reference))
+
+
+def _over_seeds(pairs: Iterable[tuple[int, float]]) -> Estimate | None:
+    by_seed: dict[int, list[float]] = defaultdict(list)
+    for repeat, value in pairs:
+        by_seed[repeat].append(value)
+    return estimate([fmean(values) for values in by_seed.values()]) if by_seed else None
+
+
+def _levelling(cells: Cells, order: Sequence[str], sign: int) -> Levelling | None:
+    middle = abs(fmean(value for _, cell in cells for value in cell.values())) if cells else 0.0
+    last = None
+    for place, value in enumerate(order[:-1]):
+        gains = {further: _gain(cells, further, value, sign) for further in order[place + 1 :]}
+        known = {further: gain for further, gain in gains.items() if gain and gain.half_width is not None}
+        if not known:
+            continue
+        further, gain = max(known.items(), key=lambda entry: entry[1].mean)
+        most = max(g.mean + (g.half_width or 0.0) for g in known.values())
+        if len(known) == len(gains) and most <= LITTLE * middle:
+            return Levelling("levelled_off", value, further, gain)
+        last = Levelling("still_gains" if gain.mean > (gain.half_width or 0.0) else "undecided", value, further, gain)
+    return last
+
+
+def _gain(cells: Cells, further: str, value: str, sign: int) -> Estimate | None:
+    found = _difference(cells, further, value)
+    return Estimate(-sign * found.mean, found.half_width, found.count) if found else None
 
 
 def _explained(groups: Sequence[Sequence[float]]) -> float | None:
     everything = [value for group in groups for value in group]
-    if len(everything) <= len(groups):
+    if len(everything) <= len(groups) or len(groups) < 2:
         return None
     middle = fmean(everything)
     total = sum((value - middle) ** 2 for value in everything)

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from orchestrator.config.trial_config import TrialConfig
+from orchestrator.planning.plan import SweepPlan
 from orchestrator.reporting import quantities
 from orchestrator.reporting.curves import Curve, Plateau, plateaus
-from orchestrator.reporting.effects import Effect, main_effects
+from orchestrator.reporting.effects import Effect, Levelling, main_effects
+from orchestrator.reporting.importance import importances
 from orchestrator.reporting.recommendation import Recommendation, recommend
-from orchestrator.reporting.statistics import (
-    ConfigurationSummary,
-    Times,
-    label,
-    pareto_front,
-    sign_of,
-    summaries,
-    times_of,
-)
+from orchestrator.reporting.statistics import ConfigurationSummary, label, pareto_front, sign_of, summaries
+from orchestrator.reporting.times import Outlay, Times, against_plan, times_of
+from orchestrator.results.provenance import without_secret
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
-from orchestrator.results.storage import DamagedRecord, SweepFolder, read_sweep
+from orchestrator.results.storage import DamagedRecord, SweepFolder, read_record, read_sweep
 
-_CREDENTIALS = re.compile(r"(?<=//)[^/@\s]+@")
 """A report is shared: `https://user:password@host` in a sweep file must not be."""
 
 
@@ -37,14 +33,19 @@ class Report:
     folder: Path
     sweep: SweepResult
     sweep_file: str | None
+    plan: SweepPlan | None
+    """None where there is no plan.json that can be read."""
     damaged: tuple[DamagedRecord, ...]
     summaries: tuple[ConfigurationSummary, ...]
     recommendation: Recommendation
     front: frozenset[str]
     effects: tuple[Effect, ...]
+    importances: Mapping[str, float]
     curves: Mapping[str, Curve]
     plateaus: Mapping[str, Plateau]
     times: Times
+    outlays: tuple[Outlay, ...]
+    """Against the plan; empty without one."""
 
     @property
     def counts(self) -> dict[TrialStatus, int]:
@@ -85,52 +86,88 @@ def build(folder: SweepFolder, now_s: float | None = None) -> Report:
         FolderError: the folder holds no sweep.
     """
     sweep, damaged = read_sweep(folder)
+    plan, unread = _plan(folder)
+    sweep_file = _sweep_file(folder)
     found = summaries(sweep)
     curves = {trial.trial_id: folder.trial(trial.trial_id).read_metrics() for trial in sweep.trials if trial.steps}
     levels = plateaus(sweep, curves)
+    effects = main_effects(sweep)
+    times = times_of(sweep, time.time() if now_s is None else now_s)
     return Report(
         folder=folder.root,
         sweep=sweep,
-        sweep_file=_sweep_file(folder),
-        damaged=damaged,
+        sweep_file=sweep_file,
+        plan=plan,
+        damaged=damaged + unread,
         summaries=found,
-        recommendation=_with_plateau(recommend(sweep), levels),
+        recommendation=_with_plateaus(recommend(sweep), levels, effects),
         front=pareto_front(found, sign_of(sweep)),
-        effects=main_effects(sweep),
+        effects=effects,
+        importances=importances(sweep),
         curves=curves,
         plateaus=levels,
-        times=times_of(sweep, time.time() if now_s is None else now_s),
+        times=times,
+        outlays=against_plan(sweep, plan, times, _price(sweep_file)) if plan else (),
     )
 
 
-def _with_plateau(recommendation: Recommendation, levels: Mapping[str, Plateau]) -> Recommendation:
-    """The evidence with what the curves add: an answer after too few steps may not hold after more."""
-    level = levels.get(recommendation.configuration_id or "")
-    if level is None:
-        return recommendation
+def _plan(folder: SweepFolder) -> tuple[SweepPlan | None, tuple[DamagedRecord, ...]]:
+    try:
+        return SweepPlan.model_validate_json(folder.plan.read_bytes()), ()
+    except FileNotFoundError:
+        return None, ()
+    except (OSError, ValidationError) as error:
+        return None, (DamagedRecord(folder.plan, str(error)),)
+
+
+def _price(sweep_file: str | None) -> float | None:
+    import yaml
+
+    try:
+        price = yaml.safe_load(sweep_file or "")["budget"]["price_per_gpu_hour"]
+    except (yaml.YAMLError, KeyError, TypeError):
+        return None
+    return float(price) if isinstance(price, int | float) else None
+
+
+def _with_plateaus(
+    recommendation: Recommendation, levels: Mapping[str, Plateau], effects: Sequence[Effect]
+) -> Recommendation:
+    """The evidence with what curves and effects add: whether more steps, or more of a setting, would still help."""
+    told = [levelling_words(effect.setting, effect.levelling) for effect in effects if effect.levelling]
+    if level := levels.get(recommendation.configuration_id or ""):
+        told.append(_curve_words(level))
+    return replace(recommendation, evidence=(*recommendation.evidence, *told))
+
+
+def levelling_words(setting: str, levelling: Levelling) -> str:
+    """`rank levels off at 64: 256 gains 0.0010 ± 0.0040 over it, less than 1 %.`"""
+    gain = quantities.plus_minus(levelling.gain.mean, levelling.gain.half_width)
+    compared = f"{levelling.further} gains {gain} over {levelling.value}"
+    if levelling.state == "levelled_off":
+        return f"{setting} levels off at {levelling.value}: {compared}, all else alike, and no higher one 1 %."
+    if levelling.state == "still_gains":
+        return f"{setting} has not levelled off: {compared}, all else alike, so that a higher one may gain more."
+    return f"Whether {setting} has levelled off cannot be told: {compared}, all else alike."
+
+
+def _curve_words(level: Plateau) -> str:
     fall = quantities.plus_minus(level.late_fall.mean, level.late_fall.half_width)
     if level.levelled_off_at_step is not None:
-        told = f"Its curve has levelled off: within 0.5 % of its end since step {level.levelled_off_at_step}."
-    elif level.late_fall.mean <= 0:
-        told = f"Its curve has not settled: eval_loss changed by {fall} upwards in the last quarter of its steps."
-    else:
-        told = (
-            f"Its curve has not levelled off: eval_loss still fell by {fall} in the last quarter of its steps, "
-            "so more of them (trial.max_steps) may change the answer."
-        )
-    return replace(recommendation, evidence=(*recommendation.evidence, told))
+        return f"Its curve has levelled off: within 0.5 % of its end since step {level.levelled_off_at_step}."
+    if level.late_fall.mean <= 0:
+        return f"Its curve has not settled: eval_loss changed by {fall} upwards in the last quarter of its steps."
+    return (
+        f"Its curve has not levelled off: eval_loss still fell by {fall} in the last quarter of its steps, "
+        "so more of them (trial.max_steps) may change the answer."
+    )
 
 
 def _sweep_file(folder: SweepFolder) -> str | None:
     try:
-        return without_credentials(folder.sweep_file.read_text(encoding="utf-8"))
+        return without_secret(read_record(folder.sweep_file).decode())
     except (OSError, UnicodeDecodeError):
         return None
-
-
-def without_credentials(text: str) -> str:
-    """The text with the user and password of every address in it left out."""
-    return _CREDENTIALS.sub("…@", text)
 
 
 def trial_snippet(report: Report) -> str | None:
@@ -169,7 +206,7 @@ def reasons(report: Report) -> tuple[tuple[TrialStatus, str, tuple[str, ...]], .
     groups: dict[tuple[TrialStatus, str], list[str]] = {}
     for trial in report.sweep.trials:
         if trial.reason:
-            groups.setdefault((trial.status, without_credentials(trial.reason)), []).append(_name(report, trial))
+            groups.setdefault((trial.status, without_secret(trial.reason)), []).append(_name(report, trial))
     order = list(TrialStatus)
     ranked = sorted(groups.items(), key=lambda group: order.index(group[0][0]))
     return tuple((status, reason, tuple(dict.fromkeys(names))) for (status, reason), names in ranked)

@@ -13,7 +13,7 @@ from html import escape
 
 WIDTH, HEIGHT = 560, 340
 LEFT, RIGHT, TOP, BOTTOM = 66, 14, 12, 46
-ROW_HEIGHT, BAR_HEIGHT, BAR_LEFT, BAR_VALUES = 38, 13, 14, 116
+ROW_HEIGHT, BAR_HEIGHT, BAR_LEFT, BAR_VALUES = 38, 13, 14, 140
 CHARACTER_WIDTH = 6.9
 """Of the drawings' text at most: for keeping labels apart."""
 Point = tuple[float, float]
@@ -44,14 +44,24 @@ class Dot:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """A piece of a bar."""
+
+    value: float
+    style: str
+    title: str
+
+
+@dataclass(frozen=True, slots=True)
 class Bar:
-    """A horizontal bar; `mark` is a second figure on the same scale."""
+    """A horizontal bar, whole or of parts that add up to it; `mark` is a second figure on the same scale."""
 
     label: str
     value: float
     text: str
     style: str = "s0"
     mark: float | None = None
+    parts: tuple[Part, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,15 +139,30 @@ def _bar(bar: Bar, top: float, per_unit: float) -> str:
     parts = [
         f"<g><title>{escape(bar.label)}: {escape(bar.text)}</title>",
         f'<text class="value" x="{BAR_LEFT + 2}" y="{top + 15:.1f}">{escape(_shortened(bar.label, WIDTH))}</text>',
-        f'<rect class="bar {bar.style}" x="{BAR_LEFT}" y="{top + 20:.1f}" width="{end:.1f}" '
-        f'height="{BAR_HEIGHT}" rx="2"/>',
     ]
+    if bar.parts:
+        parts.append(_stack(bar.parts, top + 20, per_unit))
+    elif bar.value:
+        parts.append(_rect(BAR_LEFT, top + 20, end, bar.style))
     if bar.mark is not None:
         at = bar.mark * per_unit
         end = max(end, at)
         parts.append(f'<path class="mark" d="M{BAR_LEFT + at:.1f} {top + 17:.1f}v{BAR_HEIGHT + 6}"/>')
     parts.append(f'<text class="value" x="{BAR_LEFT + end + 7:.1f}" y="{top + 31:.1f}">{escape(bar.text)}</text></g>')
     return "".join(parts)
+
+
+def _stack(parts: Sequence[Part], top: float, per_unit: float) -> str:
+    drawn, left = [], float(BAR_LEFT)
+    for part in parts:
+        width = part.value * per_unit
+        drawn.append(f"<g><title>{escape(part.title)}</title>{_rect(left, top, width, part.style)}</g>")
+        left += width
+    return "".join(drawn)
+
+
+def _rect(left: float, top: float, width: float, style: str) -> str:
+    return f'<rect class="bar {style}" x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" height="{BAR_HEIGHT}"/>'
 
 
 def _shortened(text: str, room: float) -> str:
@@ -222,6 +247,7 @@ def _labels(dots: Sequence[Dot], scale: _Scale) -> str:
     for dot in dots:
         width, x, y = len(dot.label) * CHARACTER_WIDTH, scale.x(dot.at[0]), scale.y(dot.at[1])
         places = [(x + side, y + lift) for lift in (-19, 5, -7) for side in (8, -8 - width)]
+        places += [(x - width / 2, y + lift) for lift in (-24, 10)]
         free = [p for p in places if dot.label and _is_free((*p, width, 14), taken)]
         if free:
             taken.append((*free[0], width, 14))

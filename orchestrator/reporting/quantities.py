@@ -48,9 +48,11 @@ def rate(tokens_per_s: float | None) -> str:
 
 
 def number(value: float | None) -> str:
-    """Four significant digits, whole above 10,000."""
+    """Four significant digits, whole above 10,000; `0` for what six decimals do not show."""
     if value is None:
         return UNKNOWN
+    if abs(value) < NOTHING:
+        return "0"
     return (f"{value:.0f}" if abs(value) >= 10_000 else f"{value:#.4g}").replace("-", MINUS)
 
 
@@ -58,6 +60,8 @@ def plus_minus(mean: float, half_width: float | None) -> str:
     """`2.413 ± 0.012`: two significant digits of the half-width decide how many the mean gets."""
     if half_width is None or not math.isfinite(half_width):
         return number(mean)
+    if max(abs(mean), half_width) < NOTHING:
+        return "0"
     decimals = decimals_for(half_width)
     return f"{mean:.{decimals}f} ± {half_width:.{decimals}f}".replace("-", MINUS)
 
@@ -68,6 +72,20 @@ def decimals_for(half_width: float) -> int:
     if half_width < NOTHING:
         return 4
     return min(6, max(0, 1 - math.floor(math.log10(half_width))))
+
+
+def ratio(mean: float, half_width: float | None) -> str:
+    """`1.40 ± 0.05 ×`."""
+    return f"{mean:.2f} ×" if half_width is None else f"{mean:.2f} ± {half_width:.2f} ×"
+
+
+def outlay(value: float | None, unit: str) -> str:
+    """What a plan or a sweep came to, in `s`, `gpu_hours`, `trials`, `cost` or as a `ratio`."""
+    if value is None:
+        return UNKNOWN
+    if unit == "s":
+        return duration(value)
+    return {"trials": f"{value:.0f}", "ratio": ratio(value, None), "cost": f"{value:.2f}"}.get(unit, f"{value:.2f} h")
 
 
 def share(fraction: float | None) -> str:

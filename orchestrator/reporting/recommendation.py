@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from orchestrator.reporting import quantities
+from orchestrator.reporting.caveats import caveats
 from orchestrator.reporting.statistics import (
     ConfigurationSummary,
     Estimate,
@@ -20,7 +21,7 @@ from orchestrator.reporting.statistics import (
     spell,
     summaries,
 )
-from orchestrator.results.records import SweepResult, TrialStatus
+from orchestrator.results.records import SweepResult
 
 RULE = (
     "Of the configurations whose objective is within the noise of the best (the 95 % interval of their difference, "
@@ -33,7 +34,6 @@ SAME_OBJECTIVE = 1e-4
 """ZeRO stages at one seed differ in the last bits alone, every time in the same direction: significant, and nothing."""
 CLOSE = 0.01
 FIRST_REPEATS = 3
-FEW_STEPS = 20
 STEP_SIZES = frozenset({"global_batch_size", "sequence_length", "packing"})
 
 Basis = Literal["within_noise", "best", "single_runs", "only_one", "provisional", "nothing"]
@@ -80,19 +80,19 @@ def recommend(sweep: SweepResult) -> Recommendation:
     whole = [summary for summary in completed if not summary.is_broken] or completed
     wild = scattered({summary.configuration_id: summary.objective_by_repeat for summary in whole})
     contenders = [summary for summary in whole if summary.configuration_id not in wild]
-    caveats = _caveats(sweep, found, completed, contenders)
+    told = caveats(sweep, found, completed, contenders)
     if not contenders:
-        return _without_completed(sweep, found, caveats)
+        return _without_completed(sweep, found, told)
     best = contenders[0]
     if len(contenders) == 1:
         answer = (
             f"Take {best.label}: no other configuration has completed soundly, so there is nothing to compare it with."
         )
-        return _make("only_one", best, answer, caveats)
+        return _make("only_one", best, answer, told)
     noise = noise_of({summary.configuration_id: summary.objective_by_repeat for summary in contenders})
     if noise is None:
-        return _by_single_runs(sweep, contenders, caveats)
-    return _by_rule(sweep, contenders, noise, caveats)
+        return _by_single_runs(sweep, contenders, told)
+    return _by_rule(sweep, contenders, noise, told)
 
 
 def _make(
@@ -296,61 +296,3 @@ def _without_completed(
         "at a step that others may not have reached."
     )
     return _make("provisional", best, answer, caveats)
-
-
-def _caveats(
-    sweep: SweepResult,
-    found: Sequence[ConfigurationSummary],
-    completed: Sequence[ConfigurationSummary],
-    contenders: Sequence[ConfigurationSummary],
-) -> list[str]:
-    """What else a reader has to know before trusting the answer."""
-    told = []
-    open_ = sum(trial.status in (TrialStatus.PENDING, TrialStatus.RUNNING) for trial in sweep.trials)
-    if open_:
-        told.append(f"{open_} of {len(sweep.trials)} trials have not ended yet: the answer may change.")
-    steps_of = {trial.configuration_id: trial.steps for trial in sweep.trials if trial.status is TrialStatus.COMPLETED}
-    competing = {summary.configuration_id for summary in contenders}
-    wild = [s.label for s in completed if s.configuration_id not in competing and not s.is_broken]
-    if wild:
-        told.append(f"Left out, since their repeats scatter ten times as far as the others': {_some(wild)}.")
-    broken = [summary.label for summary in completed if summary.is_broken]
-    if broken and not any(summary.is_broken for summary in contenders):
-        told.append(f"Left out, since a repeat of theirs diverged or ran out of memory: {_some(broken)}.")
-    elif broken:
-        told.append(f"Every completed configuration also diverged or ran out of memory in a repeat: {_some(broken)}.")
-    early = [s.label for s in contenders if s.counts.get(TrialStatus.STOPPED)]
-    if early:
-        told.append(
-            f"The scheduler stopped repeats of {_some(early)}: their means stand on the repeats that went well."
-        )
-    timed = min((steps_of[s.configuration_id] for s in contenders), default=FEW_STEPS)
-    if timed < FEW_STEPS:
-        told.append(
-            f"Speeds stand on as few as {timed} steps of a trial: differences of a few tens of percent may be chance."
-        )
-    devices = {device for trial in sweep.trials if trial.status is TrialStatus.COMPLETED for device in trial.devices}
-    if len(devices) > 1:
-        told.append(f"Trials ran on different devices ({_some(sorted(devices))}): their speeds are not comparable.")
-    ended = _counts_of_ends(found)
-    if ended:
-        told.append(f"Not in the comparison: {ended}.")
-    return told
-
-
-def _counts_of_ends(found: Sequence[ConfigurationSummary]) -> str:
-    words = {
-        TrialStatus.STOPPED: "stopped early by the scheduler",
-        TrialStatus.INFEASIBLE: "refused before launch",
-        TrialStatus.OUT_OF_MEMORY: "out of memory",
-        TrialStatus.DIVERGED: "diverged",
-        TrialStatus.PREEMPTED: "preempted",
-        TrialStatus.FAILED: "failed",
-        TrialStatus.CANCELLED: "cancelled",
-    }
-    counts = {status: sum(summary.counts.get(status, 0) for summary in found) for status in words}
-    return ", ".join(f"{count} {words[status]}" for status, count in counts.items() if count)
-
-
-def _some(labels: Sequence[str]) -> str:
-    return ", ".join(labels[:5]) + (f" and {len(labels) - 5} more" if len(labels) > 5 else "")

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from orchestrator.reporting import charts, quantities
+from orchestrator.reporting import charts, cost_charts, effect_charts, quantities
 from orchestrator.reporting.curves import mean_curves
 from orchestrator.reporting.findings import (
     Report,
@@ -18,10 +15,10 @@ from orchestrator.reporting.findings import (
     objective_text,
     reasons,
     trial_snippet,
-    without_credentials,
 )
+from orchestrator.reporting.pages import plain, render_page, status_words
 from orchestrator.reporting.recommendation import RULE
-from orchestrator.reporting.statistics import label, objective_of, sign_of, spell
+from orchestrator.reporting.statistics import label, objective_of, sign_of
 from orchestrator.results.records import TrialStatus
 
 __all__ = ["Report", "build", "render_html", "render_json", "render_text"]
@@ -44,7 +41,7 @@ def render_text(report: Report) -> str:
     lines += ["", *_table(report)]
     for status, reason, names in reasons(report):
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        lines.append(f"{_words(status)}: {shown}: {_first_line(reason)}")
+        lines.append(f"{status_words(status)}: {shown}: {_first_line(reason)}")
     if snippet := trial_snippet(report):
         word = "best so far" if answer.basis == "provisional" else "recommended"
         lines += ["", f"{word} ({answer.label}):", *(f"  {line}" for line in snippet.rstrip().splitlines())]
@@ -57,16 +54,12 @@ def _first_line(text: str) -> str:
     return text.splitlines()[0][:300] if text else text
 
 
-def _words(status: TrialStatus) -> str:
-    return "refused" if status is TrialStatus.INFEASIBLE else status.value.replace("_", " ")
-
-
 def _table(report: Report) -> list[str]:
     metric = report.sweep.objective_metric
     rows = [("", "configuration", "trials", metric, "behind the best", "tokens/s", "step", "memory", "predicted")]
     for summary in report.summaries[:TEXT_ROWS]:
         marked = "*" if summary.configuration_id == report.recommendation.configuration_id else ""
-        states = ", ".join(f"{summary.counts[s]} {_words(s)}" for s in TrialStatus if summary.counts.get(s))
+        states = ", ".join(f"{summary.counts[s]} {status_words(s)}" for s in TrialStatus if summary.counts.get(s))
         rows.append(
             (
                 marked,
@@ -91,7 +84,7 @@ def _table(report: Report) -> list[str]:
 
 
 def _closing(report: Report) -> str:
-    counts = ", ".join(f"{count} {_words(status)}" for status, count in report.counts.items())
+    counts = ", ".join(f"{count} {status_words(status)}" for status, count in report.counts.items())
     times = report.times
     told = f"{len(report.sweep.trials)} trials ({counts}), {report.state}, {quantities.duration(times.wall_s)}"
     if times.training_share is not None:
@@ -120,55 +113,35 @@ def render_json(report: Report) -> str:
             for summary in report.summaries
         ],
         "effects": [asdict(effect) for effect in report.effects],
+        "importances": report.importances,
         "times": {**asdict(report.times), "training_share": report.times.training_share},
+        "against_plan": [asdict(outlay) for outlay in report.outlays],
         "trials": trials,
         "curves": {identity: [(p.step, p.loss, p.eval_loss) for p in c] for identity, c in report.curves.items()},
         "damaged": [{"file": str(record.file), "why": record.why} for record in report.damaged],
     }
-    return json.dumps(_plain(whole), indent=1, ensure_ascii=False, allow_nan=False)
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(plain(whole), indent=1, ensure_ascii=False, allow_nan=False)
 
 
 def render_html(report: Report) -> str:
     """One file that needs no network and no script to be read."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "memory": quantities.memory,
-        "duration": quantities.duration,
-        "step_time": quantities.step_time,
-        "rate": quantities.rate,
-        "number": quantities.number,
-        "share": quantities.share,
-        "spell": spell,
-        "words": _words,
-        "shareable": without_credentials,
-    }
-    return environment.get_template("report.html.jinja").render(_page(report))
+    return render_page("report.html.jinja", _page(report))
 
 
 def _page(report: Report) -> dict[str, Any]:
     sweep, recommended = report.sweep, report.recommendation.configuration_id
     kind = next((t.peak_memory.kind for t in sweep.trials if t.peak_memory), "resident")
-    cost = [
-        charts.memory_chart(report.summaries, kind),
-        charts.speed_chart(report.summaries),
-        charts.pareto_chart(sweep, report.summaries, report.front, recommended),
+    parts = cost_charts.parts_of(report.plan, report.summaries)
+    metric = sweep.objective_metric
+    costs = [
+        cost_charts.memory_chart(report.summaries, parts, kind),
+        cost_charts.speed_chart(report.summaries),
+        *cost_charts.pareto_charts(metric, report.summaries, report.front, recommended),
+    ]
+    settings = [
+        effect_charts.importance_chart(metric, report.importances),
+        *effect_charts.effect_charts(metric, report.effects),
+        *effect_charts.response_charts(sweep.searched, report.summaries),
     ]
     sign = sign_of(sweep)
     values = {trial.trial_id: objective_of(sweep, trial) for trial in sweep.trials}
@@ -179,22 +152,37 @@ def _page(report: Report) -> dict[str, Any]:
         "rule": RULE,
         "snippet": trial_snippet(report),
         "curves": charts.loss_curves(sweep, mean_curves(sweep, report.summaries, report.curves)),
-        "costs": [figure for figure in cost if figure],
-        "effect_figures": charts.effect_charts(sweep, report.effects),
+        "costs": [figure for figure in costs if figure],
+        "parts": [(s, parts[s.configuration_id]) for s in report.summaries[:PAGE_ROWS] if s.configuration_id in parts],
+        "part_styles": cost_charts.PART_STYLES,
+        "setting_figures": [figure for figure in settings if figure],
         "configurations": [(s, objective_text(s), behind_text(report, s)) for s in report.summaries],
         "most": PAGE_ROWS,
-        "plus_minus": lambda e: quantities.plus_minus(e.mean, e.half_width) if e else quantities.UNKNOWN,
+        "plus_minus": lambda e: quantities.plus_minus(e.mean, e.half_width) if e else "",
         "trials": sorted(sweep.trials, key=lambda t: _place(values[t.trial_id], sign)),
         "objective": values,
         "reasons": reasons(report),
         "statuses": list(TrialStatus),
         "environment": _environment(report),
+        "repeat": _repeat(report),
         "quantised": sweep.model == QUANTISED_MODEL,
     }
 
 
 def _place(value: float | None, sign: int) -> tuple[bool, float]:
     return value is None, sign * (value or 0.0)
+
+
+def _repeat(report: Report) -> str:
+    """The lines that run the same sweep again, with what it ran on."""
+    trials = report.sweep.trials
+    versions = dict(sorted({item for trial in trials for item in trial.versions.items() if item[0] != "python"}))
+    told = {trial.git.commit for trial in trials if trial.git}
+    lines = [f"# orchestrator at commit {commit}" for commit in sorted(told)]
+    lines += [f"pip install {' '.join(f'{n}=={v}' for n, v in versions.items() if n != 'orchestrator')}"] * bool(
+        versions
+    )
+    return "\n".join([*lines, f"orchestrator run sweep.yaml --name {report.sweep.name}-again"])
 
 
 def _environment(report: Report) -> list[tuple[str, str]]:

@@ -73,23 +73,6 @@ class Noise:
     degrees_of_freedom: int
 
 
-@dataclass(frozen=True, slots=True)
-class Times:
-    """Where the wall-clock time of the sweep and of its workers went, in seconds."""
-
-    wall_s: float | None
-    """From the sweep's start to its end, or to now."""
-    worker_s: float
-    """Launch to end, summed over trials."""
-    parts_s: Mapping[str, float]
-    """startup, data, model, training, evaluation, saving, other; they add up to `worker_s`."""
-
-    @property
-    def training_share(self) -> float | None:
-        """Of the trials' time."""
-        return self.parts_s["training"] / self.worker_s if self.worker_s else None
-
-
 def label(trial: TrialResult, searched: Sequence[str]) -> str:
     """`rank=8 precision=nf4`: the searched settings alone."""
     parts = [f"{name}={spell(getattr(trial.config, name))}" for name in searched]
@@ -314,16 +297,3 @@ def pareto_front(found: Sequence[ConfigurationSummary], sign: int) -> frozenset[
         if not any(all(a <= b for a, b in zip(other, cost, strict=True)) for other in front.values()):
             front[identity] = cost
     return frozenset(front)
-
-
-def times_of(sweep: SweepResult, now_s: float) -> Times:
-    """Sums over all trials, those that still run too; a sweep that has not ended is measured to `now_s`, since 1970."""
-    end_s = sweep.ended_ms / 1000 if sweep.ended_ms else now_s
-    timings = [trial.timing for trial in sweep.trials]
-    names = ("startup", "data", "model", "training", "evaluation", "saving")
-    parts_s = {name: sum(getattr(timing, f"{name}_s") for timing in timings) for name in names}
-    known_s = sum(parts_s.values())
-    # A running trial has parts and no total yet.
-    worker_s = max(known_s, sum(max(t.total_s, sum(getattr(t, f"{n}_s") for n in names)) for t in timings))
-    wall_s = max(0.0, end_s - sweep.started_ms / 1000) if sweep.started_ms else None
-    return Times(wall_s, worker_s, {**parts_s, "other": worker_s - known_s})

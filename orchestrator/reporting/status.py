@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any
 
+from orchestrator.planning.pace import OPEN, left_s
 from orchestrator.reporting import quantities
 from orchestrator.reporting.statistics import best_trial, label, objective_of
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
-from orchestrator.results.storage import SweepFolder, is_at_work, read_sweep
+from orchestrator.results.storage import SweepFolder, is_at_work, read_record, read_sweep
 
 MAX_REASONS = 5
-OPEN = frozenset({TrialStatus.PENDING, TrialStatus.RUNNING})
 TROUBLE = frozenset({TrialStatus.FAILED, TrialStatus.OUT_OF_MEMORY, TrialStatus.DIVERGED, TrialStatus.PREEMPTED})
 
 
@@ -72,36 +71,28 @@ def _time(sweep: SweepResult, folder: SweepFolder, now_s: float, at_work: bool) 
         return "time: not ended, and no run is at work here: run the same command again to go on"
     gone_s = now_s - sweep.started_ms / 1000
     told = f"time: {quantities.duration(gone_s)} gone"
-    left_s = _left_s(sweep, _planned_s(folder), gone_s)
-    return f"{told}, about {quantities.duration(left_s)} left" if left_s else told
+    left = _left_s(sweep, folder)
+    return f"{told}, about {quantities.duration(left)} left" if left else told
 
 
-def _left_s(sweep: SweepResult, planned_s: Mapping[str, float], gone_s: float) -> float | None:
-    """What is open, at the pace so far: the ended trials' time (planned, where the plan knows all) over the time gone.
-
-    The pace holds how many ran at a time, how fast the machine is against the plan, and what was lost between trials.
-    """
-    ended = [t for t in sweep.trials if t.status not in OPEN and t.timing.total_s > 0]
-    open_ = [t for t in sweep.trials if t.status in OPEN]
-    if not open_:
+def _left_s(sweep: SweepResult, folder: SweepFolder) -> float | None:
+    planned_s, slots = _planned(folder)
+    if not any(trial.status not in OPEN and trial.timing.total_s > 0 for trial in sweep.trials):
         return None
-    if all(trial.trial_id in planned_s for trial in (*ended, *open_)):
-        done_s = sum(planned_s[trial.trial_id] for trial in ended)
-        left_s = sum(planned_s[trial.trial_id] for trial in open_)
-    else:
-        done_s, left_s = float(len(ended)), float(len(open_))
-    if not ended:
-        return None
-    return gone_s * left_s / done_s if done_s else None
+    gone_s = {trial.trial_id: trial.last.seconds for trial in _with(sweep, TrialStatus.RUNNING) if trial.last}
+    return left_s(sweep.trials, planned_s, gone_s, slots)
 
 
-def _planned_s(folder: SweepFolder) -> dict[str, float]:
-    """Seconds that the plan gives each trial; nothing where there is no plan that can be read."""
+def _planned(folder: SweepFolder) -> tuple[dict[str, float], int]:
+    """Seconds that the plan gives each trial, and how many run at a time; nothing where no plan can be read."""
     try:
-        trials = json.loads(folder.plan.read_bytes())["trials"]
-        return {trial["trial_id"]: float(trial["seconds"]) for trial in trials if _is_known(trial.get("seconds"))}
+        plan = json.loads(read_record(folder.plan))
+        seconds = {
+            trial["trial_id"]: float(trial["seconds"]) for trial in plan["trials"] if _is_known(trial["seconds"])
+        }
+        return seconds, max(1, int(plan["concurrent"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
+        return {}, 1
 
 
 def _is_known(seconds: Any) -> bool:

@@ -124,11 +124,21 @@ class GitState(_Record):
     dirty: bool
 
 
+class Suggestion(_Record):
+    """What an adaptive search proposed; all that it has to know to go on from the records."""
+
+    number: Annotated[int, Field(ge=0)]
+    """In the order of proposals, from 0; the repeats of a configuration share it."""
+    settings: dict[str, Any]
+    """The searched settings, as they were proposed; one whose `when` does not hold is left out."""
+
+
 class TrialResult(_Record):
     """Everything about one trial; written whole at every change of its status."""
 
     schema_version: Literal[1] = 1
-    trial_id: str
+    trial_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
+    """The name of its folder, and so never a path."""
     configuration_id: str
     """The same for all repeats of a configuration."""
     status: TrialStatus
@@ -136,6 +146,8 @@ class TrialResult(_Record):
     config: TrialConfig
     repeat: int
     seed: int
+    suggestion: Suggestion | None = None
+    """None in a grid or random search, which chooses before it starts."""
     notes: tuple[str, ...] = ()
     """What planning had to say about a trial that runs all the same."""
     best: MetricPoint | None = None
@@ -145,13 +157,15 @@ class TrialResult(_Record):
     tokens: int = 0
     tokens_per_s: float | None = None
     step_time_s: float | None = None
+    predicted_step_time_s: float | None = None
+    """Before anything measured corrects it: by what both are apart, later plans are."""
     trainable_parameters: int | None = None
     peak_memory: PeakMemory | None = None
     timing: Timing = Timing()
     hosts: tuple[str, ...] = ()
     devices: tuple[str, ...] = ()
     mlflow_run_id: str | None = None
-    adapter: str | None = None
+    adapter: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")] | None = None
     """Folder of the best adapter, relative to the trial's own."""
     versions: dict[str, str] = {}
     git: GitState | None = None

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import errno
 import io
 import os
+import re
+import shutil
+import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
@@ -16,6 +22,8 @@ from pydantic_core import from_json
 
 from orchestrator.errors import FolderError, StorageError
 from orchestrator.results.records import MetricPoint, SweepResult, TrialResult, upgrade
+
+_CHECKPOINT = re.compile(r"\.?checkpoint-([1-9][0-9]{0,17})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,26 +61,70 @@ class TrialFolder:
         """Worker 0 has log.txt; the others have files of their own beside it."""
         return self.log if rank == 0 else self.root / f"log-worker{rank}.txt"
 
+    def checkpoint(self, step: int) -> Path:
+        """The state of all workers after a step, whole; there while the trial has not ended."""
+        return self.root / f"checkpoint-{step}"
+
+    def partial_checkpoint(self, step: int) -> Path:
+        """One that is being written."""
+        return self.root / f".checkpoint-{step}"
+
+    def checkpoint_steps(self) -> list[int]:
+        """Of the whole ones, in their order."""
+        return sorted(int(name.rpartition("-")[2]) for name in self._checkpoints() if not name.startswith("."))
+
+    def forget_checkpoints(self, but: int | None = None) -> None:
+        """Remove them, half written ones too; the one after step `but` stays."""
+        for name in self._checkpoints():
+            if but is None or name != self.checkpoint(but).name:
+                shutil.rmtree(self.root / name, ignore_errors=True)
+
+    def _checkpoints(self) -> list[str]:
+        try:
+            return [entry.name for entry in os.scandir(self.root) if _CHECKPOINT.fullmatch(entry.name)]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
     def read_metrics(self) -> tuple[MetricPoint, ...]:
         """The curve so far; a last line that is still being written is left out."""
         return self.read_metrics_from(0)[0]
 
-    def read_metrics_from(self, offset_bytes: int) -> tuple[tuple[MetricPoint, ...], int]:
-        """The points after `offset_bytes`, and where to read on; from the start where the file began anew."""
+    def read_metrics_from(self, offset_bytes: int, last_step: int | None = None) -> tuple[tuple[MetricPoint, ...], int]:
+        """The points after `offset_bytes`, and where to read on; from the start where the file began anew.
+
+        last_step: later points are left for another time.
+        """
         try:
-            with self.metrics.open("rb") as file:
+            with opened(self.metrics) as file:
                 size = file.seek(0, os.SEEK_END)
-                start = file.seek(offset_bytes if offset_bytes <= size else 0)
-                whole, newline, _ = file.read().rpartition(b"\n")
-        except (FileNotFoundError, IsADirectoryError):
+                end = file.seek(offset_bytes if offset_bytes <= size else 0)
+                *lines, _ = file.read().split(b"\n")
+        except OSError:
+            # Gone, a folder, a circle of links: `read_trial_results` names it.
             return (), 0
         points = []
-        for line in whole.splitlines():
-            try:
-                points.append(MetricPoint.model_validate_json(line))
-            except ValidationError:
-                continue
-        return tuple(points), start + len(whole) + len(newline)
+        for line in lines:
+            with contextlib.suppress(ValidationError):
+                point = MetricPoint.model_validate_json(line)
+                if last_step is not None and point.step > last_step:
+                    break
+                points.append(point)
+            end += len(line) + 1
+        return tuple(points), end
+
+    def curve_bytes(self, steps: int) -> int | None:
+        """How long metrics.jsonl was after so many steps; None where it does not hold each of them in a line."""
+        length = 0
+        try:
+            with opened(self.metrics) as file:
+                for step in range(1, steps + 1):
+                    line = file.readline()
+                    if not line.endswith(b"\n") or MetricPoint.model_validate_json(line).step != step:
+                        return None
+                    length += len(line)
+        except (OSError, ValidationError):
+            return None
+        return length
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +179,19 @@ class SweepFolder:
         return self.root / "report.html"
 
     @property
+    def comparison(self) -> Path:
+        """This sweep beside others, in one self-contained file."""
+        return self.root / "comparison.html"
+
+    @property
     def lock(self) -> Path:
         """Held by the run that is at work here."""
         return self.root / ".lock"
+
+    @property
+    def lease(self) -> Path:
+        """Renewed by the run that is at work here, for other hosts to see."""
+        return self.root / ".lease"
 
     @property
     def tune(self) -> Path:
@@ -143,8 +205,9 @@ class SweepFolder:
     def trials(self) -> Iterator[TrialFolder]:
         """Every trial's folder, by name."""
         try:
-            names = sorted(entry.name for entry in os.scandir(self.root / "trials") if not entry.is_file())
-        except (FileNotFoundError, NotADirectoryError):
+            names = sorted(path.name for path in (self.root / "trials").iterdir() if not path.is_file())
+        except OSError:
+            # None yet, or no folder.
             return
         for name in names:
             yield self.trial(name)
@@ -158,13 +221,38 @@ class DamagedRecord:
     why: str
 
 
+@contextmanager
+def opened(file: Path) -> Iterator[BinaryIO]:
+    """The file, open for reading, and nothing that never ends: a pipe, a device.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file.
+    """
+    # To open a pipe would wait for whoever writes to it.
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
+    with open(descriptor, "rb") as stream:  # noqa: PTH123
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(file))
+        yield stream
+
+
+def read_record(file: Path) -> bytes:
+    """All of a file.
+
+    Raises:
+        OSError: as `opened`.
+    """
+    with opened(file) as stream:
+        return stream.read()
+
+
 def read_trial_results(folder: SweepFolder) -> tuple[dict[str, TrialResult], tuple[DamagedRecord, ...]]:
     """Every trial's record from its own file; damaged ones are named, never skipped in silence."""
     results: dict[str, TrialResult] = {}
     damaged = []
     for trial in folder.trials():
         try:
-            record = TrialResult.model_validate(upgrade(from_json(trial.result.read_bytes())))
+            record = TrialResult.model_validate(upgrade(from_json(read_record(trial.result))))
             if record.trial_id != trial.root.name:
                 raise ValueError(f"it is the record of trial {record.trial_id}")
             results[trial.root.name] = record
@@ -184,14 +272,17 @@ def read_sweep(folder: SweepFolder) -> tuple[SweepResult, tuple[DamagedRecord, .
         FolderError: the folder holds no sweep.
     """
     try:
-        sweep = SweepResult.model_validate(upgrade(from_json(folder.results_json.read_bytes())))
+        sweep = SweepResult.model_validate(upgrade(from_json(read_record(folder.results_json))))
     except FileNotFoundError as error:
         raise FolderError(f"{folder.shown} holds no sweep: name a folder that `orchestrator run` made") from error
     except (OSError, ValueError, RecursionError) as error:
         why = " ".join(str(error).split())[:200]
         raise FolderError(f"{folder.results_json} cannot be read ({why}): run the sweep again to rebuild it") from error
     results, damaged = read_trial_results(folder)
-    trials = tuple(results.get(trial.trial_id, trial) for trial in sweep.trials)
+    known = {trial.trial_id: trial for trial in sweep.trials}
+    # What an adaptive search has proposed since is in its own file alone.
+    read = {trial_id: trial for trial_id, trial in results.items() if trial_id in known or trial.suggestion}
+    trials = tuple((known | read).values())
     return sweep.model_copy(update={"trials": trials}), damaged
 
 
@@ -221,7 +312,22 @@ def newest_sweep(storage: Path) -> SweepFolder:
     found = [SweepFolder(entry.parent) for entry in storage.glob("*/results.json")]
     if not found:
         raise FolderError(f"{storage} holds no sweep: name a folder that `orchestrator run` made")
-    return max(found, key=lambda folder: folder.results_json.stat().st_mtime)
+    return max(found, key=_written_at)
+
+
+def newest_sweeps(storage: Path, count: int) -> Iterator[SweepResult]:
+    """The sweeps in `storage` that were written to last, newest first; what cannot be read is left out."""
+    found = [SweepFolder(entry.parent) for entry in storage.glob("*/results.json")]
+    for folder in sorted(found, key=_written_at, reverse=True)[:count]:
+        with contextlib.suppress(FolderError):
+            yield read_sweep(folder)[0]
+
+
+def _written_at(folder: SweepFolder) -> float:
+    try:
+        return folder.results_json.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def write_sweep(folder: SweepFolder, sweep: SweepResult) -> None:
@@ -231,8 +337,11 @@ def write_sweep(folder: SweepFolder, sweep: SweepResult) -> None:
 
 
 def write_result(folder: SweepFolder, result: TrialResult) -> None:
-    """Write a trial's result.json."""
-    write_atomically(folder.trial(result.trial_id).result, result.model_dump_json(indent=1) + "\n")
+    """Write a trial's result.json; a trial that has ended needs no checkpoint any more."""
+    trial = folder.trial(result.trial_id)
+    write_atomically(trial.result, result.model_dump_json(indent=1) + "\n")
+    if result.status.is_final:
+        trial.forget_checkpoints()
 
 
 def results_table(sweep: SweepResult) -> str:
@@ -289,3 +398,12 @@ def write_atomically(path: Path, text: str) -> None:
         raise StorageError(
             f"cannot write {path} ({error}): free some space there, or name another --storage"
         ) from error
+
+
+def sync_folder(path: Path) -> None:
+    """Let a file's new name outlast a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

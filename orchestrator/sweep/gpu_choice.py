@@ -14,7 +14,9 @@ from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.errors import InputError
 from orchestrator.planning import hardware as hardware_module
 from orchestrator.planning.hardware import Hardware
+from orchestrator.planning.pace import Pace
 from orchestrator.planning.plan import SweepPlan, plan_sweep
+from orchestrator.results.records import SweepResult
 from orchestrator.sweep import cluster
 from orchestrator.sweep.worker import ACCELERATOR
 from orchestrator.training.inputs import FoundModel
@@ -34,16 +36,21 @@ def has_type(node: Resources, accelerator: str | None) -> bool:
 
 
 def choose(
-    sweep: SweepConfig, model: FoundModel, say: Callable[[str], None]
+    sweep: SweepConfig, model: FoundModel, earlier: Sequence[SweepResult], say: Callable[[str], None]
 ) -> tuple[SweepConfig, SweepPlan, Hardware, str | None]:
     """The sweep with its hardware's defaults, its plan on the GPUs that it gets, and their type where nodes differ.
+
+    earlier: sweeps whose measured times correct the plan's.
 
     Raises:
         InputError: the cluster has no node that can work.
     """
     found = candidates(cluster.nodes(), sweep.resources.accelerator)
     sweeps = {kind: sweep.on_hardware(has_gpus=hardware.device == "cuda") for kind, hardware in found.items()}
-    plans = {kind: plan_sweep(sweeps[kind], model.shape, hardware) for kind, hardware in found.items()}
+    plans = {
+        kind: plan_sweep(sweeps[kind], model.shape, hardware, Pace.of(earlier, sweep.model, hardware))
+        for kind, hardware in found.items()
+    }
     kind = chosen(plans)
     if len(plans) > 1:
         told = ", ".join(f"{plan.runs} on {one}" for one, plan in plans.items())

@@ -10,11 +10,14 @@ from typing import Any, Literal
 
 import ray
 
+from orchestrator.config.search_space import Trial
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.planning.memory import MemoryEstimate, estimate_on
-from orchestrator.planning.plan import SweepPlan
-from orchestrator.results.storage import SweepFolder
+from orchestrator.planning.pace import READ_SWEEPS, Pace
+from orchestrator.planning.plan import PlannedTrial, SweepPlan, WorkerShape, gpu_memory_fraction, plan_trial
+from orchestrator.planning.step_time import Range, step_seconds
+from orchestrator.results.storage import SweepFolder, newest_sweeps
 from orchestrator.sweep import cluster, gpu_choice
 from orchestrator.sweep.worker import GroupShape
 from orchestrator.training import data, model_source
@@ -36,6 +39,10 @@ class Prepared:
     gpu_memory_fraction: float | None
     estimate: Callable[[TrialConfig], MemoryEstimate]
     """The plan's own, for a configuration that has changed since."""
+    step_seconds: Callable[[TrialConfig], Range]
+    """The same, before anything measured corrects it."""
+    plan_trial: Callable[[Trial], PlannedTrial]
+    """The plan's own, for a trial that an adaptive search proposes."""
     board: Any
     """The Ray actor `switchboard.Switchboard`."""
     groups: Any
@@ -62,7 +69,8 @@ def prepare(
     cluster.connect(address)
     cluster.require_shared(folder)
     cluster.await_room(sweep.resources, say)
-    sweep, plan, hardware, accelerator = gpu_choice.choose(sweep, model, say)
+    earlier = tuple(newest_sweeps(folder.root.parent, READ_SWEEPS))
+    sweep, plan, hardware, accelerator = gpu_choice.choose(sweep, model, earlier, say)
     shape = GroupShape(plan.workers_per_trial, plan.gpus_per_worker, sweep.resources.cpus_per_worker, accelerator)
     shape = cluster.placed(shape, cluster.nodes())
     slots = slots_for(sweep, shape)
@@ -79,7 +87,6 @@ def prepare(
         # On a cluster that is not ours they would go on for a while, and write into a folder that is to go.
         ray.get(groups.close_all.remote())
         raise
-    share = shape.gpus_per_worker
     return Prepared(
         sweep,
         plan,
@@ -87,8 +94,19 @@ def prepare(
         slots,
         summary.hash,
         "cuda_allocated" if hardware.device == "cuda" else "resident",
-        share if 0 < share < 1 else None,
+        gpu_memory_fraction(plan, hardware),
         functools.partial(estimate_on, shape=model.shape, workers=shape.workers, hardware=hardware),
+        functools.partial(
+            step_seconds, shape=model.shape, hardware=hardware, workers=shape.workers, cpus=shape.cpus_per_worker
+        ),
+        functools.partial(
+            plan_trial,
+            model=model.shape,
+            hardware=hardware,
+            shape=WorkerShape(shape.workers, shape.gpus_per_worker, shape.cpus_per_worker),
+            memory_bytes=plan.worker_memory_bytes,
+            pace=Pace.of(earlier, sweep.model, hardware),
+        ),
         board,
         groups,
     )

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from orchestrator.errors import printable
+from orchestrator.planning.pace import RAN, left_s
 from orchestrator.results.records import MetricPoint, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder
 
@@ -33,11 +35,16 @@ class Progress(tune.Callback):
         metric: str,
         mode: str,
         slots: int,
+        planned_s: Mapping[str, float],
+        budget_hours: float | None,
     ) -> None:
         self._folder = folder
         self._records = {record.trial_id: record for record in records}
         self._label, self._metric, self._mode, self._slots = label, metric, mode, slots
+        self._planned_s, self._budget_hours = planned_s, budget_hours
         self._started = self._said = time.monotonic()
+        self._launched: dict[str, float] = {}
+        self._warned = False
         self._steps, self._read_at = "", 0.0
         self._console = Console(stderr=True, highlight=False)
         live = sys.stderr.isatty() and "NO_COLOR" not in os.environ
@@ -59,9 +66,14 @@ class Progress(tune.Callback):
         before = self._records.get(record.trial_id)
         self._records[record.trial_id] = record
         changed = before is None or before.status is not record.status
+        if changed and record.status is TrialStatus.RUNNING:
+            self._launched[record.trial_id] = time.monotonic()
         evaluated = before is not None and record.best is not None and before.last != record.last
         if changed or evaluated:
             self.say(self._line(record))
+        if changed and not self._warned and (told := self._beyond_budget()):
+            self._warned = True
+            self.say(told)
 
     def __getstate__(self) -> dict[str, Any]:
         # As the recorder's: Tune's own state is never read back.
@@ -87,7 +99,7 @@ class Progress(tune.Callback):
     def say(self, text: str) -> None:
         """One line."""
         self._said = time.monotonic()
-        self._console.print(Text(text), soft_wrap=True)
+        self._console.print(Text(printable(text)), soft_wrap=True)
 
     def _line(self, record: TrialResult) -> str:
         told = f"{record.trial_id}  {self._label(record)}  {record.status}"
@@ -105,19 +117,30 @@ class Progress(tune.Callback):
         parts = ", ".join(f"{counts[status]} {status}" for status in TrialStatus if counts[status])
         gone_s = time.monotonic() - self._started
         text = f"{parts} · {_clock(gone_s)} gone"
-        if left_s := self._left_s():
-            text += f", about {_clock(left_s)} left"
+        if left := self._left_s():
+            text += f", about {_clock(left)} left"
         if running := self._running():
             text += f"\n{running}"
         if best := self._best():
             text += f"\nbest so far: {self._metric} {self._value(best.best):.4g}  {self._label(best)}"
-        return Text(text, style="bold")
+        return Text(printable(text), style="bold")
 
     def _left_s(self) -> float | None:
-        """By the mean time of the trials that ended in this run."""
-        ended = [r.timing.total_s for r in self._records.values() if r.status.is_final and r.timing.total_s]
-        open_ = sum(r.status in (TrialStatus.PENDING, TrialStatus.RUNNING) for r in self._records.values())
-        return open_ * sum(ended) / len(ended) / self._slots if ended and open_ else None
+        now = time.monotonic()
+        gone_s = {trial_id: now - launched for trial_id, launched in self._launched.items()}
+        return left_s(self._records.values(), self._planned_s, gone_s, self._slots)
+
+    def _beyond_budget(self) -> str | None:
+        """That the sweep will be ended before its last trials, once a trial has ended by which that is known."""
+        if self._budget_hours is None or not any(record.status in RAN for record in self._records.values()):
+            return None
+        needed = (time.monotonic() - self._started + (self._left_s() or 0.0)) / 3600
+        if needed <= self._budget_hours:
+            return None
+        return (
+            f"about {needed:.3g} hours are needed at this pace, and budget.hours is {self._budget_hours:g}: the sweep "
+            "will end before its last trials, and the same command with a larger budget goes on"
+        )
 
     def _best(self) -> TrialResult | None:
         known = [record for record in self._records.values() if self._value(record.best) is not None]

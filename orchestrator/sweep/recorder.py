@@ -11,6 +11,7 @@ import ray
 from ray import tune
 
 from orchestrator.config.trial_config import TrialConfig
+from orchestrator.results.provenance import without_secret
 from orchestrator.results.records import PeakMemory, Timing, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder, write_result
 from orchestrator.training.task import TrialProgress
@@ -27,14 +28,14 @@ class Recorder(tune.Callback):
         records: Mapping[str, TrialResult],
         started_at: float,
         board: Any,
-        scheduler: str,
+        why_stopped: Mapping[str, str],
         predicted_bytes: Callable[[TrialConfig], int],
         fetch: Callable[[str], None],
         listeners: tuple[Callable[[TrialResult], None], ...],
     ) -> None:
         self.records = dict(records)
         self._folder, self._started_at, self._board = folder, started_at, board
-        self._scheduler, self._predicted_bytes, self._listeners = scheduler, predicted_bytes, listeners
+        self._why_stopped, self._predicted_bytes, self._listeners = why_stopped, predicted_bytes, listeners
         self._fetch = fetch
         self._launched_at: dict[str, float] = {}
 
@@ -47,7 +48,7 @@ class Recorder(tune.Callback):
         record = self.records[trial.config["trial_id"]]
         if record.status is TrialStatus.PENDING:
             self._launched_at[record.trial_id] = time.time()
-            micro = trial.config["micro_batch_size"]
+            micro = trial.config["task"].config.micro_batch_size
             if micro != record.config.micro_batch_size:
                 event = f"micro_batch_size {micro}, since trials of its kind ran out of memory with more"
                 config = record.config.model_copy(update={"micro_batch_size": micro})
@@ -70,8 +71,7 @@ class Recorder(tune.Callback):
             record = self._ended(record, TrialStatus(status), result.get("reason"))
         elif result.get("done"):
             ray.get(self._board.stop.remote(record.trial_id, STOP_LIMIT_S))
-            reason = f"stopped by {self._scheduler} at step {result.get('step')}: others were better there"
-            record = self._ended(record, TrialStatus.STOPPED, reason)
+            record = self._ended(record, TrialStatus.STOPPED, self._why_stopped[record.trial_id])
         self.save(record)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -92,13 +92,15 @@ class Recorder(tune.Callback):
 
     def trial_seconds(self) -> float:
         """Seconds that trials have held their resources: all that ended, in earlier runs too, and those at work."""
-        ended = sum(record.timing.total_s for record in self.records.values())
+        before = sum(record.timing.total_s for record in self.records.values())
         at_work = [i for i, record in self.records.items() if record.status is TrialStatus.RUNNING]
         now = time.time()
-        return ended + sum(now - self._launched_at.get(trial_id, now) for trial_id in at_work)
+        return before + sum(now - self._launched_at.get(trial_id, now) for trial_id in at_work)
 
     def save(self, record: TrialResult) -> None:
         """Keep a record, on disk first."""
+        hidden = {"reason": record.reason and without_secret(record.reason), "notes": _each(record.notes)}
+        record = record.model_copy(update=hidden)
         write_result(self._folder, record)
         self.records[record.trial_id] = record
         for listener in self._listeners:
@@ -110,6 +112,8 @@ class Recorder(tune.Callback):
         memory = record.peak_memory
         if memory and config != record.config:
             memory = memory.model_copy(update={"predicted_bytes": self._predicted_bytes(config)})
+            # It was told of another micro-batch.
+            record = record.model_copy(update={"predicted_step_time_s": None})
         return record.model_copy(update={"config": config, "notes": notes, "peak_memory": memory})
 
     def _with_progress(self, record: TrialResult, progress: TrialProgress | None) -> TrialResult:
@@ -144,7 +148,12 @@ class Recorder(tune.Callback):
                     kind=progress.memory_kind,
                 ),
                 "timing": timing.model_copy(
-                    update={"startup_s": startup_s, "queued_s": max(0.0, launched_at - self._started_at)}
+                    update={
+                        "startup_s": startup_s,
+                        "queued_s": max(0.0, launched_at - self._started_at),
+                        # Of the runs before this one, until the trial has ended.
+                        "total_s": record.timing.total_s,
+                    }
                 ),
                 "hosts": (progress.host,),
                 "devices": (progress.device,),
@@ -162,9 +171,13 @@ class Recorder(tune.Callback):
         if points and launched_at:
             update |= {"last": points[-1], "steps": points[-1].step, "tokens": points[-1].tokens}
         if launched_at:
-            total_s = time.time() - launched_at
+            total_s = record.timing.total_s + time.time() - launched_at
             update["timing"] = record.timing.model_copy(update={"total_s": total_s})
         return record.model_copy(update=update)
+
+
+def _each(notes: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(without_secret(note) for note in notes)
 
 
 def _last_line(trial: Any) -> str:

@@ -10,7 +10,7 @@ from orchestrator.config.sweep_file import load
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import FolderError
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
-from orchestrator.results.storage import SweepFolder, read_sweep, read_trial_results
+from orchestrator.results.storage import SweepFolder, TrialFolder, read_sweep, read_trial_results
 
 SAME_KEYS = ("model", "data", "objective")
 """Keys without which results could not stand in one table; so too every setting that is not searched."""
@@ -39,6 +39,8 @@ def read_earlier(folder: SweepFolder) -> Earlier | None:
                 "the file back, or give this sweep another --name"
             )
         return None
+    if not folder.sweep_file.is_file():
+        raise FolderError(f"{folder.sweep_file} is no file: put it back, or give this sweep another --name")
     try:
         result = read_sweep(folder)[0]
     except FolderError:
@@ -91,3 +93,26 @@ def kept(earlier: Earlier, planned: frozenset[str]) -> dict[str, TrialResult]:
             record = record.model_copy(update=why)
         found[trial_id] = record
     return found
+
+
+def gone_on_with(old: TrialResult, new: TrialResult, folder: TrialFolder) -> TrialResult:
+    """The record of a trial that waits: with what it had before where it was cut off and left a checkpoint.
+
+    old: as the earlier run left it. new: as if it had never run.
+    """
+    if new.status is not TrialStatus.PENDING or old.status.is_final or not folder.checkpoint_steps():
+        return new
+    # Memory may have run out before: the micro-batch stays as small as it had to become.
+    sizes = [size for size in (old.config.micro_batch_size, new.config.micro_batch_size) if size != "auto"]
+    spent = old.timing.model_dump(exclude={"queued_s", "total_s"})
+    return old.model_copy(
+        update={
+            "status": TrialStatus.PENDING,
+            "reason": None,
+            "config": new.config.model_copy(update={"micro_batch_size": min(sizes, default="auto")}),
+            "notes": tuple(dict.fromkeys((*new.notes, *old.notes))),
+            "peak_memory": new.peak_memory,
+            "timing": old.timing.model_copy(update={"total_s": sum(spent.values())}),
+            "mlflow_run_id": None,
+        }
+    )

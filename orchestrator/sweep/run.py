@@ -2,42 +2,41 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import ray
-from filelock import FileLock, Timeout
 from ray import tune
 
 from orchestrator.config.storage_address import is_remote
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.sweep_file import to_yaml
 from orchestrator.config.trial_config import TrialConfig
-from orchestrator.errors import FolderError, StorageError
 from orchestrator.planning.plan import PlannedTrial
-from orchestrator.reporting import statistics
+from orchestrator.reporting import report, statistics
+from orchestrator.reporting.findings import Report
 from orchestrator.results import provenance
-from orchestrator.results.records import PeakMemory, SweepResult, TrialResult, TrialStatus
+from orchestrator.results.records import PeakMemory, Suggestion, SweepResult, TrialResult, TrialStatus
 from orchestrator.results.remote import sweep_folder
 from orchestrator.results.storage import SweepFolder, write_atomically, write_result, write_sweep
-from orchestrator.sweep import cluster
+from orchestrator.sweep import cluster, logged_model, system_metrics
+from orchestrator.sweep.callbacks import Callbacks
 from orchestrator.sweep.carrier import Carrier, carried
+from orchestrator.sweep.folder_lock import only_one
 from orchestrator.sweep.gauges import Gauges
 from orchestrator.sweep.preparation import Prepared, prepare
 from orchestrator.sweep.progress import Progress
 from orchestrator.sweep.recorder import Recorder
-from orchestrator.sweep.resume import Earlier, kept, read_earlier, require_same_question
-from orchestrator.sweep.scheduler import describe, make_scheduler
-from orchestrator.sweep.stopper import Stopper, signals_to
-from orchestrator.sweep.tracking import Tracker
+from orchestrator.sweep.resume import Earlier, gone_on_with, kept, read_earlier, require_same_question
+from orchestrator.sweep.scheduler import RuleScheduler
+from orchestrator.sweep.stopper import Stopper, signals_to, sigterm_like_ctrl_c
+from orchestrator.sweep.suggestions import NewRecord, Suggestions, known_at_start
+from orchestrator.sweep.tracking import Tracker, tracking_uri
 from orchestrator.sweep.trial import TrialOnWorkers
 from orchestrator.sweep.trial_queue import TrialQueue
 from orchestrator.training.inputs import FoundModel
@@ -45,6 +44,8 @@ from orchestrator.training.task import TrialTask
 
 Isolation = Literal["warm", "fresh"]
 TRACKING_LIMIT_S = 60.0
+INTERRUPTED_TRACKING_LIMIT_S = 5.0
+"""Kubernetes gives 30 s from SIGTERM to SIGKILL; what MLflow lacks is on disk, and the next run carries it over."""
 # A slot takes nothing: its workers do, in placement groups of their own, and there are never more slots than groups
 # that fit. A slot that held a CPU could starve its own workers. Tune wants something (ray 2.60.0): a byte of memory.
 SLOT = tune.PlacementGroupFactory([{"memory": 1}])
@@ -56,8 +57,11 @@ class Outcome:
 
     sweep: SweepResult
     folder: SweepFolder
+    report: Report
     tracked: bool
     """Whether MLflow has everything; what it lacks is on disk, and the next `run` carries it over."""
+
+    tracking_uri: str
 
     @property
     def exit_code(self) -> int:
@@ -79,7 +83,7 @@ def run(
     if cluster.runs_in_a_job():
         sweep = _lasting(sweep)
     folder = sweep_folder(sweep.storage, sweep.name)
-    with _only_one(folder), carried(folder) as carrier:
+    with only_one(folder), sigterm_like_ctrl_c(), carried(folder) as carrier:
         earlier = read_earlier(folder)
         if earlier:
             require_same_question(folder, earlier.sweep, sweep)
@@ -98,33 +102,6 @@ def _lasting(sweep: SweepConfig) -> SweepConfig:
     return sweep.model_copy(update={"storage": str(Path.home() / Path(sweep.storage).expanduser())})
 
 
-@contextmanager
-def _only_one(folder: SweepFolder) -> Iterator[None]:
-    """Hold the folder's lock; a dead owner's is free at once, since the kernel holds it."""
-    made = [path for path in (folder.root, *folder.root.parents) if not path.exists()]
-    try:
-        folder.root.mkdir(parents=True, exist_ok=True)
-        # A moment, since `status` takes it to see whether it is free.
-        lock = FileLock(folder.lock, timeout=1)
-        lock.acquire()
-    except Timeout as error:
-        raise FolderError(
-            f"another run is at work in {folder.shown}: wait for it, or give this sweep another --name"
-        ) from error
-    except OSError as error:
-        raise StorageError(f"cannot write to {folder.root} ({error.strerror}): name another --storage") from error
-    try:
-        yield
-    finally:
-        if made and not folder.sweep_file.exists():
-            # Nothing was started: nothing is left behind. Still under the lock, or another run could begin in it.
-            shutil.rmtree(folder.root, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                for parent in made[1:]:
-                    parent.rmdir()
-        lock.release()
-
-
 def _run_prepared(
     prepared: Prepared,
     folder: SweepFolder,
@@ -137,23 +114,38 @@ def _run_prepared(
     if earlier:
         require_same_question(folder, earlier.sweep, sweep, knows_hardware=True)
     started_at = time.time()
-    records = _records(prepared, earlier)
+    made_with = {"versions": provenance.versions(), "git": provenance.git_state(Path.cwd())}
+    new_record = functools.partial(_new_record, prepared, made_with)
+    records = _records(prepared, folder, earlier, new_record)
     result = _sweep_result(prepared, earlier, records, started_at)
     tracker = Tracker(sweep, result.sweep_id, folder)
     result = result.model_copy(update={"mlflow_run_id": tracker.parent_run_id})
-    write_atomically(folder.sweep_file, to_yaml(sweep))
+    write_atomically(folder.sweep_file, provenance.without_secret(to_yaml(sweep)))
     write_atomically(folder.plan, prepared.plan.model_dump_json(indent=1) + "\n")
     for record in records.values():
         write_result(folder, record)
     write_sweep(folder, result)
     carrier.push()
     label = _labeller(result)
-    progress = Progress(folder, records.values(), label, sweep.objective.metric, sweep.objective.mode, prepared.slots)
+    progress = Progress(
+        folder,
+        records.values(),
+        label,
+        sweep.objective.metric,
+        sweep.objective.mode,
+        prepared.slots,
+        {trial.trial_id: trial.seconds or 0.0 for trial in prepared.plan.trials},
+        sweep.budget.hours,
+    )
     gauges = Gauges(sweep.name, records.values(), sweep.objective.metric, sweep.objective.mode)
-    listeners = (carrier.track, tracker.track, gauges.track, progress)
+    callbacks = Callbacks(say)
+    listeners = (carrier.track, tracker.track, gauges.track, progress, callbacks.track)
     predicted = functools.partial(_recorded_bytes, prepared)
+    scheduler = RuleScheduler(sweep)
+    if earlier:
+        scheduler.hear_again(folder, records.values())
     recorder = Recorder(
-        folder, records, started_at, prepared.board, describe(sweep), predicted, carrier.fetch, listeners
+        folder, records, started_at, prepared.board, scheduler.reasons, predicted, carrier.fetch, listeners
     )
     gpus = prepared.shape.workers * prepared.shape.gpus_per_worker
     stopper = Stopper(prepared.board, sweep.budget, lambda: recorder.trial_seconds() * gpus / 3600)
@@ -161,10 +153,12 @@ def _run_prepared(
         if record.mlflow_run_id is None and record.status is not TrialStatus.PENDING:
             tracker.track(record)
     _say_start(records, prepared, say)
-    with progress, signals_to(stopper):
-        _tune(prepared, folder, recorder, [recorder, progress], stopper, isolation)
+    with progress, signals_to(stopper), system_metrics.logged(tracking_uri(sweep), tracker.parent_run_id):
+        _tune(prepared, folder, recorder, new_record, scheduler, [recorder, progress], stopper, isolation)
     recorder.cancel_rest(stopper.reason or "the sweep ended before it: run the same command again")
-    return _finish(result, recorder, tracker, folder, stopper, say)
+    outcome = _finish(sweep, result, recorder, tracker, folder, stopper, say)
+    callbacks.sweep_ended(outcome.sweep, folder.root)
+    return outcome
 
 
 def _labeller(result: SweepResult) -> Callable[[TrialResult], str]:
@@ -178,18 +172,19 @@ def _say_start(records: Mapping[str, TrialResult], prepared: Prepared, say: Call
     say(f"{pending} trials to run, {prepared.slots} at a time; {refused} refused; {done} done before")
 
 
-def _records(prepared: Prepared, earlier: Earlier | None) -> dict[str, TrialResult]:
-    """What each trial starts with: as it ended before, refused, or pending."""
+def _records(
+    prepared: Prepared, folder: SweepFolder, earlier: Earlier | None, new_record: NewRecord
+) -> dict[str, TrialResult]:
+    """What each trial starts with: as it ended before, refused, or pending, with what it had when it was cut off."""
     before = earlier.trials if earlier else {}
-    versions, git = provenance.versions(), provenance.git_state(Path.cwd())
     records = {}
-    for planned in prepared.plan.trials:
+    for planned, suggestion in known_at_start(prepared, before.values()):
         old = before.get(planned.trial_id)
         if old and _stays(old, prepared.plan.worker_memory_bytes):
             records[planned.trial_id] = old
             continue
-        new = _new_record(planned, prepared)
-        records[planned.trial_id] = new.model_copy(update={"versions": versions, "git": git})
+        new = new_record(planned, suggestion)
+        records[planned.trial_id] = gone_on_with(old, new, folder.trial(planned.trial_id)) if old else new
     return records | kept(earlier, frozenset(records)) if earlier else records
 
 
@@ -208,7 +203,9 @@ def _recorded_bytes(prepared: Prepared, config: TrialConfig) -> int:
     return allocated
 
 
-def _new_record(planned: PlannedTrial, prepared: Prepared) -> TrialResult:
+def _new_record(
+    prepared: Prepared, made_with: Mapping[str, Any], planned: PlannedTrial, suggestion: Suggestion | None
+) -> TrialResult:
     predicted = _recorded_bytes(prepared, planned.config) if planned.memory else None
     return TrialResult(
         trial_id=planned.trial_id,
@@ -218,7 +215,10 @@ def _new_record(planned: PlannedTrial, prepared: Prepared) -> TrialResult:
         config=planned.config,
         repeat=planned.repeat,
         seed=planned.config.seed,
+        suggestion=suggestion,
+        **made_with,
         notes=planned.notes,
+        predicted_step_time_s=prepared.step_seconds(planned.config).expected if planned.memory else None,
         peak_memory=PeakMemory(
             predicted_bytes=predicted, available_bytes=prepared.plan.worker_memory_bytes, kind=prepared.memory_kind
         ),
@@ -249,34 +249,29 @@ def _tune(
     prepared: Prepared,
     folder: SweepFolder,
     recorder: Recorder,
+    new_record: NewRecord,
+    scheduler: RuleScheduler,
     callbacks: list[tune.Callback],
     stopper: Stopper,
     isolation: Isolation,
 ) -> None:
-    tasks = _tasks(prepared, folder, recorder.records.values())
-    if not tasks:
+    waiting = sum(record.status is TrialStatus.PENDING for record in recorder.records.values())
+    if not waiting and not prepared.sweep.search.is_adaptive:
         return
     trainable = tune.with_parameters(
         TrialOnWorkers,
         board=prepared.board,
         groups=prepared.groups,
-        tasks=tasks,
         workers=prepared.shape.workers,
         keeps_group=isolation == "warm",
-    )
-    queue = TrialQueue(
-        tasks,
-        recorder,
-        lambda config: prepared.estimate(config).device_bytes,
-        prepared.plan.worker_memory_bytes,
-        prepared.shape.workers,
     )
     tuner = tune.Tuner(
         tune.with_resources(trainable, SLOT),
         tune_config=tune.TuneConfig(
-            search_alg=queue,
-            num_samples=len(tasks),
-            scheduler=make_scheduler(prepared.sweep),
+            search_alg=_queue(prepared, folder, recorder, new_record),
+            # An adaptive search ends by itself.
+            num_samples=-1 if prepared.sweep.search.is_adaptive else waiting,
+            scheduler=scheduler,
             max_concurrent_trials=prepared.slots,
             reuse_actors=True,
             trial_name_creator=_name,
@@ -305,14 +300,23 @@ def _run_config(folder: SweepFolder, callbacks: list[tune.Callback], stopper: St
     )
 
 
-def _tasks(prepared: Prepared, folder: SweepFolder, records: Iterable[TrialResult]) -> dict[str, TrialTask]:
-    """Of the trials that wait."""
-    automatic = {trial.trial_id for trial in prepared.sweep.trials() if trial.config.micro_batch_size == "auto"}
-    return {
-        record.trial_id: _task(record, prepared, folder, halves_micro_batch=record.trial_id in automatic)
-        for record in records
-        if record.status is TrialStatus.PENDING
-    }
+def _queue(prepared: Prepared, folder: SweepFolder, recorder: Recorder, new_record: NewRecord) -> TrialQueue:
+    sweep = prepared.sweep
+    automatic = {trial.trial_id for trial in sweep.trials() if trial.config.micro_batch_size == "auto"}
+
+    def task_of(record: TrialResult) -> TrialTask:
+        chosen = record.suggestion and {**sweep.base, **record.suggestion.settings}.get("micro_batch_size", "auto")
+        halves = chosen == "auto" if chosen else record.trial_id in automatic
+        return _task(record, prepared, folder, halves_micro_batch=halves)
+
+    return TrialQueue(
+        recorder,
+        task_of,
+        Suggestions(prepared, folder, recorder, new_record).more,
+        lambda config: prepared.estimate(config).device_bytes,
+        prepared.plan.worker_memory_bytes,
+        prepared.shape.workers,
+    )
 
 
 def _task(record: TrialResult, prepared: Prepared, folder: SweepFolder, *, halves_micro_batch: bool) -> TrialTask:
@@ -332,6 +336,7 @@ def _task(record: TrialResult, prepared: Prepared, folder: SweepFolder, *, halve
 
 
 def _finish(
+    sweep: SweepConfig,
     result: SweepResult,
     recorder: Recorder,
     tracker: Tracker,
@@ -340,16 +345,15 @@ def _finish(
     say: Callable[[str], None],
 ) -> Outcome:
     """Write results and report, then give MLflow a bounded time to have it all."""
-    from orchestrator.reporting import report
-
     say("writing the report")
     ended = {"ended_ms": int(time.time() * 1000), "interrupted": stopper.interrupted}
     result = result.model_copy(update={"trials": tuple(recorder.records.values()), **ended})
     # Before MLflow is waited for: what was measured is safe whatever happens then.
     write_sweep(folder, result)
-    write_atomically(folder.report, report.render_html(report.build(folder)))
+    made = report.build(folder)
+    write_atomically(folder.report, report.render_html(made))
     try:
-        tracked = tracker.finish(TRACKING_LIMIT_S)
+        tracked = tracker.finish(INTERRUPTED_TRACKING_LIMIT_S if stopper.interrupted else TRACKING_LIMIT_S)
     except KeyboardInterrupt:
         tracked = False
     for record in list(recorder.records.values()):
@@ -359,5 +363,8 @@ def _finish(
     result = result.model_copy(update={"trials": tuple(recorder.records.values())})
     write_sweep(folder, result)
     if tracked:
-        tracker.close_parent(result, statistics.best_trial(result))
-    return Outcome(result, folder, tracked)
+        best = statistics.best_trial(result)
+        tracker.close_parent(result, best)
+        if best and best.mlflow_run_id and not result.interrupted:
+            logged_model.log_best(sweep, result, best, folder, say)
+    return Outcome(result, folder, made, tracked, tracking_uri(sweep))

@@ -1,34 +1,89 @@
-"""Ray Tune's scheduler out of the sweep file's `scheduler:`."""
+"""Ray Tune's scheduler out of the sweep file's `scheduler:`: our rules hear every evaluation, it does as they say."""
 
 from __future__ import annotations
 
-import numpy as np
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from collections.abc import Iterable, Iterator
+from typing import Any
 
-from orchestrator.config.sweep_config import SweepConfig
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
-
-def make_scheduler(sweep: SweepConfig) -> TrialScheduler:
-    """ASHA on optimizer steps, or FIFO where none is named."""
-    asha = sweep.scheduler.asha
-    if asha is None:
-        return FIFOScheduler()
-    # ASHA draws brackets from numpy's global state (seen in ray 2.60.0); with one bracket nothing depends on it.
-    np.random.seed(sweep.search.seed)
-    return ASHAScheduler(
-        time_attr="step",
-        metric=sweep.objective.metric,
-        mode=sweep.objective.mode,
-        grace_period=asha.grace_steps,
-        reduction_factor=asha.reduction_factor,
-        # Trials end by themselves at max_steps, which may differ between them: no rung may cut there.
-        max_t=10**9,
-    )
+from orchestrator.config.sweep_config import GraceUnit, SweepConfig
+from orchestrator.config.trial_config import TrialConfig
+from orchestrator.results.records import MetricPoint, TrialResult
+from orchestrator.results.storage import SweepFolder
+from orchestrator.search.extrapolation import Extrapolation
+from orchestrator.search.observation import Goal, evaluated
+from orchestrator.search.stopping import Halving, Heard, Hyperband, Median, StopRule, replay
 
 
-def describe(sweep: SweepConfig) -> str:
-    """The scheduler as a reason gives it."""
-    asha = sweep.scheduler.asha
-    if asha is None:
-        return "fifo"
-    return f"asha (grace_steps {asha.grace_steps}, reduction_factor {asha.reduction_factor})"
+class RuleScheduler(FIFOScheduler):
+    """First come, first served, until a rule stops a trial; Tune's own schedulers forget their state on a resume."""
+
+    def __init__(self, sweep: SweepConfig) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._goal = Goal(sweep.objective.metric, sweep.objective.mode)
+        self._rules = tuple(rules_of(sweep))
+        self.reasons: dict[str, str] = {}
+        """Why each trial was stopped."""
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """All rules hear every evaluation; one that speaks up stops the trial, unless it is at its end anyway."""
+        progress, task = result.get("progress"), trial.config["task"]
+        if progress is None or progress.last is None or result.get("done") or progress.last.eval_loss is None:
+            return str(TrialScheduler.CONTINUE)
+        point, config = progress.last, task.config
+        reason = self._hear(task.trial_id, trial.config["configuration_id"], config, point)
+        if reason is None or point.step >= config.max_steps:
+            return str(TrialScheduler.CONTINUE)
+        self.reasons[task.trial_id] = reason
+        return str(TrialScheduler.STOP)
+
+    def hear_again(self, folder: SweepFolder, records: Iterable[TrialResult]) -> None:
+        """Rebuild the rules' state out of the curves that earlier runs have left."""
+        curves = [(record, evaluated(folder.trial(record.trial_id).read_metrics())) for record in records]
+        for _, rule, unit in self._rules:
+            heard = (
+                (
+                    point.time_ms,
+                    heard_of(record.trial_id, record.configuration_id, record.config, point, unit, self._goal),
+                )
+                for record, points in curves
+                for point in points
+            )
+            replay(rule, heard)
+
+    def _hear(self, trial_id: str, configuration_id: str, config: TrialConfig, point: MetricPoint) -> str | None:
+        found = []
+        for name, rule, unit in self._rules:
+            reason = rule.hear(heard_of(trial_id, configuration_id, config, point, unit, self._goal))
+            if reason:
+                found.append(f"stopped by {name} at step {point.step}: {reason}")
+        return "; ".join(found) or None
+
+
+def rules_of(sweep: SweepConfig) -> Iterator[tuple[str, StopRule, GraceUnit]]:
+    """The rules that the sweep file names, each with its name and what it counts."""
+    found = sweep.scheduler
+    if found.asha:
+        grace, unit = found.asha.grace
+        yield f"asha ({grace:g} {unit} of grace)", Halving(grace, found.asha.reduction_factor, unit), unit
+    if found.hyperband:
+        grace, unit = found.hyperband.grace
+        rule = Hyperband(grace, found.hyperband.reduction_factor, found.hyperband.brackets, unit)
+        yield f"hyperband ({grace:g} {unit} of grace)", rule, unit
+    if found.median:
+        grace, unit = found.median.grace
+        yield f"median ({grace:g} {unit} of grace)", Median(grace, found.median.min_trials, unit), unit
+    if found.extrapolation:
+        grace, unit = found.extrapolation.grace
+        yield "extrapolation", Extrapolation(grace, found.extrapolation.min_chance, unit), unit
+
+
+def heard_of(
+    trial_id: str, configuration_id: str, config: TrialConfig, point: MetricPoint, unit: GraceUnit, goal: Goal
+) -> Heard:
+    """An evaluation as a rule takes it."""
+    at = {"steps": float(point.step), "tokens": float(point.tokens), "seconds": point.seconds}[unit]
+    # The last step's tokens or seconds are not known before: at the pace so far, exact at the end itself.
+    end = at * config.max_steps / point.step
+    return Heard(trial_id, configuration_id, at, goal.of(point), end)

@@ -53,6 +53,16 @@ class Stopper(tune.Stopper):
 
 
 @contextmanager
+def sigterm_like_ctrl_c() -> Iterator[None]:
+    """Before the first trial and after the last one SIGTERM raises KeyboardInterrupt: what is open is closed."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
 def signals_to(stopper: Stopper) -> Iterator[None]:
     """The first Ctrl-C or SIGTERM ends the sweep cleanly, a second one at once."""
 

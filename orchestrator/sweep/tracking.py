@@ -20,6 +20,8 @@ from orchestrator.results.provenance import without_secret
 from orchestrator.results.records import MetricPoint, SweepResult, TrialResult, TrialStatus
 from orchestrator.results.remote import local_storage
 from orchestrator.results.storage import SweepFolder
+from orchestrator.sweep.logged_data import dataset_inputs
+from orchestrator.training.data import read_summary
 
 log = logging.getLogger(__name__)
 INTERVAL_S = 1.0
@@ -115,8 +117,6 @@ class Tracker:
             if value is not None:
                 self._client.log_metric(run, f"best_{sweep.objective_metric}", value)
             self._client.set_tag(run, "best_trial", best.trial_id)
-            if self._sweep.tracking.registered_model and not sweep.interrupted:
-                self._register(best)
         self._client.set_terminated(run, "KILLED" if sweep.interrupted else "FINISHED")
 
     def _find_experiment(self, sweep: SweepConfig, uri: str) -> str:
@@ -150,6 +150,8 @@ class Tracker:
             self._client.set_tag(self.parent_run_id, "mlflow.note.content", self._sweep.question)
         settings = {"model": self._sweep.model, "data": self._sweep.data.train}
         self._client.log_batch(self.parent_run_id, params=[Param(k, v) for k, v in settings.items()])
+        if summary := read_summary(self._folder.data):
+            self._client.log_inputs(self.parent_run_id, dataset_inputs(self._sweep.data, summary))
 
     def _work(self) -> None:
         while True:
@@ -174,7 +176,7 @@ class Tracker:
         assert result is not None
         if trial.run_id is None:
             trial.run_id = self._open_trial(result)
-        points, offset_bytes = self._folder.trial(result.trial_id).read_metrics_from(trial.offset_bytes)
+        points, offset_bytes = self._certain_points(result, trial.offset_bytes)
         for start in range(0, len(points), BATCH // len(METRICS)):
             some = points[start : start + BATCH // len(METRICS)]
             self._client.log_batch(trial.run_id, metrics=[m for point in some for m in metrics_of(point)])
@@ -184,6 +186,15 @@ class Tracker:
             if result.status is not TrialStatus.RUNNING:
                 self._close_trial(trial.run_id, result)
             trial.carried = result.status
+
+    def _certain_points(self, result: TrialResult, offset_bytes: int) -> tuple[tuple[MetricPoint, ...], int]:
+        """The points that no trial will make again: MLflow cannot take one back, and would have its step twice."""
+        folder = self._folder.trial(result.trial_id)
+        if result.status.is_final:
+            return folder.read_metrics_from(offset_bytes)
+        steps = folder.checkpoint_steps()
+        # Without a checkpoint it would begin again, and its curve with it.
+        return folder.read_metrics_from(offset_bytes, steps[-1]) if steps else ((), 0)
 
     def _open_trial(self, result: TrialResult) -> str:
         run_id = self._find_run(result.trial_id, {"trial_id": result.trial_id})
@@ -199,10 +210,11 @@ class Tracker:
     def _close_trial(self, run_id: str, result: TrialResult) -> None:
         tags = {"status": result.status.value, "reason": result.reason or "", "notes": "; ".join(result.notes)}
         self._client.log_batch(run_id, tags=[RunTag(key, value[:5000]) for key, value in tags.items() if value])
-        if result.best:
+        if result.best and result.status.is_final:
             value = getattr(result.best, self._sweep.objective.metric)
             if value is not None:
                 self._client.log_metric(run_id, f"best_{self._sweep.objective.metric}", value, result.best.time_ms)
+        self._log_searched_numbers(run_id, result)
         trial = self._folder.trial(result.trial_id)
         for file in (trial.deepspeed, trial.log, trial.result):
             if file.exists():
@@ -211,22 +223,12 @@ class Tracker:
             self._client.log_artifacts(run_id, str(trial.adapter), "adapter")
         self._client.set_terminated(run_id, RUN_STATUS.get(result.status, "FAILED"))
 
-    def _register(self, best: TrialResult) -> None:
-        name = self._sweep.tracking.registered_model
-        run_id = self.run_id(best.trial_id) or best.mlflow_run_id
-        if not name or not run_id:
-            return
-        try:
-            self._client.create_registered_model(name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        tags = {"sweep_id": self._sweep_id, "trial_id": best.trial_id}
-        have = self._client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
-        version = (
-            have[0] if have else self._client.create_model_version(name, f"runs:/{run_id}/adapter", run_id, tags=tags)
-        )
-        self._client.set_registered_model_alias(name, "best", version.version)
+    def _log_searched_numbers(self, run_id: str, result: TrialResult) -> None:
+        """As metrics too: MLflow sorts parameters as text, 128 before 8 (3.17.2)."""
+        values = {name: getattr(result.config, name) for name in self._sweep.domains}
+        numbers = {name: value for name, value in values.items() if type(value) in (int, float)}
+        metrics = [Metric(f"setting/{name}", value, 0, 0) for name, value in numbers.items()]
+        self._client.log_batch(run_id, metrics=metrics)
 
 
 class _TrackedTrial:

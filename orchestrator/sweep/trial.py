@@ -28,13 +28,11 @@ class TrialOnWorkers(tune.Trainable):
         *,
         board: Any,
         groups: Any,
-        tasks: dict[str, TrialTask],
         workers: int,
         keeps_group: bool,
     ) -> None:
         """Called once an actor; `board` is the sweep's Switchboard, `groups` its WorkerGroups."""
-        self._board, self._groups, self._tasks, self._workers = board, groups, tasks, workers
-        self._keeps_group = keeps_group
+        self._board, self._groups, self._workers, self._keeps_group = board, groups, workers, keeps_group
         self._group: str | None = None
         self._begin(config)
 
@@ -63,15 +61,14 @@ class TrialOnWorkers(tune.Trainable):
         self._close()
 
     def _begin(self, config: dict[str, Any]) -> None:
-        task = self._tasks[config["trial_id"]]
-        size = {"micro_batch_size": config["micro_batch_size"]}
-        self._task = replace(task, config=task.config.model_copy(update=size))
+        self._task: TrialTask = config["task"]
         self._events: list[str] = []
         self._launched_at = time.time()
         self._attempt = 0
         self._launch()
 
     def _launch(self) -> None:
+        """Hand the trial to its workers, who go on from its last checkpoint where it left one."""
         self._attempt += 1
         if self._group is None:
             self._group = ray.get(self._groups.open.remote())
@@ -94,6 +91,9 @@ class TrialOnWorkers(tune.Trainable):
             self._group = None
 
     def _result(self, progress: TrialProgress | None, **more: Any) -> dict[str, Any]:
+        if progress and progress.went_on_from is not None:
+            event = f"went on from step {progress.went_on_from}"
+            self._events += [event] * (event not in self._events)
         point = progress.last if progress else None
         metrics = point.model_dump(exclude_none=True, exclude={"time_ms"}) if point else {}
         about = {"launched_at": self._launched_at, "trial_config": self._task.config, "events": tuple(self._events)}

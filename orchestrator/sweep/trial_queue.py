@@ -1,16 +1,20 @@
-"""The trials that wait, in their order, each looked at once more in the moment before its launch."""
+"""The trials that wait, in their order, each looked at once more in the moment before its launch.
+
+Where none waits any more, an adaptive search is asked for more.
+"""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ray.tune.search import Searcher
 
 from orchestrator.config.trial_config import TrialConfig, halved_micro_batch
 from orchestrator.planning import evidence
-from orchestrator.results.records import TrialStatus
+from orchestrator.results.records import TrialResult, TrialStatus
 from orchestrator.sweep.recorder import Recorder
 from orchestrator.training.task import TrialTask
 
@@ -20,47 +24,55 @@ class TrialQueue(Searcher):
 
     def __init__(
         self,
-        tasks: Mapping[str, TrialTask],
         recorder: Recorder,
+        task_of: Callable[[TrialResult], TrialTask],
+        more: Callable[[], Sequence[str]],
         predicted_bytes: Callable[[TrialConfig], int],
         available_bytes: int,
         workers: int,
     ) -> None:
-        """Take what waits."""
+        """Take what waits; `more` names trials that wait since it was called, and none at the search's end."""
         super().__init__()
-        self._tasks, self._waiting = tasks, deque(tasks)
+        records = recorder.records.values()
+        self._waiting = deque(record.trial_id for record in records if record.status is TrialStatus.PENDING)
+        self._task_of, self._more = task_of, more
         self._recorder, self._predicted_bytes, self._available_bytes = recorder, predicted_bytes, available_bytes
         self._workers = workers
         # A trial is read once, when it has ended: a sweep may have thousands, and looks at each launch.
-        self._unread = set(recorder.records) - set(tasks)
+        self._unread = set(recorder.records) - set(self._waiting)
         self._seen: list[evidence.Observation] = []
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         """The next trial that may run; Tune's own id for it is not used."""
-        while self._waiting:
-            ours = self._waiting.popleft()
-            config, reason = self._admitted(ours)
+        while self._some_wait():
+            task, reason = self._admitted(self._recorder.records[self._waiting.popleft()])
             if reason:
-                self._recorder.refuse(ours, reason)
+                self._recorder.refuse(task.trial_id, reason)
                 continue
-            self._unread.add(ours)
-            return {"trial_id": ours, "micro_batch_size": config.micro_batch_size}
+            self._unread.add(task.trial_id)
+            configuration_id = self._recorder.records[task.trial_id].configuration_id
+            return {"trial_id": task.trial_id, "configuration_id": configuration_id, "task": task}
         finished: Any = Searcher.FINISHED
         return finished  # type: ignore[no-any-return]
+
+    def _some_wait(self) -> bool:
+        if not self._waiting:
+            self._waiting.extend(self._more())
+        return bool(self._waiting)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """The records tell all there is to learn."""
 
-    def _admitted(self, trial_id: str) -> tuple[TrialConfig, str | None]:
-        """The configuration to launch, with a smaller micro-batch where that is ours to choose, or a reason not to."""
+    def _admitted(self, record: TrialResult) -> tuple[TrialTask, str | None]:
+        """The task to launch, with a smaller micro-batch where that is ours to choose, or a reason not to."""
         self._read_ended()
-        first = config = self._recorder.records[trial_id].config
+        task, config = self._task_of(record), record.config
         while reason := evidence.refusal(config, self._predicted_bytes(config), self._available_bytes, self._seen):
-            smaller = halved_micro_batch(config, self._workers) if self._tasks[trial_id].halves_micro_batch else None
+            smaller = halved_micro_batch(config, self._workers) if task.halves_micro_batch else None
             if smaller is None:
-                return first, reason
+                return task, reason
             config = smaller
-        return config, None
+        return replace(task, config=config), None
 
     def _read_ended(self) -> None:
         records = [self._recorder.records[trial_id] for trial_id in self._unread]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
-import platform
 import re
 import resource
 from dataclasses import dataclass
@@ -13,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from orchestrator.planning.hardware import cpu_flags
+from orchestrator.planning.hardware import cpu_flags, cpu_name
 from orchestrator.training.deepspeed_config import HalfPrecision
 
 _ALLOCATION_FAILED = re.compile(
@@ -72,17 +70,11 @@ def half_precision(device: torch.device) -> HalfPrecision:
     )
 
 
-@functools.cache
 def describe(device: torch.device) -> str:
     """As a person names it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        text = ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.M)
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
+    return cpu_name()
 
 
 def start_measuring(device: torch.device) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import deepspeed
@@ -39,6 +40,12 @@ class Engine(Protocol):
         Returns the norm before clipping; None where it overflowed, so that the weights stayed as they were.
         """
 
+    def state(self) -> dict[str, Any]:
+        """This worker's part of what the next step depends on: tensors and plain values, nested, not copied."""
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take up the state that an engine of the same configuration and worker had."""
+
 
 class DeepSpeedEngine:
     """DeepSpeed with any ZeRO stage."""
@@ -46,6 +53,7 @@ class DeepSpeedEngine:
     def __init__(self, model: torch.nn.Module, config: TrialConfig, settings: dict[str, Any]) -> None:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         own = _adamw_8bit(trained, config) if config.optimizer == "adamw_8bit" else None
+        self._weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self._engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, optimizer=own, config=settings)
         self._trained = trained
         self.scales_loss = "fp16" in settings or config.precision is Precision.AMP_FP16
@@ -81,6 +89,39 @@ class DeepSpeedEngine:
             return None
         return _finite(norm)
 
+    def state(self) -> dict[str, Any]:
+        """See Engine. DeepSpeed's own files would be pickles: its optimizer's state goes into ours."""
+        optimizer, scaler = self._engine.optimizer, self._engine.torch_autocast_z0_gradscaler
+        kept = {key: value for key, value in optimizer.state_dict().items() if key not in _NOT_KEPT}
+        return {
+            # Under ZeRO-3 nobody holds whole weights: they come back from the fp32 partitions.
+            "weights": {} if self._engine.zero_optimization_partition_weights() else self._weights,
+            "optimizer": kept,
+            "loss_scaler": vars(optimizer.loss_scaler) if hasattr(optimizer, "loss_scaler") else {},
+            "autocast_scaler": scaler.state_dict() if scaler else {},
+            "counters": {name: getattr(self._engine, name) for name in _COUNTERS},
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """See Engine."""
+        _copy(state["weights"], self._weights)
+        optimizer, scaler = self._engine.optimizer, self._engine.torch_autocast_z0_gradscaler
+        kept = dict(state["optimizer"])
+        if hasattr(optimizer, "loss_scaler"):
+            vars(optimizer.loss_scaler).update(state["loss_scaler"])
+            kept["loss_scaler"] = optimizer.loss_scaler
+        if self._engine.zero_optimization():
+            # It takes the states of all workers and looks at its own.
+            all_states = [kept] * self._engine.dp_world_size
+            with _as_partitions(self._engine):
+                optimizer.load_state_dict(all_states, load_from_fp32_weights=True)
+        else:
+            optimizer.load_state_dict(kept)
+        if scaler:
+            scaler.load_state_dict(state["autocast_scaler"])
+        for name, value in state["counters"].items():
+            setattr(self._engine, name, value)
+
     def _plain_norm(self) -> float | None:
         # Without ZeRO and half precision DeepSpeed 0.19.8 clips and does not tell the norm (engine.py,
         # _take_model_step).
@@ -92,6 +133,28 @@ class DeepSpeedEngine:
         return _norm(self._trained) / (scaler.get_scale() if scaler else 1.0)
 
 
+# An object, which stands beside its plain values; and where DeepSpeed's universal checkpoints would find a weight.
+_NOT_KEPT = ("loss_scaler", "param_slice_mappings")
+_COUNTERS = ("micro_steps", "global_steps", "global_samples", "skipped_steps")
+
+
+@contextlib.contextmanager
+def _as_partitions(engine: Any) -> Iterator[None]:
+    """ZeRO-3 keeps small weights gathered between steps; they are loaded as the partitions that they are kept in."""
+    if not engine.zero_optimization_partition_weights():
+        yield
+        return
+    engine.optimizer.checkpoint_event_prologue()
+    yield
+    engine.optimizer.checkpoint_event_epilogue()
+
+
+@torch.no_grad()
+def _copy(saved: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> None:
+    for name, weight in saved.items():
+        weights[name].copy_(weight)
+
+
 class DdpEngine:
     """torch's DistributedDataParallel: every worker holds everything."""
 
@@ -100,7 +163,8 @@ class DdpEngine:
     ) -> None:
         if not config.precision.is_quantized:
             model.to(device)
-        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        self._trained = list(self._weights.values())
         self._optimizer = _optimizer(self._trained, config)
         self._max_grad_norm = config.max_grad_norm
         self._autocast = _autocast(config.precision, dtype, device)
@@ -135,6 +199,17 @@ class DdpEngine:
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
         return _finite(norm)
+
+    def state(self) -> dict[str, Any]:
+        """See Engine."""
+        optimizer, scaler = self._optimizer.state_dict(), self._scaler.state_dict()
+        return {"weights": self._weights, "optimizer": optimizer, "scaler": scaler}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """See Engine."""
+        _copy(state["weights"], self._weights)
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._scaler.load_state_dict(state["scaler"])
 
 
 def _autocast(

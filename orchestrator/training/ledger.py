@@ -8,10 +8,10 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import Any, Literal, TextIO
 
 import torch
 
@@ -69,6 +69,31 @@ class Ledger:
         self.peak_bytes = 0
         self.reserved_bytes: int | None = None
         self.has_adapter = False
+        self.went_on_from: int | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it, as plain values."""
+        return {
+            "seconds": self.seconds,
+            "speed": asdict(self.speed),
+            "tokens": self.tokens,
+            "last": self.last and self.last.model_dump(),
+            "best": self.best and self.best.model_dump(),
+            "peak_bytes": self.peak_bytes,
+            "reserved_bytes": self.reserved_bytes,
+            "has_adapter": self.has_adapter,
+        }
+
+    def go_on(self, step: int, state: Mapping[str, Any]) -> None:
+        """Count on from a checkpoint after `step`; what this process took to get here counts too."""
+        for phase, seconds in state["seconds"].items():
+            self.seconds[phase] += seconds
+        self.speed = Speed(**state["speed"])
+        self.step, self.tokens, self.went_on_from = step, state["tokens"], step
+        self.last = state["last"] and MetricPoint.model_validate(state["last"])
+        self.best = state["best"] and MetricPoint.model_validate(state["best"])
+        self.peak_bytes, self.reserved_bytes = state["peak_bytes"], state["reserved_bytes"]
+        self.has_adapter = state["has_adapter"]
 
     @contextlib.contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
@@ -108,13 +133,16 @@ class Ledger:
             device=devices.describe(self.device),
             host=socket.gethostname(),
             has_adapter=self.has_adapter,
+            went_on_from=self.went_on_from,
         )
 
 
-def open_metrics(file: Path) -> TextIO:
-    """An attempt starts its curve anew; every line is in the file when `write` returns."""
+def open_metrics(file: Path, kept_bytes: int = 0) -> TextIO:
+    """The curve, cut back to its first bytes; every line is in the file when `write` returns."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    return file.open("w", encoding="utf-8", buffering=1)
+    if kept_bytes:
+        os.truncate(file, kept_bytes)
+    return file.open("a" if kept_bytes else "w", encoding="utf-8", buffering=1)
 
 
 def process_age_s() -> float:

@@ -67,6 +67,8 @@ class TrialProgress:
     """As a person names it: `NVIDIA H100 80GB HBM3` or the CPU's model name."""
     host: str
     has_adapter: bool
+    went_on_from: int | None = None
+    """The step of the checkpoint that this attempt began with; None: it began at the first step."""
 
 
 @dataclass(frozen=True, slots=True)

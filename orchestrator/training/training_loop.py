@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
-import torch.distributed as dist
 from transformers import AutoTokenizer
 
 from orchestrator.config.trial_config import TrialConfig
@@ -20,11 +21,14 @@ from orchestrator.results.storage import TrialFolder
 from orchestrator.training import data as trial_data
 from orchestrator.training import device as devices
 from orchestrator.training import model as models
+from orchestrator.training.agreement import largest, sum_over_workers, told_by_first
+from orchestrator.training.checkpoint import Checkpoints, random_states, set_random_states
 from orchestrator.training.deepspeed_config import compute_dtype, deepspeed_config
 from orchestrator.training.engine import DdpEngine, DeepSpeedEngine, Engine
 from orchestrator.training.ledger import WARM_UP_STEPS, Ledger, Speed, open_metrics
 from orchestrator.training.task import TrialProgress, TrialTask, WorkerPlace
 
+log = logging.getLogger(__name__)
 Report = Callable[[TrialProgress], None]
 
 
@@ -56,6 +60,8 @@ class Run:
 def train(task: TrialTask, place: WorkerPlace, ledger: Ledger, report: Report) -> TrialProgress:
     """Train the trial to its last step; `report` is called on every worker at every evaluation.
 
+    Where an attempt of the trial was cut off, it goes on from that one's last checkpoint.
+
     Raises:
         TrialDivergedError: the loss became NaN or infinite; raised by all workers at the same step.
         ModelError, DataError: what planning could not see.
@@ -65,22 +71,48 @@ def train(task: TrialTask, place: WorkerPlace, ledger: Ledger, report: Report) -
     run = set_up(task, place, ledger)
     # The adapter is the same on every worker; its dropout must not be.
     models.seed_everything(task.config.seed + 7919 * place.rank)
-    with open_metrics(_metrics_file(task, place)) as metrics:
-        for step in range(task.config.max_steps):
+    checkpoints = Checkpoints(task, place, ledger.device)
+    done = go_on(run, checkpoints, ledger)
+    with _curve(task, place, done) as metrics:
+        for step in range(done, task.config.max_steps):
             point = optimizer_step(run, step, ledger)
-            if evaluates(task.config, step + 1):
+            evaluated = evaluates(task.config, step + 1)
+            if evaluated:
                 point = evaluate_and_keep(run, point, ledger)
-                ledger.last = point
-                write_point(metrics, point)
+            ledger.last = point
+            write_point(metrics, point)
+            if evaluated:
                 report(ledger.progress())
-            else:
-                ledger.last = point
-                write_point(metrics, point)
+            if step + 1 < task.config.max_steps and checkpoints.is_due(evaluated):
+                with ledger.phase("saving"):
+                    checkpoints.save(step + 1, state_of(run, ledger), metrics.fileno())
     return ledger.progress()
 
 
-def _metrics_file(task: TrialTask, place: WorkerPlace) -> Path:
-    return TrialFolder(Path(task.trial_folder)).metrics if place.rank == 0 else Path("/dev/null")
+def go_on(run: Run, checkpoints: Checkpoints, ledger: Ledger) -> int:
+    """Take up the state that an earlier attempt left; returns the steps done."""
+    found = checkpoints.find()
+    if found is None:
+        return 0
+    step, state = found
+    run.engine.load_state(state["engine"])
+    set_random_states(state["random"], run.device)
+    ledger.go_on(step, state["ledger"])
+    log.warning("goes on from step %d", step)
+    return step
+
+
+def state_of(run: Run, ledger: Ledger) -> dict[str, Any]:
+    """All that the next step depends on; the data's position and the learning rate follow from the step's number."""
+    return {"engine": run.engine.state(), "random": random_states(run.device), "ledger": ledger.state()}
+
+
+def _curve(task: TrialTask, place: WorkerPlace, steps: int) -> TextIO:
+    """metrics.jsonl with so many steps in it, to write on; worker 0 alone writes one."""
+    if place.rank:
+        return open_metrics(Path(os.devnull))
+    folder = TrialFolder(Path(task.trial_folder))
+    return open_metrics(folder.metrics, folder.curve_bytes(steps) or 0)
 
 
 def write_point(metrics: TextIO, point: MetricPoint) -> None:
@@ -207,7 +239,7 @@ def evaluate_and_keep(run: Run, point: MetricPoint, ledger: Ledger) -> MetricPoi
     point = point.model_copy(update={"eval_loss": eval_loss, "peak_memory_bytes": ledger.peak_bytes})
     improves = ledger.improves(point, run.task.objective_metric, run.task.objective_mode)
     # Clocks differ between workers, and saving takes all of them: worker 0 decides.
-    if decided_by_first(improves, run.device, run.place.world_size):
+    if told_by_first(int(improves), run.device, run.place.world_size):
         with ledger.phase("saving"):
             models.save(run.model, TrialFolder(Path(run.task.trial_folder)).adapter, writes=run.place.rank == 0)
         ledger.best = point
@@ -230,26 +262,8 @@ def evaluate(run: Run) -> float:
     return sum_over_workers(sums, run.place.world_size).item() / int(run.held_out.sequence_labels.sum())
 
 
-def sum_over_workers(value: torch.Tensor, workers: int) -> torch.Tensor:
-    """The same number on every worker: if one alone saw a NaN, the others would wait for it for ever."""
-    if workers > 1:
-        dist.all_reduce(value)
-    return value
-
-
 def largest_peak(device: torch.device, workers: int) -> tuple[int, int | None]:
     """The worker that holds most decides whether a trial fits."""
     own = devices.peak(device)
-    both = torch.tensor([own.held_bytes, own.reserved_bytes or 0], dtype=torch.int64, device=device)
-    if workers > 1:
-        dist.all_reduce(both, op=dist.ReduceOp.MAX)
-    held, reserved = both.tolist()
+    held, reserved = largest([own.held_bytes, own.reserved_bytes or 0], device, workers)
     return held, reserved if own.reserved_bytes is not None else None
-
-
-def decided_by_first(decision: bool, device: torch.device, workers: int) -> bool:
-    """Worker 0's decision, on every worker."""
-    flag = torch.tensor(int(decision), device=device)
-    if workers > 1:
-        dist.broadcast(flag, src=0)
-    return bool(flag.item())

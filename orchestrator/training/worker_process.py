@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +14,11 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
 from orchestrator.errors import OrchestratorError, TrialDivergedError, TrialOutOfMemoryError
+from orchestrator.results.provenance import without_secret
 from orchestrator.results.records import TrialStatus
 from orchestrator.results.storage import TrialFolder, write_atomically
 from orchestrator.training import device as devices
-from orchestrator.training import training_loop
+from orchestrator.training import training_loop, trial_log
 from orchestrator.training.deepspeed_config import compute_dtype, deepspeed_config, to_json
 from orchestrator.training.ledger import Ledger, process_age_s
 from orchestrator.training.task import TrialEnd, TrialProgress, TrialTask, WorkerPlace
@@ -32,8 +32,9 @@ def run(task: TrialTask, place: WorkerPlace, send: Send) -> None:
     Worker 0 sends a TrialProgress at every evaluation; every worker sends one TrialEnd.
     """
     ledger = None
+    log = TrialFolder(Path(task.trial_folder)).worker_log(place.rank)
     try:
-        _redirect_output(TrialFolder(Path(task.trial_folder)).worker_log(place.rank))
+        trial_log.redirect_output(log)
         device = devices.choose(place.local_rank, task.gpu_memory_fraction, task.memory_limit_bytes)
         _join(place, device)
         ledger = Ledger(device, startup_s=process_age_s())
@@ -48,8 +49,7 @@ def run(task: TrialTask, place: WorkerPlace, send: Send) -> None:
         # Whatever it is, the sweep must hear of it: this process has nobody else to tell.
         traceback.print_exc()
         end = ended_by(error, task, ledger)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    trial_log.hide_secrets(log)
     send(end if place.rank == 0 else TrialEnd(end.status, end.reason, None))
 
 
@@ -70,7 +70,8 @@ def ended_by(error: BaseException, task: TrialTask, ledger: Ledger | None) -> Tr
         return TrialEnd(TrialStatus.OUT_OF_MEMORY, str(full), progress)
     said = str(error) if isinstance(error, OrchestratorError) else f"{type(error).__name__}: {_first_line(error)}"
     where = "" if isinstance(error, OrchestratorError) else "; the whole story is in the trial's log.txt"
-    return TrialEnd(TrialStatus.FAILED, f"{said}{where}", progress)
+    # Here, where the secrets are: the sweep's own process may have others in its environment.
+    return TrialEnd(TrialStatus.FAILED, without_secret(f"{said}{where}"), progress)
 
 
 def _first_line(error: BaseException) -> str:
@@ -79,17 +80,6 @@ def _first_line(error: BaseException) -> str:
 
 def _say_nothing(_: TrialProgress | TrialEnd) -> None:
     """Workers but the first have nothing to add."""
-
-
-def _redirect_output(log: Path) -> None:
-    """Into the log goes what libraries in C print too, hence the file descriptors."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.close(file)
 
 
 def compile_no_ops() -> None:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import pytest
+from pydantic import ValidationError
+
 from orchestrator.config.sweep_config import BudgetConfig
 from orchestrator.planning.budget import cost, exhausted, shortfalls
 from orchestrator.planning.step_time import Range
@@ -25,6 +28,18 @@ def test_a_limit_is_exhausted_once_it_is_reached() -> None:
     assert exhausted(limits, hours=2.0, gpu_hours=7.9) == "budget.hours"
     assert exhausted(limits, hours=1.9, gpu_hours=8.0) == "budget.gpu_hours"
     assert exhausted(BudgetConfig(), hours=1e9, gpu_hours=1e9) is None
+
+
+def test_money_is_a_limit_like_the_others() -> None:
+    limits = BudgetConfig(cost=5, price_per_gpu_hour=2)
+    (will,) = shortfalls(BudgetConfig(cost=3, price_per_gpu_hour=2), NEEDED, NEEDED)
+    (may,) = shortfalls(limits, NEEDED, NEEDED)
+    assert will.startswith("about 4 of money are needed, and budget.cost is 3: the sweep will end before")
+    assert may == "up to 8 of money may be needed, and budget.cost is 5"
+    assert exhausted(limits, hours=9, gpu_hours=2.4) is None
+    assert exhausted(limits, hours=9, gpu_hours=2.5) == "budget.cost"
+    with pytest.raises(ValidationError, match="cost needs price_per_gpu_hour"):
+        BudgetConfig(cost=5)
 
 
 def test_there_is_no_cost_without_a_price() -> None:

@@ -27,7 +27,7 @@ SHAPE = shape_of(LLAMA)
 BLOOM = shape_of({"model_type": "bloom", "hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 100})
 MIXTRAL = shape_of(LLAMA | {"model_type": "mixtral", "num_local_experts": 8})
 WIDE_HEADS = shape_of(LLAMA | {"head_dim": 288})
-H100, T4 = named_gpu("H100", 8), named_gpu("T4", 1)
+H100, T4, V100 = named_gpu("H100", 8), named_gpu("T4", 1), named_gpu("V100", 1)
 CPU = Hardware("cpu", 0, 4, 1, 2**34, has_bf16=False, has_fp16=False, has_bitsandbytes=True)
 BASE: dict[str, Any] = {"micro_batch_size": 1, "global_batch_size": 16, "zero_stage": 0, "precision": "bf16"}
 
@@ -57,6 +57,14 @@ REFUSED: dict[str, tuple[Case, Case]] = {
         case(replace(H100, has_bitsandbytes=True), precision="nf4"),
     ),
     "eight_bit_adamw_needs_a_gpu": (case(CPU, optimizer="adamw_8bit"), case(optimizer="adamw_8bit")),
+    "fp16_autocast_excludes_zero": (
+        case(precision="amp_fp16", zero_stage=1),
+        case(precision="amp_fp16", zero_stage=0),
+    ),
+    "packing_needs_positions": (
+        case(shape=BLOOM, attention="eager", packing=True),
+        case(shape=BLOOM, attention="eager", packing=False),
+    ),
     "pure_fp16_excludes_plain_ddp": (
         case(precision="fp16", engine="ddp", rank="full"),
         case(precision="fp16", engine="ddp", rank=8),
@@ -85,6 +93,12 @@ NOTED: dict[str, tuple[Case, Case]] = {
         case(precision="fp32", shape=replace(SHAPE, kv_heads=SHAPE.heads)),
     ),
     "evaluated_only_at_the_end": (case(eval_every=100), case(eval_every=99)),
+    "offload_on_a_cpu": (
+        case(CPU, precision="fp32", zero_stage=2, offload="optimizer"),
+        case(zero_stage=2, offload="optimizer"),
+    ),
+    "int8_is_slow_before_turing": (case(V100, precision="int8"), case(T4, precision="int8")),
+    "adapter_settings_without_an_adapter": (case(rank="full", lora_dropout=0.1), case(rank=8, lora_dropout=0.1)),
 }
 
 

@@ -4,8 +4,10 @@ import pickle
 import re
 
 import pytest
+from typer.testing import CliRunner
 
 from orchestrator import errors
+from orchestrator.cli import app
 from orchestrator.errors import OrchestratorError, Problem
 
 REMEDY = re.compile(r"lower|mend|name|write|set|did you mean", re.IGNORECASE)
@@ -28,3 +30,14 @@ def test_exit_codes_are_the_contracts() -> None:
     assert errors.SweepFileError.exit_code == errors.ModelError.exit_code == errors.FolderError.exit_code == 2
     assert errors.ClusterUnreachableError.exit_code == errors.StorageError.exit_code == 3
     assert errors.SweepInterruptedError.exit_code == 130
+
+
+def test_a_bug_has_an_exit_code_of_its_own_and_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: object) -> None:
+        raise RuntimeError("nobody thought of this")
+
+    monkeypatch.setattr("orchestrator.results.storage.newest_sweep", broken)
+    result = CliRunner().invoke(app, ["status"])
+    assert result.exit_code == 70
+    assert "RuntimeError: nobody thought of this" in result.stderr
+    assert "bug of orchestrator" in result.stderr

@@ -64,3 +64,20 @@ def test_a_bad_line_answers_for_itself_and_the_rest_go_on(bad: str, told: str) -
     assert "error" not in good
     assert after["id"] == 2
     assert after["allocated_bytes"] == good["allocated_bytes"]
+
+
+@pytest.mark.parametrize(
+    "bad", ['{"id": NaN}', '{"id": 1e999}', '{"id": -Infinity}', b'{"id": "\xff"}', '{"id": 1' + "0" * 5000]
+)
+def test_an_answer_is_json_whatever_the_line_was(bad: str | bytes) -> None:
+    told, after = estimate_lines([bad, line(id=2)], unknown)
+    got = json.loads(told, parse_constant=pytest.fail)
+    assert got["id"] is None
+    assert len(got["error"]) < 200
+    assert json.loads(after)["id"] == 2
+
+
+@pytest.mark.parametrize("heads", [0, 3, 64])
+def test_key_value_heads_that_no_model_has_are_refused(heads: int) -> None:
+    (got,) = answer(line(model={**LLAMA_2_7B, "num_key_value_heads": heads}))
+    assert "key" in got["error"]

@@ -10,9 +10,9 @@ from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import InputError, ModelError
 from orchestrator.planning.hardware import Hardware, cpu_half_precision, named_gpu, parse_memory
-from orchestrator.planning.memory import estimate, estimate_on, memory_parts, trainable_adapter_parameters
+from orchestrator.planning.memory import CONTEXT_BYTES, estimate, estimate_on, memory_parts, trainable_parameters
 from orchestrator.planning.model_shape import shape_of
-from orchestrator.planning.plan import SweepPlan, plan_sweep
+from orchestrator.planning.plan import SweepPlan, gpu_memory_fraction, plan_sweep
 from orchestrator.planning.plan_table import render
 from orchestrator.planning.step_time import step_seconds
 from tests.fast.cases import A100, CPU, LLAMA_2_7B, LLAMA_32_3B
@@ -30,8 +30,8 @@ def test_published_parameter_counts() -> None:
     assert SEVEN_B.parameters == 6_738_415_616
     assert THREE_B.parameters == 3_212_749_824
     on_queries_and_values = {"target_modules": ("q_proj", "v_proj")}
-    assert trainable_adapter_parameters(TrialConfig(rank=8, **on_queries_and_values), SEVEN_B) == 4_194_304
-    assert trainable_adapter_parameters(TrialConfig(rank=32, **on_queries_and_values), THREE_B) == 9_175_040
+    assert trainable_parameters(TrialConfig(rank=8, **on_queries_and_values), SEVEN_B) == 4_194_304
+    assert trainable_parameters(TrialConfig(rank=32, **on_queries_and_values), THREE_B) == 9_175_040
 
 
 def test_a_config_that_lacks_a_field_names_it() -> None:
@@ -79,11 +79,50 @@ def test_what_the_budget_does_not_hold_is_said_before_the_start() -> None:
     assert plan(A100, trial={"max_steps": 10}, budget={"hours": 100}).warnings == ()
 
 
+def test_a_trial_that_would_outrun_its_limit_is_warned_of() -> None:
+    (warning,) = plan(A100, trial={"max_steps": 10**6}, budget={"trial_hours": 0.5}).warnings
+    assert warning.startswith("1 trials are expected to run longer than budget.trial_hours (0.5)")
+
+
 def test_a_plan_as_text_names_every_trial_each_refusal_and_the_totals() -> None:
     text = render(plan(CPU, model=THREE_B, space={"precision": ["nf4", "fp16"]}, trial={"sequence_length": 64}))
     assert "1 trials run" in text
     assert "refused (1): precision fp16" in text
     assert "time: about" in text
+
+
+def test_a_trial_that_does_not_fit_is_told_of_the_mildest_change_of_each_setting() -> None:
+    settings = {"precision": "bf16", "micro_batch_size": 8, "global_batch_size": 8, "sequence_length": 512}
+    (reason,) = plan(named_gpu("RTX-4090", 1), trial=settings).trials[0].reasons
+    assert reason.partition("fits with ")[2] == "micro_batch_size 2, or gradient_checkpointing"
+
+
+def test_more_gpus_to_share_the_weights_among_are_named_where_there_are_some() -> None:
+    settings = {"precision": "amp_bf16", "micro_batch_size": 1, "sequence_length": 256, "gradient_checkpointing": True}
+
+    def fits(gpus: int) -> str:
+        (reason,) = plan(named_gpu("RTX-4090", gpus), trial=settings).trials[0].reasons
+        return reason.partition("fits with ")[2]
+
+    assert fits(1) == "precision nf4"
+    assert fits(4) == "precision nf4, or workers_per_trial 2 with zero_stage 3"
+
+
+def test_a_trial_for_which_no_single_change_is_enough_is_told_the_fewest_together() -> None:
+    settings = {"precision": "fp32", "micro_batch_size": 16, "sequence_length": 4096}
+    (reason,) = plan(named_gpu("T4", 1), trial=settings).trials[0].reasons
+    assert reason.endswith("fits with micro_batch_size 1 and gradient_checkpointing and precision nf4")
+
+
+def test_resources_that_the_machine_does_not_have_are_warned_of() -> None:
+    assert any("not one can start there" in told for told in plan(CPU, resources={"gpus_per_worker": 1}).warnings)
+    assert any("not one can start there" in told for told in plan(CPU, resources={"cpus_per_worker": 3}).warnings)
+    assert not any("start there" in told for told in plan(CPU, resources={"cpus_per_worker": 2}).warnings)
+
+
+def test_the_parts_of_a_plan_on_a_cpu_sum_to_the_memory_that_it_tells() -> None:
+    memory = plan(CPU, model=THREE_B, trial={"sequence_length": 64, "precision": "nf4"}).trials[0].memory
+    assert memory.parts.total == memory.device_bytes
 
 
 def test_trials_at_a_time_follow_from_what_each_takes() -> None:
@@ -103,8 +142,14 @@ def test_trials_share_a_gpu_by_the_memory_of_the_largest() -> None:
     assert on_each >= 2
     assert on_each * needed_bytes <= 80 * 2**30 < (on_each + 2) * needed_bytes
     assert packed.concurrent == 8 * on_each
+    # What torch gives out is not all: every process has a context.
+    fraction = gpu_memory_fraction(packed, A100)
+    assert on_each * (fraction * 80 * 2**30 + CONTEXT_BYTES) <= 80 * 2**30
+    assert max(trial.memory.reserved_bytes for trial in packed.trials) <= fraction * 80 * 2**30
     assert packed.refused == 0
-    assert plan(A100, trial=small, resources={"gpus_per_worker": 1}).concurrent == 8
+    alone = plan(A100, trial=small, resources={"gpus_per_worker": 1})
+    assert alone.concurrent == 8
+    assert gpu_memory_fraction(alone, A100) is None
 
 
 @settings(max_examples=60, deadline=None)

@@ -14,12 +14,21 @@ import pytest
 
 from orchestrator.errors import FolderError
 from orchestrator.reporting import charts, quantities, report
+from orchestrator.reporting.cost_charts import parts_of
 from orchestrator.reporting.curves import mean_curves, plateaus
 from orchestrator.reporting.findings import trial_snippet
 from orchestrator.reporting.plot import Axis, Dot, Line, ticks, xy_plot
 from orchestrator.results.records import SweepResult, Timing, TrialStatus
 from orchestrator.results.storage import SweepFolder, write_atomically
-from tests.made_up_sweep import START_MS, made_up_point, made_up_sweep, made_up_trial, simulated, write_made_up
+from tests.made_up_sweep import (
+    START_MS,
+    made_up_plan,
+    made_up_point,
+    made_up_sweep,
+    made_up_trial,
+    simulated,
+    write_made_up,
+)
 
 pytest.importorskip("jinja2")
 pytest.importorskip("scipy")
@@ -150,7 +159,7 @@ def test_credentials_in_addresses_are_not_shared(tmp_path: Path) -> None:
     made = report.build(folder)
     html = report.render_html(made)
     assert "hunter2" not in html + report.render_text(made)
-    assert "https://…@mlflow.example" in html
+    assert "https://mlflow.example" in html
 
 
 @pytest.mark.timeout(30)
@@ -261,6 +270,42 @@ def test_the_page_says_how_to_load_the_best_weights(tmp_path: Path, rank: int | 
     assert f"{loader}.from_pretrained" in report.render_html(
         built(tmp_path, made_up_sweep([made_up_trial({"rank": rank})]))
     )
+
+
+def test_the_memory_of_each_part_adds_up_to_what_was_predicted(tmp_path: Path) -> None:
+    made = built(tmp_path, simulated([2.0, 2.1], 2, 0))
+    folder = SweepFolder(made.folder)
+    write_atomically(folder.plan, made_up_plan(made.sweep).model_dump_json())
+    made = report.build(folder)
+    parts = parts_of(made.plan, made.summaries)
+    assert {sum(sizes.values()) for sizes in parts.values()} == {s.predicted_memory_bytes for s in made.summaries}
+    page = report.render_html(made)
+    assert "activations 256 MiB" in page
+    assert "1.00 GiB measured" in page
+
+
+def test_time_and_money_stand_beside_the_plan(tmp_path: Path) -> None:
+    sweep = simulated([2.0, 2.1], 2, 0)
+    folder = write_made_up(tmp_path / "sweep", sweep)
+    write_atomically(folder.plan, made_up_plan(sweep).model_dump_json())
+    write_atomically(folder.sweep_file, "budget: {price_per_gpu_hour: 3.0}\n")
+    made = report.build(folder)
+    outlays = {outlay.what: outlay for outlay in made.outlays}
+    assert outlays["from start to end"].actual == 3600
+    assert outlays["from start to end"].planned == (100, 200, 300)
+    hours = made.times.worker_s * 2 / 3600
+    assert outlays["GPU-hours of the trials"].actual == pytest.approx(hours)
+    assert outlays["cost of the trials"].actual == pytest.approx(3 * hours)
+    assert outlays["a completed trial's time over the plan's, median"].actual == pytest.approx(2)
+    assert "Against the plan" in report.render_html(made)
+
+
+def test_a_plan_that_cannot_be_read_is_named_and_left_out(tmp_path: Path) -> None:
+    folder = write_made_up(tmp_path / "sweep", simulated([2.0, 2.1], 1, 0))
+    write_atomically(folder.plan, "{")
+    made = report.build(folder)
+    assert made.plan is None
+    assert str(folder.plan) in report.render_html(made)
 
 
 def test_the_parts_of_the_time_add_up(tmp_path: Path) -> None:

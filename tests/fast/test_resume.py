@@ -11,9 +11,9 @@ from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.sweep_file import to_yaml
 from orchestrator.errors import FolderError
 from orchestrator.results.records import TrialStatus
-from orchestrator.results.storage import SweepFolder, write_atomically
-from orchestrator.sweep.resume import changes, kept, read_earlier, require_same_question
-from tests.made_up_sweep import simulated, write_made_up
+from orchestrator.results.storage import SweepFolder, write_atomically, write_result
+from orchestrator.sweep.resume import changes, gone_on_with, kept, read_earlier, require_same_question
+from tests.made_up_sweep import made_up_point, made_up_trial, simulated, write_made_up
 
 BASE: dict[str, Any] = {
     "name": "made-up",
@@ -113,3 +113,52 @@ def test_a_folder_whose_summary_is_lost_goes_on_from_the_trials_records(tmp_path
     assert earlier is not None
     assert earlier.result is None
     assert set(earlier.trials) == {trial.trial_id for trial in made_up.trials}
+
+
+def test_a_trial_that_was_cut_off_keeps_what_it_had_where_it_left_a_checkpoint(tmp_path: Path) -> None:
+    old = made_up_trial({"rank": 4, "micro_batch_size": 2}, status=TrialStatus.CANCELLED)
+    new = made_up_trial({"rank": 4, "micro_batch_size": 8}, status=TrialStatus.PENDING)
+    folder = SweepFolder(tmp_path).trial(old.trial_id)
+    assert gone_on_with(old, new, folder) == new
+    # Half written, and hence none.
+    folder.partial_checkpoint(60).mkdir(parents=True)
+    assert gone_on_with(old, new, folder) == new
+    folder.checkpoint(40).mkdir()
+    record = gone_on_with(old, new, folder)
+    assert (record.status, record.reason, record.best, record.steps) == (TrialStatus.PENDING, None, old.best, old.steps)
+    assert record.config.micro_batch_size == 2
+    timing = record.timing
+    assert (
+        timing.total_s == timing.startup_s + timing.model_s + timing.training_s + timing.evaluation_s + timing.saving_s
+    )
+    refused = made_up_trial({"rank": 4, "micro_batch_size": 8}, status=TrialStatus.INFEASIBLE)
+    assert gone_on_with(old, refused, folder) == refused
+
+
+def test_a_trial_that_has_ended_keeps_no_checkpoint_and_one_that_was_cut_off_does(tmp_path: Path) -> None:
+    folder = SweepFolder(tmp_path)
+    for status, kept_steps in [(TrialStatus.RUNNING, [40]), (TrialStatus.CANCELLED, [40]), (TrialStatus.COMPLETED, [])]:
+        record = made_up_trial({"rank": 4}, status=status)
+        trial = folder.trial(record.trial_id)
+        trial.checkpoint(40).mkdir(parents=True, exist_ok=True)
+        write_result(folder, record)
+        assert trial.checkpoint_steps() == kept_steps
+
+
+def test_only_the_last_whole_checkpoint_counts_and_the_curve_must_reach_it(tmp_path: Path) -> None:
+    trial = SweepFolder(tmp_path).trial("one")
+    for step in (9, 40, 100):
+        trial.checkpoint(step).mkdir(parents=True)
+    trial.partial_checkpoint(200).mkdir()
+    (trial.root / "checkpoint-x").mkdir()
+    assert trial.checkpoint_steps() == [9, 40, 100]
+    lines = [made_up_point(step, 2.0).model_dump_json() for step in range(1, 4)]
+    trial.metrics.write_text("\n".join(lines) + '\n{"step": 4, "to')
+    whole = len("\n".join(lines[:3])) + 1
+    assert [trial.curve_bytes(steps) for steps in (0, 3, 4)] == [0, whole, None]
+    points, offset_bytes = trial.read_metrics_from(0, last_step=2)
+    assert [point.step for point in points] == [1, 2]
+    assert [point.step for point in trial.read_metrics_from(offset_bytes)[0]] == [3]
+    trial.forget_checkpoints(but=40)
+    assert trial.checkpoint_steps() == [40]
+    assert not trial.partial_checkpoint(200).exists()

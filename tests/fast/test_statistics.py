@@ -6,6 +6,7 @@ import pytest
 
 from orchestrator.reporting import statistics
 from orchestrator.reporting.effects import main_effects
+from orchestrator.reporting.importance import importances
 from orchestrator.reporting.recommendation import recommend
 from orchestrator.results.records import TrialStatus
 from tests.made_up_sweep import REASONS, made_up_sweep, made_up_trial, simulated
@@ -255,7 +256,7 @@ def test_effects_compare_trials_that_differ_in_nothing_else() -> None:
     assert rank.values[1].difference.mean == pytest.approx(-0.1, abs=0.005)
     assert precision.values[1].difference is not None
     assert precision.values[1].difference.mean == pytest.approx(0.3, abs=0.005)
-    assert precision.values[1].difference.count == 6
+    assert precision.values[1].difference.count == 3
     assert rank.values[0].gain is None
     assert rank.values[1].gain == rank.values[1].difference
     assert precision.explained is not None
@@ -263,10 +264,85 @@ def test_effects_compare_trials_that_differ_in_nothing_else() -> None:
     assert precision.explained > rank.explained
 
 
+def test_intervals_of_effects_cover_the_truth_in_95_percent_of_sweeps() -> None:
+    settings = [{"rank": rank, "precision": p} for rank in (8, 16) for p in ("bf16", "nf4")]
+    covers = 0
+    for seed in range(SWEEPS):
+        sweep = simulated([2.0, 2.3, 1.9, 2.2], 4, seed, configurations=settings)
+        difference = main_effects(sweep)[0].values[1].difference
+        assert difference is not None
+        assert difference.half_width is not None
+        covers += abs(difference.mean + 0.1) <= difference.half_width
+    assert 930 <= covers <= 970
+
+
+def test_trials_that_repeat_each_other_to_the_bit_make_an_effect_no_surer() -> None:
+    settings = [{"rank": rank, "zero_stage": stage} for rank in (8, 16) for stage in (0, 1, 2)]
+    truth = [2.0, 2.0, 2.0, 1.9, 1.9, 1.9]
+    alone = made_up_sweep(
+        [made_up_trial(s, objective=v) for s, v in zip(settings, truth, strict=True)], ("rank", "zero_stage")
+    )
+    difference = main_effects(alone)[0].values[1].difference
+    assert difference is not None
+    assert (difference.count, difference.half_width) == (1, None)
+
+
+def test_stopped_trials_count_in_memory_and_speed_and_not_in_the_objective() -> None:
+    trials = [
+        made_up_trial({"precision": precision}, repeat, status, memory_bytes=memory, step_time_s=time_s)
+        for precision, status, memory, time_s in (
+            ("bf16", TrialStatus.COMPLETED, 1000, 0.5),
+            ("nf4", TrialStatus.STOPPED, 400, 1.0),
+        )
+        for repeat in range(2)
+    ]
+    (effect,) = main_effects(made_up_sweep(trials, searched=("precision",)))
+    nf4 = effect.values[1]
+    assert nf4.objective is None
+    assert nf4.difference is None
+    assert nf4.memory_ratio is not None
+    assert nf4.speed_ratio is not None
+    assert (nf4.memory_ratio.mean, nf4.speed_ratio.mean) == (0.4, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("truth", "noise_sd", "state", "value", "further"),
+    [
+        ([2.2, 2.0, 1.999, 1.998], 0.001, "levelled_off", "8", "32"),
+        ([2.4, 2.2, 2.1, 2.0], 0.001, "still_gains", "16", "32"),
+        ([2.2, 2.0, 1.99, 1.99], 0.1, "undecided", "16", "32"),
+    ],
+)
+def test_it_is_told_whether_a_higher_rank_still_gains(
+    truth: list[float], noise_sd: float, state: str, value: str, further: str
+) -> None:
+    levelling = main_effects(simulated(truth, 4, 3, noise_sd=noise_sd))[0].levelling
+    assert levelling is not None
+    assert (levelling.state, levelling.value) == (state, value)
+    if state != "undecided":
+        assert levelling.further == further
+
+
+def test_the_setting_that_moves_the_objective_is_the_important_one() -> None:
+    pytest.importorskip("optuna")
+    settings = [{"rank": rank, "learning_rate": i * 1e-5} for i in range(1, 13) for rank in (8, 16)]
+    sweep = simulated([2.0 + (s["rank"] == 8) for s in settings], 1, 0, noise_sd=0.05, configurations=settings)
+    found = importances(sweep)
+    assert list(found) == ["rank", "learning_rate"]
+    assert found["rank"] > 0.9
+    assert sum(found.values()) == pytest.approx(1)
+
+
+def test_one_setting_or_few_trials_have_no_importance() -> None:
+    assert importances(simulated([2.0, 2.1], 8, 0)) == {}
+    settings = [{"rank": rank, "zero_stage": stage} for rank in (8, 16) for stage in (0, 1)]
+    assert importances(simulated([2.0, 2.1, 2.2, 2.3], 1, 0, configurations=settings)) == {}
+
+
 def test_a_sampled_range_is_put_into_quarters() -> None:
     trials = [made_up_trial({"learning_rate": i * 1e-5}, objective=2.0 + i / 100) for i in range(1, 41)]
     (effect,) = main_effects(made_up_sweep(trials, searched=("learning_rate",)))
-    assert [value.objective.count for value in effect.values] == [10, 10, 10, 10]
+    assert [value.objective.count for value in effect.values if value.objective] == [10, 10, 10, 10]
     assert effect.values[0].value == "1e-05 to 0.00011"
 
 

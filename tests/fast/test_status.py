@@ -33,7 +33,8 @@ def test_a_running_sweep_tells_counts_best_time_and_trouble(running: SweepFolder
     assert lines[0] == "made-up: 4 trials: 1 pending, 1 running, 1 completed, 1 failed"
     assert lines[1].startswith("best so far: eval_loss 2.000, ")
     assert lines[1].endswith("(rank=4), completed")
-    assert lines[2] == "time: 5 min 00 s gone, about 5 min 00 s left"
+    # Two that ended took some 81 s each: one is 50 s under way, the other has not begun.
+    assert lines[2] == "time: 5 min 00 s gone, about 1 min 52 s left"
     assert any(line.startswith("running: ") and "(rank=16), step 100" in line for line in lines)
     assert any(line.startswith("failed: ") and "boom" in line for line in lines)
 
@@ -51,9 +52,9 @@ def test_the_plan_says_how_long_what_is_left_takes(running: SweepFolder) -> None
     open_ = (TrialStatus.RUNNING, TrialStatus.PENDING)
     seconds = {t.trial_id: 40.0 if t.status in open_ else 10.0 for t in read_sweep(folder)[0].trials}
     trials = [{"trial_id": identity, "seconds": planned} for identity, planned in seconds.items()]
-    write_atomically(folder.plan, json.dumps({"trials": trials}))
-    # Two that took 10 s by the plan took 300 s: two of 40 s take four times as long.
-    assert "about 20 min 00 s left" in render_status(folder, NOW_S)
+    write_atomically(folder.plan, json.dumps({"trials": trials, "concurrent": 2}))
+    # Two that took 10 s by the plan took 80 s: two of 40 s take 320 s each, at a time.
+    assert "about 5 min 20 s left" in render_status(folder, NOW_S)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,7 @@ def test_the_plan_says_how_long_what_is_left_takes(running: SweepFolder) -> None
 )
 def test_a_plan_that_cannot_be_read_is_done_without(running: SweepFolder, plan: str) -> None:
     write_atomically(running.plan, plan)
-    assert "about 5 min 00 s left" in render_status(running, NOW_S)
+    assert "about 1 min 52 s left" in render_status(running, NOW_S)
 
 
 def test_an_ended_sweep_says_how_long_it_took(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.planning.hardware import GPUS, Hardware, named_gpu
 from orchestrator.planning.model_shape import ModelShape, shape_of
-from orchestrator.planning.step_time import SPREAD, step_seconds
+from orchestrator.planning.step_time import SPREAD, UNMEASURED, Range, step_seconds
 from tests.fast.cases import CPU, LLAMA_2_7B
 
 SEVEN_B = shape_of(LLAMA_2_7B)
@@ -26,7 +26,7 @@ SMOLLM2_135M = shape_of(
 
 
 def seconds(
-    hardware: Hardware, shape: ModelShape = SEVEN_B, workers: int = 1, correction: float = 1.0, **settings: Any
+    hardware: Hardware, shape: ModelShape = SEVEN_B, workers: int = 1, correction: Range = UNMEASURED, **settings: Any
 ) -> float:
     config = TrialConfig.model_validate({"micro_batch_size": 1, "precision": "bf16"} | settings)
     return step_seconds(config, shape, hardware, workers, 2, correction).expected
@@ -63,7 +63,7 @@ def test_quantised_weights_cost_time() -> None:
 
 def test_what_was_measured_corrects_what_is_predicted() -> None:
     gpu = named_gpu("A100", 1)
-    assert seconds(gpu, correction=1.5) == pytest.approx(1.5 * seconds(gpu))
+    assert seconds(gpu, correction=Range(1.2, 1.5, 2.0)) == pytest.approx(1.5 * seconds(gpu))
 
 
 @pytest.mark.parametrize("name", GPUS)

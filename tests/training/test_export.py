@@ -16,7 +16,7 @@ from orchestrator.cli import app
 from orchestrator.config.sweep_config import DataConfig, SweepConfig, TrackingConfig
 from orchestrator.config.sweep_file import to_yaml
 from orchestrator.errors import InputError, StorageError
-from orchestrator.export import export
+from orchestrator.export.folder import export
 from orchestrator.results.records import TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder
 from orchestrator.training import model as models
@@ -140,7 +140,7 @@ def test_a_trained_trial_is_exported_with_a_card_that_tells_its_story(
         "| MLflow server | http://mlflow:5000 |",
         "| rank | 8 |",
         "| eval_loss | 2.500 |",
-        "| MLflow run | run17 |",
+        "| MLflow run | [run17](http://mlflow:5000/#/runs/run17) |",
         "| torch | 2.13.0 |",
         'AutoPeftModelForCausalLM.from_pretrained("this folder")',
     ):
@@ -185,7 +185,7 @@ def test_a_failed_export_leaves_nothing_and_the_old_folder_as_it_was(
     def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("orchestrator.export.model_card", full_disk)
+    monkeypatch.setattr("orchestrator.export.folder.model_card", full_disk)
     with pytest.raises(StorageError, match="No space left"):
         export(folder, None, out, merge=False, force=True)
     assert [file.name for file in out.iterdir()] == ["mine.txt"]

@@ -1,0 +1,188 @@
+"""A trial's adapter out of a sweep, alone or merged into its base, as a folder that `from_pretrained` reads.
+
+transformers is imported where it is used: a wrong trial id is told before it is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.config.sweep_config import SweepConfig
+from orchestrator.config.sweep_file import load
+from orchestrator.errors import InputError, ModelError, StorageError
+from orchestrator.export.merge import merge as merge_adapter
+from orchestrator.export.model_card import model_card
+from orchestrator.export.trial_weights import Kind, choose_trial, weights_of
+from orchestrator.results.records import TrialResult
+from orchestrator.results.storage import SweepFolder, read_sweep
+from orchestrator.training import model_source
+
+# Pickles, PEFT's own model card and what a training tool left there stay behind.
+COPIED = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "config.json", "generation_config.json")
+CARD = "README.md"
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What was written."""
+
+    folder: Path
+    trial: TrialResult
+    kind: Kind
+    base: str
+    """What `from_pretrained` takes for the base model: a hub id, or a folder of this machine."""
+
+    @property
+    def loader(self) -> str:
+        """The class whose `from_pretrained` reads the folder."""
+        return "peft.AutoPeftModelForCausalLM" if self.kind == "adapter" else "transformers.AutoModelForCausalLM"
+
+
+@dataclass(frozen=True, slots=True)
+class _Base:
+    """The base model of a sweep."""
+
+    model: str
+    """As the sweep file names it."""
+    name: str
+    """What `from_pretrained` takes for it: a hub id, or a folder of this machine."""
+    source: str
+    """Where its files are read now: a folder, or a hub id of which only the small files are wanted."""
+    config: Mapping[str, Any]
+
+
+def export(folder: SweepFolder, trial_id: str | None, to: Path, *, merge: bool, force: bool) -> Exported:
+    """Write the named trial's weights, or the best one's, to the folder `to`, which is there whole or not at all.
+
+    Raises:
+        FolderError: there is no sweep.
+        InputError: no such trial, a trial without weights, or `to` exists already.
+        ModelError: the base model cannot be had.
+        StorageError: `to` cannot be written.
+    """
+    to = to.expanduser().absolute()
+    sweep, _ = read_sweep(folder)
+    if os.path.lexists(to) and not force:
+        raise InputError(f"{to} exists already: name another folder with --to, or replace this one with --force")
+    trial = choose_trial(sweep, trial_id)
+    weights = weights_of(folder, trial)
+    kind: Kind = "full" if trial.config.trains_all_weights else "merged" if merge else "adapter"
+    base = _base_of(sweep.model, with_weights=kind == "merged")
+    _refuse_to_destroy(to, folder, base)
+    with _written_aside(to) as partial:
+        if kind == "merged":
+            merge_adapter(base.source, weights, trial, partial)
+        else:
+            _copy(weights, partial)
+            _point_at_base(partial, base, kind)
+        _add_tokenizer_and_generation(base, partial)
+        (partial / CARD).write_text(model_card(sweep, trial, kind, _config_of(folder)), encoding="utf-8")
+        for file in partial.iterdir():
+            # safetensors makes files that only their owner may read.
+            file.chmod(0o644)
+    return Exported(to, trial, kind, base.name)
+
+
+def _base_of(model: str, *, with_weights: bool) -> _Base:
+    found = model_source.resolve(model)
+    if found.folder is None and not model.startswith("builtin:"):
+        # Of a hub model only the small files are fetched where its weights are not merged.
+        source = str(model_source.materialize(found)) if with_weights else model
+        return _Base(model, model, source, found.config)
+    folder = str(model_source.materialize(found))
+    return _Base(model, folder, folder, found.config)
+
+
+def _refuse_to_destroy(to: Path, sweep: SweepFolder, base: _Base) -> None:
+    """With --force a folder is replaced as a whole; not one that other things live in."""
+    goes = to.resolve()
+    if goes.is_relative_to(sweep.trial("any").root.parent.resolve()):
+        raise InputError(f"--to {to} is a part of the sweep's records, which --force would remove: name another folder")
+    if not os.path.lexists(to):
+        return
+    if to.is_symlink() or not to.is_dir():
+        raise InputError(f"--force replaces a folder, and {to} is none: name another with --to")
+    kept = {"the sweep": sweep.root, "the current folder": Path.cwd(), "your home": Path.home()}
+    if Path(base.source).is_dir():
+        kept["the base model"] = Path(base.source)
+    for what, where in kept.items():
+        if where.resolve().is_relative_to(goes):
+            raise InputError(f"--force would remove {to}, which holds {what}: name another folder with --to")
+
+
+@contextmanager
+def _written_aside(to: Path) -> Iterator[Path]:
+    """A folder beside `to`, on the same file system, that takes its place at the end."""
+    partial, old = (to.with_name(f".{to.name}.{os.getpid()}{end}") for end in ("", ".old"))
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if os.path.lexists(to):
+            to.rename(old)
+        partial.rename(to)
+    except OSError as error:
+        raise StorageError(f"cannot write {to} ({error}): free some space there, or name another --to") from error
+    finally:
+        if os.path.lexists(old) and not os.path.lexists(to):
+            old.rename(to)
+        for rest in (partial, old):
+            if rest.is_dir() and not rest.is_symlink():
+                shutil.rmtree(rest, ignore_errors=True)
+            else:
+                rest.unlink(missing_ok=True)
+
+
+def _copy(weights: Path, to: Path) -> None:
+    for pattern in COPIED:
+        for file in weights.glob(pattern):
+            shutil.copyfile(file, to / file.name)
+
+
+def _point_at_base(to: Path, base: _Base, kind: Kind) -> None:
+    """The trial's files name a folder of the machine that trained, and are set for training."""
+    file = to / ("adapter_config.json" if kind == "adapter" else "config.json")
+    changes: dict[str, Any] = (
+        {"base_model_name_or_path": base.name}
+        if kind == "adapter"
+        # Training keeps no cache, and `generate` would go without it too.
+        else {"use_cache": base.config.get("use_cache", True)}
+    )
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError) as error:
+        raise InputError(f"the trial's {file.name} is missing or damaged: name another with --trial") from error
+    file.write_text(json.dumps({**raw, **changes}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _add_tokenizer_and_generation(base: _Base, to: Path) -> None:
+    """Tokenizer, chat template and generation config; what the base does not have is left out."""
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base.source)
+        try:
+            generation = GenerationConfig.from_pretrained(base.source)
+        except OSError:
+            # Without a file of its own, the model's config says how it generates.
+            generation = GenerationConfig.from_model_config(AutoConfig.from_pretrained(base.source))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"the tokenizer of {base.model} cannot be read ({error}); write it beside the model with save_pretrained"
+        ) from error
+    tokenizer.save_pretrained(to)
+    generation.save_pretrained(to)
+
+
+def _config_of(folder: SweepFolder) -> SweepConfig | None:
+    """The sweep file; None where this release cannot read it, since the card has most of it from the records."""
+    try:
+        return load(folder.sweep_file)
+    except InputError:
+        return None

@@ -1,0 +1,61 @@
+"""Which trial is exported, and where its weights lie."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Literal
+
+from orchestrator.errors import InputError
+from orchestrator.reporting.statistics import best_trial
+from orchestrator.results import remote
+from orchestrator.results.records import SweepResult, TrialResult
+from orchestrator.results.storage import SweepFolder
+
+Kind = Literal["adapter", "merged", "full"]
+"""What an exported folder holds; `full` where the trial trained all weights, so that there is no adapter."""
+
+
+def choose_trial(sweep: SweepResult, trial_id: str | None) -> TrialResult:
+    """The named trial, or the best.
+
+    Raises:
+        InputError: there is no such trial, or none was evaluated.
+    """
+    if trial_id is None:
+        best = best_trial(sweep)
+        if best is None:
+            raise InputError(
+                f"no trial of {sweep.name} has been evaluated, so none is the best: run the sweep to its end, "
+                "or name a trial with --trial"
+            )
+        return best
+    known = {trial.trial_id: trial for trial in sweep.trials}
+    if trial_id not in known:
+        near = get_close_matches(trial_id, known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"there are {_some(list(known))}"
+        raise InputError(f"--trial {trial_id}: {sweep.name} has no such trial; {hint}")
+    return known[trial_id]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def weights_of(folder: SweepFolder, trial: TrialResult) -> Path:
+    """The folder with what the trial trained.
+
+    Raises:
+        InputError: it has none; the reason is told.
+    """
+    remote.fetch_trial(folder, trial.trial_id)
+    root = folder.trial(trial.trial_id).root
+    where = root / trial.adapter if trial.adapter else folder.trial(trial.trial_id).adapter
+    if any(where.glob("*.safetensors")):
+        return where
+    why = f" ({trial.reason})" if trial.reason else ""
+    status = trial.status.value.replace("_", " ")
+    raise InputError(
+        f"trial {trial.trial_id} has no adapter in {where}: it is {status}{why}, and one is saved at the first "
+        "evaluation; name another with --trial"
+    )

@@ -1,0 +1,80 @@
+"""What a trial that does not fit in memory could change so that it does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from orchestrator.config.trial_config import TrialConfig
+from orchestrator.planning.compatibility import Case, refusals
+from orchestrator.planning.memory import estimate_on
+
+LOW_RANK = 8
+"""Named where a higher rank does not fit."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """A cheaper setting, as a hint names it."""
+
+    told: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    workers: int | None = None
+
+
+def what_fits(case: Case, memory_bytes: int, most_workers: int) -> str | None:
+    """Each single change by which a worker takes no more than this, or the fewest together; None: not even all do.
+
+    Those that alter the result least stand in front: a smaller micro-batch, checkpointing, more workers to share among.
+    """
+    single = [change for change in _single(case, most_workers) if _fits(case, (change,), memory_bytes)]
+    if single:
+        told = {change.told.split(" ")[0]: change.told for change in reversed(single)}
+        return ", or ".join(reversed(told.values()))
+    changes = _strongest(case)
+    for count in range(2, len(changes) + 1):
+        if _fits(case, changes[:count], memory_bytes):
+            return " and ".join(change.told for change in changes[:count])
+    return None
+
+
+def _single(case: Case, most_workers: int) -> Iterator[_Change]:
+    """Of each setting the mildest first."""
+    micro = case.config.micro_batch_size
+    while isinstance(micro, int) and micro > 1:
+        micro //= 2
+        yield _Change(f"micro_batch_size {micro}", {"micro_batch_size": micro})
+    yield from (change for change in _strongest(case) if not change.told.startswith("micro_batch_size"))
+    workers = case.workers * 2
+    while workers <= most_workers:
+        told = f"workers_per_trial {workers} with zero_stage 3"
+        yield _Change(told, {"zero_stage": 3, "engine": "deepspeed"}, workers)
+        workers *= 2
+
+
+def _strongest(case: Case) -> list[_Change]:
+    config = case.config
+    changes: list[_Change] = []
+    if isinstance(config.micro_batch_size, int) and config.micro_batch_size > 1:
+        changes.append(_Change("micro_batch_size 1", {"micro_batch_size": 1}))
+    if not config.gradient_checkpointing:
+        changes.append(_Change("gradient_checkpointing", {"gradient_checkpointing": True}))
+    if not config.precision.is_quantized and not config.trains_all_weights:
+        changes.append(_Change("precision nf4", {"precision": "nf4"}))
+    if config.zero_stage < 3 and case.workers > 1:
+        changes.append(_Change("zero_stage 3", {"zero_stage": 3, "engine": "deepspeed"}))
+    if isinstance(config.rank, int) and config.rank > LOW_RANK:
+        changes.append(_Change(f"rank {LOW_RANK}", {"rank": LOW_RANK}))
+    return changes
+
+
+def _fits(case: Case, changes: Sequence[_Change], memory_bytes: int) -> bool:
+    raw, workers = case.config.model_dump(), case.workers
+    for change in changes:
+        raw |= change.settings
+        workers = change.workers or workers
+    changed = Case(TrialConfig.model_validate(raw), case.shape, case.hardware, workers)
+    if refusals(changed):
+        return False
+    return estimate_on(changed.config, case.shape, workers, case.hardware).device_bytes <= memory_bytes

@@ -1,0 +1,114 @@
+"""How fast trials ran here against what was predicted, and what follows for those to come."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Self
+
+from orchestrator.config.trial_config import TrialConfig
+from orchestrator.planning.hardware import Hardware, is_named
+from orchestrator.planning.step_time import UNMEASURED, Range
+from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
+
+KIND = ("precision", "engine", "zero_stage", "offload", "attention", "gradient_checkpointing")
+"""Within one value of all these, the prediction is wrong by about the same factor."""
+SPREAD_ALIKE, SPREAD_OTHERS = 1.25, 1.6
+"""At least so far from the median ratio, each way, lies a trial of a kind that was measured, or of another."""
+READ_SWEEPS = 10
+"""So many of a storage's sweeps are looked at, the newest: what is older may have run on other nodes."""
+FEWEST_STEPS = 3
+"""A trial of fewer steps tells of its warm-up."""
+RAN = frozenset({TrialStatus.COMPLETED, TrialStatus.STOPPED})
+OPEN = frozenset({TrialStatus.PENDING, TrialStatus.RUNNING})
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    kind: tuple[object, ...]
+    ratio: float
+    """Seconds a step over those predicted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """What was measured; empty where nothing was."""
+
+    steps: tuple[_Measured, ...] = ()
+    besides_s: float | None = None
+    """Seconds of a whole trial that are neither its start-up nor training, where one of this model ended."""
+
+    @classmethod
+    def of(cls, sweeps: Iterable[SweepResult], model: str, hardware: Hardware) -> Self:
+        """Of all trials that ran on such a device; evaluations and saving count of the same model only."""
+        steps: list[_Measured] = []
+        besides_s: list[float] = []
+        for sweep in sweeps:
+            ran = [t for t in sweep.trials if t.status in RAN and t.devices and is_named(t.devices[0], hardware)]
+            steps += [measured for trial in ran if (measured := _measured(trial))]
+            if sweep.model == model:
+                besides_s += [_besides_s(trial) for trial in ran if trial.status is TrialStatus.COMPLETED]
+        return cls(tuple(steps), statistics.median(besides_s) if besides_s else None)
+
+    def correction(self, config: TrialConfig) -> Range:
+        """Measured over predicted, as it is expected of this configuration."""
+        alike = [measured.ratio for measured in self.steps if measured.kind == _kind_of(config)]
+        if alike:
+            return _around(alike, SPREAD_ALIKE)
+        every = [measured.ratio for measured in self.steps]
+        return _around(every, SPREAD_OTHERS) if every else UNMEASURED
+
+
+def _measured(trial: TrialResult) -> _Measured | None:
+    last, predicted_s = trial.last, trial.predicted_step_time_s
+    if last is None or last.step < FEWEST_STEPS or not predicted_s or last.seconds <= 0:
+        return None
+    return _Measured(_kind_of(trial.config), last.seconds / last.step / predicted_s)
+
+
+def _besides_s(trial: TrialResult) -> float:
+    return max(0.0, trial.timing.total_s - trial.timing.startup_s - trial.timing.training_s)
+
+
+def _kind_of(config: TrialConfig) -> tuple[object, ...]:
+    return tuple(getattr(config, name) for name in KIND)
+
+
+def _around(ratios: list[float], least: float) -> Range:
+    """The median, and where 90 % lie if the ratios' logarithms are normal."""
+    middle = statistics.median(ratios)
+    spread = max(least, math.exp(1.645 * statistics.pstdev(map(math.log, ratios))))
+    return Range(middle / spread, middle, middle * spread)
+
+
+def left_s(
+    trials: Iterable[TrialResult], planned_s: Mapping[str, float], gone_s: Mapping[str, float], slots: int
+) -> float | None:
+    """Seconds until the last open trial ends; None where none is open.
+
+    `planned_s` is what the plan gives each trial (the mean where it knows of none), `gone_s` how long each at work has
+    run. What ended trials of its kind took of their plan, the scheduler's stops among it, an open one is taken to take;
+    where none of the kind has ended, as all that ended.
+    """
+    known = [seconds for seconds in planned_s.values() if seconds]
+    mean_s = statistics.mean(known) if known else 1.0
+    took: dict[object, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
+    open_: list[tuple[TrialResult, float]] = []
+    for trial in trials:
+        planned = planned_s.get(trial.trial_id) or mean_s
+        if trial.status in OPEN:
+            open_.append((trial, planned))
+        elif trial.timing.total_s > 0:
+            for key in (_kind_of(trial.config), "all"):
+                took[key] = took[key][0] + trial.timing.total_s, took[key][1] + planned
+
+    def pace(trial: TrialResult) -> float:
+        kind = _kind_of(trial.config)
+        seconds, planned = took[kind if kind in took else "all"]
+        return seconds / planned if planned else 1.0
+
+    each = [max(0.0, planned * pace(trial) - gone_s.get(trial.trial_id, 0.0)) for trial, planned in open_]
+    return max(sum(each) / slots, *each) if each else None

@@ -1,0 +1,68 @@
+"""What a reader has to know before trusting a sweep's answer: what was left out, what ended, what may be chance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from orchestrator.reporting.statistics import ConfigurationSummary
+from orchestrator.results.records import SweepResult, TrialStatus
+
+FEW_STEPS = 20
+
+
+def caveats(
+    sweep: SweepResult,
+    found: Sequence[ConfigurationSummary],
+    completed: Sequence[ConfigurationSummary],
+    contenders: Sequence[ConfigurationSummary],
+) -> list[str]:
+    """What else a reader has to know before trusting the answer."""
+    told = []
+    open_ = sum(trial.status in (TrialStatus.PENDING, TrialStatus.RUNNING) for trial in sweep.trials)
+    if open_:
+        told.append(f"{open_} of {len(sweep.trials)} trials have not ended yet: the answer may change.")
+    steps_of = {trial.configuration_id: trial.steps for trial in sweep.trials if trial.status is TrialStatus.COMPLETED}
+    competing = {summary.configuration_id for summary in contenders}
+    wild = [s.label for s in completed if s.configuration_id not in competing and not s.is_broken]
+    if wild:
+        told.append(f"Left out, since their repeats scatter ten times as far as the others': {_some(wild)}.")
+    broken = [summary.label for summary in completed if summary.is_broken]
+    if broken and not any(summary.is_broken for summary in contenders):
+        told.append(f"Left out, since a repeat of theirs diverged or ran out of memory: {_some(broken)}.")
+    elif broken:
+        told.append(f"Every completed configuration also diverged or ran out of memory in a repeat: {_some(broken)}.")
+    early = [s.label for s in contenders if s.counts.get(TrialStatus.STOPPED)]
+    if early:
+        told.append(
+            f"The scheduler stopped repeats of {_some(early)}: their means stand on the repeats that went well."
+        )
+    timed = min((steps_of[s.configuration_id] for s in contenders), default=FEW_STEPS)
+    if timed < FEW_STEPS:
+        told.append(
+            f"Speeds stand on as few as {timed} steps of a trial: differences of a few tens of percent may be chance."
+        )
+    devices = {device for trial in sweep.trials if trial.status is TrialStatus.COMPLETED for device in trial.devices}
+    if len(devices) > 1:
+        told.append(f"Trials ran on different devices ({_some(sorted(devices))}): their speeds are not comparable.")
+    ended = _counts_of_ends(found)
+    if ended:
+        told.append(f"Not in the comparison: {ended}.")
+    return told
+
+
+def _counts_of_ends(found: Sequence[ConfigurationSummary]) -> str:
+    words = {
+        TrialStatus.STOPPED: "stopped early by the scheduler",
+        TrialStatus.INFEASIBLE: "refused before launch",
+        TrialStatus.OUT_OF_MEMORY: "out of memory",
+        TrialStatus.DIVERGED: "diverged",
+        TrialStatus.PREEMPTED: "preempted",
+        TrialStatus.FAILED: "failed",
+        TrialStatus.CANCELLED: "cancelled",
+    }
+    counts = {status: sum(summary.counts.get(status, 0) for summary in found) for status in words}
+    return ", ".join(f"{count} {words[status]}" for status, count in counts.items() if count)
+
+
+def _some(labels: Sequence[str]) -> str:
+    return ", ".join(labels[:5]) + (f" and {len(labels) - 5} more" if len(labels) > 5 else "")

@@ -1,0 +1,139 @@
+"""Several sweeps side by side: what each answers, what may be compared, and what they have in common."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from orchestrator.reporting import quantities
+from orchestrator.reporting.findings import Report
+from orchestrator.reporting.statistics import ConfigurationSummary, Estimate, estimate, label, sign_of
+from orchestrator.results.records import TrialStatus
+
+
+@dataclass(frozen=True, slots=True)
+class ComparedSweep:
+    """One of the sweeps, under a name that no other one has."""
+
+    name: str
+    report: Report
+
+    @property
+    def recommended(self) -> ConfigurationSummary | None:
+        """What it recommends."""
+        chosen = self.report.recommendation.configuration_id
+        return next((s for s in self.report.summaries if s.configuration_id == chosen), None)
+
+    @property
+    def completed(self) -> int:
+        """How many of its trials completed."""
+        return self.report.counts.get(TrialStatus.COMPLETED, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class SharedConfiguration:
+    """A configuration that several sweeps ran, every setting alike."""
+
+    label: str
+    """By what was searched in any of the sweeps."""
+    by_sweep: Mapping[str, ConfigurationSummary]
+    differences: Mapping[str, Estimate]
+    """Of the objective to the first sweep that ran it, over the seeds that both ran."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What the renderings say."""
+
+    sweeps: tuple[ComparedSweep, ...]
+    answer: str
+    differing: tuple[str, ...]
+    """What the sweeps do not have in common besides their settings."""
+    is_comparable: bool
+    """Whether their objectives measure the same: one model, one set of data, one metric."""
+    shared: tuple[SharedConfiguration, ...]
+
+
+def compare(reports: Sequence[Report]) -> Comparison:
+    """Put sweeps side by side, in the order given."""
+    taken = Counter(report.sweep.name for report in reports)
+    names = [r.sweep.name if taken[r.sweep.name] == 1 else str(r.folder) for r in reports]
+    sweeps = tuple(ComparedSweep(name, report) for name, report in zip(names, reports, strict=True))
+    told, is_comparable = _differing(sweeps)
+    answer = _answer(sweeps) if is_comparable else f"Their objectives cannot be compared: {told[0]}."
+    return Comparison(sweeps, answer, told, is_comparable, _shared(sweeps) if is_comparable else ())
+
+
+def _differing(sweeps: Sequence[ComparedSweep]) -> tuple[tuple[str, ...], bool]:
+    """What decides whether objectives are comparable stands first."""
+    found = [s.report.sweep for s in sweeps]
+    trials = [sweep.trials for sweep in found]
+    facts = {
+        "model": [sweep.model for sweep in found],
+        "objective": [f"{sweep.objective_mode} {sweep.objective_metric}" for sweep in found],
+        "data": [(sweep.data_hash or "unknown")[:12] for sweep in found],
+        "devices": [", ".join(sorted({d for t in own for d in t.devices})) or "none" for own in trials],
+        "commit": [", ".join(sorted({t.git.commit[:12] for t in own if t.git})) or "unknown" for own in trials],
+    }
+    told = {
+        name: f"their {name} differs ({'; '.join(f'{s.name}: {v}' for s, v in zip(sweeps, values, strict=True))})"
+        for name, values in facts.items()
+        if len(set(values)) > 1
+    }
+    return tuple(told.values()), not told.keys() & {"model", "objective", "data"}
+
+
+def _answer(sweeps: Sequence[ComparedSweep]) -> str:
+    sign, metric = sign_of(sweeps[0].report.sweep), sweeps[0].report.sweep.objective_metric
+    known = [(sign * s.objective.mean, sweep, s) for sweep in sweeps if (s := sweep.recommended) and s.objective]
+    if not known:
+        return "None of them has an answer yet."
+    (_, best, chosen), *others = sorted(known, key=lambda entry: entry[0])
+    words = f"{best.name} recommends the configuration with the best {metric}: {chosen.label} ({_value(chosen)})"
+    if not others:
+        return f"{words}; no other sweep has an answer yet."
+    _, other, next_best = others[0]
+    apart = _paired(_by_seed(other, next_best), _by_seed(best, chosen))
+    told = f"{words}; {other.name}'s {next_best.label} comes to {_value(next_best)}"
+    if apart is None or apart.half_width is None:
+        return f"{told}, and without two seeds in common the difference may be chance."
+    if max(abs(apart.mean), apart.half_width) < quantities.NOTHING:
+        return f"{told}, the same."
+    behind = quantities.plus_minus(sign * apart.mean, apart.half_width)
+    if sign * apart.mean <= apart.half_width:
+        return f"{told}, within the noise of it ({behind})."
+    return f"{told}, worse by {behind}."
+
+
+def _value(summary: ConfigurationSummary) -> str:
+    assert summary.objective
+    return quantities.plus_minus(summary.objective.mean, summary.objective.half_width)
+
+
+def _by_seed(sweep: ComparedSweep, summary: ConfigurationSummary) -> dict[int, float]:
+    seeds = {t.repeat: t.seed for t in sweep.report.sweep.trials if t.configuration_id == summary.configuration_id}
+    return {seeds[repeat]: value for repeat, value in summary.objective_by_repeat.items()}
+
+
+def _paired(one: Mapping[int, float], other: Mapping[int, float]) -> Estimate | None:
+    """`one` minus `other`, over the seeds that both ran."""
+    both = sorted(one.keys() & other.keys())
+    return estimate([one[seed] - other[seed] for seed in both]) if both else None
+
+
+def _shared(sweeps: Sequence[ComparedSweep]) -> tuple[SharedConfiguration, ...]:
+    searched = tuple(dict.fromkeys(name for sweep in sweeps for name in sweep.report.sweep.searched))
+    labels = {t.configuration_id: label(t, searched) for sweep in sweeps for t in sweep.report.sweep.trials}
+    ran: dict[str, list[tuple[ComparedSweep, ConfigurationSummary]]] = {}
+    for sweep in sweeps:
+        for summary in sweep.report.summaries:
+            if summary.step_time_s is not None or summary.objective:
+                ran.setdefault(summary.configuration_id, []).append((sweep, summary))
+    return tuple(_compared(labels[identity], found) for identity, found in ran.items() if len(found) > 1)
+
+
+def _compared(label: str, found: Sequence[tuple[ComparedSweep, ConfigurationSummary]]) -> SharedConfiguration:
+    first, *others = [(sweep.name, _by_seed(sweep, summary)) for sweep, summary in found]
+    differences = {name: apart for name, values in others if (apart := _paired(values, first[1]))}
+    return SharedConfiguration(label, {sweep.name: summary for sweep, summary in found}, differences)

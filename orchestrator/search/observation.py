@@ -1,0 +1,177 @@
+"""What a search learns from its trials: one observation a configuration, out of the records of its repeats."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from statistics import fmean
+
+from orchestrator.config.search_space import Settings
+from orchestrator.results.records import MetricPoint, TrialResult, TrialStatus
+
+LEAST_EXCESS = 0.05
+"""By how much a trial that ran out of memory needs more than there is, at least: nobody knows how much more."""
+CONSTRAINTS = ("runs", "fits", "converges")
+"""What every configuration must do; a value above 0 is a violation."""
+OPEN = frozenset({TrialStatus.PENDING, TrialStatus.RUNNING, TrialStatus.PREEMPTED, TrialStatus.CANCELLED})
+
+
+class Standing(StrEnum):
+    """How far an observation is."""
+
+    OPEN = "open"
+    """It waits or runs: its result is not known yet."""
+    WHOLE = "whole"
+    """It trained to its last step."""
+    PARTIAL = "partial"
+    """It was stopped, and is known up to there."""
+    REFUSED = "refused"
+    """It has no objective, and breaks a constraint."""
+    UNKNOWN = "unknown"
+    """It failed: nothing is learned of its settings."""
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """One configuration, as far as it is known."""
+
+    number: int
+    settings: Settings
+    standing: Standing
+    curves: tuple[tuple[tuple[int, float], ...], ...] = ()
+    """One an objective: step and best value so far, lower is better, mean over the repeats that are known there."""
+    constraints: tuple[tuple[str, float], ...] = ()
+    """Above 0 is a violation; by how much, where that is known."""
+
+    @property
+    def violation(self) -> float:
+        """The sum of what is violated; 0 where nothing is."""
+        return sum(value for _, value in self.constraints if value > 0)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that it is known to."""
+        return self.curves[0][-1][0] if self.curves and self.curves[0] else 0
+
+    def values_at(self, step: int) -> tuple[float, ...] | None:
+        """The objectives after so many steps; None where it did not come so far, or was not looked at before."""
+        if not self.curves or any(not curve or not curve[0][0] <= step <= curve[-1][0] for curve in self.curves):
+            return None
+        return tuple(next(value for at, value in reversed(curve) if at <= step) for curve in self.curves)
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """One objective: a logged metric and which way is better."""
+
+    metric: str
+    mode: str
+
+    def of(self, point: MetricPoint) -> float | None:
+        """The value, lower is better; None where the point has none or it is no number."""
+        value = getattr(point, self.metric)
+        if value is None or not math.isfinite(value):
+            return None
+        return float(value) if self.mode == "min" else -float(value)
+
+
+Curves = Callable[[str], Sequence[MetricPoint]]
+"""A trial's metrics.jsonl."""
+Limit = Callable[[TrialResult], float | None]
+"""A constraint of the sweep file: above 0 is a violation, None where it is not known."""
+
+
+def observe(
+    records: Iterable[TrialResult],
+    goals: Sequence[Goal],
+    curves_of: Curves,
+    limits: Mapping[str, Limit] | None = None,
+) -> tuple[Observation, ...]:
+    """Every suggested configuration, in the order of proposals."""
+    repeats: dict[int, list[TrialResult]] = defaultdict(list)
+    for record in records:
+        if record.suggestion is not None:
+            repeats[record.suggestion.number].append(record)
+    return tuple(_observation(number, repeats[number], goals, curves_of, limits or {}) for number in sorted(repeats))
+
+
+def _observation(
+    number: int,
+    records: Sequence[TrialResult],
+    goals: Sequence[Goal],
+    curves_of: Curves,
+    limits: Mapping[str, Limit],
+) -> Observation:
+    assert records[0].suggestion is not None
+    settings, statuses = records[0].suggestion.settings, {record.status for record in records}
+    constraints = constraints_of(records, limits)
+    if {TrialStatus.INFEASIBLE, TrialStatus.OUT_OF_MEMORY, TrialStatus.DIVERGED} & statuses:
+        return Observation(number, settings, Standing.REFUSED, (), constraints)
+    if OPEN & statuses:
+        return Observation(number, settings, Standing.OPEN)
+    ended = [record for record in records if record.status in (TrialStatus.COMPLETED, TrialStatus.STOPPED)]
+    points = [evaluated(curves_of(record.trial_id)) for record in ended]
+    curves = tuple(mean_curve([best_so_far(one, goal) for one in points]) for goal in goals)
+    if not ended or not all(curves):
+        return Observation(number, settings, Standing.UNKNOWN)
+    stopped = TrialStatus.STOPPED in {record.status for record in ended}
+    return Observation(number, settings, Standing.PARTIAL if stopped else Standing.WHOLE, curves, constraints)
+
+
+def evaluated(points: Sequence[MetricPoint]) -> list[MetricPoint]:
+    """Those at which the trial was evaluated."""
+    return [point for point in points if point.eval_loss is not None]
+
+
+def best_so_far(points: Sequence[MetricPoint], goal: Goal) -> list[tuple[int, float]]:
+    """A curve that only falls: what counts of a trial is its best evaluation."""
+    curve: list[tuple[int, float]] = []
+    for point in points:
+        value = goal.of(point)
+        if value is not None:
+            curve.append((point.step, min(value, curve[-1][1]) if curve else value))
+    return curve
+
+
+def mean_curve(curves: Sequence[Sequence[tuple[int, float]]]) -> tuple[tuple[int, float], ...]:
+    """The mean over repeats at every step, of those that came so far."""
+    known: dict[int, list[float]] = defaultdict(list)
+    for curve in curves:
+        for step, value in curve:
+            known[step].append(value)
+    return tuple((step, fmean(known[step])) for step in sorted(known))
+
+
+def constraints_of(
+    records: Sequence[TrialResult], limits: Mapping[str, Limit] | None = None
+) -> tuple[tuple[str, float], ...]:
+    """The constraints of all observations are the same ones, so that they can be modelled; the worst repeat counts.
+
+    A refusal by memory, a trial that ran out (a censored observation: more than there is) and one that ran tell the
+    logarithm of need over room; every other refusal, and a loss that is no number, are a plain no.
+    """
+    statuses = {record.status for record in records}
+    fits = max(_excess(record) for record in records)
+    by_memory = fits > 0 or TrialStatus.OUT_OF_MEMORY in statuses
+    refused = TrialStatus.INFEASIBLE in statuses and not by_memory
+    values = (1.0 if refused else -1.0, fits, 1.0 if TrialStatus.DIVERGED in statuses else -1.0)
+    own = tuple(zip(CONSTRAINTS, values, strict=True))
+    more = ((key, [limit(record) for record in records]) for key, limit in (limits or {}).items())
+    return own + tuple((key, max((v for v in found if v is not None), default=0.0)) for key, found in more)
+
+
+def _excess(record: TrialResult) -> float:
+    """Logarithm of what a worker needs over what it may take; 0 where nothing is known of it."""
+    memory = record.peak_memory
+    known = bool(memory and memory.available_bytes and (memory.measured_bytes or memory.predicted_bytes))
+    ratio = 0.0
+    if memory and memory.available_bytes and known:
+        needed = memory.measured_bytes or memory.predicted_bytes or memory.available_bytes
+        ratio = math.log(needed / memory.available_bytes)
+    if record.status is TrialStatus.OUT_OF_MEMORY:
+        return max(ratio, LEAST_EXCESS)
+    # A trial that ran did fit, whatever was predicted; one that was refused is told by its estimate.
+    return ratio if record.status is TrialStatus.INFEASIBLE else min(ratio, 0.0)

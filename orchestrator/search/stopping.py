@@ -1,0 +1,148 @@
+"""Who is stopped early: rules that hear every evaluation and say why a trial should go no further.
+
+A rule's state is what it has heard. After an interruption it hears the curves on disk again, in the order of their
+clock, and decides on as if there had been none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import fmean, median
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """One evaluation of one trial."""
+
+    trial_id: str
+    configuration_id: str
+    at: float
+    """Optimizer steps, tokens or seconds of training: what the scheduler counts."""
+    value: float | None
+    """Lower is better; None where it is no number."""
+    end: float
+    """Where the trial ends if nobody stops it, counted as `at`."""
+
+
+class StopRule(Protocol):
+    """Decides about one evaluation after the other."""
+
+    def hear(self, heard: Heard) -> str | None:
+        """Why the trial should stop, or None."""
+
+
+class Halving:
+    """Asynchronous successive halving. Source: Li et al. 2020, A System for Massively Parallel Hyperparameter Tuning.
+
+    At its first evaluation at or past a rung a configuration is compared with all that came there before it: one of
+    `factor` goes on, ties do, and so does the first. Its repeats follow it: all of a configuration go on, or none. A
+    value that is no number is stopped and takes no place in a rung (Tune's own ASHA lets it run: ray 2.60.0).
+    """
+
+    def __init__(self, grace: float, factor: int, unit: str) -> None:
+        self._grace, self._factor, self._unit = grace, factor, unit
+        self._rungs: dict[int, dict[str, float]] = {}
+        self._verdicts: dict[tuple[int, str], str | None] = {}
+
+    def hear(self, heard: Heard) -> str | None:
+        """Judge at the highest rung that the evaluation has reached."""
+        if heard.value is None:
+            return no_number(heard, self._unit)
+        if heard.at < self._grace:
+            return None
+        rung = _rung(heard.at / self._grace, self._factor)
+        if (rung, heard.configuration_id) not in self._verdicts:
+            self._verdicts[rung, heard.configuration_id] = self._judge(rung, heard, heard.value)
+        return self._verdicts[rung, heard.configuration_id]
+
+    def _judge(self, rung: int, heard: Heard, value: float) -> str | None:
+        there = self._rungs.setdefault(rung, {})
+        there[heard.configuration_id] = value
+        better = sum(other < value for other in there.values())
+        if better < max(1, len(there) // self._factor):
+            return None
+        return f"{better} of {len(there)} configurations were better at {heard.at:g} {self._unit}"
+
+
+class Hyperband:
+    """Successive halving in brackets that begin later and later, for settings that show their worth late.
+
+    Source: Li et al. 2018, Hyperband; asynchronous as in Li et al. 2020. A configuration's bracket follows from its
+    name, so that it is the same after an interruption; each bracket gets `factor` times fewer than the one before.
+    """
+
+    def __init__(self, grace: float, factor: int, brackets: int, unit: str) -> None:
+        self._factor = factor
+        self._brackets = [Halving(grace * factor**bracket, factor, unit) for bracket in range(brackets)]
+
+    def hear(self, heard: Heard) -> str | None:
+        """Judge in the configuration's own bracket."""
+        return self._brackets[self.bracket_of(heard.configuration_id)].hear(heard)
+
+    def bracket_of(self, configuration_id: str) -> int:
+        """The bracket that its name falls into."""
+        place = int.from_bytes(hashlib.sha256(configuration_id.encode()).digest()[:4], "big") / 2**32
+        shares = [self._factor**-bracket for bracket in range(len(self._brackets))]
+        passed = 0.0
+        for bracket, share in enumerate(shares):
+            passed += share / sum(shares)
+            if place < passed:
+                return bracket
+        return len(shares) - 1
+
+
+class Median:
+    """A trial whose best value is worse than the median of the others' means so far is stopped.
+
+    Source: Golovin et al. 2017, Google Vizier, section 3.2.2.
+    """
+
+    def __init__(self, grace: float, min_trials: int, unit: str) -> None:
+        self._grace, self._min_trials, self._unit = grace, min_trials, unit
+        self._curves: dict[str, list[tuple[float, float]]] = {}
+
+    def hear(self, heard: Heard) -> str | None:
+        """Compare with all that came as far."""
+        if heard.value is None:
+            return no_number(heard, self._unit)
+        curve = continued(self._curves, heard, heard.value)
+        if heard.at < self._grace:
+            return None
+        others = [
+            fmean(value for at, value in other if at <= heard.at)
+            for trial_id, other in self._curves.items()
+            if trial_id != heard.trial_id and other[-1][0] >= heard.at and other[0][0] <= heard.at
+        ]
+        best = min(value for _, value in curve)
+        if len(others) < self._min_trials or best <= median(others):
+            return None
+        return f"its best was worse than the median of {len(others)} others at {heard.at:g} {self._unit}"
+
+
+def no_number(heard: Heard, unit: str) -> str:
+    """Why a trial without an objective goes no further."""
+    return f"its objective was no number at {heard.at:g} {unit}"
+
+
+def continued(curves: dict[str, list[tuple[float, float]]], heard: Heard, value: float) -> list[tuple[float, float]]:
+    """The trial's curve with this evaluation; a trial that begins anew, as after an interruption, has a new one."""
+    curve = [(at, seen) for at, seen in curves.get(heard.trial_id, []) if at < heard.at]
+    curves[heard.trial_id] = [*curve, (heard.at, value)]
+    return curves[heard.trial_id]
+
+
+def replay(rule: StopRule, evaluations: Iterable[tuple[float, Heard]]) -> None:
+    """Let a rule hear again what is on disk, in the order of the clock; what it says to that was done then."""
+    for _, heard in sorted(evaluations, key=lambda pair: pair[0]):
+        rule.hear(heard)
+
+
+def _rung(ratio: float, factor: int) -> int:
+    """The highest n of which factor^n is reached."""
+    rung = 0
+    while factor ** (rung + 1) <= ratio:
+        rung += 1
+    return rung

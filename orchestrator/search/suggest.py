@@ -1,0 +1,111 @@
+"""The next configuration of an adaptive search: a function of the seed and of what is known, with no state of its own.
+
+So a search goes on after an interruption as if there had been none: the records say what was proposed and what came of
+it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+from orchestrator.config.axes import Axis, Domain, active, axes_of, complete, places_of, settings_at
+from orchestrator.config.search_space import Settings, configuration_id, is_excluded, sample
+from orchestrator.config.trial_config import TrialConfig
+from orchestrator.search.observation import Observation, Standing
+
+Algorithm = Literal["tpe", "gp", "cma_es"]
+ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
+MIN_KNOWN = 5
+"""Configurations that must be known before a model is asked."""
+ATTEMPTS = 16
+"""So often a proposal may be one that was made before, or is excluded, before chance is asked."""
+
+
+def next_settings(
+    algorithm: str,
+    space: Mapping[str, Domain],
+    base: Settings,
+    exclude: Sequence[Mapping[str, Any]],
+    points: Sequence[Settings],
+    known: Sequence[Observation],
+    seed: int,
+) -> Settings | None:
+    """What to try after `known`; None where the space holds nothing new.
+
+    `base` are the settings that are not searched, `points` what is tried first.
+    """
+    axes = axes_of(space)
+    number = 1 + max((observation.number for observation in known), default=-1)
+    tried = {configuration_id(TrialConfig(**{**base, **observation.settings})) for observation in known}
+
+    def is_new(settings: Settings) -> bool:
+        config = TrialConfig(**{**base, **settings})
+        return configuration_id(config) not in tried and not is_excluded(config, exclude)
+
+    for point in points:
+        settings = complete(axes, base, point)
+        if is_new(settings):
+            return settings
+    for attempt in range(ATTEMPTS):
+        settings = propose(algorithm, axes, base, known, number, seed, attempt)
+        if is_new(settings):
+            return settings
+    for config in sample(base, space, exclude, len(tried) + 1, derived_seed(seed, number, ATTEMPTS)):
+        raw = config.model_dump(mode="json")
+        settings = active(axes, base, {axis.name: raw[axis.name] for axis in axes})
+        if is_new(settings):
+            return settings
+    return None
+
+
+def propose(
+    algorithm: str,
+    axes: Sequence[Axis],
+    base: Settings,
+    known: Sequence[Observation],
+    number: int,
+    seed: int,
+    attempt: int = 0,
+) -> Settings:
+    """One proposal, which may have been made before: each attempt is another."""
+    usable = [observation for observation in known if _is_on(axes, observation)]
+    told = [observation for observation in usable if observation.standing in (Standing.WHOLE, Standing.PARTIAL)]
+    if len(told) < max(MIN_KNOWN, len(axes) + 1):
+        # One sequence a sweep: its points are spread out among each other.
+        return settings_at(axes, base, spread_out(len(axes), number, seed + attempt))
+    drawn = derived_seed(seed, number, attempt)
+    if algorithm == "cma_es":
+        from orchestrator.search.evolution import cma_es
+
+        return settings_at(axes, base, cma_es(axes, usable, drawn))
+    from orchestrator.search import models
+
+    if algorithm == "gp":
+        return active(axes, base, models.gp(axes, usable, drawn))
+    return models.tpe(axes, base, usable, drawn)
+
+
+def spread_out(dimensions: int, number: int, seed: int) -> list[float]:
+    """Point `number` of a scrambled Sobol sequence: the first ones cover the space better than chance does."""
+    from scipy.stats import qmc
+
+    sequence = qmc.Sobol(dimensions, scramble=True, seed=seed)
+    if number:
+        sequence.fast_forward(number)
+    return [float(unit) for unit in sequence.random(1)[0]]
+
+
+def derived_seed(*parts: int) -> int:
+    """31 bits that any change of a part changes."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1
+
+
+def _is_on(axes: Sequence[Axis], observation: Observation) -> bool:
+    """Whether all its values are on the axes: the sweep file may have another space now."""
+    try:
+        places_of(axes, observation.settings)
+    except ValueError:
+        return False
+    return True

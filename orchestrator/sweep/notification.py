@@ -1,0 +1,87 @@
+"""The word that a sweep has ended, as JSON to a webhook: bounded in time, and never what a sweep fails by."""
+
+from __future__ import annotations
+
+import json
+import threading
+import urllib.request
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from orchestrator.errors import InputError
+from orchestrator.reporting.findings import Report
+from orchestrator.results.provenance import run_page, without_secret
+
+LIMIT_S = 10.0
+
+
+def require_address(url: str) -> None:
+    """Check before anything starts.
+
+    Raises:
+        InputError: it is no address that can be posted to.
+    """
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        good = False
+    if not good:
+        raise InputError("--notify takes an address such as https://example.com/hook")
+
+
+def end_of(report: Report, exit_code: int, tracking_uri: str) -> dict[str, Any]:
+    """What is told of a sweep that has ended."""
+    sweep = report.sweep
+    status = {0: "completed", 1: "completed with failed trials", 130: "interrupted"}[exit_code]
+    answer = without_secret(report.recommendation.answer)
+    return {
+        # What Slack and its likes show.
+        "text": f"Sweep {sweep.name}: {status}. {answer}",
+        "name": sweep.name,
+        "status": status,
+        "question": sweep.question,
+        "answer": answer,
+        "trials": {status.value: count for status, count in report.counts.items()},
+        "report": str((report.folder / "report.html").absolute()),
+        "mlflow": run_page(tracking_uri, sweep.mlflow_run_id) if sweep.mlflow_run_id else None,
+    }
+
+
+def failure_of(name: str, folder: Path, error: Exception) -> dict[str, Any]:
+    """What is told of a sweep that could not go on."""
+    why = without_secret(str(error))
+    return {
+        "text": f"Sweep {name}: failed. {why}",
+        "name": name,
+        "status": "failed",
+        "error": why,
+        "report": str((folder / "report.html").absolute()),
+    }
+
+
+def post(url: str, body: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    """Tell the webhook; a failure is said, with its host alone, since such an address is often a secret."""
+    problem: list[str] = [f"no answer in {LIMIT_S:.0f} s"]
+    # In a thread: a time-out of the library's bounds each read of the socket, and no look-up of a name.
+    sender = threading.Thread(target=_send, args=(url, dict(body), problem), daemon=True)
+    sender.start()
+    sender.join(LIMIT_S)
+    if problem:
+        say(f"the webhook at {urlsplit(url).hostname} was not told ({problem[0]})")
+
+
+def _send(url: str, body: Mapping[str, Any], problem: list[str]) -> None:
+    data = json.dumps(body).encode()
+    headers = {"Content-Type": "application/json", "User-Agent": "orchestrator"}
+    request = urllib.request.Request(url, data, headers, method="POST")
+    try:
+        with urllib.request.urlopen(request, timeout=LIMIT_S):
+            problem.clear()
+    except (OSError, ValueError) as error:
+        # Without the address, which some errors repeat.
+        problem[0] = str(getattr(error, "reason", error)).replace(url, "its address")[:200]
+    except Exception as error:
+        problem[0] = type(error).__name__

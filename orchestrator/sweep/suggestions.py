@@ -1,0 +1,101 @@
+"""An adaptive search at work: what it proposes becomes trials, planned as all others are, in the moment it is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from orchestrator.config.search_space import make_trials
+from orchestrator.config.sweep_config import SweepConfig
+from orchestrator.config.trial_config import TrialConfig
+from orchestrator.planning.plan import PlannedTrial
+from orchestrator.results.records import MetricPoint, Suggestion, TrialResult, TrialStatus
+from orchestrator.results.storage import SweepFolder
+from orchestrator.search.observation import Goal, observe
+from orchestrator.search.suggest import next_settings
+from orchestrator.sweep.preparation import Prepared
+from orchestrator.sweep.recorder import Recorder
+
+NewRecord = Callable[[PlannedTrial, Suggestion | None], TrialResult]
+
+
+class Suggestions:
+    """Proposals one by one, until `budget.trials` of them have been launched or the space holds nothing new."""
+
+    def __init__(self, prepared: Prepared, folder: SweepFolder, recorder: Recorder, new_record: NewRecord) -> None:
+        self._prepared, self._sweep = prepared, prepared.sweep
+        self._folder, self._recorder, self._new_record = folder, recorder, new_record
+        self._ended_curves: dict[str, tuple[MetricPoint, ...]] = {}
+
+    def more(self) -> Sequence[str]:
+        """Propose until a trial may be launched; its repeats' ids, or none at the search's end.
+
+        What the plan refuses is recorded and told to the search, and takes no slot.
+        """
+        while self._sweep.search.is_adaptive and not is_spent(self._sweep, self._recorder.records.values()):
+            records = self._recorder.records.values()
+            settings = next_settings(
+                self._sweep.search.algorithm,
+                self._sweep.domains,
+                self._sweep.base,
+                self._sweep.exclude,
+                self._sweep.search.points,
+                observe(records, goals(self._sweep), self._curve),
+                self._sweep.search.seed,
+            )
+            if settings is None:
+                break
+            suggestion = Suggestion(number=1 + _last_number(records), settings=settings)
+            made = [self._new_record(planned, suggestion) for planned in plan_suggestion(self._prepared, suggestion)]
+            for record in made:
+                self._recorder.save(record)
+            if waiting := [record.trial_id for record in made if record.status is TrialStatus.PENDING]:
+                return waiting
+        return ()
+
+    def _curve(self, trial_id: str) -> tuple[MetricPoint, ...]:
+        """Read once where the trial has ended: a sweep may have thousands, and looks at each proposal."""
+        if trial_id not in self._ended_curves:
+            points = self._folder.trial(trial_id).read_metrics()
+            if not self._recorder.records[trial_id].status.is_final:
+                return points
+            self._ended_curves[trial_id] = points
+        return self._ended_curves[trial_id]
+
+
+def goals(sweep: SweepConfig) -> tuple[Goal, ...]:
+    """The objectives as the search takes them."""
+    return (Goal(sweep.objective.metric, sweep.objective.mode),)
+
+
+def plan_suggestion(prepared: Prepared, suggestion: Suggestion) -> list[PlannedTrial]:
+    """All repeats of a proposal, planned as those of a grid are."""
+    config = TrialConfig(**{**prepared.sweep.base, **suggestion.settings})
+    return [prepared.plan_trial(trial) for trial in make_trials([config], prepared.sweep.search.repeats)]
+
+
+def known_at_start(
+    prepared: Prepared, before: Iterable[TrialResult]
+) -> Iterator[tuple[PlannedTrial, Suggestion | None]]:
+    """The trials that stand before the first launch; of an adaptive search those that earlier runs proposed."""
+    if not prepared.sweep.search.is_adaptive:
+        yield from ((planned, None) for planned in prepared.plan.trials)
+        return
+    made = {record.suggestion.number: record.suggestion for record in before if record.suggestion}
+    for number in sorted(made):
+        yield from ((planned, made[number]) for planned in plan_suggestion(prepared, made[number]))
+
+
+def is_spent(sweep: SweepConfig, records: Iterable[TrialResult]) -> bool:
+    """Whether `budget.trials` configurations were launched; a refusal past the first so many counts as one."""
+    refused: dict[int, bool] = {}
+    for record in records:
+        if record.suggestion:
+            number, is_refused = record.suggestion.number, record.status is TrialStatus.INFEASIBLE
+            refused[number] = refused.get(number, False) or is_refused
+    trials = sweep.budget.trials or 0
+    launched, free = sum(not was for was in refused.values()), trials
+    return launched + max(0, sum(refused.values()) - free) >= trials
+
+
+def _last_number(records: Iterable[TrialResult]) -> int:
+    return max((record.suggestion.number for record in records if record.suggestion), default=-1)

@@ -1,0 +1,25 @@
+"""What the machine that runs the sweep is doing, as MLflow's own system metrics on the parent run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+
+@contextmanager
+def logged(tracking_uri: str, run_id: str) -> Iterator[None]:
+    """Sample every 10 s while the block runs, and go on where an earlier run of the sweep left off.
+
+    A server that does not answer ends the samples and nothing else.
+    """
+    # It tells of its start and its end, and that there is no GPU.
+    logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
+    monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=tracking_uri)
+    monitor.start()
+    try:
+        yield
+    finally:
+        monitor.finish()

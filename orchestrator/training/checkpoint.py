@@ -1,0 +1,218 @@
+"""A trial's state while it trains: written whole, found again by whoever goes on with it.
+
+Tensors and plain values alone, in safetensors files: what is read back from a sweep's folder can run no code.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from orchestrator.results.storage import TrialFolder, sync_folder
+from orchestrator.training.agreement import all_say_yes, told_by_first
+from orchestrator.training.data import read_summary
+from orchestrator.training.task import TrialTask, WorkerPlace
+
+log = logging.getLogger(__name__)
+FORMAT = 1
+INTERVAL_S = 60.0
+SHARE = 0.05
+"""Checkpoints take no more than about this part of the time."""
+_UNREADABLE = (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError)
+
+
+def is_due(evaluated: bool, since_s: float, cost_s: float) -> bool:
+    """Whether to write one after this step.
+
+    At every evaluation, and a minute after the last one; later where that would take more than a twentieth of the time.
+
+    since_s: seconds since the last one, or since the trial began.
+    cost_s: what the last one took.
+    """
+    return since_s * SHARE >= cost_s and (evaluated or since_s >= INTERVAL_S)
+
+
+class Checkpoints:
+    """One worker's side of its trial's checkpoints: only the last one is kept; every worker calls every method."""
+
+    def __init__(self, task: TrialTask, place: WorkerPlace, device: torch.device) -> None:
+        self._folder, self._place, self._device = TrialFolder(Path(task.trial_folder)), place, device
+        summary = read_summary(Path(task.data_folder))
+        self._fits = json.dumps(
+            {
+                "format": FORMAT,
+                "config": task.config.model_dump(mode="json"),
+                "workers": place.world_size,
+                "device": device.type,
+                "data": summary.hash if summary else None,
+            }
+        )
+        """A checkpoint of anything else would go on with another trial."""
+        self._last_at, self._cost_s = time.monotonic(), 0.0
+
+    def find(self) -> tuple[int, dict[str, Any]] | None:
+        """The step after which the last one was written, and this worker's state; None: begin at the first step."""
+        workers = self._place.world_size
+        step = told_by_first(self._newest() if self._place.rank == 0 else 0, self._device, workers)
+        if not step:
+            return None
+        state = None
+        try:
+            state = _read(self._file(self._folder.checkpoint(step)), self._fits)
+        except _UNREADABLE as error:
+            log.warning("the checkpoint of step %d cannot be read (%s): the trial begins again", step, error)
+        if all_say_yes(state is not None, self._device, workers):
+            assert state is not None
+            return step, state
+        self._forget()
+        return None
+
+    def is_due(self, evaluated: bool) -> bool:
+        """See the function of this name; worker 0's clock decides."""
+        due = is_due(evaluated, time.monotonic() - self._last_at, self._cost_s)
+        return bool(told_by_first(int(due), self._device, self._place.world_size))
+
+    def save(self, step: int, state: dict[str, Any], metrics: int) -> None:
+        """Write the state after `step`, then forget the one before; a full disk leaves that one in place.
+
+        metrics: the open curve's file descriptor, which must not be behind the checkpoint after a power cut.
+        """
+        started = time.monotonic()
+        partial = self._folder.partial_checkpoint(step)
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            _write(self._file(partial), state, self._fits)
+            written = True
+        except (OSError, SafetensorError) as error:
+            log.warning("no checkpoint at step %d (%s): the trial goes on without", step, error)
+            written = False
+        complete = all_say_yes(written, self._device, self._place.world_size)
+        if self._place.rank == 0:
+            self._conclude(step, partial, metrics, complete)
+        self._last_at = time.monotonic()
+        self._cost_s = self._last_at - started
+
+    def _conclude(self, step: int, partial: Path, metrics: int, complete: bool) -> None:
+        """All workers have written theirs: the checkpoint counts from its rename on."""
+        try:
+            if complete:
+                os.fsync(metrics)
+                sync_folder(partial)
+                partial.rename(self._folder.checkpoint(step))
+                sync_folder(self._folder.root)
+                self._folder.forget_checkpoints(but=step)
+            else:
+                shutil.rmtree(partial, ignore_errors=True)
+        except OSError as error:
+            log.warning("no checkpoint at step %d (%s): the trial goes on without", step, error)
+
+    def _newest(self) -> int:
+        """The last whole one that belongs to the curve on disk, or 0; what cannot be used is removed."""
+        steps = self._folder.checkpoint_steps()
+        step = steps[-1] if steps else 0
+        if step and self._fits_on_disk(step):
+            self._folder.forget_checkpoints(but=step)
+            return step
+        self._forget()
+        return 0
+
+    def _fits_on_disk(self, step: int) -> bool:
+        try:
+            with safe_open(self._file(self._folder.checkpoint(step)), framework="pt") as file:
+                fits = (file.metadata() or {}).get("fits") == self._fits
+        except _UNREADABLE:
+            return False
+        return fits and self._folder.curve_bytes(step) is not None
+
+    def _forget(self) -> None:
+        if self._place.rank == 0:
+            self._folder.forget_checkpoints()
+
+    def _file(self, folder: Path) -> Path:
+        return folder / f"worker{self._place.rank}.safetensors"
+
+
+def random_states(device: torch.device) -> dict[str, Any]:
+    """Of every generator that a trial draws from."""
+    _, keys, position, has_gauss, cached = np.random.get_state()
+    states = {
+        "python": random.getstate(),
+        "numpy": [torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
+    """Draw on as if nothing had been between."""
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(states["torch"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def _write(file: Path, state: dict[str, Any], fits: str) -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    plain = json.dumps(_without_tensors(state, tensors))
+    save_file(tensors, file, {"fits": fits, "state": plain})
+    with file.open("rb") as written:
+        os.fsync(written.fileno())
+
+
+def _read(file: Path, fits: str) -> dict[str, Any]:
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata() or {}
+        if metadata.get("fits") != fits:
+            raise ValueError("it is of another trial")
+        # Copies: the file is removed while they are in use.
+        tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+    state: dict[str, Any] = _with_tensors(json.loads(metadata["state"]), tensors)
+    return state
+
+
+def _without_tensors(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """As JSON: a tensor becomes its name in `tensors`; a dict its items, since its keys may be numbers."""
+    if isinstance(value, torch.Tensor):
+        name = str(len(tensors))
+        tensors[name] = _alone(value)
+        return {"tensor": name}
+    if isinstance(value, Mapping):
+        return {"items": [[key, _without_tensors(entry, tensors)] for key, entry in value.items()]}
+    if isinstance(value, list | tuple):
+        return [_without_tensors(entry, tensors) for entry in value]
+    return value
+
+
+def _with_tensors(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_with_tensors(entry, tensors) for entry in value]
+    if isinstance(value, dict):
+        if "tensor" in value:
+            return tensors[value["tensor"]]
+        return {key: _with_tensors(entry, tensors) for key, entry in value["items"]}
+    return value
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """On the CPU and in no larger storage: safetensors refuses tensors that share one, as ZeRO's parameters do."""
+    tensor = tensor.detach().to("cpu")
+    if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,68 @@
+"""What a sweep file may ask of a search, and what the plan says of one that proposes as it goes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from orchestrator.config.sweep_file import load
+from orchestrator.errors import SweepFileError
+from orchestrator.planning.plan_table import render
+from tests.fast.cases import A100
+from tests.fast.test_plan import plan
+
+SWEEP: dict[str, Any] = {
+    "name": "a",
+    "model": "builtin:tiny-llama",
+    "data": {"train": "builtin:python-docs"},
+    "space": {"rank": [8, 32], "precision": ["fp32", "bf16", "nf4"]},
+    "budget": {"trials": 10},
+}
+
+
+def problems(tmp_path: Path, **keys: Any) -> str:
+    file = tmp_path / "sweep.yaml"
+    file.write_text(yaml.safe_dump(SWEEP | keys))
+    with pytest.raises(SweepFileError) as caught:
+        load(file)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"search": {"algorithm": "tpee"}}, "did you mean tpe?"),
+        ({"search": {"algorithm": "pbt"}}, "use tpe with the scheduler asha"),
+        ({"search": {"algorithm": "gp"}, "budget": {}}, "gp goes on until budget.trials"),
+        ({"search": {"algorithm": "cma_es"}}, "space.precision: has no order, which cma_es needs"),
+        ({"search": {"algorithm": "grid", "points": [{"rank": 8}]}}, "a grid tries every point anyway"),
+        ({"search": {"algorithm": "tpe", "points": [{"rnk": 8}]}}, "did you mean rank?"),
+        ({"search": {"algorithm": "tpe", "points": [{"rank": 9}]}}, "9 is none of those searched: 8, 32"),
+        ({"search": {"algorithm": "grid"}, "space": {"rank": {"int": [1, 9]}}}, "a grid cannot walk"),
+    ],
+    ids=str,
+)
+def test_a_search_that_cannot_be_meant_is_refused_with_the_mend(
+    tmp_path: Path, keys: dict[str, Any], told: str
+) -> None:
+    assert told in problems(tmp_path, **keys)
+
+
+def test_random_search_tries_its_points_first(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    search = {"algorithm": "random", "points": [{"rank": 32, "precision": "nf4"}]}
+    file.write_text(yaml.safe_dump(SWEEP | {"search": search, "budget": {"trials": 3}}))
+    trials = load(file).trials()
+    assert (trials[0].config.rank, trials[0].config.precision) == (32, "nf4")
+    assert len(trials) == 3
+
+
+def test_the_plan_of_an_adaptive_search_says_that_its_trials_are_examples() -> None:
+    found = plan(A100, space=SWEEP["space"], search={"algorithm": "tpe"}, budget={"trials": 4})
+    assert found.proposed_by == "tpe"
+    told = render(found)
+    assert "tpe proposes one configuration after the other" in told
+    assert "up to 4 trials" in told

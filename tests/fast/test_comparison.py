@@ -1,0 +1,100 @@
+"""Sweeps side by side: what may be compared, and how sure a difference is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from orchestrator.cli import app
+from orchestrator.reporting import comparison_report, report
+from orchestrator.reporting.comparison import Comparison, compare
+from orchestrator.results.records import SweepResult
+from tests.fast.test_report import Page
+from tests.made_up_sweep import made_up_sweep, simulated, write_made_up
+
+pytest.importorskip("jinja2")
+pytest.importorskip("scipy")
+
+
+def named(sweep: SweepResult, name: str, **fields: Any) -> SweepResult:
+    return sweep.model_copy(update={"name": name, **fields})
+
+
+def compared(tmp_path: Path, *sweeps: SweepResult) -> Comparison:
+    folders = [write_made_up(tmp_path / str(place), sweep) for place, sweep in enumerate(sweeps)]
+    return compare([report.build(folder) for folder in folders])
+
+
+def test_the_better_sweep_is_named_with_how_sure_that_is(tmp_path: Path) -> None:
+    worse, better = simulated([2.2, 2.1], 4, 1, noise_sd=0.01), simulated([2.0, 1.9], 4, 1, noise_sd=0.01)
+    found = compared(tmp_path, named(worse, "old"), named(better, "new"))
+    assert found.is_comparable
+    assert found.answer.startswith("new recommends the configuration with the best eval_loss: rank=8 (")
+    assert "old's rank=8 comes to" in found.answer
+    assert ", worse by 0.2" in found.answer
+
+
+def test_equal_sweeps_are_within_the_noise(tmp_path: Path) -> None:
+    one, other = (simulated([2.2, 2.0], 4, seed, noise_sd=0.01, seed_sd=0) for seed in (1, 2))
+    assert "within the noise of it" in compared(tmp_path, named(one, "a"), named(other, "b")).answer
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [("model", "another", "their model differs"), ("data_hash", "0123456789abcdef", "their data differs")],
+)
+def test_sweeps_of_another_model_or_data_are_not_ranked(tmp_path: Path, field: str, value: str, words: str) -> None:
+    sweep = simulated([2.2, 2.0], 2, 1)
+    found = compared(tmp_path, named(sweep, "a"), named(sweep, "b", **{field: value}))
+    assert not found.is_comparable
+    assert found.answer.startswith("Their objectives cannot be compared: ")
+    assert words in found.differing[0]
+    assert found.shared == ()
+
+
+def test_what_both_ran_is_compared_seed_by_seed(tmp_path: Path) -> None:
+    first = simulated([2.2, 2.0, 1.9], 3, 1, noise_sd=0)
+    second = simulated([2.3, 2.1], 3, 1, noise_sd=0)
+    found = compared(tmp_path, named(first, "a"), named(second, "b"))
+    assert {shared.label for shared in found.shared} == {"rank=4", "rank=8"}
+    for shared in found.shared:
+        assert shared.differences["b"].mean == pytest.approx(0.1)
+        assert shared.differences["b"].count == 3
+
+
+def test_two_sweeps_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    sweep = simulated([2.2, 2.0], 2, 1)
+    assert {s.name for s in compared(tmp_path, sweep, sweep).sweeps} == {str(tmp_path / "0"), str(tmp_path / "1")}
+
+
+def test_the_command_compares_several_folders(tmp_path: Path) -> None:
+    folders = [write_made_up(tmp_path / name, named(simulated([2.2, 2.0], 2, 1), name)) for name in ("a", "b")]
+    shown = CliRunner().invoke(app, ["report", *(str(folder.root) for folder in folders)])
+    assert shown.exit_code == 0
+    assert "ran in several, all settings alike:" in shown.stdout
+    page = Page(folders[0].comparison.read_text(encoding="utf-8"))
+    assert "2 sweeps compared" in page.text
+    assert folders[1].report.exists()
+    raw = json.loads(CliRunner().invoke(app, ["report", "--json", *(str(folder.root) for folder in folders)]).stdout)
+    assert [sweep["name"] for sweep in raw["sweeps"]] == ["a", "b"]
+
+
+def test_sweeps_without_an_answer_can_be_compared(tmp_path: Path) -> None:
+    empty = made_up_sweep([])
+    found = compared(tmp_path, named(empty, "a"), named(empty, "b"))
+    assert found.answer == "None of them has an answer yet."
+    Page(comparison_report.render_html(found))
+    assert comparison_report.render_text(found)
+
+
+def test_the_page_is_opened_where_there_is_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_made_up(tmp_path / "sweep", simulated([2.0, 2.1], 1, 0))
+    opened = tmp_path / "opened"
+    monkeypatch.setenv("BROWSER", f"sh -c 'printf %s \"$0\" > {opened}' %s")
+    shown = CliRunner().invoke(app, ["report", "--open", str(folder.root)])
+    assert shown.exit_code == 0
+    assert opened.read_text(encoding="utf-8") == folder.report.as_uri()

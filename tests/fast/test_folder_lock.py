@@ -1,0 +1,85 @@
+"""Two runs in one folder: on this host, on another, and after one that died."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import FolderError
+from orchestrator.results.storage import SweepFolder
+from orchestrator.sweep import folder_lock
+from orchestrator.sweep.folder_lock import only_one
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SweepFolder:
+    monkeypatch.setattr(folder_lock, "RENEWED_EVERY_S", 0.1)
+    monkeypatch.setattr(folder_lock, "DEAD_AFTER_S", 1.0)
+    (tmp_path / "sweep.yaml").touch()
+    return SweepFolder(tmp_path)
+
+
+def test_a_second_run_on_the_same_host_is_refused_at_once(folder: SweepFolder) -> None:
+    with only_one(folder), pytest.raises(FolderError, match="another run is at work"), only_one(folder):
+        pass
+    with only_one(folder):
+        assert folder.lease.exists()
+    assert not folder.lease.exists()
+
+
+def test_a_run_on_another_host_is_seen_by_its_lease_where_the_mount_keeps_locks_to_each_host(
+    folder: SweepFolder,
+) -> None:
+    with only_one(folder, host="one"):
+        # What a mount with local locks does: the other host sees a free one.
+        folder.lock.unlink()
+        with pytest.raises(FolderError, match=r"at work .* on host one"), only_one(folder, host="two"):
+            pass
+
+
+def test_an_owner_that_died_on_another_host_is_waited_for_once(folder: SweepFolder) -> None:
+    folder.lease.write_text(json.dumps({"host": "gone", "owner": "gone 1", "renewals": 7}))
+    started = time.monotonic()
+    with only_one(folder, host="here"):
+        assert 1.0 <= time.monotonic() - started < 10
+        assert json.loads(folder.lease.read_text())["host"] == "here"
+
+
+def test_an_owner_that_ends_meanwhile_is_not_waited_for_any_longer(
+    folder: SweepFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder_lock, "DEAD_AFTER_S", 60.0)
+    folder.lease.write_text(json.dumps({"host": "other", "owner": "other 1", "renewals": 7}))
+    threading.Timer(0.2, folder.lease.unlink).start()
+    with only_one(folder, host="here"):
+        pass
+
+
+def test_a_killed_owner_on_this_host_is_no_hindrance(folder: SweepFolder) -> None:
+    code = f"""
+import os, signal
+from pathlib import Path
+from orchestrator.results.storage import SweepFolder
+from orchestrator.sweep.folder_lock import only_one
+with only_one(SweepFolder(Path({str(folder.root)!r}))):
+    while not SweepFolder(Path({str(folder.root)!r})).lease.exists():
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    assert folder.lease.exists()
+    with only_one(folder):
+        pass
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null", '{"host": 3}'])
+def test_a_damaged_lease_is_no_traceback(folder: SweepFolder, text: str) -> None:
+    folder.lease.write_text(text)
+    with only_one(folder):
+        pass

@@ -1,0 +1,150 @@
+"""Who hears that a sweep has ended: a webhook, and callbacks of other packages."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from typer.testing import CliRunner
+
+from orchestrator.cli import app
+from orchestrator.errors import ClusterUnreachableError, InputError
+from orchestrator.reporting import findings
+from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
+from orchestrator.sweep import notification
+from orchestrator.sweep.callbacks import GROUP, Callback, Callbacks
+from tests.made_up_sweep import made_up_sweep, made_up_trial, simulated, write_made_up
+
+
+@contextmanager
+def webhook(status: int = 200) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """A server that keeps what it is told."""
+    told: list[dict[str, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """The tests' output stays ours."""
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/hook/secret-token", told
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_webhook_is_told_the_answer_and_where_to_look(tmp_path: Path) -> None:
+    folder = write_made_up(tmp_path / "sweep", simulated([2.5, 2.5], 3, seed=0))
+    report = findings.build(folder)
+    sweep = report.sweep.model_copy(update={"mlflow_run_id": "run17"})
+    said: list[str] = []
+    with webhook() as (url, told):
+        body = notification.end_of(_with(report, sweep), 0, "https://me:secret@mlflow:5000/")
+        notification.post(url, body, said.append)
+    assert said == []
+    (got,) = told
+    assert got["name"] == "made-up"
+    assert got["status"] == "completed"
+    assert got["answer"] == report.recommendation.answer
+    assert got["answer"] in got["text"]
+    assert got["trials"] == {"completed": 6}
+    assert got["report"] == str(folder.report)
+    assert got["mlflow"] == "https://mlflow:5000/#/runs/run17"
+    assert "secret" not in json.dumps(got)
+
+
+def _with(report: findings.Report, sweep: SweepResult) -> findings.Report:
+    from dataclasses import replace
+
+    return replace(report, sweep=sweep)
+
+
+def test_a_webhook_that_fails_is_said_without_its_address_and_nothing_else_happens() -> None:
+    said: list[str] = []
+    with webhook(status=500) as (url, _):
+        notification.post(url, {"name": "made-up"}, said.append)
+    notification.post(url, {"name": "made-up"}, said.append)
+    assert len(said) == 2
+    assert "Internal Server Error" in said[0]
+    assert "refused" in said[1]
+    assert all("127.0.0.1" in line and "secret-token" not in line for line in said)
+
+
+def test_a_webhook_that_never_answers_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(notification, "LIMIT_S", 0.3)
+    said: list[str] = []
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        notification.post(f"http://127.0.0.1:{silent.getsockname()[1]}/hook", {}, said.append)
+    assert len(said) == 1
+
+
+def test_a_sweep_that_could_not_go_on_is_told_with_its_reason(tmp_path: Path) -> None:
+    error = ClusterUnreachableError("the cluster at ray://me:secret@head:10001 does not answer: start it")
+    body = notification.failure_of("made-up", tmp_path, error)
+    assert body["status"] == "failed"
+    assert "does not answer" in body["error"]
+    assert "secret" not in json.dumps(body)
+
+
+@pytest.mark.parametrize("url", ["", "example.com/hook", "ftp://example.com", "https://", "http://host:port/"])
+def test_an_address_that_cannot_be_told_is_refused_before_anything_starts(url: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--notify"):
+        notification.require_address(url)
+    words = ["run", "search_spaces/smoke.yaml", "--storage", str(tmp_path), "--notify", url]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2
+    assert "--notify" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+class Listener(Callback):
+    """Keeps what it hears."""
+
+    heard: ClassVar[list[str]] = []
+
+    def trial_ended(self, trial: TrialResult) -> None:
+        self.heard.append(f"{trial.trial_id} {trial.status}")
+
+    def sweep_ended(self, sweep: SweepResult, folder: Path) -> None:
+        self.heard.append(f"{sweep.name} in {folder.name}")
+
+
+class Clumsy(Callback):
+    """Raises at everything."""
+
+    def trial_ended(self, trial: TrialResult) -> None:
+        raise RuntimeError("no pager")
+
+    def sweep_ended(self, sweep: SweepResult, folder: Path) -> None:
+        raise KeyError("name")
+
+
+def test_callbacks_hear_of_every_end_once_whatever_others_raise() -> None:
+    Listener.heard.clear()
+    points = [EntryPoint(name.lower(), f"{__name__}:{name}", GROUP) for name in ("Clumsy", "Missing", "Listener")]
+    said: list[str] = []
+    callbacks = Callbacks(said.append, points)
+    trial = made_up_trial({"rank": 8})
+    for status in (TrialStatus.PENDING, TrialStatus.RUNNING, TrialStatus.COMPLETED, TrialStatus.COMPLETED):
+        callbacks.track(trial.model_copy(update={"status": status}))
+    callbacks.sweep_ended(made_up_sweep([trial]), Path("sweeps/made-up"))
+    assert Listener.heard == [f"{trial.trial_id} completed", "made-up in made-up"]
+    assert [line.split(":")[0] for line in said] == ["callback missing", "callback clumsy", "callback clumsy"]
+    assert "no pager" in said[1]

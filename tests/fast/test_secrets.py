@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import FolderError
+from orchestrator.results.provenance import without_secret
+from orchestrator.results.storage import SweepFolder, read_sweep, read_trial_results, write_atomically
+from tests.made_up_sweep import made_up_sweep, made_up_trial, write_made_up
+
+SECRET = "s3cr3t-Value"
+HF_TOKEN = "hf_" + "AbCd1234" * 4
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (f"uri: http://me:{SECRET}@host:5000/a", "uri: http://host:5000/a"),
+        (f"http://me:p@{SECRET}@host", "http://host"),
+        (f"postgresql://host/db?user=me&password={SECRET}&x=1", "postgresql://host/db?user=me&password=[hidden]&x=1"),
+        (f"https://h/x?X-Amz-Signature={SECRET}", "https://h/x?X-Amz-Signature=[hidden]"),
+        (f"401 with {HF_TOKEN} at hub", "401 with [hidden] at hub"),
+        ("https://h/a?key_dim=3&name=b@c", "https://h/a?key_dim=3&name=b@c"),
+        ("mail me@example.org about sqlite:////tmp/mlflow.db", "mail me@example.org about sqlite:////tmp/mlflow.db"),
+    ],
+)
+def test_what_may_be_shown_holds_no_secret_and_all_the_rest(text: str, shown: str) -> None:
+    assert without_secret(text) == shown
+
+
+def test_the_values_of_secret_variables_are_hidden_and_of_others_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", SECRET)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/etc/token-file")
+    monkeypatch.setenv("PIN_TOKEN", "1234")
+    assert without_secret(f"{SECRET} in /etc/token-file 1234") == "[hidden] in /etc/token-file 1234"
+
+
+@pytest.mark.parametrize("trial_id", ["../../etc", "a/b", "", ".hidden", "a" * 200])
+def test_a_trial_whose_name_is_a_path_is_no_record(tmp_path: Path, trial_id: str) -> None:
+    sweep = made_up_sweep([made_up_trial({"rank": 8})])
+    folder = write_made_up(tmp_path / "sweep", sweep)
+    text = folder.results_json.read_text().replace(sweep.trials[0].trial_id, trial_id)
+    write_atomically(folder.results_json, text)
+    with pytest.raises(FolderError, match="cannot be read"):
+        read_sweep(folder)
+
+
+@pytest.mark.parametrize("adapter", ["../../../secrets", "/etc", "adapter/../.."])
+def test_an_adapter_outside_of_its_trial_is_no_record(tmp_path: Path, adapter: str) -> None:
+    trial = made_up_trial({"rank": 8})
+    folder = SweepFolder(tmp_path)
+    text = trial.model_dump_json().replace('"adapter":"adapter"', f'"adapter":"{adapter}"')
+    write_atomically(folder.trial(trial.trial_id).result, text)
+    results, (damaged,) = read_trial_results(folder)
+    assert not results
+    assert "adapter" in damaged.why

@@ -1,0 +1,181 @@
+"""Who is stopped: one life for all rules, and what each is there for. Curves made up, no Ray."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable
+
+import pytest
+
+from orchestrator.config.sweep_config import SweepConfig
+from orchestrator.search.extrapolation import Extrapolation, forecast
+from orchestrator.search.stopping import Halving, Heard, Hyperband, Median, StopRule, replay
+
+END = 81.0
+RULES: dict[str, Callable[[], StopRule]] = {
+    "asha": lambda: Halving(9, 3, "steps"),
+    "hyperband": lambda: Hyperband(9, 3, 3, "steps"),
+    "median": lambda: Median(9, 3, "steps"),
+    "extrapolation": lambda: Extrapolation(9, 0.05, "steps"),
+}
+
+
+def heard(trial: str, at: float, value: float | None, configuration: str | None = None) -> Heard:
+    return Heard(trial, configuration or trial, at, value, END)
+
+
+def power_law(floor: float, at: float) -> float:
+    return floor + 2 * at**-0.7
+
+
+def evaluations(seed: int, trials: int = 12) -> list[Heard]:
+    """A sweep of three at a time, as it is heard: each trial every 3 steps, in turns."""
+    rng = random.Random(seed)
+    floors = [1 + rng.random() for _ in range(trials)]
+    told = []
+    for first in range(0, trials, 3):
+        for at in range(3, int(END) + 1, 3):
+            told += [heard(str(i), at, power_law(floors[i], at) + rng.gauss(0, 0.01)) for i in range(first, first + 3)]
+    return told
+
+
+def obeyed(rule: StopRule, told: Iterable[Heard], stopped: set[str]) -> list[tuple[Heard, str]]:
+    """What a rule says of a sweep that does as it is told; `stopped` are those that were stopped before."""
+    said = []
+    for one in told:
+        if one.trial_id in stopped:
+            continue
+        reason = rule.hear(one)
+        if reason and one.at < END:
+            stopped.add(one.trial_id)
+            said.append((one, reason))
+    return said
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_it_stops_some_and_never_the_best(name: str) -> None:
+    stopped: set[str] = set()
+    told = evaluations(0)
+    assert obeyed(RULES[name](), told, stopped)
+    best = min((one for one in told if one.at == END), key=lambda one: one.value or math.inf)
+    assert best.trial_id not in stopped
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("cut", [7, 100, 200, 290])
+def test_after_an_interruption_it_decides_as_without_one(name: str, cut: int) -> None:
+    told = evaluations(1)
+    whole = obeyed(RULES[name](), told, set())
+    stopped: set[str] = set()
+    before = obeyed(RULES[name](), told[:cut], stopped)
+    # What is on disk: the evaluations of each trial up to its stop.
+    ends = {one.trial_id: one.at for one, _ in before}
+    kept = [(float(i), one) for i, one in enumerate(told[:cut]) if one.at <= ends.get(one.trial_id, END)]
+    again = RULES[name]()
+    replay(again, reversed(kept))
+    assert before + obeyed(again, told[cut:], stopped) == whole
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_value_that_is_no_number_stops_its_trial_and_harms_no_other(name: str) -> None:
+    rule = RULES[name]()
+    assert "no number" in (rule.hear(heard("bad", 9, None)) or "")
+    assert rule.hear(heard("good", 9, 1.0)) is None
+
+
+def test_of_three_that_come_to_a_rung_one_goes_on_and_the_first_always_does() -> None:
+    rule = Halving(9, 3, "steps")
+    assert rule.hear(heard("first", 9, 3.0)) is None
+    assert rule.hear(heard("worse", 9, 4.0)) == "1 of 2 configurations were better at 9 steps"
+    assert rule.hear(heard("better", 9, 2.0)) is None
+    assert rule.hear(heard("late", 9, 3.0)) is not None
+
+
+def test_equal_values_are_no_reason_to_stop() -> None:
+    rule = Halving(9, 3, "steps")
+    assert [rule.hear(heard(name, 9, 1.0)) for name in "abc"] == [None, None, None]
+
+
+def test_before_its_grace_is_over_nobody_is_stopped() -> None:
+    rule = Halving(9, 3, "tokens")
+    rule.hear(heard("good", 8, 1.0))
+    assert rule.hear(heard("bad", 8, 9.0)) is None
+
+
+def test_an_evaluation_past_a_rung_counts_there_once() -> None:
+    rule = Halving(9, 3, "steps")
+    rule.hear(heard("good", 9, 1.0))
+    assert rule.hear(heard("late", 20, 0.5)) is None
+    assert rule.hear(heard("late", 25, 9.0)) is None
+
+
+def test_the_repeats_of_a_configuration_go_on_together_or_not_at_all() -> None:
+    rule = Halving(9, 3, "steps")
+    rule.hear(heard("a-0", 9, 1.0, "a"))
+    rule.hear(heard("b-0", 9, 2.0, "b"))
+    assert rule.hear(heard("a-1", 9, 5.0, "a")) is None
+    assert rule.hear(heard("b-1", 9, 0.1, "b")) is not None
+
+
+def test_each_bracket_of_hyperband_gets_fewer_configurations_than_the_one_before() -> None:
+    rule = Hyperband(9, 3, 3, "steps")
+    counts = [0, 0, 0]
+    for i in range(1000):
+        counts[rule.bracket_of(str(i))] += 1
+    assert counts[0] > 2 * counts[1] > 4 * counts[2] > 0
+
+
+def test_a_power_law_is_carried_to_its_end() -> None:
+    curve = [(at, power_law(1.5, at)) for at in range(5, 41, 5)]
+    expected = forecast(curve, 200)
+    assert expected is not None
+    assert expected.mean == pytest.approx(power_law(1.5, 200), abs=0.01)
+
+
+def test_a_low_rank_that_lies_on_its_plateau_is_stopped_and_a_high_one_that_still_falls_is_not() -> None:
+    """Rank 8 has learned what it can after a third of its steps; rank 256 begins worse and ends better."""
+    rng = random.Random(0)
+    steps = range(10, 271, 10)
+    rule = Extrapolation(50, 0.05, "steps")
+
+    def curve(floor: float, drop: float, decay: float) -> list[tuple[int, float]]:
+        return [(at, floor + drop * (at / 10) ** -decay + rng.gauss(0, 0.002)) for at in steps]
+
+    curves = {"rank 128": curve(1.10, 0.9, 0.5), "rank 8": curve(1.45, 0.3, 2.0), "rank 256": curve(0.95, 1.2, 0.45)}
+    stopped = {}
+    for name, points in curves.items():
+        for at, value in points:
+            reason = rule.hear(Heard(name, name, at, value, 270))
+            if reason and at < 270:
+                stopped[name] = at
+                break
+    assert set(stopped) == {"rank 8"}
+    assert stopped["rank 8"] <= 100
+
+
+def test_without_an_end_to_be_measured_by_nobody_is_stopped_for_a_forecast() -> None:
+    rule = Extrapolation(9, 0.4, "steps")
+    assert not any(rule.hear(heard("only", at, 9.0 + 1 / at)) for at in range(3, 80, 3))
+
+
+def test_a_curve_that_no_law_fits_has_no_forecast() -> None:
+    assert forecast([(1, 1.0), (2, 0.5)], 10) is None
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "told"),
+    [
+        ({"asha": {}}, "needs one of grace_steps, grace_tokens, grace_seconds"),
+        ({"asha": {"grace_steps": 4, "grace_tokens": 9}}, "needs one of grace_steps"),
+        ({"asha": {"grace_steps": 4}, "median": {"grace_steps": 4}}, "name one scheduler, not asha and median"),
+        ({"hyperband": None}, "hyperband needs its grace_steps"),
+        ({"pbt": {}}, "checkpoints"),
+    ],
+    ids=str,
+)
+def test_a_scheduler_that_cannot_be_meant_is_refused(scheduler: dict[str, object], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        SweepConfig.model_validate(
+            {"name": "a", "model": "builtin:tiny-llama", "data": {"train": "x"}, "scheduler": scheduler}
+        )

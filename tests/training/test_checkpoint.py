@@ -1,0 +1,167 @@
+"""A trial that was cut off goes on as if it had not been."""
+
+from __future__ import annotations
+
+import os
+import signal
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.training.checkpoint import is_due
+from orchestrator.training.task import TrialEnd, TrialProgress, TrialTask, WorkerPlace
+from tests.training.conftest import tiny
+from tests.training.launch import Outcome, in_workers, make_task, run_trial
+
+ENGINES = [
+    pytest.param({"zero_stage": 0}, id="zero0"),
+    pytest.param({"zero_stage": 1}, id="zero1"),
+    pytest.param({"zero_stage": 2}, id="zero2"),
+    pytest.param({"zero_stage": 3}, id="zero3"),
+    pytest.param({"engine": "ddp"}, id="ddp"),
+]
+
+
+def curve(outcome: Outcome) -> list[tuple[Any, ...]]:
+    return [(p.step, p.tokens, p.loss, p.eval_loss, p.grad_norm, p.learning_rate) for p in outcome.points]
+
+
+def trial(model: Path, data: Path, folder: Path, **changes: Any) -> TrialTask:
+    """Seven steps with an evaluation, and hence a checkpoint, at the third; dropout draws random numbers."""
+    config = tiny(**{"lora_dropout": 0.1, "max_steps": 7, "eval_every": 3, "warmup_steps": 2, **changes})
+    return make_task(config, model, data, folder / "trial")
+
+
+def completed(task: TrialTask, workers: int = 1) -> Outcome:
+    outcome = run_trial(task, workers)
+    assert [end.status for end in outcome.ends] == ["completed"] * workers, outcome.log
+    return outcome
+
+
+def goes_on_from(outcome: Outcome) -> int | None:
+    assert outcome.end.progress
+    return outcome.end.progress.went_on_from
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_curve_that_went_on_equals_one_without_interruption_bit_for_bit(
+    engine: dict[str, Any], workers: int, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    task = trial(tiny_model, tiny_data, tmp_path, **engine)
+    first = completed(task, workers)
+    uninterrupted = curve(first)
+    # What a trial leaves that was killed in its last step: all of its curve, and a checkpoint of the middle.
+    (step,) = first.folder.checkpoint_steps()
+    assert step in (3, 6)
+    again = completed(task, workers)
+    assert goes_on_from(again) == step
+    assert curve(again) == uninterrupted
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"precision": "bf16", "zero_stage": 0},
+        {"precision": "bf16", "zero_stage": 2},
+        {"precision": "bf16", "zero_stage": 3},
+        {"precision": "nf4", "zero_stage": 3, "offload": "optimizer_and_parameters"},
+        {"rank": "full", "zero_stage": 1, "optimizer": "sgd", "lora_dropout": 0},
+    ],
+    ids=str,
+)
+def test_every_kind_of_weights_and_optimizer_goes_on_bit_for_bit(
+    changes: dict[str, Any], tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    task = trial(tiny_model, tiny_data, tmp_path, **changes)
+    uninterrupted = curve(completed(task))
+    again = completed(task)
+    assert goes_on_from(again)
+    assert curve(again) == uninterrupted
+
+
+def _killed_after_step(place: WorkerPlace, pipe: Connection, task: TrialTask, step: int) -> None:
+    from orchestrator.training import training_loop, worker_process
+
+    def send(message: TrialProgress | TrialEnd) -> None:
+        pipe.send(message)
+
+    # The moment at which a kill finds the process: in the step after the checkpoint, its line half written.
+    optimizer_step = training_loop.optimizer_step
+
+    def until(run: Any, done: int, ledger: Any) -> Any:
+        if done > step:
+            if place.rank == 0:
+                with (Path(task.trial_folder) / "metrics.jsonl").open("a") as metrics:
+                    metrics.write('{"step": 5, "tok')
+            os.kill(os.getpid(), signal.SIGKILL)
+        return optimizer_step(run, done, ledger)
+
+    training_loop.optimizer_step = until
+    worker_process.run(task, place, send)
+
+
+def test_a_killed_trial_goes_on_from_its_last_checkpoint_and_no_step_is_there_twice(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    reference = completed(trial(tiny_model, tiny_data, tmp_path / "reference"), 2)
+    task = trial(tiny_model, tiny_data, tmp_path)
+    messages = in_workers(2, _killed_after_step, task, 3)
+    assert [message.last.step for message in messages[0]] == [3]
+    again = completed(task, 2)
+    assert goes_on_from(again) == 3
+    assert curve(again) == curve(reference)
+    first_life, second_life = messages[0][0], again.end.progress
+    assert second_life
+    assert second_life.training_s > first_life.training_s
+    assert second_life.best == min((p for p in again.points if p.eval_loss), key=lambda point: point.eval_loss or 0)
+
+
+def test_what_is_of_another_trial_or_damaged_is_not_gone_on_with(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    task = trial(tiny_model, tiny_data, tmp_path)
+    first = completed(task)
+    (step,) = first.folder.checkpoint_steps()
+    assert (first.folder.checkpoint(step) / "worker0.safetensors").exists()
+    other = completed(trial(tiny_model, tiny_data, tmp_path, micro_batch_size=2))
+    assert goes_on_from(other) is None
+    (step,) = other.folder.checkpoint_steps()
+    file = other.folder.checkpoint(step) / "worker0.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    again = completed(trial(tiny_model, tiny_data, tmp_path, micro_batch_size=2))
+    assert goes_on_from(again) is None
+    assert [point.step for point in again.points] == list(range(1, 8))
+
+
+def test_a_checkpoint_that_cannot_be_written_does_not_end_the_trial(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    task = trial(tiny_model, tiny_data, tmp_path)
+    for step in (3, 6):
+        blocked = Path(task.trial_folder) / f".checkpoint-{step}"
+        blocked.parent.mkdir(exist_ok=True)
+        blocked.write_text("a file where the folder should be")
+    outcome = completed(task)
+    assert outcome.folder.checkpoint_steps() == []
+    assert "no checkpoint at step 3" in outcome.log
+
+
+@pytest.mark.parametrize(
+    ("evaluated", "since_s", "cost_s", "due"),
+    [
+        (True, 0.1, 0.0, True),
+        (False, 59, 0.1, False),
+        (False, 60, 0.1, True),
+        (True, 10, 1, False),
+        (True, 20, 1, True),
+        (False, 100, 10, False),
+        (False, 200, 10, True),
+    ],
+)
+def test_a_checkpoint_is_due_at_evaluations_and_every_minute_but_takes_a_twentieth_of_the_time_at_most(
+    evaluated: bool, since_s: float, cost_s: float, due: bool
+) -> None:
+    assert is_due(evaluated, since_s, cost_s) is due
