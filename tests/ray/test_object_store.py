@@ -84,7 +84,7 @@ def seen(folder: Path) -> Seen:
     with started_head({"RAY_AUTH_MODE": "disabled"}) as head:
         with joined_node(head, hides=folder / "cache"):
             run = start_sweep(folder, "--address", head.address)
-            both = lambda seen: run.process.poll() is not None or len(seen) >= 2 and all(seen.values())  # noqa: E731
+            both = lambda seen: run.process.poll() is not None or (len(seen) >= 2 and all(seen.values()))  # noqa: E731
             wait_until(steps, both, LIMIT_S)
         at_work = is_at_work(in_store())
         refused = start_sweep(folder).wait()
