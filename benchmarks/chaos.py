@@ -6,7 +6,7 @@
 Each sweep trains builtin:tiny-llama three times with dropout on a real local Ray cluster and real MLflow. Its seed
 draws what is killed and when (after how many of all training steps): the driver (SIGKILL, SIGTERM, SIGINT), a Ray
 worker, the template that trials are forked from, or a trial's own process. After a kill that ends the driver the same
-command is given again, until the sweep ends. Then:
+command is given again, until the sweep ends. One more sweep runs on two nodes and loses one. Then:
 
 - every trial that had ended is there, equal, with the same curve: none was run twice;
 - every trial is `completed`, but for those whose own process was killed, which say why;
@@ -18,6 +18,7 @@ command is given again, until the sweep ends. Then:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import random
 import signal
@@ -38,12 +39,14 @@ from benchmarks.sweeps import describe, environ, machine, measure_and_tell, say,
 from orchestrator.results.records import MetricPoint, SweepResult, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder, is_at_work, read_sweep
 from orchestrator.sweep.tracking import metrics_of
+from tests.ray.clusters import Head, joined_node, started_head
 
 LIMIT_S = 420.0
 GONE_LIMIT_S = 40.0
 SIGNALS = {"driver SIGKILL": signal.SIGKILL, "driver SIGTERM": signal.SIGTERM, "driver SIGINT": signal.SIGINT}
 PROCESSES = ("worker", "template", "trial")
 KINDS = (*SIGNALS, *PROCESSES)
+NODE = "node"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,15 +120,9 @@ def endure(keys: dict[str, Any], kills: Sequence[Kill], seed: int) -> Ordeal:
     waiting = list(kills)
     ended: dict[str, _Seen] = {}
     while True:
-        ordeal.runs += 1
-        file = folder.root.parent / "chaos.yaml"
-        file.write_text(yaml.safe_dump(keys), encoding="utf-8")
-        with (folder.root.parent / f"run{ordeal.runs}.log").open("w", encoding="utf-8") as log:
-            driver = subprocess.Popen(
-                [sys.executable, "-m", "orchestrator", "run", str(file)], stdout=log, stderr=log, env=environ()
-            )
-            below = _live_through(driver, folder, waiting, ordeal)
-            exit_code = driver.wait()
+        driver = _start(keys, ordeal)
+        below = _live_through(driver, folder, waiting, ordeal)
+        exit_code = driver.wait()
         ordeal.wrong += _left_by(below)
         ordeal.wrong += _changed(folder, ended)
         if exit_code in (0, 1):
@@ -134,8 +131,56 @@ def endure(keys: dict[str, Any], kills: Sequence[Kill], seed: int) -> Ordeal:
         if ordeal.runs > len(kills) + 1:
             ordeal.wrong.append(f"the driver ended with exit code {exit_code} and nobody had killed it")
             return ordeal
-    ordeal.wrong += list(_wrong_in(folder, keys, ordeal.kills))
-    ordeal.went_on = sum(note.startswith("went on") for trial in read_sweep(folder)[0].trials for note in trial.notes)
+    return _judged(ordeal, folder, keys)
+
+
+def endure_lost_node(keys: dict[str, Any], at_step: int, seed: int) -> Ordeal:
+    """Run the sweep on a cluster of two nodes, a trial on each; take one node away, and then give another."""
+    ordeal = Ordeal(seed, [])
+    keys = {**keys, "resources": {"workers_per_trial": 1, "cpus_per_worker": 2, "max_concurrent": 2}}
+    folder = SweepFolder(Path(keys["storage"]) / keys["name"])
+    with started_head({"RAY_AUTH_MODE": "disabled"}) as head, contextlib.ExitStack() as node:
+        node.enter_context(joined_node(head))
+        driver = _start(keys, ordeal, "--address", head.address)
+        while driver.poll() is None and _steps_on_disk(folder) < at_step:
+            time.sleep(0.2)
+        if driver.poll() is None:
+            ordeal.kills.append(Kill(NODE, at_step))
+        node.close()
+        node.enter_context(joined_node(head))
+        try:
+            if exit_code := driver.wait(LIMIT_S):
+                ordeal.wrong.append(f"the driver ended with exit code {exit_code}")
+        except subprocess.TimeoutExpired:
+            ordeal.wrong.append(f"the sweep had not ended {LIMIT_S:.0f} s after its node was lost")
+            driver.kill()
+        ordeal.wrong += _held_of(head)
+    return _judged(ordeal, folder, keys)
+
+
+def _held_of(head: Head) -> list[str]:
+    """Placement groups that a sweep left on a cluster that goes on."""
+    code = f"import ray; ray.init('{head.address}'); print(ray.util.placement_group_table())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environ())
+    if done.returncode:
+        return [f"the cluster does not answer any more: {done.stderr[-300:]}"]
+    return ["a placement group is left"] if "'CREATED'" in done.stdout else []
+
+
+def _start(keys: dict[str, Any], ordeal: Ordeal, *arguments: str) -> subprocess.Popen[bytes]:
+    ordeal.runs += 1
+    storage = Path(keys["storage"])
+    file = storage / "chaos.yaml"
+    file.write_text(yaml.safe_dump(keys), encoding="utf-8")
+    command = [sys.executable, "-m", "orchestrator", "run", str(file), *arguments]
+    with (storage / f"run{ordeal.runs}.log").open("w", encoding="utf-8") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environ())
+
+
+def _judged(ordeal: Ordeal, folder: SweepFolder, keys: dict[str, Any]) -> Ordeal:
+    """After the sweep's end: what is wrong with what it left."""
+    ordeal.wrong += _wrong_in(folder, keys, ordeal.kills)
+    ordeal.went_on = sum(note.startswith("went on") for trial in _trials(folder) for note in trial.notes)
     return ordeal
 
 
@@ -280,13 +325,13 @@ def _wrong_in(folder: SweepFolder, keys: dict[str, Any], kills: Sequence[Kill]) 
             yield f"trial {trial.trial_id} is {trial.status} ({trial.reason})"
     if len(unfinished) > may_fail:
         yield f"{len(unfinished)} trials did not complete, and {may_fail} had their own process killed"
-    yield from _wrong_curves(folder, sweep)
+    yield from _wrong_curves(folder, sweep, keys["resources"]["cpus_per_worker"])
     yield from _wrong_in_mlflow(folder, sweep)
     yield from _left_in(folder)
 
 
-def _wrong_curves(folder: SweepFolder, sweep: SweepResult) -> Iterable[str]:
-    expected = plain_curves(folder)
+def _wrong_curves(folder: SweepFolder, sweep: SweepResult, threads: int) -> Iterable[str]:
+    expected = plain_curves(folder, threads)
     for trial in sweep.trials:
         if trial.status is not TrialStatus.COMPLETED:
             continue
@@ -304,13 +349,13 @@ def _figures(point: MetricPoint) -> list[Any]:
     return [point.step, point.tokens, point.loss, point.eval_loss, point.grad_norm, point.learning_rate]
 
 
-def plain_curves(folder: SweepFolder) -> dict[str, list[list[Any]]]:
+def plain_curves(folder: SweepFolder, threads: int) -> dict[str, list[list[Any]]]:
     """Every trial's curve as one plain process makes it, without Ray and without interruption."""
     out = folder.root.parent / "reference.json"
     if not out.exists():
         command = [sys.executable, "-m", "benchmarks.chaos", "--reference", str(folder.root), "--json", str(out)]
         done = subprocess.run(
-            command, capture_output=True, text=True, check=False, env={**environ(), "OMP_NUM_THREADS": "1"}
+            command, capture_output=True, text=True, check=False, env={**environ(), "OMP_NUM_THREADS": str(threads)}
         )
         if done.returncode:
             raise RuntimeError(f"the trials without interruption failed:\n{done.stderr[-2000:]}")
@@ -369,11 +414,15 @@ def run_all(arguments: argparse.Namespace, storage: Path) -> dict[str, Any]:
     """Every sweep's ordeal."""
     found = machine()
     ordeals = []
-    for seed in range(arguments.first_seed, arguments.first_seed + arguments.sweeps):
+    for seed in range(arguments.first_seed, arguments.first_seed + arguments.sweeps + arguments.lost_nodes):
         keys = sweep_keys(storage / str(seed), arguments.trials, arguments.steps)
-        kills = drawn_kills(seed, arguments.kills, arguments.trials * arguments.steps)
-        say(f"seed {seed}: {', '.join(f'{kill.what} at {kill.at_step}' for kill in kills)}")
-        ordeal = endure(keys, kills, seed)
+        all_steps = arguments.trials * arguments.steps
+        if seed < arguments.first_seed + arguments.sweeps:
+            kills = drawn_kills(seed, arguments.kills, all_steps)
+            say(f"seed {seed}: {', '.join(f'{kill.what} at {kill.at_step}' for kill in kills)}")
+            ordeal = endure(keys, kills, seed)
+        else:
+            ordeal = endure_lost_node(keys, random.Random(seed).randrange(1, all_steps // 2), seed)
         say(f"seed {seed}: {len(ordeal.kills)} kills, {ordeal.runs} runs, " + ("; ".join(ordeal.wrong) or "all right"))
         ordeals.append(asdict(ordeal))
         if arguments.json:
@@ -391,7 +440,7 @@ def render(result: dict[str, Any]) -> str:
         [
             f"{kills.total()} kills over {len(sweeps)} sweeps; " + describe(result["machine"]),
             "",
-            table(["killed", "times"], [[what, kills[what]] for what in KINDS]),
+            table(["killed", "times"], [[what, kills[what]] for what in (*KINDS, NODE)]),
             "",
             f"trials that went on from a checkpoint: {sum(one['went_on'] for one in sweeps)}; "
             f"slowest end after SIGTERM or SIGINT: {max(closed_s, default=0):.1f} s",
@@ -406,6 +455,7 @@ def main() -> None:
     parser.add_argument("--sweeps", type=int, default=4, help="each with a seed of its own (default: %(default)s)")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--kills", type=int, default=3, help="in a sweep (default: %(default)s)")
+    parser.add_argument("--lost-nodes", type=int, default=1, help="sweeps that lose one of two nodes")
     parser.add_argument("--trials", type=int, default=3, help="of a sweep (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=300, help="of a trial (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything found there")

@@ -27,9 +27,10 @@ from pydantic import BaseModel, ConfigDict
 from orchestrator.config.storage_address import is_remote, storage_problem
 from orchestrator.config.trial_config import Precision, TrialConfig
 from orchestrator.errors import ClusterUnreachableError
-from orchestrator.planning.compatibility import Case, notes, refusals
+from orchestrator.planning.compatibility import Case, refusals
 from orchestrator.planning.hardware import Hardware, this_machine
 from orchestrator.planning.model_shape import shape_of
+from orchestrator.planning.notes import notes
 from orchestrator.reporting import quantities
 from orchestrator.results import provenance, remote, shared_storage
 from orchestrator.training import builtin_models

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
 
 from orchestrator.config.axes import axes_of, complete
+from orchestrator.config.constraint import parse
 from orchestrator.config.search_space import (
     Choice,
     Range,
@@ -56,6 +57,9 @@ class SearchConfig(_Part):
     """Seed of the random choices."""
     points: tuple[dict[str, Any], ...] = ()
     """Configurations to try first; what one leaves out stands in the middle of its range."""
+    warm_start: str | None = None
+    """Folder of an earlier sweep: an adaptive search tries its best configurations first, and learns from all of them
+    where model, data, objective and shared settings are the same."""
 
     @property
     def is_adaptive(self) -> bool:
@@ -171,7 +175,7 @@ class ResourcesConfig(_Part):
 
     workers_per_trial: Annotated[int, Field(ge=1, le=4096)] = 1
     gpus_per_worker: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] | None = None
-    """1 where the cluster has GPUs and 0 elsewhere, where nothing is said. `auto` packs several trials on a GPU."""
+    """1 where the cluster has GPUs and 0 elsewhere, where nothing is said. `auto` packs one-worker trials on a GPU."""
     cpus_per_worker: Annotated[float, Field(ge=0.01, le=1024)] = 1
     memory_per_worker: Annotated[ByteSize, Field(ge=2**20)] | None = None
     """Most that a worker may take, of its GPU or, without one, of host memory, as 24GiB; none: what there is."""
@@ -190,6 +194,14 @@ class ResourcesConfig(_Part):
                 "scale_up_minutes needs gpus_per_worker and a number as max_concurrent: of nodes that are not there "
                 "nothing is known"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _workers_of_a_trial_have_gpus_of_their_own(self) -> ResourcesConfig:
+        # NCCL 2.x, init.cc: "Duplicate GPU detected", where two ranks of one group are on one device.
+        share = self.gpus_per_worker
+        if isinstance(share, float) and 0 < share < 1 and self.workers_per_trial > 1:
+            raise ValueError("a trial's workers cannot share a GPU: set gpus_per_worker 1, or workers_per_trial 1")
         return self
 
 
@@ -214,6 +226,23 @@ class BudgetConfig(_Part):
         return self
 
 
+class EvaluateConfig(_Part):
+    """What trained models are asked once the trials have ended; without prompts and tasks nothing."""
+
+    prompts: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Each is answered, and the report shows the answers; with `format: messages` as a user's turn."""
+    max_new_tokens: Annotated[int, Field(ge=1, le=100_000)] = 64
+    """The longest answer."""
+    tasks: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Tasks of lm-eval, as hellaswag; it comes with `pip install 'orchestrator[eval]'`."""
+    task_folder: str | None = None
+    """Where tasks of your own lie, as lm-eval's YAML; all nodes must see it."""
+    examples: Annotated[int, Field(ge=1)] | None = None
+    """So many of each task's examples; none: all."""
+    trials: Literal["best", "all"] = "best"
+    """The best trial's adapter, or every completed trial's."""
+
+
 class TrackingConfig(_Part):
     """Where MLflow's runs go."""
 
@@ -223,6 +252,11 @@ class TrackingConfig(_Part):
     """The sweep's name, where nothing is said."""
     registered_model: str | None = None
     """The best adapter becomes a version of this registered model."""
+
+
+def _constraint(text: str) -> str:
+    parse(text)
+    return " ".join(text.split())
 
 
 class SweepConfig(_Part):
@@ -247,9 +281,13 @@ class SweepConfig(_Part):
     """Partial configurations that must not run."""
     search: SearchConfig = SearchConfig()
     scheduler: SchedulerConfig = SchedulerConfig(fifo=FifoConfig())
-    objective: ObjectiveConfig = ObjectiveConfig()
+    objective: ObjectiveConfig | Annotated[tuple[ObjectiveConfig, ...], Field(min_length=1)] = ObjectiveConfig()
+    """What makes one trial better than another; of a list, schedulers stop by the first."""
+    constraints: tuple[Annotated[str, AfterValidator(_constraint)], ...] = ()
+    """What a configuration must keep to, as `peak_memory_bytes <= 24GiB` or `tokens_per_s >= 1000`."""
     resources: ResourcesConfig = ResourcesConfig()
     budget: BudgetConfig = BudgetConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
     tracking: TrackingConfig = TrackingConfig()
     storage: Annotated[str, Field(min_length=1)] = "sweeps"
     """A local folder, a mount that all nodes see, or an object store, as s3://bucket/sweeps."""
@@ -263,6 +301,16 @@ class SweepConfig(_Part):
     def domains(self) -> dict[str, Choice[Any] | Range]:
         """The searched settings."""
         return domains(self.space)
+
+    @property
+    def objectives(self) -> tuple[ObjectiveConfig, ...]:
+        """All of them, the first one first."""
+        return self.objective if isinstance(self.objective, tuple) else (self.objective,)
+
+    @property
+    def primary(self) -> ObjectiveConfig:
+        """The objective that schedulers stop by, and by which a trial's best evaluation is kept."""
+        return self.objectives[0]
 
     @property
     def base(self) -> Settings:

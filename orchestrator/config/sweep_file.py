@@ -278,7 +278,11 @@ def _known_keys(parent: Path_) -> list[str]:
         return ["choice", "uniform", "log_uniform", "int", "log_int", "when"]
     model: Any = SweepConfig
     for key in parent:
+        if isinstance(key, int):
+            continue
         model = model.model_fields[key].annotation if issubclass(model, SweepConfig) else _inner_model(model, str(key))
+        # Of one or a list of them, the one.
+        model = model if isinstance(model, type) else next(iter(getattr(model, "__args__", ())), None)
         if not (isinstance(model, type) and issubclass(model, BaseModel)):
             return []
     return list(model.model_fields)
@@ -356,6 +360,10 @@ def _problems_of_search(sweep: SweepConfig) -> Iterator[Problem]:
                 axis_of(name, sweep.domains[name]).read(value)
             except ValueError as error:
                 yield Problem(f"search.points[{i}].{name}", str(error))
+    if search.warm_start and not search.is_adaptive:
+        yield Problem("search.warm_start", f"teaches {search.algorithm} nothing: leave it out, or use tpe or gp")
+    if search.algorithm == "cma_es" and len(sweep.objectives) > 1:
+        yield Problem("search.algorithm", "cma_es knows one objective: use tpe or gp, or name one")
     if search.algorithm == "cma_es":
         for name, domain in sweep.domains.items():
             if not axis_of(name, domain).is_ordered:

@@ -32,11 +32,6 @@ def refusals(case: Case) -> tuple[str, ...]:
     return tuple(reason for rule in REFUSALS if (reason := rule(case)))
 
 
-def notes(case: Case) -> tuple[str, ...]:
-    """What a user should know of a trial that runs all the same."""
-    return tuple(note for rule in NOTES if (note := rule(case)))
-
-
 def fp16_needs_hardware(case: Case) -> str | None:
     """Source: deepspeed 0.19.8, runtime/config.py: "Type fp16 is not supported on your device"."""
     if case.config.precision in (Precision.FP16, Precision.AMP_FP16) and not case.hardware.has_fp16:
@@ -215,118 +210,6 @@ def sequence_must_fit_the_model(case: Case) -> str | None:
     return None
 
 
-def zero_on_one_worker(case: Case) -> str | None:
-    """Allowed, since a space may cross stages with workers."""
-    if case.workers == 1 and case.config.zero_stage and case.config.offload == "none":
-        return f"zero_stage {case.config.zero_stage} with one worker shards nothing"
-    return None
-
-
-def emulated_half_precision(case: Case) -> str | None:
-    """Measured: a bf16 product without bf16 instructions takes 4 times as long as in fp32, a QLoRA step 18 times."""
-    half = case.config.precision in (Precision.BF16, Precision.AMP_BF16)
-    if half and case.hardware.device == "cpu" and not case.hardware.has_bf16:
-        return f"precision {case.config.precision} is emulated on this CPU and slow; fp32 or nf4 are faster here"
-    return None
-
-
-def quantised_compute_dtype(case: Case) -> str | None:
-    """The compute dtype follows the machine, so results of two machines differ."""
-    if not case.config.precision.is_quantized or case.hardware.has_bf16:
-        return None
-    dtype = "fp16" if case.hardware.has_fp16 else "fp32"
-    return f"precision {case.config.precision} computes in {dtype}, since this device lacks bf16"
-
-
-def warm_up_that_never_ends(case: Case) -> str | None:
-    """The learning rate never reaches what the file says."""
-    if case.config.warmup_steps >= case.config.max_steps:
-        return f"warmup_steps {case.config.warmup_steps} is not below max_steps {case.config.max_steps}"
-    return None
-
-
-def experts_stay_unquantised(case: Case) -> str | None:
-    """Source: transformers 5.23, integrations/bitsandbytes.py, which replaces linear layers; experts are stacked."""
-    if not case.config.precision.is_quantized or not case.shape.experts:
-        return None
-    gib = case.shape.expert_parameters * 2 / 2**30
-    return (
-        f"precision {case.config.precision}: transformers 5 stacks a mixture's experts, which bitsandbytes then leaves "
-        f"in half precision: {gib:.0f} GiB in place of what is estimated, unless the model's class quantises them"
-    )
-
-
-def quantised_weights_load_whole(case: Case) -> str | None:
-    """Source: transformers 5.23, modeling_utils.py: quantised models skip zero.Init."""
-    config = case.config
-    if not config.precision.is_quantized or config.zero_stage < 3 or case.workers == 1:
-        return None
-    return (
-        f"precision {config.precision} under ZeRO-3: every worker holds the whole quantised model while it loads, more "
-        "than the shard that the estimate counts"
-    )
-
-
-def int8_inputs_escape_checkpointing(case: Case) -> str | None:
-    """Source: bitsandbytes 0.50, autograd/_functions.py, MatMul8bitLt: `ctx.tensors` holds the input as an attribute.
-
-    torch's non-reentrant checkpointing drops only what went through `save_for_backward` (tests/training/
-    test_memory_peak.py shows it).
-    """
-    if case.config.precision is Precision.INT8 and case.config.gradient_checkpointing:
-        return (
-            "gradient_checkpointing spares less under precision int8, which keeps every product's input, than under nf4"
-        )
-    return None
-
-
-def fp32_grouped_queries_write_scores(case: Case) -> str | None:
-    """Source: torch, sdp_utils.cpp: flash takes no fp32, the memory-efficient kernel no grouped queries.
-
-    Measured with torch 2.6 (benchmarks/data, the run without checkpointing); not looked at on a GPU with 2.13.
-    """
-    if case.config.precision is not Precision.FP32 or case.config.attention != "sdpa":
-        return None
-    if case.hardware.device == "cpu" or case.shape.kv_heads == case.shape.heads:
-        return None
-    return (
-        "precision fp32 with attention sdpa: no fast kernel takes grouped queries, so memory grows with the square of "
-        "sequence_length; amp_bf16 and bf16 have one"
-    )
-
-
-def evaluated_only_at_the_end(case: Case) -> str | None:
-    """A scheduler can stop only what it has heard of."""
-    config = case.config
-    if config.eval_every >= config.max_steps > 1:
-        return f"eval_every {config.eval_every} is not below max_steps {config.max_steps}: evaluated once, at its end"
-    return None
-
-
-def offload_on_a_cpu(case: Case) -> str | None:
-    """What would go to the host's memory is there already."""
-    if case.config.offload != "none" and case.hardware.device == "cpu":
-        return f"offload {case.config.offload} on a CPU spares nothing: what it moves is in the same memory"
-    return None
-
-
-def int8_is_slow_before_turing(case: Case) -> str | None:
-    """Source: bitsandbytes 0.50, diagnostics/cuda.py: "Only slow 8-bit matmul is supported" below 7.5."""
-    capability = case.hardware.compute_capability
-    if case.config.precision is Precision.INT8 and capability and capability < (7, 5):
-        return f"precision int8: {case.hardware.gpu_name} has only a slow 8-bit product; nf4 is faster there"
-    return None
-
-
-def adapter_settings_without_an_adapter(case: Case) -> str | None:
-    """Allowed, since a space may cross ranks with `full`."""
-    config = case.config
-    ignored = [name for name, used in (("lora_dropout", config.lora_dropout), ("alpha", config.alpha != "2x")) if used]
-    if config.trains_all_weights and ignored:
-        return f"{' and '.join(ignored)}: without effect where rank is full, which has no adapter"
-    return None
-
-
 # transformers 5.23's classes of decoders, by what they declare (tests/training/test_model.py).
 WITHOUT_SDPA = frozenset(
     {"bloom", "codegen", "gemma2", "gpt_neo", "gpt_neox_japanese", "gpt_oss", "gptj", "mpt", "vaultgemma", "xglm"}
@@ -364,18 +247,4 @@ REFUSALS: tuple[Rule, ...] = (
     targets_must_exist,
     global_batch_must_divide,
     sequence_must_fit_the_model,
-)
-NOTES: tuple[Rule, ...] = (
-    zero_on_one_worker,
-    emulated_half_precision,
-    quantised_compute_dtype,
-    warm_up_that_never_ends,
-    experts_stay_unquantised,
-    quantised_weights_load_whole,
-    int8_inputs_escape_checkpointing,
-    fp32_grouped_queries_write_scores,
-    evaluated_only_at_the_end,
-    offload_on_a_cpu,
-    int8_is_slow_before_turing,
-    adapter_settings_without_an_adapter,
 )

@@ -16,11 +16,12 @@ from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import ModelError
 from orchestrator.planning import budget
 from orchestrator.planning.cheaper import what_fits
-from orchestrator.planning.compatibility import Case, missing_targets, notes, refusals
+from orchestrator.planning.compatibility import Case, missing_targets, refusals
 from orchestrator.planning.hardware import GIB, Hardware
 from orchestrator.planning.makespan import Work, simulate
 from orchestrator.planning.memory import CONTEXT_BYTES, MemoryEstimate, estimate_on
 from orchestrator.planning.model_shape import ModelShape
+from orchestrator.planning.notes import notes
 from orchestrator.planning.pace import Pace
 from orchestrator.planning.step_time import Range, step_seconds
 
@@ -219,7 +220,7 @@ def require_targets(sweep: SweepConfig, model: ModelShape) -> None:
 def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware, pace: Pace = NO_PACE) -> SweepPlan:
     """Plan all trials of a sweep whose hardware defaults are filled in; `pace` is what was measured before."""
     shape = worker_shape(sweep.resources, hardware)
-    if sweep.resources.gpus_per_worker == "auto" and hardware.device == "cuda":
+    if sweep.resources.gpus_per_worker == "auto" and hardware.device == "cuda" and shape.workers == 1:
         shape = replace(shape, gpus_per_worker=packed_share(sweep.trials(), model, hardware, shape))
     concurrent = max_concurrent(sweep.resources, shape, hardware)
     memory_bytes = memory_for_a_worker(hardware, shape, concurrent, sweep.resources.memory_per_worker)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from orchestrator.reporting import quantities
+from orchestrator.reporting import objectives, quantities
 from orchestrator.reporting.caveats import caveats
 from orchestrator.reporting.statistics import (
     ConfigurationSummary,
@@ -77,10 +77,14 @@ def recommend(sweep: SweepResult) -> Recommendation:
     """Apply RULE; where it cannot be applied, say why and take the best that there is."""
     found = summaries(sweep)
     completed = [summary for summary in found if summary.objective]
-    whole = [summary for summary in completed if not summary.is_broken] or completed
+    kept = [summary for summary in completed if not objectives.broken(sweep, summary)]
+    whole = [summary for summary in kept if not summary.is_broken] or kept
     wild = scattered({summary.configuration_id: summary.objective_by_repeat for summary in whole})
     contenders = [summary for summary in whole if summary.configuration_id not in wild]
-    told = caveats(sweep, found, completed, contenders)
+    told = (*caveats(sweep, found, completed, contenders), *objectives.evidence(sweep, found))
+    if completed and not kept:
+        answer = "No configuration that has completed keeps the constraints: loosen them, or search more settings."
+        return _make("nothing", None, answer, told)
     if not contenders:
         return _without_completed(sweep, found, told)
     best = contenders[0]

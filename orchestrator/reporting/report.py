@@ -18,8 +18,10 @@ from orchestrator.reporting.findings import (
 )
 from orchestrator.reporting.pages import plain, render_page, status_words
 from orchestrator.reporting.recommendation import RULE
+from orchestrator.reporting.samples import samples_of
 from orchestrator.reporting.statistics import label, objective_of, sign_of
 from orchestrator.results.records import TrialStatus
+from orchestrator.results.storage import SweepFolder
 
 __all__ = ["Report", "build", "render_html", "render_json", "render_text"]
 
@@ -163,6 +165,7 @@ def _page(report: Report) -> dict[str, Any]:
         "objective": values,
         "reasons": reasons(report),
         "statuses": list(TrialStatus),
+        "samples": samples_of(sweep, SweepFolder(report.folder)),
         "environment": _environment(report),
         "repeat": _repeat(report),
         "quantised": sweep.model == QUANTISED_MODEL,

@@ -115,6 +115,8 @@ class Timing(_Record):
     saving_s: Seconds = 0.0
     total_s: Seconds = 0.0
     """From the launch to the end."""
+    earlier_s: Seconds = 0.0
+    """Held by attempts in earlier runs of the sweep, of which the other figures know nothing: only the budget does."""
 
 
 class GitState(_Record):
@@ -187,6 +189,10 @@ class SweepResult(_Record):
     model: str
     objective_metric: str
     objective_mode: Literal["min", "max"]
+    objectives: tuple[tuple[str, Literal["min", "max"]], ...] = ()
+    """All of them with their modes, where there are several; the first is `objective_metric`."""
+    constraints: tuple[str, ...] = ()
+    """As the sweep file has them."""
     searched: tuple[str, ...]
     """Names of the settings in `space:`, in the file's order."""
     started_ms: int | None = None

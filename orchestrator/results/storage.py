@@ -23,6 +23,7 @@ from pydantic_core import from_json
 from orchestrator.errors import FolderError, StorageError
 from orchestrator.results.records import MetricPoint, SweepResult, TrialResult, upgrade
 
+_STORAGE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN)
 _CHECKPOINT = re.compile(r"\.?checkpoint-([1-9][0-9]{0,17})")
 
 
@@ -51,6 +52,11 @@ class TrialFolder:
     def adapter(self) -> Path:
         """The PEFT adapter of the best evaluation; the whole model where all weights are trained."""
         return self.root / "adapter"
+
+    @property
+    def evaluation(self) -> Path:
+        """What its best adapter wrote and scored; written by the sweep process."""
+        return self.root / "evaluation.json"
 
     @property
     def log(self) -> Path:
@@ -182,6 +188,11 @@ class SweepFolder:
     def comparison(self) -> Path:
         """This sweep beside others, in one self-contained file."""
         return self.root / "comparison.html"
+
+    @property
+    def tracking(self) -> Path:
+        """How much of the trials MLflow has."""
+        return self.root / "tracking.json"
 
     @property
     def lock(self) -> Path:
@@ -377,6 +388,16 @@ def _row(trial: TrialResult) -> dict[str, Any]:
         "total_s": trial.timing.total_s,
         "mlflow_run_id": trial.mlflow_run_id,
     }
+
+
+def is_storage_failure(error: BaseException) -> bool:
+    """Whether an error says that the disk is full, read-only or away, and nothing about what was to be written."""
+    if isinstance(error, StorageError):
+        return True
+    if isinstance(error, OSError) and error.errno in _STORAGE_ERRNOS:
+        return True
+    # Libraries in Rust and C tell it in words alone.
+    return any(os.strerror(number) in str(error) for number in _STORAGE_ERRNOS)
 
 
 def write_atomically(path: Path, text: str) -> None:

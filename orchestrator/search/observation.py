@@ -95,18 +95,23 @@ def observe(
     for record in records:
         if record.suggestion is not None:
             repeats[record.suggestion.number].append(record)
-    return tuple(_observation(number, repeats[number], goals, curves_of, limits or {}) for number in sorted(repeats))
+    return tuple(
+        combined(number, group[0].suggestion.settings, group, goals, curves_of, limits or {})
+        for number, group in sorted(repeats.items())
+        if group[0].suggestion
+    )
 
 
-def _observation(
+def combined(
     number: int,
+    settings: Settings,
     records: Sequence[TrialResult],
     goals: Sequence[Goal],
     curves_of: Curves,
     limits: Mapping[str, Limit],
 ) -> Observation:
-    assert records[0].suggestion is not None
-    settings, statuses = records[0].suggestion.settings, {record.status for record in records}
+    """What the repeats of one configuration say together."""
+    statuses = {record.status for record in records}
     constraints = constraints_of(records, limits)
     if {TrialStatus.INFEASIBLE, TrialStatus.OUT_OF_MEMORY, TrialStatus.DIVERGED} & statuses:
         return Observation(number, settings, Standing.REFUSED, (), constraints)
@@ -127,12 +132,13 @@ def evaluated(points: Sequence[MetricPoint]) -> list[MetricPoint]:
 
 
 def best_so_far(points: Sequence[MetricPoint], goal: Goal) -> list[tuple[int, float]]:
-    """A curve that only falls: what counts of a trial is its best evaluation."""
+    """A loss's curve only falls: what counts of a trial is its best evaluation. Memory and speed are as they are."""
     curve: list[tuple[int, float]] = []
     for point in points:
         value = goal.of(point)
         if value is not None:
-            curve.append((point.step, min(value, curve[-1][1]) if curve else value))
+            is_loss = goal.metric in ("eval_loss", "loss")
+            curve.append((point.step, min(value, curve[-1][1]) if curve and is_loss else value))
     return curve
 
 

@@ -31,13 +31,15 @@ def next_settings(
     points: Sequence[Settings],
     known: Sequence[Observation],
     seed: int,
+    warm: Sequence[Observation] = (),
 ) -> Settings | None:
     """What to try after `known`; None where the space holds nothing new.
 
-    `base` are the settings that are not searched, `points` what is tried first.
+    `base` are the settings that are not searched, `points` what is tried first; what another sweep has learned (`warm`)
+    is known to the models, and may be tried again here.
     """
     axes = axes_of(space)
-    number = 1 + max((observation.number for observation in known), default=-1)
+    number = 1 + max((observation.number for observation in known if observation.number >= 0), default=-1)
     tried = {configuration_id(TrialConfig(**{**base, **observation.settings})) for observation in known}
 
     def is_new(settings: Settings) -> bool:
@@ -49,7 +51,7 @@ def next_settings(
         if is_new(settings):
             return settings
     for attempt in range(ATTEMPTS):
-        settings = propose(algorithm, axes, base, known, number, seed, attempt)
+        settings = propose(algorithm, axes, base, [*warm, *known], number, seed, attempt)
         if is_new(settings):
             return settings
     for config in sample(base, space, exclude, len(tried) + 1, derived_seed(seed, number, ATTEMPTS)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,12 +13,17 @@ import ray
 from ray import tune
 
 from orchestrator.config.trial_config import TrialConfig
+from orchestrator.errors import StorageError
 from orchestrator.results.provenance import without_secret
 from orchestrator.results.records import PeakMemory, Timing, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder, write_result
+from orchestrator.sweep.failure_policy import pause_s
 from orchestrator.training.task import TrialProgress
 
+log = logging.getLogger(__name__)
 STOP_LIMIT_S = 10.0
+STORAGE_LIMIT_S = 120.0
+"""So long a disk that is full or away is waited for."""
 
 
 class Recorder(tune.Callback):
@@ -38,6 +45,8 @@ class Recorder(tune.Callback):
         self._why_stopped, self._predicted_bytes, self._listeners = why_stopped, predicted_bytes, listeners
         self._fetch = fetch
         self._launched_at: dict[str, float] = {}
+        self.storage_error: StorageError | None = None
+        """Why the records can no longer be kept."""
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its callbacks into its own state, which we never read back.
@@ -92,7 +101,7 @@ class Recorder(tune.Callback):
 
     def trial_seconds(self) -> float:
         """Seconds that trials have held their resources: all that ended, in earlier runs too, and those at work."""
-        before = sum(record.timing.total_s for record in self.records.values())
+        before = sum(record.timing.total_s + record.timing.earlier_s for record in self.records.values())
         at_work = [i for i, record in self.records.items() if record.status is TrialStatus.RUNNING]
         now = time.time()
         return before + sum(now - self._launched_at.get(trial_id, now) for trial_id in at_work)
@@ -101,10 +110,26 @@ class Recorder(tune.Callback):
         """Keep a record, on disk first."""
         hidden = {"reason": record.reason and without_secret(record.reason), "notes": _each(record.notes)}
         record = record.model_copy(update=hidden)
-        write_result(self._folder, record)
+        self._write(record)
         self.records[record.trial_id] = record
         for listener in self._listeners:
             listener(record)
+
+    def _write(self, record: TrialResult) -> None:
+        """On disk; where that is full or away for longer than we wait, in memory alone, and the sweep is to end."""
+        until_s = time.monotonic() + STORAGE_LIMIT_S
+        for failures in itertools.count(1):
+            try:
+                write_result(self._folder, record)
+                return
+            except StorageError as error:
+                left_s = until_s - time.monotonic()
+                if self.storage_error is not None or left_s <= 0:
+                    self.storage_error = error
+                    return
+                if failures == 1:
+                    log.warning("%s; waiting for it for %.0f s", error, STORAGE_LIMIT_S)
+                time.sleep(min(pause_s(failures), left_s))
 
     def _with_config(self, record: TrialResult, config: TrialConfig, events: tuple[str, ...]) -> TrialResult:
         """The micro-batch may have become smaller than planned, and the notes say why."""
@@ -153,6 +178,7 @@ class Recorder(tune.Callback):
                         "queued_s": max(0.0, launched_at - self._started_at),
                         # Of the runs before this one, until the trial has ended.
                         "total_s": record.timing.total_s,
+                        "earlier_s": record.timing.earlier_s,
                     }
                 ),
                 "hosts": (progress.host,),

@@ -11,6 +11,7 @@ from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import FolderError
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder, TrialFolder, read_sweep, read_trial_results
+from orchestrator.sweep.delivered import kept_sweep_id
 
 SAME_KEYS = ("model", "data", "objective")
 """Keys without which results could not stand in one table; so too every setting that is not searched."""
@@ -24,6 +25,8 @@ class Earlier:
     result: SweepResult | None
     """None where results.json is lost: the trials' own records are enough to go on."""
     trials: Mapping[str, TrialResult]
+    sweep_id: str | None = None
+    """None where both files that hold it are lost: MLflow's runs are made anew."""
 
 
 def read_earlier(folder: SweepFolder) -> Earlier | None:
@@ -45,7 +48,8 @@ def read_earlier(folder: SweepFolder) -> Earlier | None:
         result = read_sweep(folder)[0]
     except FolderError:
         result = None
-    return Earlier(load(folder.sweep_file), result, read_trial_results(folder)[0])
+    sweep_id = result.sweep_id if result else kept_sweep_id(folder)
+    return Earlier(load(folder.sweep_file), result, read_trial_results(folder)[0], sweep_id)
 
 
 def require_same_question(
@@ -95,6 +99,16 @@ def kept(earlier: Earlier, planned: frozenset[str]) -> dict[str, TrialResult]:
     return found
 
 
+def with_time_spent(old: TrialResult, new: TrialResult) -> TrialResult:
+    """`new`, which is run again, with the time that `old` held its resources and `new` does not count yet."""
+    before = old.timing
+    phases_s = sum(before.model_dump(exclude={"queued_s", "total_s", "earlier_s"}).values())
+    # One that was cut off by the end of its driver has no total.
+    spent_s = max(before.total_s, phases_s) + before.earlier_s
+    earlier_s = max(0.0, spent_s - new.timing.total_s)
+    return new.model_copy(update={"timing": new.timing.model_copy(update={"earlier_s": earlier_s})})
+
+
 def gone_on_with(old: TrialResult, new: TrialResult, folder: TrialFolder) -> TrialResult:
     """The record of a trial that waits: with what it had before where it was cut off and left a checkpoint.
 
@@ -104,7 +118,7 @@ def gone_on_with(old: TrialResult, new: TrialResult, folder: TrialFolder) -> Tri
         return new
     # Memory may have run out before: the micro-batch stays as small as it had to become.
     sizes = [size for size in (old.config.micro_batch_size, new.config.micro_batch_size) if size != "auto"]
-    spent = old.timing.model_dump(exclude={"queued_s", "total_s"})
+    spent = old.timing.model_dump(exclude={"queued_s", "total_s", "earlier_s"})
     return old.model_copy(
         update={
             "status": TrialStatus.PENDING,

@@ -17,14 +17,15 @@ from orchestrator.config.storage_address import is_remote
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.sweep_file import to_yaml
 from orchestrator.config.trial_config import TrialConfig
+from orchestrator.errors import StorageError
 from orchestrator.planning.plan import PlannedTrial
 from orchestrator.reporting import report, statistics
 from orchestrator.reporting.findings import Report
 from orchestrator.results import provenance
 from orchestrator.results.records import PeakMemory, Suggestion, SweepResult, TrialResult, TrialStatus
 from orchestrator.results.remote import sweep_folder
-from orchestrator.results.storage import SweepFolder, write_atomically, write_result, write_sweep
-from orchestrator.sweep import cluster, logged_model, system_metrics
+from orchestrator.results.storage import SweepFolder, is_storage_failure, write_atomically, write_result, write_sweep
+from orchestrator.sweep import cluster, evaluation, logged_model, system_metrics
 from orchestrator.sweep.callbacks import Callbacks
 from orchestrator.sweep.carrier import Carrier, carried
 from orchestrator.sweep.folder_lock import only_one
@@ -32,7 +33,7 @@ from orchestrator.sweep.gauges import Gauges
 from orchestrator.sweep.preparation import Prepared, prepare
 from orchestrator.sweep.progress import Progress
 from orchestrator.sweep.recorder import Recorder
-from orchestrator.sweep.resume import Earlier, gone_on_with, kept, read_earlier, require_same_question
+from orchestrator.sweep.resume import Earlier, gone_on_with, kept, read_earlier, require_same_question, with_time_spent
 from orchestrator.sweep.scheduler import RuleScheduler
 from orchestrator.sweep.stopper import Stopper, signals_to, sigterm_like_ctrl_c
 from orchestrator.sweep.suggestions import NewRecord, Suggestions, known_at_start
@@ -131,13 +132,13 @@ def _run_prepared(
         folder,
         records.values(),
         label,
-        sweep.objective.metric,
-        sweep.objective.mode,
+        sweep.primary.metric,
+        sweep.primary.mode,
         prepared.slots,
         {trial.trial_id: trial.seconds or 0.0 for trial in prepared.plan.trials},
         sweep.budget.hours,
     )
-    gauges = Gauges(sweep.name, records.values(), sweep.objective.metric, sweep.objective.mode)
+    gauges = Gauges(sweep.name, records.values(), sweep.primary.metric, sweep.primary.mode)
     callbacks = Callbacks(say)
     listeners = (carrier.track, tracker.track, gauges.track, progress, callbacks.track)
     predicted = functools.partial(_recorded_bytes, prepared)
@@ -148,15 +149,23 @@ def _run_prepared(
         folder, records, started_at, prepared.board, scheduler.reasons, predicted, carrier.fetch, listeners
     )
     gpus = prepared.shape.workers * prepared.shape.gpus_per_worker
-    stopper = Stopper(prepared.board, sweep.budget, lambda: recorder.trial_seconds() * gpus / 3600)
+    stopper = Stopper(
+        prepared.board, sweep.budget, lambda: recorder.trial_seconds() * gpus / 3600, lambda: recorder.storage_error
+    )
     for record in records.values():
-        if record.mlflow_run_id is None and record.status is not TrialStatus.PENDING:
+        if record.status is not TrialStatus.PENDING:
             tracker.track(record)
     _say_start(records, prepared, say)
     with progress, signals_to(stopper), system_metrics.logged(tracking_uri(sweep), tracker.parent_run_id):
         _tune(prepared, folder, recorder, new_record, scheduler, [recorder, progress], stopper, isolation)
     recorder.cancel_rest(stopper.reason or "the sweep ended before it: run the same command again")
-    outcome = _finish(sweep, result, recorder, tracker, folder, stopper, say)
+    if recorder.storage_error:
+        tracker.finish(INTERRUPTED_TRACKING_LIMIT_S)
+        raise StorageError(
+            f"the sweep was stopped, since nothing can be kept any more: {recorder.storage_error}. What had ended "
+            "before is safe: run the same command again to go on"
+        )
+    outcome = _finish(prepared, result, recorder, tracker, folder, stopper, say)
     callbacks.sweep_ended(outcome.sweep, folder.root)
     return outcome
 
@@ -184,7 +193,9 @@ def _records(
             records[planned.trial_id] = old
             continue
         new = new_record(planned, suggestion)
-        records[planned.trial_id] = gone_on_with(old, new, folder.trial(planned.trial_id)) if old else new
+        records[planned.trial_id] = (
+            with_time_spent(old, gone_on_with(old, new, folder.trial(planned.trial_id))) if old else new
+        )
     return records | kept(earlier, frozenset(records)) if earlier else records
 
 
@@ -234,10 +245,12 @@ def _sweep_result(
     return SweepResult(
         name=sweep.name,
         question=sweep.question,
-        sweep_id=before.sweep_id if before else uuid.uuid4().hex[:12],
+        sweep_id=(earlier and earlier.sweep_id) or uuid.uuid4().hex[:12],
         model=sweep.model,
-        objective_metric=sweep.objective.metric,
-        objective_mode=sweep.objective.mode,
+        objective_metric=sweep.primary.metric,
+        objective_mode=sweep.primary.mode,
+        objectives=tuple((objective.metric, objective.mode) for objective in sweep.objectives),
+        constraints=sweep.constraints,
         searched=tuple(dict.fromkeys(searched)),
         started_ms=before.started_ms if before else int(started_at * 1000),
         data_hash=prepared.data_hash,
@@ -279,7 +292,13 @@ def _tune(
         ),
         run_config=_run_config(folder, callbacks, stopper),
     )
-    tuner.fit()
+    try:
+        tuner.fit()
+    except Exception as error:
+        # Tune writes beside our records, and stumbles over the same disk.
+        if recorder.storage_error is None and not is_storage_failure(error):
+            raise
+        recorder.storage_error = recorder.storage_error or StorageError(f"cannot write to {folder.root} ({error})")
     ray.get(prepared.groups.close_all.remote())
 
 
@@ -326,8 +345,8 @@ def _task(record: TrialResult, prepared: Prepared, folder: SweepFolder, *, halve
         model_folder="",  # each node has its own: the worker fills it in
         data_folder=folder.location(folder.data),
         trial_folder=folder.location(folder.trial(record.trial_id).root),
-        objective_metric=prepared.sweep.objective.metric,
-        objective_mode=prepared.sweep.objective.mode,
+        objective_metric=prepared.sweep.primary.metric,
+        objective_mode=prepared.sweep.primary.mode,
         gpu_memory_fraction=prepared.gpu_memory_fraction,
         memory_limit_bytes=prepared.sweep.resources.memory_per_worker,
         halves_micro_batch=halves_micro_batch,
@@ -336,7 +355,7 @@ def _task(record: TrialResult, prepared: Prepared, folder: SweepFolder, *, halve
 
 
 def _finish(
-    sweep: SweepConfig,
+    prepared: Prepared,
     result: SweepResult,
     recorder: Recorder,
     tracker: Tracker,
@@ -345,9 +364,12 @@ def _finish(
     say: Callable[[str], None],
 ) -> Outcome:
     """Write results and report, then give MLflow a bounded time to have it all."""
-    say("writing the report")
+    sweep = prepared.sweep
     ended = {"ended_ms": int(time.time() * 1000), "interrupted": stopper.interrupted}
     result = result.model_copy(update={"trials": tuple(recorder.records.values()), **ended})
+    if not stopper.interrupted:
+        evaluation.evaluate(sweep, result, prepared.shape, folder, say)
+    say("writing the report")
     # Before MLflow is waited for: what was measured is safe whatever happens then.
     write_sweep(folder, result)
     made = report.build(folder)
@@ -358,13 +380,14 @@ def _finish(
         tracked = False
     for record in list(recorder.records.values()):
         run_id = tracker.run_id(record.trial_id)
-        if run_id and record.mlflow_run_id is None and tracked:
+        if run_id and record.mlflow_run_id is None:
             recorder.save(record.model_copy(update={"mlflow_run_id": run_id}))
     result = result.model_copy(update={"trials": tuple(recorder.records.values())})
     write_sweep(folder, result)
     if tracked:
         best = statistics.best_trial(result)
-        tracker.close_parent(result, best)
+        tracked = tracker.close_parent(result, best)
+        evaluation.log(tracking_uri(sweep), result, folder, say)
         if best and best.mlflow_run_id and not result.interrupted:
             logged_model.log_best(sweep, result, best, folder, say)
     return Outcome(result, folder, made, tracked, tracking_uri(sweep))

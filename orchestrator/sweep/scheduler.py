@@ -21,7 +21,7 @@ class RuleScheduler(FIFOScheduler):
 
     def __init__(self, sweep: SweepConfig) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._goal = Goal(sweep.objective.metric, sweep.objective.mode)
+        self._goal = Goal(sweep.primary.metric, sweep.primary.mode)
         self._rules = tuple(rules_of(sweep))
         self.reasons: dict[str, str] = {}
         """Why each trial was stopped."""

@@ -19,8 +19,15 @@ from orchestrator.planning.budget import exhausted
 class Stopper(tune.Stopper):
     """Ends the whole sweep cleanly: on Ctrl-C, on SIGTERM, or when a limit of the budget is reached."""
 
-    def __init__(self, board: Any, budget: BudgetConfig, gpu_hours_spent: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        board: Any,
+        budget: BudgetConfig,
+        gpu_hours_spent: Callable[[], float],
+        storage_error: Callable[[], Exception | None],
+    ) -> None:
         self._board, self._budget, self._gpu_hours_spent = board, budget, gpu_hours_spent
+        self._storage_error = storage_error
         self._started = time.monotonic()
         self.reason: str | None = None
         self.interrupted = False
@@ -40,6 +47,8 @@ class Stopper(tune.Stopper):
 
     def stop_all(self) -> bool:
         """Asked by Tune in every round of its loop."""
+        if self.reason is None and (error := self._storage_error()):
+            self.reason = f"nothing can be kept any more ({error}): run the same command again to go on"
         if self.reason is None and (limit := self._limit_reached()):
             self.reason = f"{limit} is used up: raise it and run the same command again to go on"
         if self.reason and not self._told:

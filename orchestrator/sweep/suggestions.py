@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
-from orchestrator.config.search_space import make_trials
+from orchestrator.config.constraint import Constraint, parse
+from orchestrator.config.search_space import Settings, make_trials
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.planning.plan import PlannedTrial
 from orchestrator.results.records import MetricPoint, Suggestion, TrialResult, TrialStatus
-from orchestrator.results.storage import SweepFolder
-from orchestrator.search.observation import Goal, observe
+from orchestrator.results.storage import SweepFolder, read_sweep
+from orchestrator.search.observation import Goal, Limit, Observation, Standing, observe
 from orchestrator.search.suggest import next_settings
+from orchestrator.search.warm_start import best_settings, learned
 from orchestrator.sweep.preparation import Prepared
 from orchestrator.sweep.recorder import Recorder
 
@@ -25,6 +29,7 @@ class Suggestions:
         self._prepared, self._sweep = prepared, prepared.sweep
         self._folder, self._recorder, self._new_record = folder, recorder, new_record
         self._ended_curves: dict[str, tuple[MetricPoint, ...]] = {}
+        self._warm, self._points = self._learned_elsewhere()
 
     def more(self) -> Sequence[str]:
         """Propose until a trial may be launched; its repeats' ids, or none at the search's end.
@@ -38,9 +43,10 @@ class Suggestions:
                 self._sweep.domains,
                 self._sweep.base,
                 self._sweep.exclude,
-                self._sweep.search.points,
-                observe(records, goals(self._sweep), self._curve),
+                self._points,
+                self._known(),
                 self._sweep.search.seed,
+                self._warm,
             )
             if settings is None:
                 break
@@ -51,6 +57,28 @@ class Suggestions:
             if waiting := [record.trial_id for record in made if record.status is TrialStatus.PENDING]:
                 return waiting
         return ()
+
+    def _known(self) -> tuple[Observation, ...]:
+        records, sweep = self._recorder.records.values(), self._sweep
+        # A grid may have run in this folder before.
+        others = [record for record in records if record.suggestion is None]
+        before = learned(others, sweep.domains, sweep.base, goals(sweep), self._curve, limits(sweep))
+        return before + observe(records, goals(sweep), self._curve, limits(sweep))
+
+    def _learned_elsewhere(self) -> tuple[tuple[Observation, ...], tuple[Settings, ...]]:
+        """What `search.warm_start` teaches: observations, and what to try first."""
+        sweep, points = self._sweep, self._sweep.search.points
+        if sweep.search.warm_start is None:
+            return (), points
+        folder = SweepFolder(Path(sweep.search.warm_start).expanduser())
+        earlier, _ = read_sweep(folder)
+        best = best_settings(earlier.trials, sweep.domains, sweep.base, goals(sweep)[0])
+        same = earlier.model == sweep.model and earlier.data_hash == self._prepared.data_hash
+        if not same or earlier.objective_metric != sweep.primary.metric or len(sweep.objectives) > 1:
+            return (), points + best
+        curves = functools.cache(lambda trial_id: folder.trial(trial_id).read_metrics())
+        told = learned(earlier.trials, sweep.domains, sweep.base, goals(sweep), curves, limits(sweep))
+        return tuple(one for one in told if one.standing is not Standing.OPEN), points + best
 
     def _curve(self, trial_id: str) -> tuple[MetricPoint, ...]:
         """Read once where the trial has ended: a sweep may have thousands, and looks at each proposal."""
@@ -64,7 +92,23 @@ class Suggestions:
 
 def goals(sweep: SweepConfig) -> tuple[Goal, ...]:
     """The objectives as the search takes them."""
-    return (Goal(sweep.objective.metric, sweep.objective.mode),)
+    return tuple(Goal(objective.metric, objective.mode) for objective in sweep.objectives)
+
+
+def limits(sweep: SweepConfig) -> dict[str, Limit]:
+    """The constraints as the search takes them."""
+    return {text: functools.partial(_excess, parse(text)) for text in sweep.constraints}
+
+
+def _excess(constraint: Constraint, record: TrialResult) -> float | None:
+    memory = record.peak_memory
+    measured = {
+        "peak_memory_bytes": memory.measured_bytes if memory else None,
+        "tokens_per_s": record.tokens_per_s,
+        "step_time_s": record.step_time_s,
+    }
+    value = measured.get(constraint.metric, getattr(record.best, constraint.metric, None))
+    return None if value is None else constraint.excess(value)
 
 
 def plan_suggestion(prepared: Prepared, suggestion: Suggestion) -> list[PlannedTrial]:

@@ -9,22 +9,27 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
+from collections.abc import Sequence
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 
 from orchestrator.config.sweep_config import SweepConfig
-from orchestrator.errors import TrackingUnreachableError
+from orchestrator.errors import StorageError, TrackingUnreachableError
 from orchestrator.results.provenance import without_secret
 from orchestrator.results.records import MetricPoint, SweepResult, TrialResult, TrialStatus
 from orchestrator.results.remote import local_storage
 from orchestrator.results.storage import SweepFolder
+from orchestrator.sweep import failure_policy
+from orchestrator.sweep.delivered import TrialDelivery, read_delivered, write_delivered
 from orchestrator.sweep.logged_data import dataset_inputs
 from orchestrator.training.data import read_summary
 
 log = logging.getLogger(__name__)
 INTERVAL_S = 1.0
+KEPT_EVERY_S = 5.0
 BATCH = 1000
 METRICS = (
     "loss",
@@ -78,8 +83,12 @@ class Tracker:
                 "or leave tracking.uri out to track in a local database"
             ) from error
         self._trials: dict[str, _TrackedTrial] = {}
+        self._delivered = read_delivered(folder, without_secret(uri), sweep_id)
+        self._is_kept, self._kept_at_s = True, 0.0
+        self._failures = 0
+        """In a row, of the server."""
         self._wake = threading.Event()
-        self._closing = False
+        self._closing_until_s: float | None = None
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
@@ -87,35 +96,44 @@ class Tracker:
     def track(self, result: TrialResult) -> None:
         """Take note of a trial's newest state."""
         with self._lock:
-            trial = self._trials.setdefault(result.trial_id, _TrackedTrial())
-            trial.result = result
+            if result.trial_id not in self._trials:
+                self._trials[result.trial_id] = _TrackedTrial(self._delivered.trials.get(result.trial_id), result)
+            self._trials[result.trial_id].result = result
         if result.status is not TrialStatus.RUNNING:
             self._wake.set()
 
     def run_id(self, trial_id: str) -> str | None:
-        """The trial's run, once there is one."""
+        """The trial's run, once MLflow has all of it."""
         trial = self._trials.get(trial_id)
-        return trial.run_id if trial else None
+        return trial.run_id if trial and not trial.is_behind else None
 
     def finish(self, limit_s: float) -> bool:
         """Carry everything over; False where that was not done within `limit_s`."""
-        self._closing = True
+        self._closing_until_s = time.monotonic() + limit_s
         self._wake.set()
         self._thread.join(limit_s)
         return not self._thread.is_alive() and not any(trial.is_behind for trial in self._trials.values())
 
-    def close_parent(self, sweep: SweepResult, best: TrialResult | None) -> None:
-        """Put the sweep's own files on the parent run and end it; call after `finish`."""
+    def close_parent(self, sweep: SweepResult, best: TrialResult | None) -> bool:
+        """Put the sweep's own files on the parent run and end it, after `finish`; False where MLflow has gone away."""
+        try:
+            self._close_parent(sweep, best)
+        except (MlflowException, OSError) as error:
+            log.warning("MLflow did not take the sweep's own files: %s", _first_line(error))
+            return False
+        return True
+
+    def _close_parent(self, sweep: SweepResult, best: TrialResult | None) -> None:
         run = self.parent_run_id
-        for file in (self._folder.sweep_file, self._folder.plan, self._folder.results_json):
-            self._client.log_artifact(run, str(file))
-        for file in (self._folder.results_csv, self._folder.report):
+        own = self._folder
+        for file in (own.sweep_file, own.plan, own.results_json, own.results_csv, own.report):
             if file.exists():
                 self._client.log_artifact(run, str(file))
         if best and best.best:
             value = getattr(best.best, sweep.objective_metric)
             if value is not None:
-                self._client.log_metric(run, f"best_{sweep.objective_metric}", value)
+                point = best.best
+                self._client.log_metric(run, f"best_{sweep.objective_metric}", value, point.time_ms, point.step)
             self._client.set_tag(run, "best_trial", best.trial_id)
         self._client.set_terminated(run, "KILLED" if sweep.interrupted else "FINISHED")
 
@@ -148,34 +166,71 @@ class Tracker:
         self._client.update_run(self.parent_run_id, status="RUNNING")
         if self._sweep.question:
             self._client.set_tag(self.parent_run_id, "mlflow.note.content", self._sweep.question)
-        settings = {"model": self._sweep.model, "data": self._sweep.data.train}
+        settings = {"model": without_secret(self._sweep.model), "data": without_secret(self._sweep.data.train)}
         self._client.log_batch(self.parent_run_id, params=[Param(k, v) for k, v in settings.items()])
         if summary := read_summary(self._folder.data):
             self._client.log_inputs(self.parent_run_id, dataset_inputs(self._sweep.data, summary))
 
     def _work(self) -> None:
         while True:
-            self._wake.wait(INTERVAL_S)
+            is_away = self._failures and self._closing_until_s is None
+            self._wake.wait(failure_policy.pause_s(self._failures) if is_away else INTERVAL_S)
             self._wake.clear()
-            closing = self._closing
+            until_s = self._closing_until_s
             with self._lock:
                 behind = [trial for trial in self._trials.values() if trial.is_behind or trial.is_running]
-            for trial in behind:
-                try:
-                    self._carry(trial)
-                except (MlflowException, OSError) as error:
-                    # On disk all the same: the next round, or the next run of the sweep, tries again.
-                    log.warning("MLflow: %s", _first_line(error))
-                    break
-            if closing:
+            self._carry_all(behind)
+            if until_s and (time.monotonic() > until_s or not any(trial.is_behind for trial in behind)):
                 return
+
+    def _carry_all(self, trials: Sequence[_TrackedTrial]) -> None:
+        """Carry over until the server fails; what it refuses is left, and harms no other trial."""
+        for trial in trials:
+            try:
+                self._carry(trial)
+            except (MlflowException, OSError) as error:
+                meaning = failure_policy.tracking_failure(getattr(error, "error_code", None))
+                if meaning == "gone" and trial.run_id:
+                    trial.run_id, trial.offset_bytes, trial.is_open = None, 0, False
+                elif meaning != "away":
+                    trial.is_refused = True
+                    log.warning("MLflow refuses trial %s: %s", trial.result.trial_id, _first_line(error))
+                else:
+                    self._failures += 1
+                    if self._failures == 1:
+                        log.warning(
+                            "MLflow does not answer; all is on disk and carried over later: %s", _first_line(error)
+                        )
+                    break
+            else:
+                if self._failures:
+                    log.warning("MLflow answers again")
+                self._failures = 0
+        self._keep(trials)
+
+    def _keep(self, trials: Sequence[_TrackedTrial]) -> None:
+        """On disk, how much has arrived: what is not known to have is told again, which adds nothing."""
+        for trial in trials:
+            before = self._delivered.trials.get(trial.result.trial_id)
+            if trial.delivery != before:
+                self._delivered.trials[trial.result.trial_id] = trial.delivery
+                self._is_kept = False
+        now_s = time.monotonic()
+        if self._is_kept or (now_s - self._kept_at_s < KEPT_EVERY_S and not self._closing_until_s):
+            return
+        try:
+            write_delivered(self._folder, self._delivered)
+        except StorageError as error:
+            log.warning("%s", error)
+        self._is_kept, self._kept_at_s = True, now_s
 
     def _carry(self, trial: _TrackedTrial) -> None:
         with self._lock:
             result = trial.result
-        assert result is not None
-        if trial.run_id is None:
-            trial.run_id = self._open_trial(result)
+        if not trial.is_open:
+            trial.run_id = self._open_trial(result, trial.run_id)
+            trial.is_open = True
+        assert trial.run_id is not None
         points, offset_bytes = self._certain_points(result, trial.offset_bytes)
         for start in range(0, len(points), BATCH // len(METRICS)):
             some = points[start : start + BATCH // len(METRICS)]
@@ -196,13 +251,20 @@ class Tracker:
         # Without a checkpoint it would begin again, and its curve with it.
         return folder.read_metrics_from(offset_bytes, steps[-1]) if steps else ((), 0)
 
-    def _open_trial(self, result: TrialResult) -> str:
-        run_id = self._find_run(result.trial_id, {"trial_id": result.trial_id})
+    def _open_trial(self, result: TrialResult, run_id: str | None) -> str:
+        """The trial's run, found again or made; a parameter that an earlier run of the sweep logged stays as it is."""
+        run_id = run_id or self._find_run(result.trial_id, {"trial_id": result.trial_id})
         params = {"repeat": result.repeat, **result.config.model_dump(mode="json")}
+        there = self._client.get_run(run_id).data.params
         self._client.log_batch(
             run_id,
-            params=[Param(key, str(value)) for key, value in params.items()],
-            tags=[RunTag("configuration_id", result.configuration_id)],
+            params=[Param(key, str(value)) for key, value in params.items() if key not in there],
+            tags=[RunTag("configuration_id", result.configuration_id)]
+            + [
+                RunTag(f"now.{key}", str(value))
+                for key, value in params.items()
+                if there.get(key, str(value)) != str(value)
+            ],
         )
         self._client.update_run(run_id, status="RUNNING")
         return run_id
@@ -211,9 +273,9 @@ class Tracker:
         tags = {"status": result.status.value, "reason": result.reason or "", "notes": "; ".join(result.notes)}
         self._client.log_batch(run_id, tags=[RunTag(key, value[:5000]) for key, value in tags.items() if value])
         if result.best and result.status.is_final:
-            value = getattr(result.best, self._sweep.objective.metric)
+            value = getattr(result.best, self._sweep.primary.metric)
             if value is not None:
-                self._client.log_metric(run_id, f"best_{self._sweep.objective.metric}", value, result.best.time_ms)
+                self._client.log_metric(run_id, f"best_{self._sweep.primary.metric}", value, result.best.time_ms)
         self._log_searched_numbers(run_id, result)
         trial = self._folder.trial(result.trial_id)
         for file in (trial.deepspeed, trial.log, trial.result):
@@ -234,19 +296,28 @@ class Tracker:
 class _TrackedTrial:
     """How much of a trial MLflow has."""
 
-    def __init__(self) -> None:
-        self.result: TrialResult | None = None
-        self.run_id: str | None = None
-        self.offset_bytes = 0
-        self.carried: TrialStatus | None = None
+    def __init__(self, kept: TrialDelivery | None, result: TrialResult) -> None:
+        self.result = result
+        if kept is None and result.mlflow_run_id:
+            # A folder of a release that kept nothing: a run's id was written once all had arrived.
+            kept = TrialDelivery(run_id=result.mlflow_run_id, status=result.status)
+        kept = kept or TrialDelivery()
+        self.run_id, self.offset_bytes, self.carried = kept.run_id, kept.offset_bytes, kept.status
+        self.is_open = False
+        """Whether this process has set its run going."""
+        self.is_refused = False
+
+    @property
+    def delivery(self) -> TrialDelivery:
+        return TrialDelivery(run_id=self.run_id, offset_bytes=self.offset_bytes, status=self.carried)
 
     @property
     def is_running(self) -> bool:
-        return self.result is not None and self.result.status is TrialStatus.RUNNING
+        return self.result.status is TrialStatus.RUNNING and not self.is_refused
 
     @property
     def is_behind(self) -> bool:
-        return self.result is not None and self.carried is not self.result.status
+        return self.carried is not self.result.status and not self.is_refused
 
 
 def metrics_of(point: MetricPoint) -> list[Metric]:
@@ -259,4 +330,4 @@ def metrics_of(point: MetricPoint) -> list[Metric]:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:300]
+    return without_secret((str(error).splitlines() or [""])[0])[:300]

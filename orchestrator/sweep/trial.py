@@ -11,9 +11,8 @@ from ray import tune
 
 from orchestrator.config.trial_config import halved_micro_batch
 from orchestrator.results.records import TrialStatus
-from orchestrator.training.task import TrialEnd, TrialProgress, TrialTask
-
-MAX_ATTEMPTS = 3
+from orchestrator.sweep.failure_policy import after_end
+from orchestrator.training.task import TrialProgress, TrialTask
 
 
 class TrialOnWorkers(tune.Trainable):
@@ -46,12 +45,14 @@ class TrialOnWorkers(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """Wait for the next report: an evaluation, or the end."""
         event = ray.get(self._board.next_event.remote(self._task.trial_id))
-        if isinstance(event, TrialEnd) and event.status is TrialStatus.PREEMPTED and self._attempt < MAX_ATTEMPTS:
-            self._close()
-            self._launch()
-            return self.step()
         if isinstance(event, TrialProgress):
             return self._result(event)
+        if retry := after_end(event.status, event.reason, event.may_pass, self._attempt):
+            self._events.append(retry.why)
+            self._close()
+            time.sleep(retry.after_s)
+            self._launch()
+            return self.step()
         if event.status is TrialStatus.OUT_OF_MEMORY and self._halve_micro_batch(event.reason):
             return self.step()
         return self._result(event.progress, done=True, status=event.status.value, reason=event.reason)

@@ -11,10 +11,8 @@ import multiprocessing
 import os
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from typing import Any
 
@@ -26,6 +24,7 @@ from orchestrator.errors import StorageError
 from orchestrator.results.records import TrialStatus
 from orchestrator.sweep.switchboard import STOPPED, Assignment
 from orchestrator.sweep.trial_files import Keep, leave_nothing, on_this_node
+from orchestrator.sweep.trial_messages import SilentError, messages
 from orchestrator.training.child import run_child
 from orchestrator.training.task import TrialEnd, TrialProgress
 
@@ -145,13 +144,13 @@ def _run_trial(board: Any, group_id: str, assignment: Assignment, keep: Keep) ->
     rank = assignment.place.rank
     ended, late = False, None
     try:
-        for message in _messages(reports, process, assignment.task.time_limit_s):
+        for message in messages(reports, process, assignment.task.time_limit_s):
             ended = ended or isinstance(message, TrialEnd)
             _keep_before(message, keep)
             board.send.remote(group_id, assignment.turn, rank, message)
     except TimeoutError as error:
         process.kill()
-        late = TrialEnd(TrialStatus.FAILED, str(error), None)
+        late = TrialEnd(TrialStatus.FAILED, str(error), None, may_pass=isinstance(error, SilentError))
     process.join()
     if not ended:
         end = STOPPED if stopped.is_set() else late or _unexpected_end(process.exitcode)
@@ -171,27 +170,6 @@ def _keep_before(message: TrialProgress | TrialEnd, keep: Keep) -> None:
         keep(0.0)
     except StorageError as error:
         log.warning("%s; it is tried again at the next evaluation", error)
-
-
-def _messages(
-    reports: Connection, process: ForkServerProcess, limit_s: float | None
-) -> Iterator[TrialProgress | TrialEnd]:
-    """What the child sends, until it is gone and its pipe is empty; TimeoutError after `limit_s`."""
-    until_s = None if limit_s is None else time.monotonic() + limit_s
-    while True:
-        left_s = None if until_s is None else max(0.0, until_s - time.monotonic())
-        if not wait([reports, process.sentinel], left_s):
-            raise TimeoutError(
-                f"it ran longer than budget.trial_hours allows ({(limit_s or 0) / 3600:.4g} h), or hung: see its "
-                "log.txt, then raise the limit or mend the cause"
-            )
-        try:
-            while reports.poll():
-                yield reports.recv()
-        except EOFError:
-            return
-        if not process.is_alive():
-            return
 
 
 def _kill_when_told(board: Any, group_id: str, turn: int, process: ForkServerProcess, stopped: threading.Event) -> None:

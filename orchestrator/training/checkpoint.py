@@ -30,7 +30,8 @@ FORMAT = 1
 INTERVAL_S = 60.0
 SHARE = 0.05
 """Checkpoints take no more than about this part of the time."""
-_UNREADABLE = (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError)
+# What a file raises that is not there, cut, or not ours; and a state in which a library holds more than plain values.
+_UNUSABLE = (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError)
 
 
 def is_due(evaluated: bool, since_s: float, cost_s: float) -> bool:
@@ -71,7 +72,7 @@ class Checkpoints:
         state = None
         try:
             state = _read(self._file(self._folder.checkpoint(step)), self._fits)
-        except _UNREADABLE as error:
+        except _UNUSABLE as error:
             log.warning("the checkpoint of step %d cannot be read (%s): the trial begins again", step, error)
         if all_say_yes(state is not None, self._device, workers):
             assert state is not None
@@ -95,7 +96,8 @@ class Checkpoints:
             partial.mkdir(parents=True, exist_ok=True)
             _write(self._file(partial), state, self._fits)
             written = True
-        except (OSError, SafetensorError) as error:
+        except _UNUSABLE as error:
+            # The trial is worth more than its checkpoint.
             log.warning("no checkpoint at step %d (%s): the trial goes on without", step, error)
             written = False
         complete = all_say_yes(written, self._device, self._place.world_size)
@@ -132,7 +134,7 @@ class Checkpoints:
         try:
             with safe_open(self._file(self._folder.checkpoint(step)), framework="pt") as file:
                 fits = (file.metadata() or {}).get("fits") == self._fits
-        except _UNREADABLE:
+        except _UNUSABLE:
             return False
         return fits and self._folder.curve_bytes(step) is not None
 

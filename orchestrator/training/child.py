@@ -6,7 +6,7 @@ import ctypes
 import signal
 from multiprocessing.connection import Connection
 
-from orchestrator.training.task import TrialEnd, TrialProgress, TrialTask, WorkerPlace
+from orchestrator.training.task import Alive, TrialEnd, TrialProgress, TrialTask, WorkerPlace
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -19,7 +19,7 @@ def run_child(task: TrialTask, place: WorkerPlace, reports: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     from orchestrator.training import worker_process
 
-    def send(message: TrialProgress | TrialEnd) -> None:
+    def send(message: TrialProgress | TrialEnd | Alive) -> None:
         reports.send(message)
 
     worker_process.run(task, place, send)

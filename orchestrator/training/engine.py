@@ -97,7 +97,7 @@ class DeepSpeedEngine:
             # Under ZeRO-3 nobody holds whole weights: they come back from the fp32 partitions.
             "weights": {} if self._engine.zero_optimization_partition_weights() else self._weights,
             "optimizer": kept,
-            "loss_scaler": vars(optimizer.loss_scaler) if hasattr(optimizer, "loss_scaler") else {},
+            "loss_scaler": _plain(vars(optimizer.loss_scaler)) if hasattr(optimizer, "loss_scaler") else {},
             "autocast_scaler": scaler.state_dict() if scaler else {},
             "counters": {name: getattr(self._engine, name) for name in _COUNTERS},
         }
@@ -147,6 +147,11 @@ def _as_partitions(engine: Any) -> Iterator[None]:
     engine.optimizer.checkpoint_event_prologue()
     yield
     engine.optimizer.checkpoint_event_epilogue()
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers among them: a scaler holds its dtype too, which follows from the configuration."""
+    return {name: value for name, value in values.items() if isinstance(value, bool | int | float)}
 
 
 @torch.no_grad()

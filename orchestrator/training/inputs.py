@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.planning.model_shape import ModelShape, shape_of
 from orchestrator.planning.plan import require_targets
-from orchestrator.training import data_rows, model_source
+from orchestrator.training import data_rows, evaluation, model_source
 from orchestrator.training.model_source import ModelSource
 
 
@@ -37,7 +37,9 @@ def look_at(sweep: SweepConfig) -> FoundModel:
     Raises:
         ModelError: as `find_model`.
         DataError: a source does not exist, or its first rows cannot be used.
+        InputError: what is to evaluate with is not installed.
     """
+    evaluation.require(sweep.evaluate)
     model = find_model(sweep)
     data_rows.check(sweep.data)
     return model

@@ -69,6 +69,8 @@ class Ledger:
         self.peak_bytes = 0
         self.reserved_bytes: int | None = None
         self.has_adapter = False
+        self.alive: Callable[[], None] = lambda: None
+        """Told at every micro-batch."""
         self.went_on_from: int | None = None
 
     def state(self) -> dict[str, Any]:

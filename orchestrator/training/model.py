@@ -131,6 +131,21 @@ def _adapted(model: PreTrainedModel, config: TrialConfig, dtype: ComputeDtype) -
     return adapted
 
 
+def load_trained(
+    config: TrialConfig, folder: Path, weights: Path, dtype: ComputeDtype, device: torch.device
+) -> torch.nn.Module:
+    """What a trial trained, to generate with: its base in `folder` as the trial had it, with the adapter in `weights`.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    whole = config.model_copy(update={"zero_stage": 0})
+    loaded: torch.nn.Module = _load(whole, weights if config.trains_all_weights else folder, dtype, device)
+    if not config.trains_all_weights:
+        loaded = PeftModel.from_pretrained(loaded, str(weights))
+    return loaded.eval()
+
+
 def check_target_modules(folder: Path, target_modules: TargetModules) -> None:
     """Check before any launch, on a model without weights.
 

@@ -79,3 +79,10 @@ class TrialEnd:
     reason: str | None
     progress: TrialProgress | None
     """None on every worker but rank 0, and where the trial ended before its first step."""
+    may_pass: bool = False
+    """Whether the same trial may well end otherwise when it is started again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alive:
+    """A sign of life from any worker's process, between its reports; it goes no further than the worker."""

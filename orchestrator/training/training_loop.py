@@ -44,6 +44,8 @@ class Run:
     train: trial_data.Dataset
     held_out: trial_data.Dataset
     pad_token: int
+    alive: Callable[[], None]
+    """Called at every micro-batch: whoever watches the process sees that it works."""
 
     @property
     def config(self) -> TrialConfig:
@@ -98,6 +100,9 @@ def go_on(run: Run, checkpoints: Checkpoints, ledger: Ledger) -> int:
     run.engine.load_state(state["engine"])
     set_random_states(state["random"], run.device)
     ledger.go_on(step, state["ledger"])
+    # The copies just read are no part of what the trial takes; the ledger remembers what the earlier attempt took.
+    del found, state
+    devices.start_measuring(run.device)
     log.warning("goes on from step %d", step)
     return step
 
@@ -151,7 +156,7 @@ def set_up(task: TrialTask, place: WorkerPlace, ledger: Ledger) -> Run:
         )
     ledger.speed = Speed(min(WARM_UP_STEPS, config.max_steps - 1))
     pad_token = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    return Run(task, place, ledger.device, model, engine, train_data, held_out, pad_token)
+    return Run(task, place, ledger.device, model, engine, train_data, held_out, pad_token, ledger.alive)
 
 
 def optimizer_step(run: Run, step: int, ledger: Ledger) -> MetricPoint:
@@ -202,6 +207,7 @@ def summed_loss(run: Run, sequences: trial_data.Ints) -> torch.Tensor:
 
 
 def _cross_entropy(run: Run, batch: trial_data.Batch) -> torch.Tensor:
+    run.alive()
     input_ids = torch.from_numpy(batch.input_ids).to(run.device)  # (sequences, longest)
     labels = torch.from_numpy(batch.labels).to(run.device)
     inputs = {"input_ids": input_ids}
@@ -235,7 +241,9 @@ def evaluate_and_keep(run: Run, point: MetricPoint, ledger: Ledger) -> MetricPoi
         eval_loss = evaluate(run)
     if not math.isfinite(eval_loss):
         raise TrialDivergedError(point.step, eval_loss)
-    ledger.peak_bytes, ledger.reserved_bytes = largest_peak(run.device, run.place.world_size)
+    held, reserved = largest_peak(run.device, run.place.world_size)
+    ledger.peak_bytes = max(ledger.peak_bytes, held)
+    ledger.reserved_bytes = reserved and max(ledger.reserved_bytes or 0, reserved)
     point = point.model_copy(update={"eval_loss": eval_loss, "peak_memory_bytes": ledger.peak_bytes})
     improves = ledger.improves(point, run.task.objective_metric, run.task.objective_mode)
     # Clocks differ between workers, and saving takes all of them: worker 0 decides.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -16,14 +17,15 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from orchestrator.errors import OrchestratorError, TrialDivergedError, TrialOutOfMemoryError
 from orchestrator.results.provenance import without_secret
 from orchestrator.results.records import TrialStatus
-from orchestrator.results.storage import TrialFolder, write_atomically
+from orchestrator.results.storage import TrialFolder, is_storage_failure, write_atomically
 from orchestrator.training import device as devices
 from orchestrator.training import training_loop, trial_log
 from orchestrator.training.deepspeed_config import compute_dtype, deepspeed_config, to_json
 from orchestrator.training.ledger import Ledger, process_age_s
-from orchestrator.training.task import TrialEnd, TrialProgress, TrialTask, WorkerPlace
+from orchestrator.training.task import Alive, TrialEnd, TrialProgress, TrialTask, WorkerPlace
 
-Send = Callable[[TrialProgress | TrialEnd], None]
+Send = Callable[[TrialProgress | TrialEnd | Alive], None]
+HEARTBEAT_S = 5.0
 
 
 def run(task: TrialTask, place: WorkerPlace, send: Send) -> None:
@@ -38,6 +40,7 @@ def run(task: TrialTask, place: WorkerPlace, send: Send) -> None:
         device = devices.choose(place.local_rank, task.gpu_memory_fraction, task.memory_limit_bytes)
         _join(place, device)
         ledger = Ledger(device, startup_s=process_age_s())
+        ledger.alive = _heartbeat(send)
         if place.rank == 0:
             _write_settings(task, place, device)
         report = send if place.rank == 0 else _say_nothing
@@ -68,6 +71,9 @@ def ended_by(error: BaseException, task: TrialTask, ledger: Ledger | None) -> Tr
         held = devices.held_bytes(ledger.device) if ledger else 0
         full = TrialOutOfMemoryError(ledger.step if ledger else 0, held, devices.asked_bytes(error), micro_batch_size)
         return TrialEnd(TrialStatus.OUT_OF_MEMORY, str(full), progress)
+    if is_storage_failure(error):
+        told = f"the storage failed ({without_secret(_first_line(error))}): free some space, or mend the mount"
+        return TrialEnd(TrialStatus.PREEMPTED, told, progress)
     said = str(error) if isinstance(error, OrchestratorError) else f"{type(error).__name__}: {_first_line(error)}"
     where = "" if isinstance(error, OrchestratorError) else "; the whole story is in the trial's log.txt"
     # Here, where the secrets are: the sweep's own process may have others in its environment.
@@ -76,6 +82,19 @@ def ended_by(error: BaseException, task: TrialTask, ledger: Ledger | None) -> Tr
 
 def _first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")[:500]
+
+
+def _heartbeat(send: Send) -> Callable[[], None]:
+    """At most every few seconds, whatever a step takes."""
+    told_s = -math.inf
+
+    def alive() -> None:
+        nonlocal told_s
+        if time.monotonic() - told_s > HEARTBEAT_S:
+            told_s = time.monotonic()
+            send(Alive())
+
+    return alive
 
 
 def _say_nothing(_: TrialProgress | TrialEnd) -> None:

@@ -9,9 +9,11 @@ import pytest
 
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.planning import compatibility
-from orchestrator.planning.compatibility import NOTES, REFUSALS, Case, missing_targets, notes, refusals
+from orchestrator.planning import notes as noting
+from orchestrator.planning.compatibility import REFUSALS, Case, missing_targets, refusals
 from orchestrator.planning.hardware import Hardware, named_gpu
 from orchestrator.planning.model_shape import shape_of
+from orchestrator.planning.notes import NOTES, notes
 
 LLAMA = {
     "model_type": "llama",
@@ -126,7 +128,7 @@ def test_a_refusal_says_which_setting_and_what_to_do(name: str) -> None:
 @pytest.mark.parametrize("name", NOTED)
 def test_a_note_is_told_of_its_case_alone(name: str) -> None:
     told, silent = NOTED[name]
-    rule = getattr(compatibility, name)
+    rule = getattr(noting, name)
     assert rule(told) in notes(told)
     assert rule(silent) is None
 

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.trial_config import TrialConfig
@@ -150,6 +151,13 @@ def test_trials_share_a_gpu_by_the_memory_of_the_largest() -> None:
     alone = plan(A100, trial=small, resources={"gpus_per_worker": 1})
     assert alone.concurrent == 8
     assert gpu_memory_fraction(alone, A100) is None
+
+
+def test_workers_of_one_trial_never_share_a_gpu() -> None:
+    small = {"precision": "nf4", "micro_batch_size": 1, "global_batch_size": 4, "sequence_length": 256}
+    assert plan(A100, trial=small, resources={"gpus_per_worker": "auto", "workers_per_trial": 2}).gpus_per_worker == 1
+    with pytest.raises(ValidationError, match="a trial's workers cannot share a GPU"):
+        plan(A100, resources={"gpus_per_worker": 0.5, "workers_per_trial": 2})
 
 
 @settings(max_examples=60, deadline=None)

@@ -79,6 +79,11 @@ def of_every_status() -> SweepResult:
     )
 
 
+def a_thousand_trials() -> SweepResult:
+    settings = [{"rank": 1 + i % 250, "weight_decay": i // 250 / 10} for i in range(1000)]
+    return simulated([2 + i % 97 / 97 for i in range(1000)], 1, 0, configurations=settings)
+
+
 def built(tmp_path: Path, sweep: SweepResult) -> report.Report:
     return report.build(write_made_up(tmp_path / "sweep", sweep), now_s=START_MS / 1000 + 60)
 
@@ -114,6 +119,11 @@ def test_the_page_is_well_formed_and_asks_for_nothing(tmp_path: Path) -> None:
     assert "default-src 'none'" in html
     anchors = {attrs["href"] for tag, attrs in page.tags if tag == "a"}
     assert anchors <= {f"#{attrs.get('id')}" for _, attrs in page.tags}
+
+
+def test_the_page_is_valid_html(tmp_path: Path) -> None:
+    parser = pytest.importorskip("html5lib").HTMLParser(strict=True)
+    parser.parse(report.render_html(built(tmp_path, of_every_status())))
 
 
 def test_every_drawing_is_xml_with_a_title_and_a_description(tmp_path: Path) -> None:
@@ -164,12 +174,7 @@ def test_credentials_in_addresses_are_not_shared(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(30)
 def test_a_thousand_trials_are_reported_in_seconds(tmp_path: Path) -> None:
-    settings = [{"rank": 1 + i % 250, "weight_decay": i // 250 / 10} for i in range(1000)]
-    folder = write_made_up(
-        tmp_path / "sweep",
-        simulated([2 + i % 97 / 97 for i in range(1000)], 1, 0, configurations=settings),
-        evaluations=5,
-    )
+    folder = write_made_up(tmp_path / "sweep", a_thousand_trials(), evaluations=5)
     started = time.process_time()
     html = report.render_html(report.build(folder))
     assert time.process_time() - started < 5

@@ -12,7 +12,15 @@ from orchestrator.config.sweep_file import to_yaml
 from orchestrator.errors import FolderError
 from orchestrator.results.records import TrialStatus
 from orchestrator.results.storage import SweepFolder, write_atomically, write_result
-from orchestrator.sweep.resume import changes, gone_on_with, kept, read_earlier, require_same_question
+from orchestrator.sweep.delivered import Delivered, write_delivered
+from orchestrator.sweep.resume import (
+    changes,
+    gone_on_with,
+    kept,
+    read_earlier,
+    require_same_question,
+    with_time_spent,
+)
 from tests.made_up_sweep import made_up_point, made_up_trial, simulated, write_made_up
 
 BASE: dict[str, Any] = {
@@ -162,3 +170,24 @@ def test_only_the_last_whole_checkpoint_counts_and_the_curve_must_reach_it(tmp_p
     trial.forget_checkpoints(but=40)
     assert trial.checkpoint_steps() == [40]
     assert not trial.partial_checkpoint(200).exists()
+
+
+def test_time_that_earlier_attempts_held_is_not_forgotten_by_the_budget() -> None:
+    cancelled = made_up_trial({"rank": 8}, status=TrialStatus.CANCELLED)
+    again = with_time_spent(cancelled, made_up_trial({"rank": 8}, status=TrialStatus.PENDING))
+    assert again.timing.earlier_s == cancelled.timing.total_s == 80
+    # Its driver was killed a second time: the record has its phases, and no total.
+    killed = again.model_copy(update={"timing": again.timing.model_copy(update={"training_s": 30.0})})
+    assert with_time_spent(killed, made_up_trial({"rank": 8}, status=TrialStatus.PENDING)).timing.earlier_s == 110
+
+
+def test_the_sweeps_id_is_found_again_where_results_json_is_lost(tmp_path: Path) -> None:
+    folder = write_made_up(tmp_path / "sweep", simulated([2.0], 1, 0))
+    write_atomically(folder.sweep_file, to_yaml(sweep()))
+    write_delivered(folder, Delivered(server="s", sweep_id="abc123"))
+    for lost in (False, True):
+        if lost:
+            folder.results_json.unlink()
+        earlier = read_earlier(folder)
+        assert earlier
+        assert earlier.sweep_id == "abc123"

@@ -1,0 +1,98 @@
+"""Several objectives and constraints: the Pareto front, its hypervolume, and who breaks what."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from orchestrator.config.constraint import parse
+from orchestrator.reporting import quantities
+from orchestrator.reporting.statistics import ConfigurationSummary
+from orchestrator.results.records import SweepResult
+
+Costs = tuple[float, ...]
+
+
+def broken(sweep: SweepResult, summary: ConfigurationSummary) -> tuple[str, ...]:
+    """The constraints that a configuration's measurements break; what was not measured breaks none."""
+    found = []
+    for text in sweep.constraints:
+        constraint = parse(text)
+        value = value_of(sweep, summary, constraint.metric)
+        if value is not None and constraint.excess(value) > 0:
+            found.append(text)
+    return tuple(found)
+
+
+def value_of(sweep: SweepResult, summary: ConfigurationSummary, metric: str) -> float | None:
+    """A configuration's measured value: mean over its completed repeats, of memory the largest."""
+    if metric == sweep.objective_metric:
+        return summary.objective.mean if summary.objective else None
+    measured = {
+        "peak_memory_bytes": summary.peak_memory_bytes,
+        "tokens_per_s": summary.tokens_per_s,
+        "step_time_s": summary.step_time_s,
+    }
+    if metric in measured:
+        return measured[metric]
+    trials = [trial for trial in sweep.trials if trial.trial_id in summary.trial_ids and trial.best]
+    values = [value for trial in trials if (value := getattr(trial.best, metric)) is not None]
+    return sum(values) / len(values) if values else None
+
+
+def costs_of(sweep: SweepResult, summaries: Sequence[ConfigurationSummary]) -> dict[str, Costs]:
+    """The objectives of each completed configuration that keeps the constraints, lower is better."""
+    found = {}
+    for summary in summaries:
+        values = [value_of(sweep, summary, metric) for metric, _ in sweep.objectives]
+        signs = [1.0 if mode == "min" else -1.0 for _, mode in sweep.objectives]
+        if summary.objective and not broken(sweep, summary) and None not in values:
+            pairs = zip(signs, values, strict=True)
+            found[summary.configuration_id] = tuple(sign * value for sign, value in pairs if value is not None)
+    return found
+
+
+def front(costs: Mapping[str, Costs]) -> tuple[str, ...]:
+    """Configurations that no other beats or equals in all objectives; of equal ones the first."""
+    kept: dict[str, Costs] = {}
+    for identity, cost in sorted(costs.items(), key=lambda entry: entry[1]):
+        if not any(all(a <= b for a, b in zip(other, cost, strict=True)) for other in kept.values()):
+            kept[identity] = cost
+    return tuple(kept)
+
+
+def hypervolume(costs: Sequence[Costs], reference: Costs) -> float:
+    """The volume that the points dominate up to `reference`, exactly, slice by slice along the last objective."""
+    inside = sorted({c for c in costs if all(a < b for a, b in zip(c, reference, strict=True))}, key=lambda c: c[-1])
+    if not inside:
+        return 0.0
+    if len(reference) == 1:
+        return reference[0] - inside[0][0]
+    edges = [cost[-1] for cost in inside] + [reference[-1]]
+    return math.fsum(
+        (edges[i + 1] - edges[i]) * hypervolume([cost[:-1] for cost in inside[: i + 1]], reference[:-1])
+        for i in range(len(inside))
+    )
+
+
+def evidence(sweep: SweepResult, summaries: Sequence[ConfigurationSummary]) -> tuple[str, ...]:
+    """What the report says of them; nothing where there is one objective and no constraint."""
+    told = []
+    for summary in summaries:
+        if texts := broken(sweep, summary):
+            told.append(f"{summary.label} does not keep {', '.join(texts)}, and does not compete.")
+    costs = costs_of(sweep, summaries)
+    if len(sweep.objectives) < 2 or not costs:
+        return tuple(told)
+    labels = {summary.configuration_id: summary.label for summary in summaries}
+    names = " and ".join(metric for metric, _ in sweep.objectives)
+    on_front = front(costs)
+    worst = tuple(map(max, zip(*costs.values(), strict=True)))
+    best = tuple(map(min, zip(*costs.values(), strict=True)))
+    box = math.prod(w - b for w, b in zip(worst, best, strict=True))
+    share = hypervolume(list(costs.values()), worst) / box if box else 1.0
+    told.append(
+        f"Pareto front of {names}: {', '.join(labels[identity] for identity in on_front)}; its hypervolume is "
+        f"{quantities.share(share)} of the box between the best and the worst value of each."
+    )
+    return tuple(told)

@@ -1,0 +1,46 @@
+"""What a trained model wrote and scored: evaluation.json in a trial's folder."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from orchestrator.config.sweep_config import EvaluateConfig
+from orchestrator.results.storage import TrialFolder, write_atomically
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
+
+
+class Sample(_Record):
+    """One answer."""
+
+    prompt: str
+    completion: str
+
+
+class Evaluation(_Record):
+    """All that `evaluate:` asked of one trial's best adapter."""
+
+    schema_version: Literal[1] = 1
+    asked: EvaluateConfig
+    samples: tuple[Sample, ...] = ()
+    scores: dict[str, float] = {}
+    """By `TASK/METRIC`, as lm-eval has them."""
+    seconds: float
+    """That generating and scoring took, loading left out."""
+
+
+def read_evaluation(trial: TrialFolder) -> Evaluation | None:
+    """What the trial's folder holds; None where there is none, or none that can be read."""
+    try:
+        return Evaluation.model_validate_json(trial.evaluation.read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def write_evaluation(trial: TrialFolder, evaluation: Evaluation) -> None:
+    """Write a trial's evaluation.json."""
+    write_atomically(trial.evaluation, evaluation.model_dump_json(indent=1) + "\n")

@@ -1,0 +1,60 @@
+"""How much of each trial MLflow has, kept beside the records: a sweep that goes on carries over the rest alone."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, Field, ValidationError
+
+from orchestrator.results.records import TrialStatus
+from orchestrator.results.storage import SweepFolder, read_record, write_atomically
+
+
+class TrialDelivery(BaseModel):
+    """One trial's run there."""
+
+    run_id: str | None = None
+    offset_bytes: Annotated[int, Field(ge=0)] = 0
+    """Of metrics.jsonl, how much has arrived."""
+    status: TrialStatus | None = None
+    """The last one that was told."""
+
+
+class Delivered(BaseModel):
+    """tracking.json."""
+
+    schema_version: Literal[1] = 1
+    server: str
+    """Its address; another one has nothing of this."""
+    sweep_id: str
+    trials: dict[str, TrialDelivery] = {}
+
+
+def read_delivered(folder: SweepFolder, server: str, sweep_id: str) -> Delivered:
+    """What was kept; nothing where it is lost, damaged, or of another server or sweep: all of it is told once more."""
+    found = _read(folder)
+    if found and (found.server, found.sweep_id) == (server, sweep_id):
+        return found
+    return Delivered(server=server, sweep_id=sweep_id)
+
+
+def kept_sweep_id(folder: SweepFolder) -> str | None:
+    """The sweep's id, for a folder that has lost its results.json."""
+    found = _read(folder)
+    return found.sweep_id if found else None
+
+
+def _read(folder: SweepFolder) -> Delivered | None:
+    try:
+        return Delivered.model_validate_json(read_record(folder.tracking))
+    except (OSError, ValidationError):
+        return None
+
+
+def write_delivered(folder: SweepFolder, delivered: Delivered) -> None:
+    """Keep it.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    write_atomically(folder.tracking, delivered.model_dump_json() + "\n")

@@ -1,0 +1,93 @@
+"""What `evaluate:` asks for, once the trials have ended: one task of the cluster a trial, with a worker's resources.
+
+A process of its own: memory and CUDA context are given back with it, whatever engine and ZeRO stage it trained under.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import ray
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from orchestrator.config.sweep_config import SweepConfig
+from orchestrator.reporting.statistics import best_trial
+from orchestrator.results.evaluation import Evaluation, read_evaluation, write_evaluation
+from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
+from orchestrator.results.storage import SweepFolder
+from orchestrator.sweep.worker import GroupShape
+from orchestrator.training import evaluation, model_source
+from orchestrator.training.evaluation import EvaluationTask
+
+
+def evaluate(
+    sweep: SweepConfig, result: SweepResult, shape: GroupShape, folder: SweepFolder, say: Callable[[str], None]
+) -> None:
+    """Write evaluation.json of the best trial, or of all that completed; what goes wrong is said."""
+    if not (sweep.evaluate.prompts or sweep.evaluate.tasks):
+        return
+    tasks = list(_tasks(sweep, result, folder))
+    if not tasks:
+        return
+    say(f"evaluating {len(tasks)} trained model{'s' if len(tasks) > 1 else ''}")
+    # One call a process, so that its memory is free for the next.
+    remote = ray.remote(num_cpus=shape.cpus_per_worker, num_gpus=shape.gpus_per_worker, max_calls=1, max_retries=0)(
+        _evaluate
+    )
+    waiting = {remote.remote(task, sweep.model): task.trial_id for task in tasks}
+    try:
+        while waiting:
+            (done,), _ = ray.wait(list(waiting), num_returns=1)
+            _keep(done, waiting.pop(done), folder, say)
+    except KeyboardInterrupt:
+        for left in waiting:
+            ray.cancel(left, force=True)
+        say("evaluation was interrupted: run the same command again to have the rest")
+
+
+def _evaluate(task: EvaluationTask, model: str) -> Evaluation:
+    return evaluation.evaluate(task, model_source.materialize(model_source.resolve(model)))
+
+
+def _tasks(sweep: SweepConfig, result: SweepResult, folder: SweepFolder) -> Iterator[EvaluationTask]:
+    """Of the trials that are wanted and were not asked the same before."""
+    for trial in wanted(sweep, result):
+        where = folder.trial(trial.trial_id)
+        have = read_evaluation(where)
+        if trial.adapter and (have is None or have.asked != sweep.evaluate):
+            weights = str(where.root / trial.adapter)
+            chats = evaluation.chats(sweep.data)
+            yield EvaluationTask(trial.trial_id, trial.config, sweep.evaluate, weights, chats)
+
+
+def wanted(sweep: SweepConfig, result: SweepResult) -> Iterable[TrialResult]:
+    """The best trial, or every completed one."""
+    if sweep.evaluate.trials == "all":
+        return [trial for trial in result.trials if trial.status is TrialStatus.COMPLETED]
+    best = best_trial(result)
+    return [best] if best else []
+
+
+def _keep(done: Any, trial_id: str, folder: SweepFolder, say: Callable[[str], None]) -> None:
+    try:
+        write_evaluation(folder.trial(trial_id), ray.get(done))
+    except ray.exceptions.RayError as error:
+        why = str(getattr(error, "cause", None) or error).strip().splitlines()
+        say(f"trial {trial_id} could not be evaluated: {why[-1][:300] if why else type(error).__name__}")
+
+
+def log(tracking_uri: str, result: SweepResult, folder: SweepFolder, say: Callable[[str], None]) -> None:
+    """Put what there is on the trials' runs."""
+    client = MlflowClient(tracking_uri)
+    try:
+        for trial in result.trials:
+            where = folder.trial(trial.trial_id)
+            found = read_evaluation(where)
+            if found and trial.mlflow_run_id:
+                client.log_artifact(trial.mlflow_run_id, str(where.evaluation))
+                for name, value in found.scores.items():
+                    client.log_metric(trial.mlflow_run_id, name.replace(",", "_"), value, timestamp=0)
+    except (MlflowException, OSError) as error:
+        say(f"MLflow lacks the evaluations ({str(error).splitlines()[0][:300]}): run the same command again")

@@ -1,0 +1,64 @@
+"""What follows a failure: try again after a while, or end, and how. Reads no clock, file or cluster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from orchestrator.results.records import TrialStatus
+
+MAX_ATTEMPTS = {TrialStatus.PREEMPTED: 3, TrialStatus.FAILED: 2}
+"""Of one trial, by how an attempt ended; of failures only those that may pass are tried again."""
+LONGEST_PAUSE_S = 60.0
+START_LIMIT_S = 3600.0
+"""A trial without any sign of life before its first step hangs: the largest models take most of this to load."""
+SILENCE_LIMIT_S = 600.0
+SILENCES = 10.0
+"""So many times the longest silence that was seen, and at least SILENCE_LIMIT_S, is a hang."""
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """Start the trial again."""
+
+    after_s: float
+    why: str
+
+
+def after_end(status: TrialStatus, reason: str | None, may_pass: bool, attempt: int) -> Retry | None:
+    """Whether attempt number `attempt` (from 1), which ended so, is followed by another; None: it is the trial's end.
+
+    A trial that ran out of memory, diverged or raised would do the same again: only what came from outside may pass.
+    """
+    limit = MAX_ATTEMPTS.get(status, 1)
+    if attempt >= limit or not (may_pass or status is TrialStatus.PREEMPTED):
+        return None
+    return Retry(pause_s(attempt), f"attempt {attempt} of {limit} ended: {reason or status.value}")
+
+
+def pause_s(failures: int) -> float:
+    """How long to wait after so many failures in a row: 2, 4, 8 s and so on, a minute at most."""
+    return float(min(LONGEST_PAUSE_S, 2.0 ** min(failures, 10)))
+
+
+def silence_limit_s(longest_s: float | None) -> float:
+    """After how long without a sign of life a trial hangs.
+
+    longest_s: the longest time without one so far; None before the first step.
+    """
+    return START_LIMIT_S if longest_s is None else max(SILENCE_LIMIT_S, SILENCES * longest_s)
+
+
+TrackingFailure = Literal["away", "gone", "refused"]
+
+
+def tracking_failure(error_code: str | None) -> TrackingFailure:
+    """What MLflow's error code means.
+
+    away: the server does not answer, and is asked again. gone: the run was deleted, and another is made. refused: it
+    will never take this, which is on disk all the same.
+    """
+    if error_code == "RESOURCE_DOES_NOT_EXIST":
+        return "gone"
+    refused = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE", "RESOURCE_ALREADY_EXISTS", "NOT_IMPLEMENTED"}
+    return "refused" if error_code in refused else "away"

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import pytest
+
+from orchestrator.results.records import TrialStatus
+from orchestrator.sweep.failure_policy import (
+    LONGEST_PAUSE_S,
+    SILENCE_LIMIT_S,
+    START_LIMIT_S,
+    after_end,
+    pause_s,
+    silence_limit_s,
+    tracking_failure,
+)
+
+S = TrialStatus
+
+
+@pytest.mark.parametrize(
+    ("status", "may_pass", "attempts"),
+    [
+        (S.PREEMPTED, False, 3),
+        (S.FAILED, True, 2),
+        (S.FAILED, False, 1),
+        (S.OUT_OF_MEMORY, False, 1),
+        (S.DIVERGED, False, 1),
+        (S.COMPLETED, False, 1),
+        (S.STOPPED, False, 1),
+    ],
+)
+def test_only_what_came_from_outside_is_tried_again_and_not_for_ever(
+    status: TrialStatus, may_pass: bool, attempts: int
+) -> None:
+    attempt = 1
+    while retry := after_end(status, "why", may_pass, attempt):
+        assert "why" in retry.why
+        attempt += 1
+    assert attempt == attempts
+
+
+def test_the_pauses_grow_and_stay_bounded() -> None:
+    assert [pause_s(n) for n in (1, 2, 3)] == [2, 4, 8]
+    assert pause_s(10_000) == LONGEST_PAUSE_S
+
+
+def test_a_trial_hangs_after_many_times_its_longest_silence() -> None:
+    assert silence_limit_s(None) == START_LIMIT_S
+    assert silence_limit_s(1) == SILENCE_LIMIT_S
+    assert silence_limit_s(500) == 5000
+
+
+@pytest.mark.parametrize(
+    ("code", "meaning"),
+    [
+        (None, "away"),
+        ("INTERNAL_ERROR", "away"),
+        ("TEMPORARILY_UNAVAILABLE", "away"),
+        ("RESOURCE_DOES_NOT_EXIST", "gone"),
+        ("INVALID_PARAMETER_VALUE", "refused"),
+    ],
+)
+def test_a_server_that_is_away_is_asked_again_and_one_that_refuses_is_not(code: str | None, meaning: str) -> None:
+    assert tracking_failure(code) == meaning

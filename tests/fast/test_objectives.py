@@ -1,0 +1,119 @@
+"""Several objectives and constraints: as a person writes them, as a search learns them, as the report tells of them."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import pytest
+
+from orchestrator.config.constraint import parse
+from orchestrator.config.search_space import Space, domains
+from orchestrator.config.sweep_config import SweepConfig
+from orchestrator.reporting.objectives import front, hypervolume
+from orchestrator.reporting.recommendation import recommend
+from orchestrator.results.records import TrialStatus
+from orchestrator.search.observation import Goal, Observation, Standing, observe
+from orchestrator.search.suggest import next_settings
+from orchestrator.sweep.suggestions import limits
+from tests.fast.test_suggest import point, record
+from tests.made_up_sweep import made_up_sweep, made_up_trial
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "is_broken"),
+    [
+        ("peak_memory_bytes <= 24GiB", 25 * GIB, True),
+        ("peak_memory_bytes<=24GiB", 24 * GIB, False),
+        ("tokens_per_s >= 1000", 999, True),
+        ("tokens_per_s >= 1000", 2000, False),
+    ],
+)
+def test_a_constraint_is_broken_past_its_bound(text: str, value: float, is_broken: bool) -> None:
+    assert (parse(text).excess(value) > 0) is is_broken
+
+
+@pytest.mark.parametrize("text", ["memory <= 3", "loss < 3", "loss <= much", "tokens_per_s >= 0", "grad_norm <= 1"])
+def test_what_is_no_constraint_is_refused_with_the_form_that_it_should_have(text: str) -> None:
+    with pytest.raises(ValueError, match=r"as `|write it|positive"):
+        parse(text)
+
+
+def test_the_front_is_what_nothing_else_beats() -> None:
+    costs = {"a": (1.0, 5.0), "b": (2.0, 2.0), "c": (2.0, 3.0), "d": (5.0, 1.0), "e": (2.0, 2.0)}
+    assert front(costs) == ("a", "b", "d")
+
+
+def test_the_hypervolume_is_that_of_the_boxes_together() -> None:
+    assert hypervolume([(1.0, 3.0), (2.0, 1.0)], (4.0, 4.0)) == pytest.approx(3 * 1 + 2 * 3 - 2 * 1)
+    assert hypervolume([(0.0, 0.0, 0.0)], (2.0, 3.0, 4.0)) == pytest.approx(24)
+    assert hypervolume([(9.0, 9.0)], (4.0, 4.0)) == 0
+    rng = random.Random(0)
+    points = [(rng.random(), rng.random(), rng.random()) for _ in range(8)]
+    drawn = [(rng.random(), rng.random(), rng.random()) for _ in range(20000)]
+    hit = sum(any(all(a <= b for a, b in zip(p, d, strict=True)) for p in points) for d in drawn)
+    assert hypervolume(points, (1.0, 1.0, 1.0)) == pytest.approx(hit / len(drawn), abs=0.02)
+
+
+def trials() -> list[Any]:
+    return [
+        made_up_trial({"rank": rank}, objective=loss, memory_bytes=int(gib * GIB))
+        for rank, loss, gib in ((4, 2.0, 1), (8, 1.9, 2), (16, 1.8, 4), (32, 1.85, 5))
+    ]
+
+
+def test_who_breaks_a_constraint_is_not_recommended_and_the_report_says_so() -> None:
+    sweep = made_up_sweep(trials()).model_copy(update={"constraints": ("peak_memory_bytes <= 3GiB",)})
+    answer = recommend(sweep)
+    assert answer.label == "rank=8"
+    assert any("rank=16 does not keep peak_memory_bytes <= 3GiB" in line for line in answer.evidence)
+
+
+def test_where_nobody_keeps_the_constraints_the_report_says_that() -> None:
+    sweep = made_up_sweep(trials()).model_copy(update={"constraints": ("tokens_per_s >= 1000000",)})
+    answer = recommend(sweep)
+    assert answer.label is None
+    assert "loosen them" in answer.answer
+
+
+def test_the_front_of_several_objectives_stands_in_the_report() -> None:
+    objectives = (("eval_loss", "min"), ("peak_memory_bytes", "min"))
+    sweep = made_up_sweep(trials()).model_copy(update={"objectives": objectives})
+    told = recommend(sweep).evidence[-1]
+    assert "Pareto front of eval_loss and peak_memory_bytes: " in told
+    assert "rank=32" not in told
+    assert "hypervolume" in told
+
+
+def test_a_list_of_objectives_is_read_and_the_first_is_the_primary_one() -> None:
+    raw = {"name": "a", "model": "m", "data": {"train": "t"}, "constraints": ["tokens_per_s  >= 1000"]}
+    sweep = SweepConfig.model_validate(raw | {"objective": [{"metric": "eval_loss"}, {"metric": "tokens_per_s"}]})
+    assert sweep.primary.metric == "eval_loss"
+    assert [objective.mode for objective in sweep.objectives] == ["min", "max"]
+    assert sweep.constraints == ("tokens_per_s >= 1000",)
+
+
+def test_a_measured_constraint_is_told_to_the_search() -> None:
+    raw = {"name": "a", "model": "m", "data": {"train": "t"}, "constraints": ["tokens_per_s >= 1000"]}
+    found = limits(SweepConfig.model_validate(raw))
+    slow = record(0, {"rank": 8}, TrialStatus.COMPLETED, tokens_per_s=500.0)
+    (one,) = observe([slow], [Goal("eval_loss", "min")], lambda _: [point(10, 1.0)], found)
+    assert one.violation == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("algorithm", ["tpe", "gp"])
+def test_a_search_for_two_objectives_under_a_constraint_looks_along_the_front(algorithm: str) -> None:
+    """Loss falls and memory rises with the rank; a rank above 64 breaks the constraint."""
+    space = domains(Space.model_validate({"rank": {"log_int": [1, 256]}, "learning_rate": {"log_uniform": [1e-5, 1]}}))
+    known: list[Observation] = []
+    for number in range(12):
+        settings = next_settings(algorithm, space, {}, [], (), known, 0)
+        assert settings is not None
+        off = (math.log10(settings["learning_rate"]) + 2) ** 2
+        curves = (((10, 5 - math.log2(settings["rank"]) / 4 + off),), ((10, float(settings["rank"])),))
+        constraints = (("runs", -1.0), ("rank <= 64", math.log(settings["rank"] / 64)))
+        known.append(Observation(number, settings, Standing.WHOLE, curves, constraints))
+    assert min(abs(math.log10(one.settings["learning_rate"]) + 2) for one in known[7:]) < 0.7

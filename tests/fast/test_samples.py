@@ -1,0 +1,63 @@
+"""What trained models wrote, in the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator.config.sweep_config import DataConfig, EvaluateConfig, SweepConfig
+from orchestrator.errors import InputError
+from orchestrator.reporting import report
+from orchestrator.results.evaluation import Evaluation, Sample, read_evaluation, write_evaluation
+from orchestrator.results.records import TrialStatus
+from orchestrator.sweep.evaluation import wanted
+from orchestrator.training import evaluation
+from tests.made_up_sweep import made_up_sweep, made_up_trial, write_made_up
+
+ASKED = EvaluateConfig(prompts=("What is <b>?",), tasks=("tiny",))
+
+
+def test_the_report_shows_answers_side_by_side_and_scores(tmp_path: Path) -> None:
+    trials = [made_up_trial({"rank": rank}, objective=2.0 + rank / 100) for rank in (8, 16, 32)]
+    folder = write_made_up(tmp_path / "sweep", made_up_sweep(trials))
+    assert 'id="samples"' not in report.render_html(report.build(folder))
+    for trial, answer in zip(trials[:2], ("A tag.", "<i>bold</i>"), strict=True):
+        samples = (Sample(prompt="What is <b>?", completion=answer),)
+        found = Evaluation(asked=ASKED, samples=samples, scores={"tiny/acc": 0.25}, seconds=1.0)
+        write_evaluation(folder.trial(trial.trial_id), found)
+    page = report.render_html(report.build(folder))
+    assert 'id="samples"' in page
+    assert "What is &lt;b&gt;?" in page
+    assert "<dt>rank=8</dt>" in page
+    assert "&lt;i&gt;bold&lt;/i&gt;" in page
+    assert "<dt>rank=32</dt>" not in page
+    assert "tiny/acc" in page
+
+
+def test_a_damaged_evaluation_is_none(tmp_path: Path) -> None:
+    trial = made_up_trial({"rank": 8})
+    folder = write_made_up(tmp_path / "sweep", made_up_sweep([trial]))
+    where = folder.trial(trial.trial_id)
+    assert read_evaluation(where) is None
+    where.evaluation.write_text('{"schema_version": 1')
+    assert read_evaluation(where) is None
+    assert "samples" not in report.render_html(report.build(folder)).partition("</header>")[2]
+
+
+@pytest.mark.parametrize(("trials", "ranks"), [("best", [16]), ("all", [8, 16])])
+def test_the_best_or_all_that_completed_are_evaluated(trials: str, ranks: list[int]) -> None:
+    stopped = made_up_trial({"rank": 4}, status=TrialStatus.STOPPED, objective=2.4)
+    sweep = made_up_sweep(
+        [stopped, made_up_trial({"rank": 8}, objective=2.3), made_up_trial({"rank": 16}, objective=2.1)]
+    )
+    asked = EvaluateConfig(prompts=("a",), trials=trials)
+    config = SweepConfig(name="made-up", model="builtin:tiny-llama", data=DataConfig(train="x"), evaluate=asked)
+    assert [trial.config.rank for trial in wanted(config, sweep)] == ranks
+
+
+def test_tasks_without_lm_eval_are_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "find_spec", lambda name: None)
+    evaluation.require(EvaluateConfig(prompts=("a",)))
+    with pytest.raises(InputError, match=r"orchestrator\[eval\]"):
+        evaluation.require(ASKED)

@@ -1,0 +1,176 @@
+"""A real MLflow server, stopped, killed and started again under a Tracker: the disk is the truth, MLflow its copy."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from orchestrator.config.sweep_config import SweepConfig
+from orchestrator.errors import TrackingUnreachableError
+from orchestrator.results.records import SweepResult, TrialResult
+from orchestrator.results.storage import SweepFolder
+from orchestrator.sweep.delivered import read_delivered
+from orchestrator.sweep.tracking import Tracker
+from tests.made_up_sweep import made_up_sweep, made_up_trial, write_made_up
+from tests.waiting import wait_until
+
+LIMIT_S = 90.0
+PASSWORD = "planted-Pass-word"
+SWEEP_ID = "abc123"
+
+
+class Server:
+    """`mlflow server` on SQLite, in a process group of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.uri = f"http://me:{PASSWORD}@127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder / 'server.db'}"]
+        command += ["--artifacts-destination", str(self.folder / "artifacts")]
+        with (self.folder / "server.log").open("a") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        wait_until(self.answers, bool, LIMIT_S)
+
+    def answers(self) -> bool:
+        try:
+            return bool(MlflowClient(self.uri).search_experiments())
+        except Exception:
+            return False
+
+    def signal(self, number: signal.Signals) -> None:
+        os.killpg(self.process.pid, number)
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+        self.process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+        patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        made = Server(tmp_path_factory.mktemp("server"))
+        yield made
+        made.signal(signal.SIGCONT)
+        made.kill()
+
+
+def a_sweep(folder: Path, uri: str) -> tuple[SweepConfig, SweepResult, SweepFolder]:
+    result = made_up_sweep([made_up_trial({"rank": rank}) for rank in (2, 4, 8, 16, 32)])
+    config = SweepConfig.model_validate(
+        {
+            "name": folder.name,
+            "model": "builtin:tiny-llama",
+            "data": {"train": "builtin:python-docs"},
+            "storage": str(folder),
+            "tracking": {"uri": uri},
+        }
+    )
+    return config, result, write_made_up(folder / "sweep", result)
+
+
+def delivered(tracker: Tracker, trial: TrialResult) -> str:
+    found = wait_until(lambda: tracker.run_id(trial.trial_id), bool, LIMIT_S)
+    assert found
+    return found
+
+
+def assert_equal_to_disk(server: Server, folder: SweepFolder, run_ids: dict[str, str]) -> None:
+    client = MlflowClient(server.uri)
+    for trial_id, run_id in run_ids.items():
+        points = folder.trial(trial_id).read_metrics()
+        assert points
+        for name in ("loss", "eval_loss", "learning_rate"):
+            there = sorted((m.step, m.timestamp, m.value) for m in client.get_metric_history(run_id, name))
+            assert there == sorted((p.step, p.time_ms, getattr(p, name)) for p in points)
+
+
+@pytest.mark.timeout(600)
+def test_an_outage_loses_nothing_adds_nothing_and_stops_nobody(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, result, folder = a_sweep(tmp_path / "outage", server.uri)
+    first, second, third, fourth, fifth = result.trials
+    tracker = Tracker(config, SWEEP_ID, folder)
+    runs = {}
+    tracker.track(first)
+    runs[first.trial_id] = delivered(tracker, first)
+
+    # Slow without end: the server takes connections and says nothing.
+    server.signal(signal.SIGSTOP)
+    tracker.track(second)
+    wait_until(lambda: caplog.text, lambda text: "MLflow does not answer" in text, LIMIT_S)
+    server.signal(signal.SIGCONT)
+    runs[second.trial_id] = delivered(tracker, second)
+    assert "MLflow answers again" in caplog.text
+
+    # Gone, and back with its database.
+    server.kill()
+    caplog.clear()
+    tracker.track(third)
+    wait_until(lambda: caplog.text, lambda text: "MLflow does not answer" in text, LIMIT_S)
+    server.start()
+    runs[third.trial_id] = delivered(tracker, third)
+
+    # A run that somebody deleted is made again; a trial that MLflow refuses harms no other.
+    MlflowClient(server.uri).delete_run(tracker.parent_run_id)
+    MlflowClient(server.uri).restore_run(tracker.parent_run_id)
+
+    # Gone for good: the sweep ends all the same, and knows that it was not heard.
+    server.kill()
+    tracker.track(fourth)
+    assert not tracker.finish(3)
+    assert not tracker.close_parent(result, first)
+    with pytest.raises(TrackingUnreachableError) as caught:
+        Tracker(config, SWEEP_ID, folder)
+    assert PASSWORD not in str(caught.value) + caplog.text + folder.tracking.read_text()
+
+    # The next run of the sweep delivers the rest, in the same runs, and knows what had arrived.
+    server.start()
+    kept = read_delivered(folder, f"http://127.0.0.1:{server.port}", SWEEP_ID)
+    assert {trial_id: kept.trials[trial_id].run_id for trial_id in runs} == runs
+    again = Tracker(config, SWEEP_ID, folder)
+    assert again.parent_run_id == tracker.parent_run_id
+    for trial in (first, second, third, fourth, fifth):
+        again.track(trial)
+    assert all(again.run_id(trial_id) == run_id for trial_id, run_id in runs.items())
+    runs |= {trial.trial_id: delivered(again, trial) for trial in (fourth, fifth)}
+    assert again.finish(LIMIT_S)
+    assert again.close_parent(result, first)
+    assert_equal_to_disk(server, folder, runs)
+    everything = MlflowClient(server.uri).search_runs([again._experiment_id])
+    assert len(everything) == 1 + len(result.trials)
+
+
+def test_what_mlflow_does_not_know_to_have_is_told_again_and_is_there_once(server: Server, tmp_path: Path) -> None:
+    config, result, folder = a_sweep(tmp_path / "again", server.uri)
+    trial = result.trials[0]
+    run_ids = set()
+    for loses_its_memory in (False, True):
+        if loses_its_memory:
+            folder.tracking.write_text("{")
+        tracker = Tracker(config, SWEEP_ID, folder)
+        # As after a resume on which its micro-batch had to become smaller: the logged parameter stays.
+        smaller = trial.config.model_copy(update={"micro_batch_size": 1 + loses_its_memory})
+        tracker.track(trial.model_copy(update={"config": smaller}))
+        run_ids.add(delivered(tracker, trial))
+        assert tracker.finish(LIMIT_S)
+    (run_id,) = run_ids
+    assert_equal_to_disk(server, folder, {trial.trial_id: run_id})
+    run = MlflowClient(server.uri).get_run(run_id)
+    assert (run.data.params["micro_batch_size"], run.data.tags["now.micro_batch_size"]) == ("1", "2")
