@@ -49,7 +49,7 @@ def on_this_node(task: TrialTask, place: WorkerPlace, group_id: str) -> tuple[Tr
 def leave_nothing(task: TrialTask, group_id: str) -> None:
     """Remove the group's copies of trials on this node."""
     if is_remote(task.trial_folder):
-        shutil.rmtree(copy_of(task.trial_folder, _owner(group_id)).parent, ignore_errors=True)
+        shutil.rmtree(copy_of("", _owner(group_id)), ignore_errors=True)
 
 
 def _owner(group_id: str) -> str:

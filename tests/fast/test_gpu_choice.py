@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import json
+
 import pytest
+from typer.testing import CliRunner
 
 pytest.importorskip("ray")
 
+from orchestrator.cli import app
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.errors import InputError
 from orchestrator.planning.hardware import named_gpu
@@ -39,3 +43,10 @@ def test_the_smallest_type_is_taken_on_which_as_many_trials_run_as_on_any() -> N
     assert chosen({gpu: sweep_on(gpu, **small) for gpu in ("A100", "T4", "L4")}) == "T4"
     large = {"precision": "bf16", "micro_batch_size": 1, "sequence_length": 128}
     assert chosen({gpu: sweep_on(gpu, **large) for gpu in ("A100", "T4", "L4")}) == "L4"
+
+
+def test_a_plan_is_made_for_the_type_that_the_sweep_file_asks_for() -> None:
+    command = ["plan", "search_spaces/lora_rank.yaml", "--set", "resources.accelerator=T4", "--gpus", "2", "--json"]
+    told = CliRunner().invoke(app, command)
+    assert told.exit_code == 0, told.stderr
+    assert json.loads(told.stdout)["hardware"].startswith("2 × T4")

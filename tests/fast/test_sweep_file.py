@@ -119,6 +119,8 @@ def test_a_missing_file_names_its_nearest_neighbour(tmp_path: Path) -> None:
         ("storage=s3://key:secret@bucket/x", "come from the environment"),
         ("storage=s3://bucket/../x", "takes a folder"),
         ("storage=ftp://host/x", "takes a folder"),
+        ("resources.scale_up_minutes=5", "needs gpus_per_worker"),
+        ("resources.accelerator=../x", "takes letters"),
         ("search.repeats=0", "greater than or equal to 1"),
     ],
 )

@@ -27,6 +27,7 @@ pytestmark = [
     pytest.mark.timeout(600),
     pytest.mark.skipif(not CAN_MOUNT, reason="a node with a folder of its own takes the right to mount"),
 ]
+STEPS = 600
 STORAGE = f"s3://{BUCKET}/sweeps"
 LIMIT_S = 300.0
 
@@ -62,7 +63,7 @@ def start_sweep(folder: Path, *arguments: str) -> Run:
         "--storage",
         STORAGE,
         *arguments,
-        trial={"max_steps": 300, "eval_every": 50},
+        trial={"max_steps": STEPS, "eval_every": 50},
         space={"rank": [2, 4, 8]},
         resources={"cpus_per_worker": 2, "max_concurrent": 2},
     )
@@ -83,9 +84,10 @@ def seen(folder: Path) -> Seen:
     with started_head({"RAY_AUTH_MODE": "disabled"}) as head:
         with joined_node(head, hides=folder / "cache"):
             run = start_sweep(folder, "--address", head.address)
-            wait_until(steps, lambda seen: len(seen) >= 2 and all(seen.values()), LIMIT_S)
-            at_work = is_at_work(in_store())
-            refused = start_sweep(folder).wait()
+            both = lambda seen: run.process.poll() is not None or (len(seen) >= 2 and all(seen.values()))  # noqa: E731
+            wait_until(steps, both, LIMIT_S)
+        at_work = is_at_work(in_store())
+        refused = start_sweep(folder).wait()
         exit_code, _, err = run.wait()
     return Seen(folder, at_work, refused, exit_code, err)
 
@@ -109,14 +111,14 @@ def test_all_trials_end_though_a_node_was_lost(seen: Seen) -> None:
     assert seen.exit_code == 0, seen.told
     trials = sweep().trials
     assert [trial.status for trial in trials] == [TrialStatus.COMPLETED] * 3
-    assert all(trial.steps == 300 for trial in trials)
+    assert all(trial.steps == STEPS for trial in trials)
 
 
 def test_the_store_has_everything_of_every_trial_and_each_step_once(seen: Seen) -> None:
     folder = in_store()
     for trial in sweep().trials:
         points = folder.trial(trial.trial_id).read_metrics()
-        assert [point.step for point in points] == list(range(1, 301))
+        assert [point.step for point in points] == list(range(1, STEPS + 1))
         assert folder.trial(trial.trial_id).log.exists()
         assert folder.trial(trial.trial_id).deepspeed.exists()
         remote.fetch_trial(folder, trial.trial_id)
