@@ -177,7 +177,7 @@ def test_a_thousand_trials_are_reported_in_seconds(tmp_path: Path) -> None:
     folder = write_made_up(tmp_path / "sweep", a_thousand_trials(), evaluations=5)
     started = time.process_time()
     html = report.render_html(report.build(folder))
-    assert time.process_time() - started < 5
+    assert time.process_time() - started < 8
     assert len(html) < 2_000_000
     assert html.count('class="line') < 400
 
