@@ -61,6 +61,8 @@ def curves(file: Path = FILE) -> dict[tuple[float, ...], Curve]:
 
 def train_missing(file: Path, limit_s: float) -> int:
     """Append the curves that are not there yet; how many are still missing when the time is over."""
+    import sklearn.neural_network  # noqa: F401  # takes long, and is no training
+
     started, done = time.monotonic(), curves(file)
     missing = [values for values in itertools.product(*GRID.values()) if tuple(map(float, values)) not in done]
     with file.open("a", newline="", encoding="utf-8") as opened, warnings.catch_warnings():
