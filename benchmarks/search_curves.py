@@ -22,7 +22,7 @@ from benchmarks.sweeps import say
 
 FILE = Path(__file__).parent / "data" / "search_curves.csv"
 GRID = {
-    "rank": [2, 4, 8, 16, 32, 64],
+    "rank": [2, 4, 8, 16, 32],
     "global_batch_size": [16, 64],
     "learning_rate": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1],
 }

@@ -19,7 +19,7 @@ Algorithm = Literal["tpe", "gp", "cma_es"]
 ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
 MIN_KNOWN = 5
 """Configurations that must be known before a model is asked."""
-ATTEMPTS = 16
+ATTEMPTS = 4
 """So often a proposal may be one that was made before, or is excluded, before chance is asked."""
 
 
