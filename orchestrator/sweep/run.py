@@ -24,7 +24,7 @@ from orchestrator.planning.plan import PlannedTrial
 from orchestrator.reporting import statistics
 from orchestrator.results import provenance
 from orchestrator.results.records import PeakMemory, Suggestion, SweepResult, TrialResult, TrialStatus
-from orchestrator.results.storage import SweepFolder, write_atomically, write_result, write_sweep
+from orchestrator.results.storage import SweepFolder, read_sweep, write_atomically, write_result, write_sweep
 from orchestrator.sweep import cluster
 from orchestrator.sweep.preparation import Prepared, prepare
 from orchestrator.sweep.progress import Progress
@@ -75,6 +75,9 @@ def run(
     if cluster.runs_in_a_job():
         sweep = _lasting(sweep)
     folder = SweepFolder(sweep.folder.absolute())
+    if sweep.search.warm_start:
+        # What it teaches is read later; that it is there is known before anything starts.
+        read_sweep(SweepFolder(Path(sweep.search.warm_start).expanduser()))
     with _only_one(folder):
         earlier = read_earlier(folder)
         if earlier:
