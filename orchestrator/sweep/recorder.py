@@ -84,7 +84,8 @@ class Recorder(tune.Callback):
             record = self._ended(record, TrialStatus(status), result.get("reason"))
         elif result.get("done"):
             ray.get(self._board.stop.remote(record.trial_id, STOP_LIMIT_S))
-            record = self._ended(record, TrialStatus.STOPPED, self._why_stopped[record.trial_id])
+            reason = self._why_stopped.get(record.trial_id, "stopped by Ray Tune: its log says why")
+            record = self._ended(record, TrialStatus.STOPPED, reason)
         self.save(record)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
