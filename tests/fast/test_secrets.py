@@ -11,6 +11,7 @@ from orchestrator.config.sweep_file import to_yaml
 from orchestrator.errors import FolderError
 from orchestrator.results.provenance import without_secret
 from orchestrator.results.records import TrialStatus
+from orchestrator.results.remote import sweep_folder
 from orchestrator.results.storage import SweepFolder, read_sweep, read_trial_results, write_atomically, write_sweep
 from tests.made_up_sweep import made_up_sweep, made_up_trial, write_made_up
 
@@ -77,7 +78,7 @@ def test_a_planted_secret_is_in_nothing_that_a_sweep_leaves(tmp_path: Path, monk
             "tracking": {"uri": f"https://me:{SECRET}@mlflow.example"},
         }
     )
-    folder = SweepFolder(sweep.folder)
+    folder = sweep_folder(sweep.storage, sweep.name)
     recorder = Recorder(folder, {}, 0.0, None, "fifo", lambda config: 0, ())
     failed = made_up_trial({"rank": 8}, status=TrialStatus.FAILED, reason=said)
     recorder.save(failed.model_copy(update={"notes": (said,)}))
