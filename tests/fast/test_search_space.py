@@ -3,7 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.config.search_space import Space, configuration_id, domains, grid, make_trials, sample
@@ -56,6 +56,7 @@ def test_conditions_that_wait_for_each_other_are_refused() -> None:
         grid({}, searched, [])
 
 
+@settings(deadline=None)
 @given(st.integers(0, 1000))
 def test_random_search_draws_distinct_values_in_their_ranges_and_the_same_for_the_same_seed(seed: int) -> None:
     searched = space(rank={"log_int": [4, 64]}, learning_rate={"log_uniform": [1e-5, 1e-3]}, dora=[True, False])
