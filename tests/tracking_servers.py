@@ -59,6 +59,8 @@ def on_postgresql_and_s3(root: Path) -> Iterator[Server]:
     config.write_text(
         f"[mlflow]\ndefault_permission = NO_PERMISSIONS\ndatabase_uri = sqlite:///{root / 'login.db'}\n"
         f"admin_username = {LOGIN[0]}\nadmin_password = {LOGIN[1]}\n"
+        # Hashing a password takes longer than all else that a request does.
+        "auth_cache_ttl_seconds = 600\n"
         "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
     )
     with ExitStack() as stack:

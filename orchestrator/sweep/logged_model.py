@@ -121,7 +121,7 @@ def write_model(exported: Exported, config: TrialConfig, to: Path, about: Mappin
         # A build's own mark, as +cpu, is this machine's: `2.13.0` is on every index.
         pip_requirements=[f"{name}=={metadata.version(name).partition('+')[0]}" for name in NEEDED],
         # The answer alone, as a chat or a server wants it.
-        model_config={"include_prompt": False},
+        model_config={"return_full_text": False},
     )
     weights, tokenizer = to / _WEIGHTS[exported.kind], to / _TOKENIZER
     for folder in (weights, tokenizer):

@@ -73,6 +73,8 @@ def tracked(
             patch.setenv(name, value)
         # Logging a model names the server to all of this process.
         patch.setenv("MLFLOW_TRACKING_URI", server.uri)
+        # A busy machine is no outage.
+        patch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "120")
         patch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.5")
         yield _track(server, root, tiny_model)
         mlflow.set_tracking_uri(None)
