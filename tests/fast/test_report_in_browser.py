@@ -157,7 +157,6 @@ def test_the_page_prints_on_light_paper_with_all_its_tables(opened: Any, pages: 
 
 def test_a_thousand_trials_open_in_a_second(opened: Any, pages: Pages) -> None:
     page = opened(pages.thousand)
-    page.evaluate("document.getElementById('every').scrollIntoView()")
     spent = page.context.new_cdp_session(page)
     # The main thread's own time: what else the machine does beside is not the page's.
     spent.send("Performance.enable", {"timeDomain": "threadTicks"})
