@@ -2,6 +2,7 @@
 
     python -m benchmarks.overhead                      # six trials, two at a time, once: about 5 minutes on 2 cores
     python -m benchmarks.overhead --repeats 3 --json overhead.json
+    python -m benchmarks.overhead --trials 24 --variants warm plain    # where the first start counts for less
 
 - guide: the pattern of Ray's guide (docs.ray.io, "Hyperparameter Tuning with Ray Tune"), in full below: a Tune function
   that starts a TorchTrainer of its own for every trial. Ray's settings are Ray's defaults.
@@ -24,6 +25,7 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
+import shutil
 import statistics
 import subprocess
 import sys
@@ -280,6 +282,8 @@ def measure(variant: str, raw: dict[str, Any], model: Path, data: Path, folder: 
     """Run a variant; its figures, and every trial's losses."""
     slots, workers = raw["resources"]["max_concurrent"], raw["resources"]["workers_per_trial"]
     if variant in ("fresh", "warm"):
+        # Tokenised before, as for the others: worker groups start meanwhile, and that head start would not be counted.
+        shutil.copytree(data, folder / raw["name"] / "data")
         ran = run_sweep(folder, raw, "--isolation", variant)
         works, launch, command_s = ran.works(), Launch(ran.launched), ran.command_s
         trials = [ran.folder.trial(work.trial_id) for work in works]

@@ -296,7 +296,7 @@ def export(
     merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into its base, unquantised.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace DIR where it exists.")] = False,
 ) -> None:
-    """Write the best adapter, or a trial's, alone or merged into its base, ready for from_pretrained."""
+    """Write the recommended adapter, or a trial's, alone or merged into its base, ready for from_pretrained."""
     with _told_errors():
         from orchestrator.export.folder import export as export_trial
         from orchestrator.results.remote import opened

@@ -1,4 +1,4 @@
-"""What the contract freezes: the sweep file's schema and the help of every command, as files to compare with."""
+"""What the contract freezes, as files to compare with: the sweep file's schema and keys, and every command's help."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typer.testing import CliRunner
 
 from orchestrator.cli import app
 from orchestrator.config.sweep_config import SweepConfig
+from tests.key_tables import key_tables
 
 GOLDEN = Path(__file__).parent / "golden"
+KEY_TABLES = Path(__file__).parent.parent / "docs" / "sweep-file.md"
 EDITORS_SCHEMA = Path(__file__).parent.parent / "search_spaces" / "sweep.schema.json"
 
 
@@ -30,6 +32,7 @@ def expected() -> Iterator[tuple[Path, str]]:
     schema = json.dumps(SweepConfig.model_json_schema(), indent=2) + "\n"
     yield GOLDEN / "sweep.schema.json", schema
     yield EDITORS_SCHEMA, schema
+    yield KEY_TABLES, key_tables(json.loads(schema))
     yield GOLDEN / "help" / "orchestrator.txt", help_of()
     for command in commands():
         yield GOLDEN / "help" / f"{command}.txt", help_of(command)

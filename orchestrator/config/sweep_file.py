@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from orchestrator.config.axes import axis_of
+from orchestrator.config.names import nearest
 from orchestrator.config.search_space import (
     DOMAIN_TAGS,
     SETTING_TYPES,
@@ -245,7 +245,8 @@ def _sentence(detail: Any, path: Path_) -> str:
             return "takes a list of values" if path[-1] == "choice" else "takes two bounds, as [1, 4]"
         return "takes a list of values, `{choice: [...]}` or a range"
     if kind in ("model_type", "dict_type"):
-        return f"takes keys with values, not {shown(value)}"
+        takes = "a rule with its keys, as `{asha: {grace_steps: 40}}`" if path == ("scheduler",) else "keys with values"
+        return f"takes {takes}, not {shown(value)}"
     if kind == "string_pattern_mismatch":
         return f"takes letters, digits, `-`, `_` and `.`, and begins with a letter or digit, not {shown(value)}"
     if kind == "too_short":
@@ -292,12 +293,6 @@ def _inner_model(model: type[BaseModel], key: str) -> Any:
     if model is SchedulerConfig and key in model.model_fields:
         return next(part for part in model.model_fields[key].annotation.__args__)  # type: ignore[union-attr]
     return None
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean rank?`, or nothing where no known name is near."""
-    found = difflib.get_close_matches(name, [str(k) for k in known], n=1, cutoff=0.6)
-    return f"; did you mean {found[0]}?" if found else ""
 
 
 def _problems_of_meaning(sweep: SweepConfig) -> Iterator[Problem]:

@@ -59,7 +59,7 @@ class _Base:
 
 
 def export(folder: SweepFolder, trial_id: str | None, to: Path, *, merge: bool, force: bool) -> Exported:
-    """Write the named trial's weights, or the best one's, to the folder `to`, which is there whole or not at all.
+    """Write the weights of the named trial, or the recommended one, to the folder `to`: there whole or not at all.
 
     Raises:
         FolderError: there is no sweep.
@@ -67,7 +67,7 @@ def export(folder: SweepFolder, trial_id: str | None, to: Path, *, merge: bool, 
         ModelError: the base model cannot be had.
         StorageError: `to` cannot be written.
     """
-    to = to.expanduser().absolute()
+    to = Path(os.path.normpath(to.expanduser().absolute()))
     sweep, _ = read_sweep(folder)
     if os.path.lexists(to) and not force:
         raise InputError(f"{to} exists already: name another folder with --to, or replace this one with --force")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from orchestrator.errors import InputError
-from orchestrator.reporting.statistics import best_trial
+from orchestrator.reporting.recommendation import trial_to_take
 from orchestrator.results import remote
 from orchestrator.results.records import SweepResult, TrialResult
 from orchestrator.results.storage import SweepFolder
@@ -17,13 +17,13 @@ Kind = Literal["adapter", "merged", "full"]
 
 
 def choose_trial(sweep: SweepResult, trial_id: str | None) -> TrialResult:
-    """The named trial, or the best.
+    """The named trial, or the one that the report recommends.
 
     Raises:
         InputError: there is no such trial, or none was evaluated.
     """
     if trial_id is None:
-        best = best_trial(sweep)
+        best = trial_to_take(sweep)
         if best is None:
             raise InputError(
                 f"no trial of {sweep.name} has been evaluated, so none is the best: run the sweep to its end, "

@@ -21,7 +21,7 @@ def render(plan: SweepPlan) -> str:
         lines.append(f"refused ({len(trials)}): {reason}")
         lines.append(f"  {_some([_label(trial, plan.searched) for trial in trials])}")
     for note, trials in _grouped((note, trial) for trial in runs for note in trial.notes):
-        lines.append(f"note ({len(trials)} trials): {note}")
+        lines.append(f"note ({len(trials)} trial{'s' * (len(trials) != 1)}): {note}")
     return "\n".join([*lines, *_totals(plan)])
 
 

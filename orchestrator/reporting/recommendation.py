@@ -10,9 +10,11 @@ from typing import Literal
 from orchestrator.reporting import objectives, quantities
 from orchestrator.reporting.caveats import caveats
 from orchestrator.reporting.statistics import (
+    SAME_OBJECTIVE,
     ConfigurationSummary,
     Estimate,
     Noise,
+    best_trial,
     noise_of,
     paired_difference,
     repeats_to_tell,
@@ -21,7 +23,7 @@ from orchestrator.reporting.statistics import (
     spell,
     summaries,
 )
-from orchestrator.results.records import SweepResult
+from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 
 RULE = (
     "Of the configurations whose objective is within the noise of the best (the 95 % interval of their difference, "
@@ -30,11 +32,11 @@ RULE = (
     "compete."
 )
 SAME_MEMORY = 1.02
-SAME_OBJECTIVE = 1e-4
-"""ZeRO stages at one seed differ in the last bits alone, every time in the same direction: significant, and nothing."""
 CLOSE = 0.01
 FIRST_REPEATS = 3
 STEP_SIZES = frozenset({"global_batch_size", "sequence_length", "packing"})
+
+OPEN = frozenset({TrialStatus.PENDING, TrialStatus.RUNNING, TrialStatus.CANCELLED})
 
 Basis = Literal["within_noise", "best", "single_runs", "only_one", "provisional", "nothing"]
 
@@ -89,14 +91,25 @@ def recommend(sweep: SweepResult) -> Recommendation:
         return _without_completed(sweep, found, told)
     best = contenders[0]
     if len(contenders) == 1:
+        open_ = sum(trial.status in OPEN for trial in sweep.trials)
         answer = (
-            f"Take {best.label}: no other configuration has completed soundly, so there is nothing to compare it with."
+            f"Too early to tell: {best.label} alone has completed, and {open_} of {len(sweep.trials)} trials have not "
+            "ended."
+            if open_
+            else f"Take {best.label}: no other configuration has completed soundly, so there is nothing to compare it "
+            "with."
         )
         return _make("only_one", best, answer, told)
     noise = noise_of({summary.configuration_id: summary.objective_by_repeat for summary in contenders})
     if noise is None:
         return _by_single_runs(sweep, contenders, told)
     return _by_rule(sweep, contenders, noise, told)
+
+
+def trial_to_take(sweep: SweepResult) -> TrialResult | None:
+    """Whose adapter is the answer: the recommended configuration's best repeat; without a recommendation the best."""
+    trial_id = recommend(sweep).trial_id
+    return next((trial for trial in sweep.trials if trial.trial_id == trial_id), None) or best_trial(sweep)
 
 
 def _make(

@@ -16,6 +16,9 @@ from typing import Any
 
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 
+SAME_OBJECTIVE = 1e-4
+"""ZeRO stages at one seed differ in the last bits alone, every time in the same direction: significant, and nothing."""
+
 CONFIDENCE = 0.95
 POWER = 0.8
 MAX_REPEATS = 1000
@@ -111,9 +114,18 @@ def best_trial(sweep: SweepResult) -> TrialResult | None:
 
 
 def _best(sweep: SweepResult, trials: Iterable[TrialResult]) -> TrialResult | None:
-    known = [(objective_of(sweep, trial), trial) for trial in trials]
-    ranked = [(sign_of(sweep) * value, trial.trial_id, trial) for value, trial in known if value is not None]
-    return min(ranked, key=lambda entry: entry[:2])[2] if ranked else None
+    """Of those that differ by less than SAME_OBJECTIVE the one with the least memory."""
+    known = [(sign_of(sweep) * value, trial) for trial in trials if (value := objective_of(sweep, trial)) is not None]
+    if not known:
+        return None
+    least = min(value for value, _ in known)
+    level = [trial for value, trial in known if value <= least + SAME_OBJECTIVE * abs(least)]
+    return min(level, key=lambda trial: (_memory(trial), trial.trial_id))
+
+
+def _memory(trial: TrialResult) -> float:
+    measured = trial.peak_memory.measured_bytes if trial.peak_memory else None
+    return math.inf if measured is None else measured
 
 
 def summaries(sweep: SweepResult) -> tuple[ConfigurationSummary, ...]:

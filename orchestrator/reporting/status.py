@@ -9,7 +9,8 @@ from typing import Any
 
 from orchestrator.planning.pace import OPEN, left_s
 from orchestrator.reporting import quantities
-from orchestrator.reporting.statistics import best_trial, label, objective_of
+from orchestrator.reporting.recommendation import trial_to_take
+from orchestrator.reporting.statistics import label, objective_of
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder, is_at_work, read_record, read_sweep
 
@@ -53,7 +54,7 @@ def _trouble(sweep: SweepResult, trial: TrialResult) -> str:
 
 
 def _best(sweep: SweepResult) -> str:
-    trial = best_trial(sweep)
+    trial = trial_to_take(sweep)
     if trial is None:
         return "best so far: no trial has been evaluated"
     value = quantities.number(objective_of(sweep, trial))

@@ -69,7 +69,9 @@ class Progress(tune.Callback):
         if changed and record.status is TrialStatus.RUNNING:
             self._launched[record.trial_id] = time.monotonic()
         evaluated = before is not None and record.best is not None and before.last != record.last
-        if changed or evaluated:
+        # What an interruption kept from starting is the next run's, and no news of its own.
+        never_began = record.status is TrialStatus.CANCELLED and record.trial_id not in self._launched
+        if (changed and not never_began) or evaluated:
             self.say(self._line(record))
         if changed and not self._warned and (told := self._beyond_budget()):
             self._warned = True
@@ -93,7 +95,7 @@ class Progress(tune.Callback):
                     points = self._folder.trial(record.trial_id).read_metrics()
                     where = f"step {points[-1].step} of {record.config.max_steps}" if points else "starting"
                     told.append(f"{record.trial_id} {where}")
-            self._steps, self._read_at = f"running: {', '.join(told)}" if told else "", time.monotonic()
+            self._steps, self._read_at = f"at work: {', '.join(told)}" if told else "", time.monotonic()
         return self._steps
 
     def say(self, text: str) -> None:

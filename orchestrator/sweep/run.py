@@ -21,6 +21,7 @@ from orchestrator.errors import StorageError
 from orchestrator.planning.plan import PlannedTrial
 from orchestrator.reporting import report, statistics
 from orchestrator.reporting.findings import Report
+from orchestrator.reporting.recommendation import trial_to_take
 from orchestrator.results import provenance
 from orchestrator.results.records import PeakMemory, Suggestion, SweepResult, TrialResult, TrialStatus
 from orchestrator.results.remote import sweep_folder
@@ -385,7 +386,7 @@ def _finish(
     result = result.model_copy(update={"trials": tuple(recorder.records.values())})
     write_sweep(folder, result)
     if tracked:
-        best = statistics.best_trial(result)
+        best = trial_to_take(result)
         tracked = tracker.close_parent(result, best)
         evaluation.log(tracking_uri(sweep), result, folder, say)
         if best and best.mlflow_run_id and not result.interrupted:

@@ -7,7 +7,7 @@ import pytest
 from orchestrator.reporting import statistics
 from orchestrator.reporting.effects import main_effects
 from orchestrator.reporting.importance import importances
-from orchestrator.reporting.recommendation import recommend
+from orchestrator.reporting.recommendation import recommend, trial_to_take
 from orchestrator.results.records import TrialStatus
 from tests.made_up_sweep import REASONS, made_up_sweep, made_up_trial, simulated
 
@@ -183,6 +183,21 @@ def test_without_a_completed_trial_the_best_so_far_is_named_as_such() -> None:
 def test_a_sweep_without_any_figure_has_no_answer(trials: list[statistics.TrialResult]) -> None:
     answer = recommend(made_up_sweep(trials))
     assert (answer.basis, answer.label) == ("nothing", None)
+
+
+def test_one_completed_trial_of_a_sweep_that_was_interrupted_is_no_answer_yet() -> None:
+    waiting = [made_up_trial({"rank": rank}, status=TrialStatus.CANCELLED, objective=None) for rank in (16, 32)]
+    early = recommend(made_up_sweep([made_up_trial({"rank": 8}), *waiting]))
+    assert early.answer == "Too early to tell: rank=8 alone has completed, and 2 of 3 trials have not ended."
+
+
+def test_the_trial_to_take_is_the_recommended_one_and_not_one_that_is_better_by_its_last_bits() -> None:
+    heavy = made_up_trial({"zero_stage": 2}, objective=3.0 - 1e-7, memory_bytes=2 * 2**30)
+    light = made_up_trial({"zero_stage": 0}, objective=3.0, memory_bytes=2**30)
+    sweep = made_up_sweep([heavy, light])
+    assert recommend(sweep).trial_id == light.trial_id
+    assert trial_to_take(sweep) == light
+    assert statistics.best_trial(sweep) == light
 
 
 def test_an_objective_to_be_maximised_is() -> None:

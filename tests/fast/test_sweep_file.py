@@ -226,3 +226,21 @@ def test_every_search_space_loads_fits_the_schema_and_says_what_it_is(file: Path
     assert lines[3].startswith("# yaml-language-server: $schema=")
     assert (file.parent / lines[3].partition("$schema=")[2]).exists()
     jsonschema.validate(yaml.safe_load(file.read_text()), SweepConfig.model_json_schema())
+
+
+@pytest.mark.parametrize(
+    ("other", "ours"),
+    [("epochs: 3", "max_steps"), ("lr: 0.1", "learning_rate"), ("lora_alpha: 16", "alpha"), ("precision: int4", "nf4")],
+)
+def test_what_other_tools_call_a_setting_is_understood(tmp_path: Path, other: str, ours: str) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text(f"name: n\nmodel: m\ndata: {{train: d}}\ntrial: {{{other}}}\nspace: {{rank: [1]}}\n")
+    with pytest.raises(SweepFileError, match=rf"did you mean {ours}\?"):
+        load(file)
+
+
+def test_a_scheduler_named_without_its_keys_is_shown_how_it_is_written(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text("name: n\nmodel: m\ndata: {train: d}\nspace: {rank: [1]}\nscheduler: asha\n")
+    with pytest.raises(SweepFileError, match=r"\{asha: \{grace_steps: 40\}\}"):
+        load(file)
