@@ -121,8 +121,11 @@ def endure(keys: dict[str, Any], kills: Sequence[Kill], seed: int) -> Ordeal:
     ended: dict[str, _Seen] = {}
     while True:
         driver = _start(keys, ordeal)
-        below = _live_through(driver, folder, waiting, ordeal)
-        exit_code = driver.wait()
+        try:
+            below = _live_through(driver, folder, waiting, ordeal)
+            exit_code = driver.wait()
+        finally:
+            driver.kill()
         ordeal.wrong += _left_by(below)
         ordeal.wrong += _changed(folder, ended)
         if exit_code in (0, 1):

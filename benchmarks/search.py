@@ -188,8 +188,8 @@ def searches(keys: list[Key]) -> dict[str, Callable[[int], Search]]:
     }
 
 
-def play(search: Search, found: Table, budget: int) -> list[tuple[int, float]]:
-    """Steps spent and best loss so far, at every new best."""
+def play(search: Search, found: Table, budget: int, target: float) -> list[tuple[int, float]]:
+    """Steps spent and best loss so far, at every new best, until the target is reached."""
     spent, best, told, count = 0, math.inf, [], 0
     running: list[tuple[int, int, int, Key]] = []  # when its next evaluation is due, trial, evaluations so far, which
 
@@ -202,7 +202,7 @@ def play(search: Search, found: Table, budget: int) -> list[tuple[int, float]]:
 
     for _ in range(SLOTS):
         launch(0)
-    while running and spent < budget:
+    while running and spent < budget and best > target:
         now, trial, done, key = heapq.heappop(running)
         curve = found[key]
         step, value = curve[done]
@@ -226,10 +226,11 @@ def share_needed(told: list[tuple[int, float]], target: float, budget: int) -> f
 def run_all(seeds: range, names: list[str] | None, file: Path) -> Iterator[tuple[str, int, list[tuple[int, float]]]]:
     """Every search with every seed."""
     found = curves(file)
+    target = (1 + WITHIN) * min(value for curve in found.values() for _, value in curve)
     makers = searches(list(found))
     for name in names or makers:
         for seed in seeds:
-            yield name, seed, play(makers[name](seed), found, len(found) * STEPS)
+            yield name, seed, play(makers[name](seed), found, len(found) * STEPS, target)
 
 
 def main() -> None:

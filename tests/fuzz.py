@@ -61,7 +61,7 @@ def sweep_file(rng: random.Random, folder: Path) -> None:
         file.write_bytes(_spoilt(rng, source.read_bytes()))
     else:
         raw = yaml.safe_load(source.read_text())
-        for _ in range(rng.randint(1, 4)):
+        for _ in range(rng.randint(0, 4)):
             raw = _mutated(rng, raw)
         with contextlib.suppress(yaml.YAMLError, UnicodeError, ValueError):
             file.write_text(yaml.safe_dump(raw), encoding="utf-8", errors="surrogatepass")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from orchestrator.config.trial_config import TrialConfig
+from orchestrator.config.trial_config import Precision
 from orchestrator.planning.compatibility import Case, refusals
 from orchestrator.planning.memory import estimate_on
 
@@ -61,7 +61,7 @@ def _strongest(case: Case) -> list[_Change]:
     if not config.gradient_checkpointing:
         changes.append(_Change("gradient_checkpointing", {"gradient_checkpointing": True}))
     if not config.precision.is_quantized and not config.trains_all_weights:
-        changes.append(_Change("precision nf4", {"precision": "nf4"}))
+        changes.append(_Change("precision nf4", {"precision": Precision.NF4}))
     if config.zero_stage < 3 and case.workers > 1:
         changes.append(_Change("zero_stage 3", {"zero_stage": 3, "engine": "deepspeed"}))
     if isinstance(config.rank, int) and config.rank > LOW_RANK:
@@ -70,11 +70,11 @@ def _strongest(case: Case) -> list[_Change]:
 
 
 def _fits(case: Case, changes: Sequence[_Change], memory_bytes: int) -> bool:
-    raw, workers = case.config.model_dump(), case.workers
+    config, workers = case.config, case.workers
     for change in changes:
-        raw |= change.settings
-        workers = change.workers or workers
-    changed = Case(TrialConfig.model_validate(raw), case.shape, case.hardware, workers)
+        # Valid by themselves: to validate them again would take most of the time of a plan that refuses thousands.
+        config, workers = config.model_copy(update=change.settings), change.workers or workers
+    changed = Case(config, case.shape, case.hardware, workers)
     if refusals(changed):
         return False
     return estimate_on(changed.config, case.shape, workers, case.hardware).device_bytes <= memory_bytes

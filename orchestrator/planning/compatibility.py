@@ -138,7 +138,7 @@ def eight_bit_adamw_needs_a_gpu(case: Case) -> str | None:
 def fp16_autocast_excludes_zero(case: Case) -> str | None:
     """Source: deepspeed 0.19.8, zero/stage_1_and_2.py and stage3.py: `unscale_and_clip_grads` knows the loss scaler and
     not `torch_autocast_gradscaler`, so that gradients are clipped while they are 65,536 times too large; and where a
-    step overflows the scaler never hears of it, and keeps its scale."""
+    step overflows at stage 1 or 2 the scaler never hears of it, and keeps its scale."""
     config = case.config
     if config.precision is Precision.AMP_FP16 and config.engine == "deepspeed" and config.zero_stage:
         return (

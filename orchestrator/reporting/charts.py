@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.reporting.curves import MeanCurve
+from orchestrator.reporting.curves import Curve, MeanCurve, mean_curves, value_curves
 from orchestrator.reporting.effects import grouping, sort_key
 from orchestrator.reporting.plot import Axis, Line, xy_plot
 from orchestrator.reporting.statistics import ConfigurationSummary, spell
@@ -38,32 +38,48 @@ class Figure:
     caption: str
 
 
-def loss_curves(sweep: SweepResult, drawn: Sequence[MeanCurve]) -> tuple[Figure, ...]:
+def loss_curves(
+    sweep: SweepResult, found: Sequence[ConfigurationSummary], curves: Mapping[str, Curve]
+) -> tuple[Figure, ...]:
     """The evaluation's loss over the steps: a figure for every searched setting, coloured by its values."""
+    drawn = mean_curves(sweep, found, curves)
     if not drawn:
         return ()
-    names = [name for name in sweep.searched if len({spell_of(d.summary, name) for d in drawn}) > 1]
-    return tuple(_curves_by(name, drawn) for name in names[:MAX_CURVE_CHARTS] or [""])
+    names = [name for name in sweep.searched if len({spell(dict(d.settings).get(name)) for d in drawn}) > 1]
+    if len(drawn) <= MAX_COLOURS:
+        return tuple(_curves_by(name, drawn) for name in names[:MAX_CURVE_CHARTS] or [""])
+    by_value = {name: value_curves(sweep, name, curves) for name in names[:MAX_CURVE_CHARTS]}
+    return tuple(_means_by(n, means, drawn) if means else _curves_by(n, drawn) for n, means in by_value.items())
 
 
-def spell_of(summary: ConfigurationSummary, name: str) -> str:
-    """The value that a configuration has of a searched setting."""
-    return spell(dict(summary.settings).get(name))
+def _means_by(name: str, means: Sequence[MeanCurve], drawn: Sequence[MeanCurve]) -> Figure:
+    """In colour each value's mean, in grey what it is the mean of."""
+    colour_of, keys = colours([dict(mean.settings)[name] for mean in means])
+    grey = drawn[:: math.ceil(len(drawn) / MAX_GREY)]
+    lines = [Line(curve.points, curve.label) for curve in grey]
+    lines += [Line(m.points, m.label, f"{colour_of(dict(m.settings)[name])} mean", m.band) for m in means]
+    words = f"Loss of the evaluation over optimizer steps. In colour: the mean of the completed trials with each {name}"
+    if any(mean.band for mean in means):
+        words += ", with its 95 % interval over the seeds, their common shift taken out"
+    words += f". In grey: {len(grey)} of {len(drawn)} configurations."
+    title = f"Evaluation loss by {name}"
+    svg = xy_plot(title, words, Axis("optimizer step"), Axis("eval_loss (nats a token)"), lines)
+    return Figure(title, svg, tuple(Key(key.style, f"{name} {key.label}") for key in keys), words)
 
 
 def _curves_by(name: str, drawn: Sequence[MeanCurve]) -> Figure:
-    settings = [dict(d.summary.settings).get(name) for d in drawn]
+    settings = [dict(d.settings).get(name) for d in drawn]
     colour_of, keys = colours(settings)
     bright, others = drawn[:MAX_LINES], drawn[MAX_LINES:]
     grey = others[:: math.ceil(len(others) / MAX_GREY) or 1]
     has_bands = len(bright) <= MAX_COLOURS
-    lines = [Line(d.points, d.summary.label) for d in grey]
+    lines = [Line(d.points, d.label) for d in grey]
     # The best is drawn last, on top of the others.
     for curve in reversed(bright):
-        style = colour_of(dict(curve.summary.settings).get(name)) + (" best" if curve is drawn[0] else "")
-        lines.append(Line(curve.points, curve.summary.label, style, curve.band if has_bands else ()))
+        style = colour_of(dict(curve.settings).get(name)) + (" best" if curve is drawn[0] else "")
+        lines.append(Line(curve.points, curve.label, style, curve.band if has_bands else ()))
     title = f"Evaluation loss by {name}" if name else "Evaluation loss"
-    told = f"{len(bright)} configurations" if len(bright) > 1 else drawn[0].summary.label
+    told = f"{len(bright)} configurations" if len(bright) > 1 else drawn[0].label
     if any(len(curve.points) == 1 for curve in drawn):
         told += "; a dot was evaluated once"
     repeats = max(curve.repeats for curve in drawn)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, variance
+from typing import Any
 
+from orchestrator.reporting.effects import grouping, sort_key
 from orchestrator.reporting.statistics import ConfigurationSummary, Estimate, estimate, t_quantile
 from orchestrator.results.records import MetricPoint, SweepResult, TrialStatus
 
@@ -22,9 +24,10 @@ Losses = dict[int, dict[str, dict[int, float]]]
 
 @dataclass(frozen=True, slots=True)
 class MeanCurve:
-    """A configuration's eval_loss, mean over its repeats."""
+    """A configuration's eval_loss, mean over its repeats; or that of all with one value of a setting."""
 
-    summary: ConfigurationSummary
+    label: str
+    settings: tuple[tuple[str, Any], ...]
     points: tuple[tuple[float, float], ...]
     """(step, mean)."""
     band: tuple[tuple[float, float, float], ...]
@@ -47,11 +50,37 @@ def mean_curves(
     sweep: SweepResult, found: Sequence[ConfigurationSummary], curves: Mapping[str, Curve]
 ) -> tuple[MeanCurve, ...]:
     """One curve for every configuration that was evaluated, in the order of `found`."""
-    losses: Losses = defaultdict(lambda: defaultdict(dict))
-    for trial in sweep.trials:
-        for point in evaluations(curves.get(trial.trial_id, ())):
-            losses[point.step][trial.configuration_id][trial.repeat] = point.eval_loss or 0.0
-    return tuple(curve for summary in found if (curve := _mean_curve(summary, losses)).points)
+    losses = _losses((t.configuration_id, t.repeat, curves.get(t.trial_id, ())) for t in sweep.trials)
+    drawn = (_mean_curve(summary.configuration_id, summary.label, summary.settings, losses) for summary in found)
+    return tuple(curve for curve in drawn if curve.points)
+
+
+def value_curves(sweep: SweepResult, name: str, curves: Mapping[str, Curve]) -> tuple[MeanCurve, ...]:
+    """One curve for every value of a searched setting: the mean of the completed trials with it, seed by seed.
+
+    Stopped trials would make the mean jump where they end. Empty where a value has no completed trial.
+    """
+    group_of = grouping([getattr(trial.config, name) for trial in sweep.trials])
+    completed = [trial for trial in sweep.trials if trial.status is TrialStatus.COMPLETED]
+    first: dict[str, Any] = {}
+    for value in sorted((getattr(trial.config, name) for trial in completed), key=sort_key):
+        first.setdefault(group_of(value), value)
+    if first.keys() < {group_of(getattr(trial.config, name)) for trial in sweep.trials if trial.steps}:
+        return ()
+    losses = _losses((group_of(getattr(t.config, name)), t.repeat, curves.get(t.trial_id, ())) for t in completed)
+    drawn = (_mean_curve(group, f"{name}={group}", ((name, value),), losses) for group, value in first.items())
+    return tuple(curve for curve in drawn if curve.points)
+
+
+def _losses(found: Iterable[tuple[str, int, Curve]]) -> Losses:
+    read: dict[int, dict[str, dict[int, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for group, repeat, curve in found:
+        for point in evaluations(curve):
+            read[point.step][group][repeat].append(point.eval_loss or 0.0)
+    return {
+        step: {group: {r: fmean(values) for r, values in by_repeat.items()} for group, by_repeat in groups.items()}
+        for step, groups in read.items()
+    }
 
 
 def evaluations(curve: Curve) -> Curve:
@@ -59,15 +88,15 @@ def evaluations(curve: Curve) -> Curve:
     return tuple(point for point in curve if point.eval_loss is not None and math.isfinite(point.eval_loss))
 
 
-def _mean_curve(summary: ConfigurationSummary, losses: Losses) -> MeanCurve:
-    own = {step: cells[summary.configuration_id] for step, cells in losses.items() if summary.configuration_id in cells}
+def _mean_curve(identity: str, label: str, settings: tuple[tuple[str, Any], ...], losses: Losses) -> MeanCurve:
+    own = {step: cells[identity] for step, cells in losses.items() if identity in cells}
     repeats = len({repeat for by_repeat in own.values() for repeat in by_repeat})
     # Where some repeats ended early the mean would jump: it is drawn as far as most of them came.
     steps = [step for step in sorted(own) if 2 * len(own[step]) > repeats]
     steps = steps[:: -max(1, math.ceil(len(steps) / MAX_POINTS))][::-1]
     points = tuple((float(step), fmean(own[step].values())) for step in steps)
     band = tuple(_band_at(step, own[step], losses[step]) for step in steps if len(own[step]) > 1)
-    return MeanCurve(summary, points, band, repeats)
+    return MeanCurve(label, settings, points, band, repeats)
 
 
 def _band_at(

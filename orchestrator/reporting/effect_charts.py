@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from orchestrator.reporting import quantities
 from orchestrator.reporting.charts import MAX_COLOURS, Figure, Key
@@ -104,16 +105,17 @@ def _response(
 ) -> Figure | None:
     known = [summary for summary in found if cost_of(summary)]
     values = [spell(v) for v in sorted({dict(s.settings)[setting] for s in known}, key=sort_key)]
-    lines: dict[str, list[tuple[float, float]]] = {}
+    lines: dict[tuple[tuple[str, Any], ...], list[tuple[float, float]]] = {}
     for summary in known:
-        others = " ".join(f"{n}={spell(v)}" for n, v in summary.settings if n != setting)
+        others = tuple((n, v) for n, v in summary.settings if n != setting)
         at = float(values.index(spell(dict(summary.settings)[setting])))
         lines.setdefault(others, []).append((at, cost_of(summary) or 0.0))
     if len(values) < 2:
         return None
+    best = sorted(list(lines)[:MAX_COLOURS], key=lambda others: [sort_key(value) for _, value in others])
     drawn = [
-        Line(tuple(sorted(points)), others or what, f"s{place}")
-        for place, (others, points) in enumerate(sorted(list(lines.items())[:MAX_COLOURS]))
+        Line(tuple(sorted(lines[others])), " ".join(f"{n}={spell(v)}" for n, v in others) or what, f"s{place}")
+        for place, others in enumerate(best)
     ]
     title = f"{what} by {setting}"
     words = "As measured, stopped trials too."

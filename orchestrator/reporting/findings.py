@@ -141,11 +141,11 @@ def _with_plateaus(
 
 
 def levelling_words(setting: str, levelling: Levelling) -> str:
-    """`rank levels off at 64: 256 gains 0.0010 ± 0.0040 over it, less than 1 %.`"""
+    """`rank levels off at 64: 256 gains 0.0010 ± 0.0040 over 64, all else alike, and 1 % at most.`"""
     gain = quantities.plus_minus(levelling.gain.mean, levelling.gain.half_width)
     compared = f"{levelling.further} gains {gain} over {levelling.value}"
     if levelling.state == "levelled_off":
-        return f"{setting} levels off at {levelling.value}: {compared}, all else alike, and no higher one 1 %."
+        return f"{setting} levels off at {levelling.value}: {compared}, all else alike, and 1 % at most."
     if levelling.state == "still_gains":
         return f"{setting} has not levelled off: {compared}, all else alike, so that a higher one may gain more."
     return f"Whether {setting} has levelled off cannot be told: {compared}, all else alike."

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import Any
 
 from orchestrator.reporting import charts, cost_charts, effect_charts, quantities
-from orchestrator.reporting.curves import mean_curves
 from orchestrator.reporting.findings import (
     Report,
     behind_text,
@@ -153,7 +152,7 @@ def _page(report: Report) -> dict[str, Any]:
         "answer": report.recommendation,
         "rule": RULE,
         "snippet": trial_snippet(report),
-        "curves": charts.loss_curves(sweep, mean_curves(sweep, report.summaries, report.curves)),
+        "curves": charts.loss_curves(sweep, report.summaries, report.curves),
         "costs": [figure for figure in costs if figure],
         "parts": [(s, parts[s.configuration_id]) for s in report.summaries[:PAGE_ROWS] if s.configuration_id in parts],
         "part_styles": cost_charts.PART_STYLES,

@@ -18,8 +18,8 @@ from orchestrator.search.observation import Observation, Standing
 Algorithm = Literal["tpe", "gp", "cma_es"]
 ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
 MIN_KNOWN = 5
-"""Configurations that must be known before a model is asked."""
-ATTEMPTS = 16
+"""Configurations that must be known before a model is asked, and one more than there are searched settings."""
+ATTEMPTS = 4
 """So often a proposal may be one that was made before, or is excluded, before chance is asked."""
 
 

@@ -35,6 +35,7 @@ NEEDED = ("mlflow", "torch", "transformers", "peft", "accelerate", "safetensors"
 # mlflow 3.17.2, transformers/flavor_config.py, FlavorKey: what its loader looks for.
 _WEIGHTS = {"adapter": "peft", "full": "model"}
 _TOKENIZER = "components/tokenizer"
+_MODEL_FILES = ("adapter_config.json", "config.json", "generation_config.json", "model.safetensors.index.json")
 
 
 def log_best(
@@ -136,9 +137,6 @@ def write_model(exported: Exported, config: TrialConfig, to: Path, about: Mappin
     model.model_size_bytes = sum(file.stat().st_size for file in to.rglob("*") if file.is_file())
     model.save(to / "MLmodel")
     return to
-
-
-_MODEL_FILES = ("adapter_config.json", "config.json", "generation_config.json", "model.safetensors.index.json")
 
 
 def _flavor(exported: Exported, config: TrialConfig) -> dict[str, Any]:

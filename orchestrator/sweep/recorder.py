@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,6 +24,7 @@ from orchestrator.training.task import TrialProgress
 
 log = logging.getLogger(__name__)
 STOP_LIMIT_S = 10.0
+LITTLE_SPACE_BYTES = 2**30
 STORAGE_LIMIT_S = 120.0
 """So long a disk that is full or away is waited for."""
 
@@ -47,6 +50,7 @@ class Recorder(tune.Callback):
         self._launched_at: dict[str, float] = {}
         self.storage_error: StorageError | None = None
         """Why the records can no longer be kept."""
+        self._told_of_disk = False
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its callbacks into its own state, which we never read back.
@@ -80,7 +84,8 @@ class Recorder(tune.Callback):
             record = self._ended(record, TrialStatus(status), result.get("reason"))
         elif result.get("done"):
             ray.get(self._board.stop.remote(record.trial_id, STOP_LIMIT_S))
-            record = self._ended(record, TrialStatus.STOPPED, self._why_stopped[record.trial_id])
+            reason = self._why_stopped.get(record.trial_id, "stopped by Ray Tune: its log says why")
+            record = self._ended(record, TrialStatus.STOPPED, reason)
         self.save(record)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -111,6 +116,7 @@ class Recorder(tune.Callback):
         hidden = {"reason": record.reason and without_secret(record.reason), "notes": _each(record.notes)}
         record = record.model_copy(update=hidden)
         self._write(record)
+        self._watch_disk()
         self.records[record.trial_id] = record
         for listener in self._listeners:
             listener(record)
@@ -130,6 +136,14 @@ class Recorder(tune.Callback):
                 if failures == 1:
                     log.warning("%s; waiting for it for %.0f s", error, STORAGE_LIMIT_S)
                 time.sleep(min(pause_s(failures), left_s))
+
+    def _watch_disk(self) -> None:
+        """Say once that it is about to be full, while that can still be mended."""
+        with contextlib.suppress(OSError):
+            free_bytes = shutil.disk_usage(self._folder.root).free
+            if free_bytes < LITTLE_SPACE_BYTES and not self._told_of_disk:
+                self._told_of_disk = True
+                log.warning("only %d MiB are left on the disk of %s: free some", free_bytes // 2**20, self._folder.root)
 
     def _with_config(self, record: TrialResult, config: TrialConfig, events: tuple[str, ...]) -> TrialResult:
         """The micro-batch may have become smaller than planned, and the notes say why."""

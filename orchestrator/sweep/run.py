@@ -25,7 +25,14 @@ from orchestrator.reporting.recommendation import trial_to_take
 from orchestrator.results import provenance
 from orchestrator.results.records import PeakMemory, Suggestion, SweepResult, TrialResult, TrialStatus
 from orchestrator.results.remote import sweep_folder
-from orchestrator.results.storage import SweepFolder, is_storage_failure, write_atomically, write_result, write_sweep
+from orchestrator.results.storage import (
+    SweepFolder,
+    is_storage_failure,
+    read_sweep,
+    write_atomically,
+    write_result,
+    write_sweep,
+)
 from orchestrator.sweep import cluster, evaluation, logged_model, system_metrics
 from orchestrator.sweep.callbacks import Callbacks
 from orchestrator.sweep.carrier import Carrier, carried
@@ -85,6 +92,9 @@ def run(
     if cluster.runs_in_a_job():
         sweep = _lasting(sweep)
     folder = sweep_folder(sweep.storage, sweep.name)
+    if sweep.search.warm_start:
+        # What it teaches is read later; that it is there is known before anything starts.
+        read_sweep(SweepFolder(Path(sweep.search.warm_start).expanduser()))
     with only_one(folder), sigterm_like_ctrl_c(), carried(folder) as carrier:
         earlier = read_earlier(folder)
         if earlier:

@@ -54,6 +54,7 @@ class Switchboard:
     def __init__(self) -> None:
         self._groups: dict[str, _Group] = {}
         self._running: dict[str, _Turn] = {}
+        self._all_stopped = False
 
     # --- the trial's side ---
 
@@ -70,7 +71,10 @@ class Switchboard:
             group.turns[-1].events = asyncio.Queue()
         group.turns.append(turn)
         self._running[task.trial_id] = turn
-        if group.lost:
+        if self._all_stopped:
+            # A slot that waited before another attempt comes too late.
+            self._finish(turn, STOPPED)
+        elif group.lost:
             self._finish(turn, TrialEnd(TrialStatus.PREEMPTED, group.lost, None))
         async with group.changed:
             group.changed.notify_all()
@@ -95,7 +99,8 @@ class Switchboard:
         return True
 
     async def stop_all(self) -> None:
-        """Stop every trial that runs, without waiting for it."""
+        """Stop every trial that runs, without waiting for it, and every one that is still to come."""
+        self._all_stopped = True
         for turn in self._running.values():
             turn.stop.set()
 

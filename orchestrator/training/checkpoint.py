@@ -127,6 +127,8 @@ class Checkpoints:
         if step and self._fits_on_disk(step):
             self._folder.forget_checkpoints(but=step)
             return step
+        if step:
+            log.warning("the checkpoint of step %d is damaged or of other settings: the trial begins again", step)
         self._forget()
         return 0
 

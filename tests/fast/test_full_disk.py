@@ -74,3 +74,4 @@ def test_records_wait_for_a_disk_that_is_full_or_read_only_and_what_was_written_
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
     assert done.stdout == "held\n", done.stderr
+    assert "only 0 MiB are left on the disk" in done.stderr

@@ -3,10 +3,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from orchestrator.cli import app
+from orchestrator.config.sweep_config import SweepConfig
+from orchestrator.config.sweep_file import to_yaml
 from orchestrator.errors import FolderError
 from orchestrator.results.provenance import without_secret
-from orchestrator.results.storage import SweepFolder, read_sweep, read_trial_results, write_atomically
+from orchestrator.results.records import TrialStatus
+from orchestrator.results.remote import sweep_folder
+from orchestrator.results.storage import SweepFolder, read_sweep, read_trial_results, write_atomically, write_sweep
 from tests.made_up_sweep import made_up_sweep, made_up_trial, write_made_up
 
 SECRET = "s3cr3t-Value"
@@ -55,3 +61,36 @@ def test_an_adapter_outside_of_its_trial_is_no_record(tmp_path: Path, adapter: s
     results, (damaged,) = read_trial_results(folder)
     assert not results
     assert "adapter" in damaged.why
+
+
+def test_a_planted_secret_is_in_nothing_that_a_sweep_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from orchestrator.sweep.recorder import Recorder
+
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", SECRET)
+    monkeypatch.setenv("HF_TOKEN", HF_TOKEN)
+    said = f"no answer from https://me:{SECRET}@mlflow.example with {HF_TOKEN}, X={SECRET}"
+    sweep = SweepConfig.model_validate(
+        {
+            "name": "planted",
+            "model": "builtin:tiny-llama",
+            "data": {"train": "builtin:python-docs"},
+            "storage": str(tmp_path),
+            "tracking": {"uri": f"https://me:{SECRET}@mlflow.example"},
+        }
+    )
+    folder = sweep_folder(sweep.storage, sweep.name)
+    recorder = Recorder(folder, {}, 0.0, None, {}, lambda config: 0, lambda trial_id: None, ())
+    failed = made_up_trial({"rank": 8}, status=TrialStatus.FAILED, reason=said)
+    recorder.save(failed.model_copy(update={"notes": (said,)}))
+    write_sweep(folder, made_up_sweep(list(recorder.records.values())))
+    write_atomically(folder.sweep_file, without_secret(to_yaml(sweep)))
+    for command in (["report"], ["report", "--json"], ["status"]):
+        result = CliRunner().invoke(app, [command[0], str(folder.root), *command[1:]])
+        assert result.exit_code == 0
+        assert "no answer from https://mlflow.example" in result.output
+        assert SECRET not in result.output
+    files = [file for file in folder.root.rglob("*") if file.is_file()]
+    assert folder.report in files
+    for file in files:
+        assert SECRET not in file.read_text()
+        assert HF_TOKEN not in file.read_text()

@@ -130,3 +130,17 @@ def test_a_trial_that_is_given_to_a_group_that_is_lost_hears_so() -> None:
         assert end.status is TrialStatus.PREEMPTED
 
     play(scene())
+
+
+def test_an_attempt_that_begins_after_all_was_stopped_ends_at_once() -> None:
+    async def scene() -> None:
+        board = await a_group_at_work(1)
+        await board.stop_all()
+        await board.send("g", 1, 0, FAILED)
+        assert await board.next_event("t-0") == FAILED
+        await board.assign("g", TASK)
+        end = await board.next_event("t-0")
+        assert isinstance(end, TrialEnd)
+        assert end.status is TrialStatus.STOPPED
+
+    play(scene())

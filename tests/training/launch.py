@@ -13,7 +13,7 @@ from typing import Any
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.results.records import MetricPoint
 from orchestrator.results.storage import TrialFolder
-from orchestrator.training.task import TrialEnd, TrialProgress, TrialTask, WorkerPlace
+from orchestrator.training.task import Alive, TrialEnd, TrialProgress, TrialTask, WorkerPlace
 
 LIMIT_S = 120.0
 
@@ -59,6 +59,8 @@ def run_trial(task: TrialTask, workers: int = 1, more_address_space_bytes: int |
     """
     ends, reports = [], []
     for message in itertools.chain(*in_workers(workers, _worker, task, more_address_space_bytes)):
+        if isinstance(message, Alive):
+            continue
         (ends if isinstance(message, TrialEnd) else reports).append(message)
     return Outcome(tuple(ends), tuple(reports), TrialFolder(Path(task.trial_folder)))
 

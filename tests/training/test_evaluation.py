@@ -10,6 +10,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator.config.sweep_config import EvaluateConfig
+from orchestrator.results.evaluation import Evaluation
+from orchestrator.results.storage import SweepFolder, read_sweep
 from orchestrator.training import evaluation
 from orchestrator.training.evaluation import EvaluationTask
 from tests.training.test_export import a_sweep
@@ -17,33 +19,32 @@ from tests.training.test_export import a_sweep
 PROMPTS = ("The list is", "A function")
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"precision": "nf4"}, {"rank": "full"}], ids=["adapter", "nf4 adapter", "all weights"]
-)
-@pytest.mark.parametrize("chats", [False, True])
-def test_prompts_are_answered_with_what_was_trained(
-    settings: dict[str, Any], chats: bool, tiny_model: Path, tmp_path: Path
-) -> None:
-    folder = a_sweep(tmp_path / "sweep", tiny_model, settings)
-    (trial,) = (where for where in folder.trials())
-    config = _config(folder)
+def evaluated(folder: SweepFolder, tiny_model: Path, *, chats: bool) -> Evaluation:
+    (trial,) = read_sweep(folder)[0].trials
     asked = EvaluateConfig(prompts=PROMPTS, max_new_tokens=5)
-    task = EvaluationTask(trial.root.name, config, asked, str(trial.adapter), chats)
-    found = evaluation.evaluate(task, tiny_model)
-    assert [sample.prompt for sample in found.samples] == list(PROMPTS)
+    weights = str(folder.trial(trial.trial_id).adapter)
+    found = evaluation.evaluate(EvaluationTask(trial.trial_id, trial.config, asked, weights, chats), tiny_model)
     assert found.asked == asked
+    assert [sample.prompt for sample in found.samples] == list(PROMPTS)
+    return found
+
+
+@pytest.mark.parametrize("settings", [{}, {"rank": "full"}], ids=["adapter", "all weights"])
+def test_prompts_are_answered_with_what_was_trained(settings: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
+    folder = a_sweep(tmp_path / "sweep", tiny_model, settings)
+    weights = next(folder.trials()).adapter
+    if settings:
+        model = AutoModelForCausalLM.from_pretrained(weights)
+    else:
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), weights)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    assert all(len(tokenizer(sample.completion)["input_ids"]) <= 8 for sample in found.samples)
-    if not settings and not chats:
-        base = AutoModelForCausalLM.from_pretrained(tiny_model)
-        model = PeftModel.from_pretrained(base, trial.adapter).eval()
-        inputs = tokenizer(PROMPTS[0], return_tensors="pt")
-        ids = model.generate(input_ids=inputs["input_ids"], max_new_tokens=5, do_sample=False)
-        expected = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        assert found.samples[0].completion == expected
+    inputs = tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"]
+    ids = model.eval().generate(input_ids=inputs, max_new_tokens=5, do_sample=False)
+    expected = tokenizer.decode(ids[0, inputs.shape[1] :], skip_special_tokens=True)
+    assert evaluated(folder, tiny_model, chats=False).samples[0].completion == expected
 
 
-def _config(folder: Any) -> Any:
-    from orchestrator.results.storage import read_sweep
-
-    return read_sweep(folder)[0].trials[0].config
+def test_a_quantised_trial_answers_a_users_turn(tiny_model: Path, tmp_path: Path) -> None:
+    folder = a_sweep(tmp_path / "sweep", tiny_model, {"precision": "nf4"})
+    plain, turn = (evaluated(folder, tiny_model, chats=chats) for chats in (False, True))
+    assert plain.samples != turn.samples

@@ -27,7 +27,7 @@ from tests.tracking_servers import Server
 from tests.training.test_export import a_sweep, base_plus_adapter, logits_of
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(600)
 MODEL = "tiny-writer"
 
 
@@ -175,7 +175,7 @@ def test_the_champion_is_the_best_trials_and_loads_and_generates(tracked: Tracke
     assert found["version"] == "1"
     for run_id in (tracked.best.mlflow_run_id, tracked.result.mlflow_run_id):
         outputs = tracked.get("runs/get", run_id=run_id)["run"]["outputs"]["model_outputs"]
-        assert [output["model_id"] for output in outputs] == [found["model_id"]]
+        assert [f"models:/{output['model_id']}" for output in outputs] == [found["source"]]
 
     pipeline = mlflow.transformers.load_model(f"models:/{MODEL}@champion")
     expected = base_plus_adapter(tracked.folder, _base(pipeline), tracked.best)

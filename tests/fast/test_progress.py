@@ -1,0 +1,48 @@
+"""What a running sweep tells of the time that is left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator.results.records import TrialResult, TrialStatus
+from orchestrator.results.storage import SweepFolder
+from orchestrator.sweep.progress import Progress
+from tests.made_up_sweep import made_up_trial
+
+
+def trials_of(first: TrialStatus) -> list[TrialResult]:
+    """One of this status, and two that wait."""
+    return [made_up_trial({"rank": 1}, status=first)] + [
+        made_up_trial({"rank": rank}, status=TrialStatus.PENDING) for rank in (2, 3)
+    ]
+
+
+def progress_of(tmp_path: Path, records: list[TrialResult], budget_hours: float) -> Progress:
+    planned_s = {record.trial_id: 40.0 for record in records}
+    folder = SweepFolder(tmp_path)
+    return Progress(folder, records, lambda record: "rank", "eval_loss", "min", 1, planned_s, budget_hours)
+
+
+def test_a_budget_that_will_not_do_is_told_once_as_soon_as_a_trial_has_shown_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pending = trials_of(TrialStatus.PENDING)
+    progress = progress_of(tmp_path, pending, budget_hours=120 / 3600)
+    progress(pending[0].model_copy(update={"status": TrialStatus.RUNNING}))
+    assert "budget.hours" not in capsys.readouterr().err
+    # It took 80 s, twice what was planned: two more take 160 s.
+    ended = trials_of(TrialStatus.COMPLETED)
+    progress(ended[0])
+    told = capsys.readouterr().err
+    assert "about 0.0444 hours are needed at this pace, and budget.hours is 0.0333" in told
+    progress(ended[1].model_copy(update={"status": TrialStatus.RUNNING}))
+    assert "budget.hours" not in capsys.readouterr().err
+
+
+def test_a_budget_that_will_do_is_not_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    progress = progress_of(tmp_path, trials_of(TrialStatus.PENDING), budget_hours=1)
+    progress(trials_of(TrialStatus.COMPLETED)[0])
+    assert "completed" in (told := capsys.readouterr().err)
+    assert "budget.hours" not in told
