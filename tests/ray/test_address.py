@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ray.clusters import metrics_of, started_head
+from tests.ray.clusters import started_head
 from tests.ray.sweeps import start
 from tests.waiting import wait_until
 
@@ -48,13 +48,8 @@ def test_a_sweep_joins_a_cluster_by_its_address_and_gives_everything_back(head: 
         scheduler={"asha": {"grace_steps": 2, "reduction_factor": 2}},
         resources={"workers_per_trial": 2},
     )
-    shown = wait_until(
-        lambda: metrics_of(head), lambda seen: "ray_orchestrator_trials" in seen or run.process.poll() is not None, 200
-    )
     exit_code, _, err = run.wait()
     assert exit_code == 0, err
-    pending = next(line for line in shown.splitlines() if "ray_orchestrator_trials{" in line and '"pending"' in line)
-    assert 'sweep="test"' in pending
     assert "completed" in run.statuses()
     assert set(run.statuses()) <= {"completed", "stopped"}
     assert wait_until(lambda: left_on(head), lambda seen: seen == "0 2.0", 60) == "0 2.0"
