@@ -1,0 +1,70 @@
+"""Our rules as Ray Tune hears them, and their memory out of a sweep's folder. Imports ray, starts nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("ray")
+
+from orchestrator.config.sweep_config import SweepConfig
+from orchestrator.results.records import TrialStatus
+from orchestrator.results.storage import SweepFolder
+from orchestrator.sweep.scheduler import RuleScheduler
+from tests.fast.test_suggest import point, record
+
+SWEEP = SweepConfig.model_validate(
+    {
+        "name": "a",
+        "model": "builtin:tiny-llama",
+        "data": {"train": "builtin:python-docs"},
+        "scheduler": {"asha": {"grace_steps": 10, "reduction_factor": 2}},
+    }
+)
+
+
+def told(scheduler: RuleScheduler, number: int, step: int, loss: float | None, **more: Any) -> str:
+    """What Tune is answered to an evaluation of trial `number`, of which the last step is 20."""
+    config = record(number, {}, TrialStatus.RUNNING).config
+    task = SimpleNamespace(trial_id=str(number), config=config)
+    trial = SimpleNamespace(config={"task": task, "configuration_id": str(number)})
+    last = point(step, 1.0).model_copy(update={"eval_loss": loss})
+    return scheduler.on_trial_result(None, trial, {"progress": SimpleNamespace(last=last), **more})
+
+
+def test_a_trial_that_a_rule_gives_up_is_stopped_with_the_rules_reason() -> None:
+    scheduler = RuleScheduler(SWEEP)
+    assert told(scheduler, 0, 10, 1.0) == "CONTINUE"
+    assert told(scheduler, 1, 10, 2.0) == "STOP"
+    assert scheduler.reasons == {
+        "1": "stopped by asha (10 steps of grace) at step 10: 1 of 2 configurations were better at 10 steps"
+    }
+
+
+def test_a_trial_at_its_last_step_is_done_and_not_stopped() -> None:
+    scheduler = RuleScheduler(SWEEP)
+    told(scheduler, 0, 20, 1.0)
+    assert told(scheduler, 1, 20, 2.0) == "CONTINUE"
+
+
+def test_what_is_no_evaluation_is_not_judged() -> None:
+    scheduler = RuleScheduler(SWEEP)
+    told(scheduler, 0, 10, 1.0)
+    assert told(scheduler, 1, 11, None) == "CONTINUE"
+    assert told(scheduler, 1, 10, 2.0, done=True) == "CONTINUE"
+
+
+def test_a_new_scheduler_knows_what_the_curves_on_disk_say(tmp_path: Path) -> None:
+    folder = SweepFolder(tmp_path)
+    ended = [record(number, {}, TrialStatus.COMPLETED) for number in range(2)]
+    for one, loss in zip(ended, (1.0, 1.5), strict=True):
+        metrics = folder.trial(one.trial_id).metrics
+        metrics.parent.mkdir(parents=True)
+        metrics.write_text("".join(point(step, loss).model_dump_json() + "\n" for step in (10, 20)))
+    scheduler = RuleScheduler(SWEEP)
+    scheduler.hear_again(folder, ended)
+    assert told(scheduler, 2, 10, 2.0) == "STOP"
+    assert told(scheduler, 3, 10, 0.5) == "CONTINUE"
