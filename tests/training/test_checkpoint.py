@@ -109,11 +109,12 @@ def test_a_killed_trial_goes_on_from_its_last_checkpoint_and_no_step_is_there_tw
     reference = completed(trial(tiny_model, tiny_data, tmp_path / "reference"), 2)
     task = trial(tiny_model, tiny_data, tmp_path)
     messages = in_workers(2, _killed_after_step, task, 3)
-    assert [message.last.step for message in messages[0]] == [3]
+    told = [message for message in messages[0] if isinstance(message, TrialProgress)]
+    assert [progress.last and progress.last.step for progress in told] == [3]
     again = completed(task, 2)
     assert goes_on_from(again) == 3
     assert curve(again) == curve(reference)
-    first_life, second_life = messages[0][0], again.end.progress
+    first_life, second_life = told[0], again.end.progress
     assert second_life
     assert second_life.training_s > first_life.training_s
     assert second_life.best == min((p for p in again.points if p.eval_loss), key=lambda point: point.eval_loss or 0)
