@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent
-TIERS = ("fast", "training", "ray", "chaos", "gpu")
+TIERS = ("fast", "training", "ray", "chaos", "clusters", "gpu")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
