@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import multiprocessing
 import random
 import signal
 import subprocess
@@ -39,6 +40,7 @@ from benchmarks.sweeps import describe, environ, machine, measure_and_tell, say,
 from orchestrator.results.records import MetricPoint, SweepResult, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder, is_at_work, read_sweep
 from orchestrator.sweep.tracking import metrics_of
+from orchestrator.training.task import TrialTask
 from tests.ray.clusters import Head, joined_node, started_head
 
 LIMIT_S = 420.0
@@ -367,8 +369,7 @@ def plain_curves(folder: SweepFolder, threads: int) -> dict[str, list[list[Any]]
 
 
 def _train_plainly(folder: SweepFolder, out: Path) -> None:
-    from orchestrator.training import model_source, template, worker_process  # noqa: F401
-    from orchestrator.training.task import TrialTask, WorkerPlace
+    from orchestrator.training import model_source, template  # noqa: F401
 
     sweep = read_sweep(folder)[0]
     model = str(model_source.materialize(model_source.resolve(sweep.model)))
@@ -376,9 +377,19 @@ def _train_plainly(folder: SweepFolder, out: Path) -> None:
     for trial in sweep.trials:
         reference = SweepFolder(folder.root.parent / "reference").trial(trial.trial_id)
         task = TrialTask(trial.trial_id, trial.config, model, str(folder.data), str(reference.root), "eval_loss", "min")
-        worker_process.run(task, WorkerPlace(0, 1, 0, "127.0.0.1", 0, trial.trial_id), lambda _: None)
+        # A process each: DeepSpeed keeps the groups of the process group that is gone (0.19.8, utils/groups.py).
+        process = multiprocessing.get_context("fork").Process(target=_train_one, args=(task,))
+        process.start()
+        process.join()
         curves[trial.trial_id] = [_figures(point) for point in reference.read_metrics()]
     out.write_text(json.dumps(curves), encoding="utf-8")
+
+
+def _train_one(task: TrialTask) -> None:
+    from orchestrator.training import worker_process
+    from orchestrator.training.task import WorkerPlace
+
+    worker_process.run(task, WorkerPlace(0, 1, 0, "127.0.0.1", 0, task.trial_id), lambda _: None)
 
 
 def _wrong_in_mlflow(folder: SweepFolder, sweep: SweepResult) -> Iterable[str]:
