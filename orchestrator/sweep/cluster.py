@@ -294,6 +294,7 @@ def start_groups(board: Any, shape: GroupShape, model: str, storage: Path) -> An
 
 def _beside_the_driver(actor: type) -> Any:
     """On the driver's node, so that it lives as long as the driver; a slot or worker may wait in each of its calls."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    # Not softly: Ray put such an actor, which takes no CPU, on another node all the same (seen in ray 2.60.0).
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     remote: Any = ray.remote(actor)
     return remote.options(num_cpus=0, max_concurrency=10_000, scheduling_strategy=here)

@@ -12,7 +12,7 @@ from ray import tune
 from orchestrator.config.trial_config import halved_micro_batch
 from orchestrator.results.records import TrialStatus
 from orchestrator.sweep.failure_policy import after_end
-from orchestrator.training.task import TrialProgress, TrialTask
+from orchestrator.training.task import TrialEnd, TrialProgress, TrialTask
 
 
 class TrialOnWorkers(tune.Trainable):
@@ -33,6 +33,7 @@ class TrialOnWorkers(tune.Trainable):
         """Called once an actor; `board` is the sweep's Switchboard, `groups` its WorkerGroups."""
         self._board, self._groups, self._workers, self._keeps_group = board, groups, workers, keeps_group
         self._group: str | None = None
+        self._life_of_groups = groups.life.remote()
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -44,7 +45,7 @@ class TrialOnWorkers(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """Wait for the next report: an evaluation, or the end."""
-        event = ray.get(self._board.next_event.remote(self._task.trial_id))
+        event = self._next_event()
         if isinstance(event, TrialProgress):
             return self._result(event)
         if retry := after_end(event.status, event.reason, event.may_pass, self._attempt):
@@ -56,6 +57,13 @@ class TrialOnWorkers(tune.Trainable):
         if event.status is TrialStatus.OUT_OF_MEMORY and self._halve_micro_batch(event.reason):
             return self.step()
         return self._result(event.progress, done=True, status=event.status.value, reason=event.reason)
+
+    def _next_event(self) -> TrialProgress | TrialEnd:
+        # Without the groups' actor nobody would tell of a worker that is lost: its death ends the wait, as an error.
+        coming = self._board.next_event.remote(self._task.trial_id)
+        ready, _ = ray.wait([coming, self._life_of_groups], num_returns=1)
+        event: TrialProgress | TrialEnd = ray.get(ready[0])
+        return event
 
     def cleanup(self) -> None:
         """Tune needs the slot no more."""

@@ -66,6 +66,10 @@ class WorkerGroups:
         """The sweep is over."""
         await asyncio.gather(*map(self.close, list(self._open)))
 
+    async def life(self) -> None:
+        """Returns never: who waits for it hears of this actor's death."""
+        await asyncio.Event().wait()
+
     async def _start(self) -> str:
         group_id = uuid.uuid4().hex[:12]
         await self._board.open_group.remote(group_id, self._shape.workers, self._host, self._store.port)
