@@ -70,6 +70,8 @@ class Tracker:
         # A new database tells of its tables otherwise.
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
         logging.getLogger("alembic").setLevel(logging.WARNING)
+        # Of a model that is logged, each step of it.
+        logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)
         self._folder, self._sweep_id, self._sweep = folder, sweep_id, sweep
         uri = tracking_uri(sweep)
         try:
