@@ -25,7 +25,6 @@ from tests.waiting import wait_until
 
 pytestmark = [
     pytest.mark.timeout(600),
-    pytest.mark.skip(reason="written and not run yet: no cluster came up in time on the machine where it was written"),
     pytest.mark.skipif(not CAN_MOUNT, reason="a node with a folder of its own takes the right to mount"),
 ]
 STEPS = 600
