@@ -124,7 +124,7 @@ def train_fn_per_worker(config: dict[str, Any]) -> None:
     def report(progress: TrialProgress) -> None:
         ray.train.report({"step": progress.last.step, "eval_loss": progress.last.eval_loss} if progress.last else {})
 
-    ledger = Ledger(device.choose(place.local_rank, None), startup_s=0.0)
+    ledger = Ledger(device.choose(place.local_rank, None, None), startup_s=0.0)
     progress = training_loop.train(task, place, ledger, report)
     if rank == 0:
         write_setup(task, progress)
