@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from orchestrator.planning.pace import OPEN
 from orchestrator.reporting import objectives, quantities
 from orchestrator.reporting.caveats import caveats
 from orchestrator.reporting.statistics import (
@@ -36,7 +37,7 @@ CLOSE = 0.01
 FIRST_REPEATS = 3
 STEP_SIZES = frozenset({"global_batch_size", "sequence_length", "packing"})
 
-OPEN = frozenset({TrialStatus.PENDING, TrialStatus.RUNNING, TrialStatus.CANCELLED})
+NOT_ENDED = OPEN | {TrialStatus.CANCELLED}
 
 Basis = Literal["within_noise", "best", "single_runs", "only_one", "provisional", "nothing"]
 
@@ -91,7 +92,7 @@ def recommend(sweep: SweepResult) -> Recommendation:
         return _without_completed(sweep, found, told)
     best = contenders[0]
     if len(contenders) == 1:
-        open_ = sum(trial.status in OPEN for trial in sweep.trials)
+        open_ = sum(trial.status in NOT_ENDED for trial in sweep.trials)
         answer = (
             f"Too early to tell: {best.label} alone has completed, and {open_} of {len(sweep.trials)} trials have not "
             "ended."

@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from orchestrator.config.sweep_config import SweepConfig
-from orchestrator.reporting.statistics import best_trial
+from orchestrator.reporting.recommendation import trial_to_take
 from orchestrator.results.evaluation import Evaluation, read_evaluation, write_evaluation
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder
@@ -66,7 +66,7 @@ def wanted(sweep: SweepConfig, result: SweepResult) -> Iterable[TrialResult]:
     """The best trial, or every completed one."""
     if sweep.evaluate.trials == "all":
         return [trial for trial in result.trials if trial.status is TrialStatus.COMPLETED]
-    best = best_trial(result)
+    best = trial_to_take(result)
     return [best] if best else []
 
 

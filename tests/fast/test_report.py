@@ -124,6 +124,7 @@ def test_the_page_is_well_formed_and_asks_for_nothing(tmp_path: Path) -> None:
 def test_the_page_is_valid_html(tmp_path: Path) -> None:
     parser = pytest.importorskip("html5lib").HTMLParser(strict=True)
     parser.parse(report.render_html(built(tmp_path, of_every_status())))
+    assert parser.errors == []
 
 
 def test_every_drawing_is_xml_with_a_title_and_a_description(tmp_path: Path) -> None:
