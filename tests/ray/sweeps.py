@@ -104,21 +104,26 @@ def processes_of(run: Run) -> list[psutil.Process]:
         return []
 
 
-def command_of(process: psutil.Process) -> str:
+def command_of(process: psutil.Process | None) -> str:
     try:
-        return " ".join(process.cmdline()) or process.name()
+        return " ".join(process.cmdline()) or process.name() if process else ""
     except psutil.Error:
         return ""
 
 
-def trial_processes(run: Run) -> list[psutil.Process]:
-    """The forked processes that train: children of a template."""
+def trial_processes(run: Run, trial_id: str | None = None) -> list[psutil.Process]:
+    """The forked processes that train, children of a template: all, or those that write one trial's log."""
     found = []
     for process in processes_of(run):
         try:
             parent = process.parent()
-            if parent and "multiprocessing.forkserver" in command_of(process) and "forkserver" in command_of(parent):
+            forked = "multiprocessing.forkserver" in command_of(process) and "forkserver" in command_of(parent)
+            if forked and (trial_id is None or _writes_in(process, run.folder.trial(trial_id).root)):
                 found.append(process)
         except psutil.Error:
             continue
     return found
+
+
+def _writes_in(process: psutil.Process, folder: Path) -> bool:
+    return any(Path(file.path).parent == folder.resolve() for file in process.open_files())

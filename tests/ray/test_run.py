@@ -116,17 +116,22 @@ def run_statuses(run: object) -> object:
     return look
 
 
+LONG_STEPS = 100_000
+
+
 def test_twenty_trials_on_two_cpus_end_though_one_crashes_and_leave_nothing_behind(tmp_path: Path) -> None:
     run = start(
         tmp_path,
-        # One is long enough to be met while it trains.
-        space={"max_steps": [400, *range(2, 21)]},
+        # One would go on for an hour: it is still training whenever the others are looked at.
+        space={"max_steps": [LONG_STEPS, *range(2, 21)]},
         resources={"max_concurrent": "auto"},
     )
     wait_until(run_statuses(run), lambda seen: "completed" in seen, 200)
+    (long,) = (trial.trial_id for trial in run.trials().values() if trial.config.max_steps == LONG_STEPS)
+    wait_until(run.folder.trial(long).read_metrics, bool, 200)
     below = processes_of(run)
-    longest = min(trial_processes(run), key=lambda process: process.create_time())
-    longest.send_signal(signal.SIGABRT)
+    (process,) = trial_processes(run, long)
+    process.send_signal(signal.SIGABRT)
     exit_code, _, err = run.wait()
     assert exit_code == 1, err
     trials = sorted(run.trials().values(), key=lambda trial: trial.config.max_steps)
