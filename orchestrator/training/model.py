@@ -89,7 +89,19 @@ def _load(config: TrialConfig, folder: Path, dtype: ComputeDtype, device: torch.
             f"the model in {folder} cannot be loaded as precision {config.precision} with attention "
             f"{config.attention}: {error}"
         ) from error
+    if config.precision is Precision.NF4:
+        _keep_nf4_differentiable(loaded)
     return loaded
+
+
+def _keep_nf4_differentiable(model: PreTrainedModel) -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # On CPUs with AVX512-BF16 the first evaluation packs the weights anew for a kernel without a backward pass,
+            # and training goes on with that: no gradient reaches the layers below (0.50.2, nn/modules.py, forward).
+            module.support_avx512bf16_for_cpu = False
 
 
 def _quantization(precision: Precision, dtype: ComputeDtype) -> BitsAndBytesConfig | None:

@@ -87,6 +87,18 @@ def test_what_only_saves_memory_or_time_leaves_the_losses_alone(
     assert outcome.losses == pytest.approx(reference.losses, rel=5e-6)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "int8", "nf4"])
+def test_an_evaluation_changes_nothing_of_the_training_after_it(
+    precision: str, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    curves = []
+    for eval_every in (1, 3, 6):
+        config = tiny(precision=precision, max_steps=6, eval_every=eval_every)
+        outcome = _outcome(config, tiny_model, tiny_data, tmp_path / str(eval_every))
+        curves.append([(point.loss, point.grad_norm) for point in outcome.points])
+    assert curves[0] == curves[1] == curves[2]
+
+
 HALF = ["bf16", "amp_bf16"]
 
 
