@@ -5,8 +5,8 @@ Memory and time are planned for the GPU that trials get, and times of trials on 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import ray
 
@@ -35,27 +35,39 @@ def has_type(node: Resources, accelerator: str | None) -> bool:
     return accelerator is None or f"{ACCELERATOR}{accelerator}" in node
 
 
-def choose(
-    sweep: SweepConfig, model: FoundModel, earlier: Sequence[SweepResult], say: Callable[[str], None]
-) -> tuple[SweepConfig, SweepPlan, Hardware, str | None]:
-    """The sweep with its hardware's defaults, its plan on the GPUs that it gets, and their type where nodes differ.
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a sweep runs on."""
 
-    earlier: sweeps whose measured times correct the plan's.
+    sweep: SweepConfig
+    """With this hardware's defaults."""
+    plan: SweepPlan
+    hardware: Hardware
+    pace: Pace
+    """Measured times of earlier sweeps on it, which have corrected the plan's."""
+    accelerator: str | None
+    """The type of GPU, where nodes differ."""
+
+
+def choose(sweep: SweepConfig, model: FoundModel, earlier: Iterable[SweepResult], say: Callable[[str], None]) -> Choice:
+    """The hardware, and the plan for it; `earlier` sweeps correct the plan's times.
 
     Raises:
         InputError: the cluster has no node that can work.
     """
-    found = candidates(cluster.nodes(), sweep.resources.accelerator)
-    sweeps = {kind: sweep.on_hardware(has_gpus=hardware.device == "cuda") for kind, hardware in found.items()}
-    plans = {
-        kind: plan_sweep(sweeps[kind], model.shape, hardware, Pace.of(earlier, sweep.model, hardware))
-        for kind, hardware in found.items()
-    }
+    measured = tuple(earlier)
+    choices = {}
+    for kind, hardware in candidates(cluster.nodes(), sweep.resources.accelerator).items():
+        completed = sweep.on_hardware(has_gpus=hardware.device == "cuda")
+        pace = Pace.of(measured, sweep.model, hardware)
+        plan = plan_sweep(completed, model.shape, hardware, pace)
+        choices[kind] = Choice(completed, plan, hardware, pace, kind)
+    plans = {kind: choice.plan for kind, choice in choices.items()}
     kind = chosen(plans)
     if len(plans) > 1:
         told = ", ".join(f"{plan.runs} on {one}" for one, plan in plans.items())
         say(f"the nodes' GPUs differ, and of {len(plans[kind].trials)} trials {told} can run: all run on {kind}")
-    return sweeps[kind], plans[kind], found[kind], kind
+    return choices[kind]
 
 
 def candidates(nodes: Sequence[Resources], asked: str | None) -> dict[str | None, Hardware]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import shutil
 from collections.abc import Callable, Container
 from dataclasses import dataclass
@@ -14,11 +13,13 @@ from orchestrator.config.search_space import Trial
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.planning.memory import MemoryEstimate, estimate_on
-from orchestrator.planning.pace import READ_SWEEPS, Pace
+from orchestrator.planning.model_shape import ModelShape
+from orchestrator.planning.pace import READ_SWEEPS
 from orchestrator.planning.plan import PlannedTrial, SweepPlan, WorkerShape, gpu_memory_fraction, plan_trial
 from orchestrator.planning.step_time import Range, step_seconds
 from orchestrator.results.storage import SweepFolder, newest_sweeps
 from orchestrator.sweep import cluster, gpu_choice
+from orchestrator.sweep.gpu_choice import Choice
 from orchestrator.sweep.worker import GroupShape
 from orchestrator.training import data, model_source
 from orchestrator.training.inputs import FoundModel
@@ -28,25 +29,63 @@ from orchestrator.training.inputs import FoundModel
 class Prepared:
     """A sweep that is ready to be launched."""
 
-    sweep: SweepConfig
-    """With the defaults of this cluster's hardware."""
-    plan: SweepPlan
+    choice: Choice
+    """What it runs on, and the plan for that."""
+    model: ModelShape
     shape: GroupShape
     slots: int
     """Trials at a time."""
     data_hash: str
-    memory_kind: Literal["cuda_allocated", "resident"]
-    gpu_memory_fraction: float | None
-    estimate: Callable[[TrialConfig], MemoryEstimate]
-    """The plan's own, for a configuration that has changed since."""
-    step_seconds: Callable[[TrialConfig], Range]
-    """The same, before anything measured corrects it."""
-    plan_trial: Callable[[Trial], PlannedTrial]
-    """The plan's own, for a trial that an adaptive search proposes."""
     board: Any
     """The Ray actor `switchboard.Switchboard`."""
     groups: Any
     """The Ray actor `worker_group.WorkerGroups`, with the first groups on their way."""
+
+    @property
+    def sweep(self) -> SweepConfig:
+        """With the defaults of this cluster's hardware."""
+        return self.choice.sweep
+
+    @property
+    def plan(self) -> SweepPlan:
+        """All trials that are known before the start."""
+        return self.choice.plan
+
+    @property
+    def memory_kind(self) -> Literal["cuda_allocated", "resident"]:
+        """What is measured of a trial's memory here."""
+        return "cuda_allocated" if self.choice.hardware.device == "cuda" else "resident"
+
+    @property
+    def gpu_memory_fraction(self) -> float | None:
+        """What of a GPU one of the trials that share it may take."""
+        return gpu_memory_fraction(self.plan, self.choice.hardware)
+
+    def estimate(self, config: TrialConfig) -> MemoryEstimate:
+        """The plan's own, for a configuration that has changed since."""
+        return estimate_on(config, self.model, self.shape.workers, self.choice.hardware)
+
+    def predicted_bytes(self, config: TrialConfig) -> int:
+        """What a record says was predicted: of the kind of memory that is measured here."""
+        memory = self.estimate(config)
+        predicted = memory.device_bytes if self.memory_kind == "resident" else memory.allocated_bytes
+        assert predicted is not None
+        return predicted
+
+    def step_seconds(self, config: TrialConfig) -> Range:
+        """What a step takes, before anything measured corrects it."""
+        return step_seconds(config, self.model, self.choice.hardware, self.shape.workers, self.shape.cpus_per_worker)
+
+    def plan_trial(self, trial: Trial) -> PlannedTrial:
+        """The plan's own decision, for a trial that an adaptive search proposes."""
+        return plan_trial(
+            trial,
+            self.model,
+            self.choice.hardware,
+            WorkerShape(self.shape.workers, self.shape.gpus_per_worker, self.shape.cpus_per_worker),
+            self.plan.worker_memory_bytes,
+            self.choice.pace,
+        )
 
 
 def prepare(
@@ -69,10 +108,12 @@ def prepare(
     cluster.connect(address)
     cluster.require_shared(folder)
     cluster.await_room(sweep.resources, say)
-    earlier = tuple(newest_sweeps(folder.root.parent, READ_SWEEPS))
-    sweep, plan, hardware, accelerator = gpu_choice.choose(sweep, model, earlier, say)
-    shape = GroupShape(plan.workers_per_trial, plan.gpus_per_worker, sweep.resources.cpus_per_worker, accelerator)
-    shape = cluster.placed(shape, cluster.nodes())
+    choice = gpu_choice.choose(sweep, model, newest_sweeps(folder.root.parent, READ_SWEEPS), say)
+    sweep, plan = choice.sweep, choice.plan
+    shape = cluster.placed(
+        GroupShape(plan.workers_per_trial, plan.gpus_per_worker, sweep.resources.cpus_per_worker, choice.accelerator),
+        cluster.nodes(),
+    )
     slots = slots_for(sweep, shape)
     # Tune's own state is a cache that we never restore: what had ended is known from our records.
     shutil.rmtree(folder.tune, ignore_errors=True)
@@ -87,29 +128,7 @@ def prepare(
         # On a cluster that is not ours they would go on for a while, and write into a folder that is to go.
         ray.get(groups.close_all.remote())
         raise
-    return Prepared(
-        sweep,
-        plan,
-        shape,
-        slots,
-        summary.hash,
-        "cuda_allocated" if hardware.device == "cuda" else "resident",
-        gpu_memory_fraction(plan, hardware),
-        functools.partial(estimate_on, shape=model.shape, workers=shape.workers, hardware=hardware),
-        functools.partial(
-            step_seconds, shape=model.shape, hardware=hardware, workers=shape.workers, cpus=shape.cpus_per_worker
-        ),
-        functools.partial(
-            plan_trial,
-            model=model.shape,
-            hardware=hardware,
-            shape=WorkerShape(shape.workers, shape.gpus_per_worker, shape.cpus_per_worker),
-            memory_bytes=plan.worker_memory_bytes,
-            pace=Pace.of(earlier, sweep.model, hardware),
-        ),
-        board,
-        groups,
-    )
+    return Prepared(choice, model.shape, shape, slots, summary.hash, board, groups)
 
 
 def _fetch(sweep: SweepConfig, model: FoundModel, folder: SweepFolder, say: Callable[[str], None]) -> data.DataSummary:

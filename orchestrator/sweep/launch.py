@@ -1,0 +1,125 @@
+"""Ray Tune at work: the queue of trials, the slots that take them, the rules that stop them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import ray
+from ray import tune
+
+from orchestrator.errors import StorageError
+from orchestrator.results.records import TrialResult, TrialStatus
+from orchestrator.results.storage import SweepFolder, is_storage_failure
+from orchestrator.sweep.preparation import Prepared
+from orchestrator.sweep.recorder import Recorder
+from orchestrator.sweep.scheduler import RuleScheduler
+from orchestrator.sweep.stopper import Stopper
+from orchestrator.sweep.suggestions import NewRecord, Suggestions
+from orchestrator.sweep.trial import TrialOnWorkers
+from orchestrator.sweep.trial_queue import TrialQueue
+from orchestrator.training.task import TrialTask
+
+Isolation = Literal["warm", "fresh"]
+# A slot takes nothing: its workers do, in placement groups of their own, and there are never more slots than groups
+# that fit. A slot that held a CPU could starve its own workers. Tune wants something (ray 2.60.0): a byte of memory.
+SLOT = tune.PlacementGroupFactory([{"memory": 1}])
+
+
+def launch(
+    prepared: Prepared,
+    folder: SweepFolder,
+    recorder: Recorder,
+    new_record: NewRecord,
+    scheduler: RuleScheduler,
+    callbacks: list[tune.Callback],
+    stopper: Stopper,
+    isolation: Isolation,
+) -> None:
+    """Run all that is pending, and what an adaptive search proposes; returns when nothing is left, or it was stopped.
+
+    What the recorder could not store is its `storage_error` then.
+    """
+    waiting = sum(record.status is TrialStatus.PENDING for record in recorder.records.values())
+    if not waiting and not prepared.sweep.search.is_adaptive:
+        return
+    trainable = tune.with_parameters(
+        TrialOnWorkers,
+        board=prepared.board,
+        groups=prepared.groups,
+        workers=prepared.shape.workers,
+        keeps_group=isolation == "warm",
+    )
+    tuner = tune.Tuner(
+        tune.with_resources(trainable, SLOT),
+        tune_config=tune.TuneConfig(
+            search_alg=_queue(prepared, folder, recorder, new_record),
+            # An adaptive search ends by itself.
+            num_samples=-1 if prepared.sweep.search.is_adaptive else waiting,
+            scheduler=scheduler,
+            max_concurrent_trials=prepared.slots,
+            reuse_actors=True,
+            trial_name_creator=_name,
+            trial_dirname_creator=_name,
+        ),
+        run_config=_run_config(folder, callbacks, stopper),
+    )
+    try:
+        tuner.fit()
+    except Exception as error:
+        # Tune writes beside our records, and stumbles over the same disk.
+        if recorder.storage_error is None and not is_storage_failure(error):
+            raise
+        recorder.storage_error = recorder.storage_error or StorageError(f"cannot write to {folder.root} ({error})")
+    ray.get(prepared.groups.close_all.remote())
+
+
+def _name(trial: Any) -> str:
+    return str(trial.config["trial_id"])
+
+
+def _run_config(folder: SweepFolder, callbacks: list[tune.Callback], stopper: Stopper) -> tune.RunConfig:
+    return tune.RunConfig(
+        name=folder.tune.name,
+        storage_path=str(folder.root),
+        callbacks=callbacks,
+        stop=stopper,
+        verbose=0,
+        # Trials save themselves; Tune's own checkpoint would only be asked for and thrown away.
+        checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+        failure_config=tune.FailureConfig(max_failures=2),
+    )
+
+
+def _queue(prepared: Prepared, folder: SweepFolder, recorder: Recorder, new_record: NewRecord) -> TrialQueue:
+    sweep = prepared.sweep
+    automatic = {trial.trial_id for trial in sweep.trials() if trial.config.micro_batch_size == "auto"}
+
+    def task_of(record: TrialResult) -> TrialTask:
+        chosen = record.suggestion and {**sweep.base, **record.suggestion.settings}.get("micro_batch_size", "auto")
+        halves = chosen == "auto" if chosen else record.trial_id in automatic
+        return _task(record, prepared, folder, halves_micro_batch=halves)
+
+    return TrialQueue(
+        recorder,
+        task_of,
+        Suggestions(prepared, folder, recorder, new_record).more,
+        lambda config: prepared.estimate(config).device_bytes,
+        prepared.plan.worker_memory_bytes,
+        prepared.shape.workers,
+    )
+
+
+def _task(record: TrialResult, prepared: Prepared, folder: SweepFolder, *, halves_micro_batch: bool) -> TrialTask:
+    return TrialTask(
+        trial_id=record.trial_id,
+        config=record.config,
+        model_folder="",  # each node has its own: the worker fills it in
+        data_folder=folder.location(folder.data),
+        trial_folder=folder.location(folder.trial(record.trial_id).root),
+        objective_metric=prepared.sweep.primary.metric,
+        objective_mode=prepared.sweep.primary.mode,
+        gpu_memory_fraction=prepared.gpu_memory_fraction,
+        memory_limit_bytes=prepared.sweep.resources.memory_per_worker,
+        halves_micro_batch=halves_micro_batch,
+        time_limit_s=hours * 3600 if (hours := prepared.sweep.budget.trial_hours) else None,
+    )

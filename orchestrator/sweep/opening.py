@@ -1,0 +1,103 @@
+"""What a sweep's folder says at its start: a record for each trial that is known, and the sweep's own."""
+
+from __future__ import annotations
+
+import functools
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from orchestrator.config.sweep_file import to_yaml
+from orchestrator.planning.plan import PlannedTrial
+from orchestrator.results import provenance
+from orchestrator.results.records import PeakMemory, Suggestion, SweepResult, TrialResult, TrialStatus
+from orchestrator.results.storage import SweepFolder, write_atomically, write_result, write_sweep
+from orchestrator.sweep.preparation import Prepared
+from orchestrator.sweep.resume import Earlier, gone_on_with, kept, with_time_spent
+from orchestrator.sweep.suggestions import NewRecord, known_at_start
+
+
+def opening_records(
+    prepared: Prepared, folder: SweepFolder, earlier: Earlier | None, new_record: NewRecord
+) -> dict[str, TrialResult]:
+    """What each trial starts with: as it ended before, refused, or pending, with what it had when it was cut off."""
+    before = earlier.trials if earlier else {}
+    records = {}
+    for planned, suggestion in known_at_start(prepared, before.values()):
+        old = before.get(planned.trial_id)
+        if old and _stays(old, prepared.plan.worker_memory_bytes):
+            records[planned.trial_id] = old
+            continue
+        new = new_record(planned, suggestion)
+        records[planned.trial_id] = (
+            with_time_spent(old, gone_on_with(old, new, folder.trial(planned.trial_id))) if old else new
+        )
+    return records | kept(earlier, frozenset(records)) if earlier else records
+
+
+def _stays(record: TrialResult, available_bytes: int) -> bool:
+    """Whether an end is final: refusals are made anew, and what ran out of memory may fit where there is more."""
+    if record.status is TrialStatus.OUT_OF_MEMORY and record.peak_memory and record.peak_memory.available_bytes:
+        return available_bytes <= record.peak_memory.available_bytes
+    return record.status.is_final and record.status is not TrialStatus.INFEASIBLE
+
+
+def record_maker(prepared: Prepared) -> NewRecord:
+    """Makes the record that a planned trial begins with; versions and git are asked for once."""
+    made_with = {"versions": provenance.versions(), "git": provenance.git_state(Path.cwd())}
+    return functools.partial(_new_record, prepared, made_with)
+
+
+def _new_record(
+    prepared: Prepared, made_with: Mapping[str, Any], planned: PlannedTrial, suggestion: Suggestion | None
+) -> TrialResult:
+    predicted = prepared.predicted_bytes(planned.config) if planned.memory else None
+    return TrialResult(
+        trial_id=planned.trial_id,
+        configuration_id=planned.configuration_id,
+        status=TrialStatus.INFEASIBLE if planned.reasons else TrialStatus.PENDING,
+        reason="; ".join(planned.reasons) or None,
+        config=planned.config,
+        repeat=planned.repeat,
+        seed=planned.config.seed,
+        suggestion=suggestion,
+        **made_with,
+        notes=planned.notes,
+        predicted_step_time_s=prepared.step_seconds(planned.config).expected if planned.memory else None,
+        peak_memory=PeakMemory(
+            predicted_bytes=predicted, available_bytes=prepared.plan.worker_memory_bytes, kind=prepared.memory_kind
+        ),
+    )
+
+
+def opening_result(
+    prepared: Prepared, earlier: Earlier | None, records: Mapping[str, TrialResult], started_at: float
+) -> SweepResult:
+    """The sweep's own record; an earlier run's goes on."""
+    sweep = prepared.sweep
+    before = earlier.result if earlier else None
+    searched = (*(before.searched if before else ()), *sweep.domains)
+    return SweepResult(
+        name=sweep.name,
+        question=sweep.question,
+        sweep_id=(earlier and earlier.sweep_id) or uuid.uuid4().hex[:12],
+        model=sweep.model,
+        objective_metric=sweep.primary.metric,
+        objective_mode=sweep.primary.mode,
+        objectives=tuple((objective.metric, objective.mode) for objective in sweep.objectives),
+        constraints=sweep.constraints,
+        searched=tuple(dict.fromkeys(searched)),
+        started_ms=before.started_ms if before else int(started_at * 1000),
+        data_hash=prepared.data_hash,
+        trials=tuple(records.values()),
+    )
+
+
+def write_opening(prepared: Prepared, folder: SweepFolder, records: Iterable[TrialResult], result: SweepResult) -> None:
+    """The folder's files, before the first launch."""
+    write_atomically(folder.sweep_file, provenance.without_secret(to_yaml(prepared.sweep)))
+    write_atomically(folder.plan, prepared.plan.model_dump_json(indent=1) + "\n")
+    for record in records:
+        write_result(folder, record)
+    write_sweep(folder, result)
