@@ -168,7 +168,9 @@ class JobServer:
         lines = self._client.tail_job_logs(job_id)
         while True:
             try:
-                text = await asyncio.wait_for(anext(lines), SILENCE_LIMIT_S)
+                # Not asyncio.wait_for: up to Python 3.11 it loses a Ctrl-C that comes together with a line.
+                async with asyncio.timeout(SILENCE_LIMIT_S):
+                    text = await anext(lines)
             except (StopAsyncIteration, TimeoutError, aiohttp.ClientError, OSError, RuntimeError):
                 # The end, or a connection that was lost: the job's status tells which.
                 return shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import threading
 from collections.abc import Iterator
 
@@ -10,6 +11,7 @@ import pytest
 
 pytest.importorskip("ray")
 
+import aiohttp
 import ray
 from aiohttp import web
 
@@ -123,6 +125,22 @@ def test_a_reader_that_goes_away_ends_the_showing(api: JobApi) -> None:
 
     with pytest.raises(BrokenPipeError):
         follow(JobServer(api.address), "j", gone, print)
+
+
+def test_a_ctrl_c_that_comes_together_with_a_line_ends_the_showing(
+    api: JobApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receive = aiohttp.ClientWebSocketResponse.receive
+
+    async def interrupted(socket: aiohttp.ClientWebSocketResponse) -> aiohttp.WSMessage:
+        message = await receive(socket)
+        signal.raise_signal(signal.SIGINT)
+        return message
+
+    monkeypatch.setattr(aiohttp.ClientWebSocketResponse, "receive", interrupted)
+    said: list[str] = []
+    assert follow(JobServer(api.address), "j", lambda lines: None, said.append) == 130
+    assert "job j goes on" in said[0]
 
 
 def test_a_cluster_of_another_ray_is_refused(api: JobApi) -> None:
