@@ -1,13 +1,17 @@
-"""Marks every test with its tier: the name of its folder."""
+"""Marks every test with its tier, the name of its folder, and lets all be interrupted."""
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent
 TIERS = ("fast", "training", "ray", "chaos", "clusters", "gpu")
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and with them all that they send it to.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
