@@ -47,6 +47,10 @@ RETRY_S = 1.0
 SWEEP_KEY, PACKAGE_KEY = "orchestrator_sweep", "orchestrator_package"
 TOKEN_MEND = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, to the token of the cluster"
 
+AGENT_MEND = (
+    "the head's dashboard agent is not up: wait a little, or read dashboard_agent.log there (is its port taken?)"
+)
+
 
 class JobServer:
     """The cluster's job API."""
@@ -101,9 +105,10 @@ class JobServer:
         except (OSError, RuntimeError) as error:
             # The server's tracebacks end with what happened.
             last_line = str(error).strip().splitlines()[-1]
-            raise ClusterUnreachableError(
-                f"{self.shown_address}: {last_line}; check that this is a Ray head with its job server"
-            ) from error
+            mend = (
+                AGENT_MEND if "No available agent" in last_line else "check that this is a Ray head with its job server"
+            )
+            raise ClusterUnreachableError(f"{self.shown_address}: {last_line}; {mend}") from error
 
     def _get(self, path: str) -> Any:
         # The client has no public call for the versions; it has the token and the TLS settings (ray 2.60.0).
