@@ -1,11 +1,15 @@
 """Train every configuration of a small grid to its end and keep the curves as data for `benchmarks/search.py`.
 
-    python -m benchmarks.search_curves
+    python -m benchmarks.search_curves perceptrons
+    python -m benchmarks.search_curves smollm2 --storage FOLDER --limit-s 840
 
-A search that asks for a configuration is given its curve, so that twenty seeds of six searches cost no training. The
-model is scikit-learn's multilayer perceptron on its digits data, a minute or two on one CPU core, no language model.
-Its width stands as `rank`, its regularisation is none, an epoch is a step. What is in the file already is not trained
-again.
+A search that asks for a configuration is given its curve, so that twenty seeds of eight searches cost no training. What
+is in the file, or in the sweep's folder, already is not trained again.
+
+- perceptrons: scikit-learn's multilayer perceptron on its digits data, a minute or two on one CPU core. Its width
+  stands as `rank`, its regularisation is none, an epoch is a step.
+- smollm2: LoRA adapters of the real small language model on the running Python's documentation, as one sweep of this
+  package, which the same command goes on with until all have trained; about a quarter of an hour on two CPU cores.
 """
 
 from __future__ import annotations
@@ -15,22 +19,86 @@ import csv
 import itertools
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from benchmarks.sweeps import say
+from benchmarks.sweeps import run_sweep, say
 
-FILE = Path(__file__).parent / "data" / "search_curves.csv"
-GRID = {
-    "rank": [2, 4, 8, 16, 32],
-    "global_batch_size": [16, 64],
-    "learning_rate": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1],
-}
-STEPS = 27
+DATA = Path(__file__).parent / "data"
+Key = tuple[float, ...]
 Curve = list[tuple[int, float]]
 
 
-def train(rank: int, global_batch_size: int, learning_rate: float) -> Iterator[tuple[int, float]]:
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A grid of configurations and where their curves lie."""
+
+    file: Path
+    grid: Mapping[str, Sequence[float]]
+    steps: int
+
+    def keys(self) -> list[Key]:
+        """Every configuration's values."""
+        return [tuple(map(float, values)) for values in itertools.product(*self.grid.values())]
+
+    def curves(self) -> dict[Key, Curve]:
+        """Every configuration that is there, with its steps and evaluation losses."""
+        found: dict[Key, Curve] = {}
+        if self.file.exists():
+            with self.file.open(newline="", encoding="utf-8") as opened:
+                for row in csv.DictReader(opened):
+                    key = tuple(float(row[name]) for name in self.grid)
+                    found.setdefault(key, []).append((int(row["step"]), float(row["eval_loss"])))
+        return found
+
+    def add(self, values: Sequence[Any], curve: Curve) -> None:
+        """Append one configuration's curve."""
+        is_new = not self.file.exists()
+        with self.file.open("a", newline="", encoding="utf-8") as opened:
+            writer = csv.writer(opened, lineterminator="\n")
+            if is_new:
+                writer.writerow([*self.grid, "step", "eval_loss"])
+            writer.writerows([*values, step, f"{loss:.4f}"] for step, loss in curve)
+
+
+PERCEPTRONS = Table(
+    DATA / "search_curves_perceptrons.csv",
+    {
+        "rank": [2, 4, 8, 16, 32],
+        "global_batch_size": [16, 64],
+        "learning_rate": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1],
+    },
+    steps=27,
+)
+SMOLLM2 = Table(
+    DATA / "search_curves_smollm2.csv",
+    {"rank": [2, 8, 32], "alpha": [4.0, 16.0, 64.0], "learning_rate": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]},
+    steps=27,
+)
+TABLES = {"perceptrons": PERCEPTRONS, "smollm2": SMOLLM2}
+SMOLLM2_SWEEP: dict[str, Any] = {
+    "name": "search-curves",
+    "model": "builtin:smollm2-135m",
+    "data": {"train": "builtin:python-docs", "eval": 0.009, "format": "text"},
+    "trial": {
+        "precision": "fp32",
+        "engine": "ddp",
+        "lr_schedule": "constant",
+        "sequence_length": 64,
+        "packing": True,
+        "global_batch_size": 1,
+        "micro_batch_size": 1,
+        "max_steps": SMOLLM2.steps,
+        "eval_every": 3,
+    },
+    "space": dict(SMOLLM2.grid),
+    "resources": {"workers_per_trial": 1, "cpus_per_worker": 1},
+}
+
+
+def train_perceptron(rank: int, global_batch_size: int, learning_rate: float) -> Iterator[tuple[int, float]]:
     """Step and loss on the rows that are held back."""
     import numpy as np
     from sklearn.datasets import load_digits
@@ -43,48 +111,51 @@ def train(rank: int, global_batch_size: int, learning_rate: float) -> Iterator[t
     model = MLPClassifier(
         (rank,), alpha=0, batch_size=global_batch_size, learning_rate_init=learning_rate, random_state=0
     )
-    for step in range(1, STEPS + 1):
+    for step in range(1, PERCEPTRONS.steps + 1):
         model.partial_fit(train_x, train_y, classes=np.arange(10))
         yield step, float(log_loss(eval_y, model.predict_proba(eval_x)))
 
 
-def curves(file: Path = FILE) -> dict[tuple[float, ...], Curve]:
-    """Every configuration's values, in the grid's order, with its steps and evaluation losses."""
-    found: dict[tuple[float, ...], Curve] = {}
-    if file.exists():
-        with file.open(newline="", encoding="utf-8") as opened:
-            for row in csv.DictReader(opened):
-                key = tuple(float(row[name]) for name in GRID)
-                found.setdefault(key, []).append((int(row["step"]), float(row["eval_loss"])))
-    return found
-
-
-def train_missing(file: Path, limit_s: float) -> int:
+def make_perceptrons(limit_s: float) -> int:
     """Append the curves that are not there yet; how many are still missing when the time is over."""
     import sklearn.neural_network  # noqa: F401  # takes long, and is no training
 
-    started, done = time.monotonic(), curves(file)
-    missing = [values for values in itertools.product(*GRID.values()) if tuple(map(float, values)) not in done]
-    with file.open("a", newline="", encoding="utf-8") as opened, warnings.catch_warnings():
+    started, done = time.monotonic(), PERCEPTRONS.curves()
+    missing = [v for v in itertools.product(*PERCEPTRONS.grid.values()) if tuple(map(float, v)) not in done]
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        writer = csv.writer(opened, lineterminator="\n")
-        if not done:
-            writer.writerow([*GRID, "step", "eval_loss"])
         for count, values in enumerate(missing):
             if time.monotonic() - started > limit_s:
                 return len(missing) - count
-            rows = [[*values, step, f"{loss:.4f}"] for step, loss in train(*values)]  # type: ignore[arg-type]
-            writer.writerows(rows)
-            opened.flush()
+            PERCEPTRONS.add(values, list(train_perceptron(*values)))  # type: ignore[arg-type]
     return 0
+
+
+def make_smollm2(storage: Path, limit_s: float) -> int:
+    """Go on with the sweep for so long; write the file once all of it has trained. How many trials are missing."""
+    ran = run_sweep(storage, {**SMOLLM2_SWEEP, "budget": {"hours": limit_s / 3600}})
+    found = {}
+    for trial in ran.sweep.trials:
+        points = ran.folder.trial(trial.trial_id).read_metrics()
+        curve = [(point.step, point.eval_loss) for point in points if point.eval_loss is not None]
+        if trial.status.is_final:
+            found[tuple(getattr(trial.config, name) for name in SMOLLM2.grid)] = curve
+    missing = len(SMOLLM2.keys()) - len(found)
+    if not missing:
+        SMOLLM2.file.unlink(missing_ok=True)
+        for values in itertools.product(*SMOLLM2.grid.values()):
+            SMOLLM2.add(values, found[values])
+    return missing
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--file", type=Path, default=FILE)
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("--storage", type=Path, default=Path("sweeps"), help="where the sweep of smollm2 lies")
     parser.add_argument("--limit-s", type=float, default=3600, help="stop after so long; the same command goes on")
     arguments = parser.parse_args()
-    if missing := train_missing(arguments.file, arguments.limit_s):
+    make = make_perceptrons if arguments.table == "perceptrons" else lambda s: make_smollm2(arguments.storage, s)
+    if missing := make(arguments.limit_s):
         say(f"{missing} are missing: run the same command again")
 
 

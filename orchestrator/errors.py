@@ -158,6 +158,10 @@ class TrialDivergedError(TrialError):
         return f"the {self.what} became {self.value} at step {self.step}; {remedy}"
 
 
+class CheckpointError(TrialError):
+    """The checkpoint of another trial that a trial should begin with cannot be used."""
+
+
 class TrialFailedError(TrialError):
     """A worker raised an error of its own, or died."""
 

@@ -217,6 +217,12 @@ def configuration_id(config: TrialConfig) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
+def descendant(config: TrialConfig, parent_id: str, member: int) -> Trial:
+    """A trial that goes on where another one stopped: it has a name of its own, though settings may be the same."""
+    identity = hashlib.sha256(f"{parent_id} {member} {configuration_id(config)}".encode()).hexdigest()[:8]
+    return Trial(f"{identity}-0", identity, config, 0)
+
+
 def grid(
     base: Settings, space: Mapping[str, Choice[Any] | Range], exclude: Sequence[Mapping[str, Any]]
 ) -> tuple[TrialConfig, ...]:

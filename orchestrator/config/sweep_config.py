@@ -26,8 +26,13 @@ from orchestrator.config.trial_config import TrialConfig
 
 LOGGED_METRICS = ("eval_loss", "loss", "tokens_per_s", "step_time_s", "peak_memory_bytes", "grad_norm")
 DEFAULT_SAMPLES = 10
-GraceUnit = Literal["steps", "tokens", "seconds"]
-GRACE_UNITS: dict[str, GraceUnit] = {"grace_steps": "steps", "grace_tokens": "tokens", "grace_seconds": "seconds"}
+GraceUnit = Literal["steps", "tokens", "seconds", "cost"]
+GRACE_UNITS: dict[str, GraceUnit] = {
+    "grace_steps": "steps",
+    "grace_tokens": "tokens",
+    "grace_seconds": "seconds",
+    "grace_cost": "cost",
+}
 
 
 class _Part(BaseModel):
@@ -48,9 +53,10 @@ class DataConfig(_Part):
 class SearchConfig(_Part):
     """How configurations are chosen."""
 
-    algorithm: Literal["grid", "random", "tpe", "gp", "cma_es"] = "grid"
+    algorithm: Literal["grid", "random", "tpe", "gp", "cma_es", "pbt"] = "grid"
     """`grid` tries every combination, the others as many as `budget.trials` says: `random` by chance, and by what the
-    trials so far have shown `tpe` (Parzen estimators), `gp` (a Gaussian process) and `cma_es` (evolution strategy)."""
+    trials so far have shown `tpe` (Parzen estimators), `gp` (a Gaussian process) and `cma_es` (evolution strategy).
+    `pbt` (population-based training) follows from `scheduler.pbt`."""
     repeats: Annotated[int, Field(ge=1, le=1000)] = 1
     """Trials of every configuration, each with another seed."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -61,28 +67,27 @@ class SearchConfig(_Part):
     """Folder of an earlier sweep: an adaptive search tries its best configurations first, and learns from all of them
     where model, data, objective and shared settings are the same."""
 
+    min_gain_per_hour: Annotated[float, Field(gt=0)] | None = None
+    """An adaptive search ends by itself when another trial is expected to better the objective by less than this share
+    of it (0.01: 1 %) for each hour that it takes; none: when `budget.trials` is used up."""
+    min_gain_per_cost: Annotated[float, Field(gt=0)] | None = None
+    """The same for each unit of money that it costs, by `budget.price_per_gpu_hour`."""
+
     @property
     def is_adaptive(self) -> bool:
         """Whether configurations are chosen one by one, by what the trials so far have shown."""
         return self.algorithm not in ("grid", "random")
 
-    @field_validator("algorithm", mode="before")
-    @classmethod
-    def _needs_checkpoints(cls, raw: Any) -> Any:
-        if raw == "pbt":
-            raise ValueError(
-                "pbt goes on from other trials' checkpoints, which trials do not write: use tpe with the scheduler asha"
-            )
-        return raw
-
 
 class _Graceful(_Part):
     grace_steps: Annotated[int, Field(ge=1, le=10**8)] | None = None
-    """Optimizer steps that every trial gets. It is counted in steps, in tokens or in seconds: name one of the three."""
+    """Optimizer steps that every trial gets. It is counted in steps, tokens, seconds or money: name one of the four."""
     grace_tokens: Annotated[int, Field(ge=1, le=2**62)] | None = None
     """Tokens that every trial trains on."""
     grace_seconds: Annotated[float, Field(gt=0)] | None = None
-    """Seconds of training that every trial gets; where all trials hold as many GPUs, that is money too."""
+    """Seconds of training that every trial gets."""
+    grace_cost: Annotated[float, Field(gt=0)] | None = None
+    """Money, in the unit of `budget.price_per_gpu_hour`, that every trial's training may cost."""
 
     @model_validator(mode="after")
     def _one_grace(self) -> Self:
@@ -124,6 +129,18 @@ class ExtrapolationConfig(_Graceful):
     """Chance to end better than the best that has ended, below which a trial is stopped."""
 
 
+class PbtConfig(_Part):
+    """Population-based training (Jaderberg et al. 2017): at the end of every interval the worst members are given up,
+    and the best go on in their place too, from their checkpoints and with settings that are a little changed."""
+
+    population: Annotated[int, Field(ge=2, le=10_000)]
+    """Members that train, each to `max_steps`; the first ones are spread out over the space."""
+    interval_steps: Annotated[int, Field(ge=1, le=10**8)]
+    """Optimizer steps of a generation, a multiple of `eval_every`."""
+    quantile: Annotated[float, Field(gt=0, le=0.5)] = 0.25
+    """Share of the population that is given up after a generation, and share of the best that go on in its place."""
+
+
 class FifoConfig(_Part):
     """Every trial runs to its end."""
 
@@ -134,24 +151,21 @@ class SchedulerConfig(_Part):
     asha: AshaConfig | None = None
     hyperband: HyperbandConfig | None = None
     median: MedianConfig | None = None
+    pbt: PbtConfig | None = None
     fifo: FifoConfig | None = None
     extrapolation: ExtrapolationConfig | None = None
 
     @model_validator(mode="after")
     def _one_scheduler(self) -> SchedulerConfig:
-        named = [name for name in ("asha", "hyperband", "median", "fifo") if getattr(self, name)]
+        named = [name for name in ("asha", "hyperband", "median", "pbt", "fifo") if getattr(self, name)]
         if len(named) > 1:
             raise ValueError(f"name one scheduler, not {' and '.join(named)}")
         if empty := [name for name in self.model_fields_set if getattr(self, name) is None and name != "fifo"]:
-            raise ValueError(f"{empty[0]} needs its grace_steps, as `{empty[0]}: {{grace_steps: 40}}`")
+            keys = "population: 8, interval_steps: 40" if empty[0] == "pbt" else "grace_steps: 40"
+            raise ValueError(f"{empty[0]} needs its {keys.split(':')[0]}, as `{empty[0]}: {{{keys}}}`")
+        if self.pbt and self.extrapolation:
+            raise ValueError("pbt gives up the worst by itself: leave extrapolation out, or name asha in place of pbt")
         return self
-
-    @model_validator(mode="before")
-    @classmethod
-    def _needs_checkpoints(cls, raw: Any) -> Any:
-        if isinstance(raw, dict) and "pbt" in raw:
-            raise ValueError("pbt goes on from other trials' checkpoints, which trials do not write: use asha")
-        return raw
 
 
 class ObjectiveConfig(_Part):
@@ -292,6 +306,15 @@ class SweepConfig(_Part):
     storage: Annotated[str, Field(min_length=1)] = "sweeps"
     """A local folder, a mount that all nodes see, or an object store, as s3://bucket/sweeps."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _algorithm_of_pbt(cls, raw: Any) -> Any:
+        """`scheduler: {pbt: ...}` alone says all."""
+        if not isinstance(raw, dict) or not isinstance(raw.get("scheduler"), dict) or "pbt" not in raw["scheduler"]:
+            return raw
+        search = raw.get("search") or {}
+        return raw if not isinstance(search, dict) else {**raw, "search": {"algorithm": "pbt", **search}}
+
     @field_validator("trial", mode="before")
     @classmethod
     def _empty_means_defaults(cls, raw: Any) -> Any:
@@ -331,7 +354,8 @@ class SweepConfig(_Part):
         if self.search.algorithm == "grid":
             configurations = grid(self.base, self.domains, self.exclude)[: self.budget.trials]
         else:
-            count = self.budget.trials or DEFAULT_SAMPLES
+            pbt = self.scheduler.pbt
+            count = pbt.population if pbt else self.budget.trials or DEFAULT_SAMPLES
             drawn = sample(self.base, self.domains, self.exclude, count, self.search.seed)
             configurations = tuple({configuration_id(one): one for one in (*self._points(), *drawn)}.values())[:count]
         return make_trials(configurations, self.search.repeats)

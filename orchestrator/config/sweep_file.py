@@ -24,6 +24,7 @@ from orchestrator.config.search_space import (
 )
 from orchestrator.config.storage_address import storage_problem
 from orchestrator.config.sweep_config import SchedulerConfig, SweepConfig
+from orchestrator.config.trial_config import CHANGEABLE
 from orchestrator.errors import InputError, Problem, SweepFileError, cut, shown
 
 Path_ = tuple[str | int, ...]
@@ -33,6 +34,7 @@ MAX_DEPTH = 20
 MAX_VALUES = 50_000
 LARGEST_WHOLE_NUMBER = 2**63
 MOST_TRIALS = 100_000
+PBT_EXAMPLE = "pbt: {population: 8, interval_steps: 40}"
 
 
 def load(file: Path, overrides: Sequence[str] = ()) -> SweepConfig:
@@ -340,7 +342,9 @@ def _problems_of_size(sweep: SweepConfig) -> Iterator[Problem]:
 
 def _problems_of_search(sweep: SweepConfig) -> Iterator[Problem]:
     search = sweep.search
-    if search.is_adaptive and sweep.budget.trials is None:
+    yield from _problems_of_pbt(sweep)
+    yield from _problems_of_cost(sweep)
+    if search.is_adaptive and search.algorithm != "pbt" and sweep.budget.trials is None:
         yield Problem("search.algorithm", f"{search.algorithm} goes on until budget.trials: write how many to try")
     if search.is_adaptive and not sweep.domains:
         yield Problem("search.algorithm", f"{search.algorithm} has nothing to search: write `space:`, or leave it out")
@@ -363,6 +367,53 @@ def _problems_of_search(sweep: SweepConfig) -> Iterator[Problem]:
         for name, domain in sweep.domains.items():
             if not axis_of(name, domain).is_ordered:
                 yield Problem(f"space.{name}", "has no order, which cma_es needs: use tpe or gp, or share the setting")
+
+
+def _problems_of_cost(sweep: SweepConfig) -> Iterator[Problem]:
+    counts = {f"scheduler.{name}.grace_cost": getattr(part, "grace_cost", None) for name, part in sweep.scheduler}
+    counts["search.min_gain_per_cost"] = sweep.search.min_gain_per_cost
+    for path, value in counts.items():
+        if value and not sweep.budget.price_per_gpu_hour:
+            instead = "min_gain_per_hour" if path.startswith("search") else "grace_seconds"
+            yield Problem(path, f"counts money: name budget.price_per_gpu_hour, or use {instead}")
+    for name in ("min_gain_per_hour", "min_gain_per_cost"):
+        if getattr(sweep.search, name) and sweep.search.algorithm in ("grid", "random", "pbt"):
+            told = f"ends searches that choose one by one, and {sweep.search.algorithm} does not: use tpe, gp or cma_es"
+            yield Problem(f"search.{name}", told)
+
+
+def _problems_of_pbt(sweep: SweepConfig) -> Iterator[Problem]:
+    pbt, algorithm = sweep.scheduler.pbt, sweep.search.algorithm
+    if pbt is None:
+        if algorithm == "pbt":
+            yield Problem("search.algorithm", f"pbt needs its population: write scheduler: {{{PBT_EXAMPLE}}} alone")
+        return
+    if algorithm != "pbt":
+        yield Problem("search.algorithm", f"{algorithm} and scheduler.pbt exclude each other: leave one of them out")
+        return
+    if not set(CHANGEABLE) & set(sweep.domains):
+        yield Problem(
+            "space", f"has nothing that pbt may change while it trains: search one of {', '.join(CHANGEABLE)}"
+        )
+    for name in ("max_steps", "eval_every"):
+        if name in sweep.domains:
+            yield Problem(f"space.{name}", "is shared by all members of a population: put it under `trial:`")
+    for name, domain in sweep.domains.items():
+        if name not in CHANGEABLE and (changed := sorted(set(domain.when) & set(CHANGEABLE))):
+            told = f"depends on {changed[0]}, which pbt changes while a trial trains: take that condition away"
+            yield Problem(f"space.{name}.when", told)
+    if pbt.interval_steps % sweep.trial.eval_every:
+        told = f"is no multiple of trial.eval_every ({sweep.trial.eval_every}), and members are compared by evaluations"
+        yield Problem("scheduler.pbt.interval_steps", f"{told}: change one of them")
+    if pbt.interval_steps >= sweep.trial.max_steps:
+        told = f"leaves one generation of trial.max_steps ({sweep.trial.max_steps}): lower it, or leave pbt out"
+        yield Problem("scheduler.pbt.interval_steps", told)
+    if sweep.search.repeats > 1:
+        yield Problem("search.repeats", "a member is one trial: leave it out, and run again with another search.seed")
+    if sweep.budget.trials is not None:
+        yield Problem("budget.trials", "pbt trains as many as scheduler.pbt.population: leave it out")
+    if len(sweep.objectives) > 1:
+        yield Problem("objective", "pbt compares members by one objective: name one, or use tpe or gp")
 
 
 def _problems_of_condition(condition: Mapping[str, Any], path: str) -> Iterator[Problem]:

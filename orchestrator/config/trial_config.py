@@ -37,6 +37,10 @@ class Precision(StrEnum):
         return self in (Precision.AMP_BF16, Precision.AMP_FP16)
 
 
+CHANGEABLE = ("learning_rate", "weight_decay", "lora_dropout", "max_grad_norm")
+"""Settings that may be others from one optimizer step to the next: no weight, state or data order depends on them."""
+
+
 class TrialConfig(BaseModel):
     """The settings of one trial; each has a default, so a sweep file names only what matters to it."""
 

@@ -31,6 +31,15 @@ def exhausted(budget: BudgetConfig, hours: float, gpu_hours: float) -> str | Non
     return next((f"budget.{name}" for name, _, limit, used in _limits(budget, *spent) if used.low >= limit), None)
 
 
+def unspent(budget: BudgetConfig, hours: float, gpu_hours: float) -> tuple[str, ...]:
+    """What is left of each limit that is set, as `3.2 of budget.hours 8`."""
+    spent = (Range(used, used, used) for used in (hours, gpu_hours))
+    return tuple(
+        f"{max(0.0, limit - used.low):.3g} of budget.{name} {limit:g}"
+        for name, _, limit, used in _limits(budget, *spent)
+    )
+
+
 def _limits(budget: BudgetConfig, hours: Range, gpu_hours: Range) -> Iterator[tuple[str, str, float, Range]]:
     """Each limit that is set: its key, its unit, and what it is compared with."""
     if budget.hours is not None:

@@ -64,9 +64,10 @@ class Pace:
 
 def _measured(trial: TrialResult) -> _Measured | None:
     last, predicted_s = trial.last, trial.predicted_step_time_s
-    if last is None or last.step < FEWEST_STEPS or not predicted_s or last.seconds <= 0:
+    steps = trial.steps_trained
+    if last is None or steps < FEWEST_STEPS or not predicted_s or last.seconds <= 0:
         return None
-    return _Measured(_kind_of(trial.config), last.seconds / last.step / predicted_s)
+    return _Measured(_kind_of(trial.config), last.seconds / steps / predicted_s)
 
 
 def _besides_s(trial: TrialResult) -> float:

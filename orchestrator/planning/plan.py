@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from orchestrator.config.search_space import Trial
 from orchestrator.config.sweep_config import AshaConfig, BudgetConfig, ResourcesConfig, SweepConfig
 from orchestrator.config.trial_config import TrialConfig
-from orchestrator.errors import ModelError
+from orchestrator.errors import InputError, ModelError
 from orchestrator.planning import budget
 from orchestrator.planning.cheaper import what_fits
 from orchestrator.planning.compatibility import Case, missing_targets, refusals
@@ -218,10 +218,16 @@ def require_targets(sweep: SweepConfig, model: ModelShape) -> None:
 
 
 def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware, pace: Pace = NO_PACE) -> SweepPlan:
-    """Plan all trials of a sweep whose hardware defaults are filled in; `pace` is what was measured before."""
+    """Plan all trials of a sweep whose hardware defaults are filled in; `pace` is what was measured before.
+
+    Raises:
+        InputError: it counts money, and no trial holds a GPU that has a price.
+    """
     shape = worker_shape(sweep.resources, hardware)
     if sweep.resources.gpus_per_worker == "auto" and hardware.device == "cuda" and shape.workers == 1:
         shape = replace(shape, gpus_per_worker=packed_share(sweep.trials(), model, hardware, shape))
+    if not shape.gpus_per_worker:
+        _require_no_money(sweep)
     concurrent = max_concurrent(sweep.resources, shape, hardware)
     memory_bytes = memory_for_a_worker(hardware, shape, concurrent, sweep.resources.memory_per_worker)
     trials = tuple(
@@ -235,6 +241,8 @@ def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware, pace: 
     # Hyperband's first bracket, which most trials are in, is ASHA; nobody can say whom the other rules will stop.
     asha = sweep.scheduler.asha or sweep.scheduler.hyperband
     works = [_work(trial, _besides_s(pace), asha) for trial in launched]
+    if pbt := sweep.scheduler.pbt:
+        works = [part for work in works for part in _generations(work, pbt.interval_steps)]
     taken = simulate(works, concurrent, asha.reduction_factor if asha else None)
     makespan, hours = taken.makespan_s, taken.trials_s.times(shape.workers * shape.gpus_per_worker / 3600)
     return SweepPlan(
@@ -256,6 +264,18 @@ def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware, pace: 
         measured=len(pace.steps),
         warnings=_too_few(shape, hardware) + _warnings(sweep, running, makespan, hours),
     )
+
+
+def _require_no_money(sweep: SweepConfig) -> None:
+    """What is priced are GPU-hours: without a GPU nothing would ever cost enough."""
+    counted = [name for name, part in sweep.scheduler if getattr(part, "grace_cost", None)]
+    if counted:
+        told = f"scheduler.{counted[0]}.grace_cost counts GPU-hours"
+        raise InputError(f"{told}, and no trial holds a GPU here: use grace_seconds")
+    if sweep.search.min_gain_per_cost:
+        raise InputError(
+            "search.min_gain_per_cost counts GPU-hours, and no trial holds a GPU here: use min_gain_per_hour"
+        )
 
 
 def _with_cost(trial: PlannedTrial, limits: BudgetConfig) -> PlannedTrial:
@@ -284,6 +304,12 @@ def _work(trial: PlannedTrial, besides_s: float, asha: AshaConfig | None) -> Wor
     return Work(besides_s, whole.plus(-besides_s).times(1 / steps), steps, trial.config.eval_every, grace_steps)
 
 
+def _generations(work: Work, interval_steps: int) -> Iterator[Work]:
+    """A member's trials: each of them begins anew and trains for an interval."""
+    for first in range(0, work.steps, interval_steps):
+        yield replace(work, steps=min(interval_steps, work.steps - first), grace_steps=interval_steps)
+
+
 def _too_few(shape: WorkerShape, hardware: Hardware) -> tuple[str, ...]:
     if _workers_that_fit(shape, hardware) >= shape.workers:
         return ()
@@ -300,6 +326,8 @@ def _grace_steps(asha: AshaConfig, trial: PlannedTrial) -> float:
     config = trial.config
     if unit == "tokens":
         return grace / (config.global_batch_size * config.sequence_length)
+    if unit == "cost":
+        return grace / (trial.cost or grace) * config.max_steps
     return grace / (trial.seconds or grace) * config.max_steps if unit == "seconds" else grace
 
 

@@ -8,13 +8,16 @@ from typing import Any
 from orchestrator.planning.hardware import GIB
 from orchestrator.planning.plan import PlannedTrial, SweepPlan
 
+PROPOSES = "proposes one configuration after the other"
+
 
 def render(plan: SweepPlan) -> str:
     """A table of the trials, what is refused and why, and the totals."""
     runs = [trial for trial in plan.trials if not trial.reasons]
     lines = [f"{plan.name}: {plan.model} on {plan.hardware}", ""]
     if plan.proposed_by:
-        lines += [f"{plan.proposed_by} proposes one configuration after the other; random ones of its space:", ""]
+        proposes = "begins with members spread over its space" if plan.proposed_by == "pbt" else PROPOSES
+        lines += [f"{plan.proposed_by} {proposes}; random ones of it:", ""]
     if runs:
         lines += [*_table(plan, runs), ""]
     for reason, trials in _grouped((reason, trial) for trial in plan.trials for reason in trial.reasons):
@@ -64,7 +67,8 @@ def _totals(plan: SweepPlan) -> list[str]:
 
 
 def _proposals(plan: SweepPlan) -> str:
-    told = f"up to {len(plan.trials)} trials, {plan.concurrent} at a time; {plan.refused} of these examples are refused"
+    told = f"a population of {len(plan.trials)}" if plan.proposed_by == "pbt" else f"up to {len(plan.trials)} trials"
+    told += f", {plan.concurrent} at a time; {plan.refused} of these examples are refused"
     known = [(t.memory.device_bytes, t.seconds) for t in plan.trials if not t.reasons and t.memory and t.seconds]
     if not known:
         return told

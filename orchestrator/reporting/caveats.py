@@ -21,7 +21,8 @@ def caveats(
     open_ = sum(trial.status in (TrialStatus.PENDING, TrialStatus.RUNNING) for trial in sweep.trials)
     if open_:
         told.append(f"{open_} of {len(sweep.trials)} trials have not ended yet: the answer may change.")
-    steps_of = {trial.configuration_id: trial.steps for trial in sweep.trials if trial.status is TrialStatus.COMPLETED}
+    ran = [trial for trial in sweep.trials if trial.status is TrialStatus.COMPLETED]
+    steps_of = {trial.configuration_id: trial.steps_trained for trial in ran}
     competing = {summary.configuration_id for summary in contenders}
     wild = [s.label for s in completed if s.configuration_id not in competing and not s.is_broken]
     if wild:
@@ -44,13 +45,18 @@ def caveats(
     devices = {device for trial in sweep.trials if trial.status is TrialStatus.COMPLETED for device in trial.devices}
     if len(devices) > 1:
         told.append(f"Trials ran on different devices ({_some(sorted(devices))}): their speeds are not comparable.")
-    ended = _counts_of_ends(found)
+    if sweep.search_ended:
+        told.append(f"{sweep.search_ended[0].upper()}{sweep.search_ended[1:]}.")
+    earlier = sum(trial.leaves_checkpoint for trial in sweep.trials)
+    if earlier:
+        told.append(f"The last generation competes; {earlier} trials of those before ended so that it could begin.")
+    ended = _counts_of_ends(found, earlier)
     if ended:
         told.append(f"Not in the comparison: {ended}.")
     return told
 
 
-def _counts_of_ends(found: Sequence[ConfigurationSummary]) -> str:
+def _counts_of_ends(found: Sequence[ConfigurationSummary], earlier: int) -> str:
     words = {
         TrialStatus.STOPPED: "stopped early by the scheduler",
         TrialStatus.INFEASIBLE: "refused before launch",
@@ -61,6 +67,7 @@ def _counts_of_ends(found: Sequence[ConfigurationSummary]) -> str:
         TrialStatus.CANCELLED: "cancelled",
     }
     counts = {status: sum(summary.counts.get(status, 0) for summary in found) for status in words}
+    counts[TrialStatus.STOPPED] -= earlier
     return ", ".join(f"{count} {words[status]}" for status, count in counts.items() if count)
 
 

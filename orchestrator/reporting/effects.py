@@ -73,7 +73,8 @@ class Effect:
 
 def main_effects(sweep: SweepResult) -> tuple[Effect, ...]:
     """One effect for every searched setting that has at least two values among the trials that were measured."""
-    measured = [trial for trial in sweep.trials if trial.status in MEASURED]
+    # What began in the middle of another trial differs from the others in more than its settings.
+    measured = [trial for trial in sweep.trials if trial.status in MEASURED and not trial.started_from]
     found = [_effect(sweep, name, measured) for name in sweep.searched] if measured else []
     return tuple(effect for effect in found if len(effect.values) > 1)
 

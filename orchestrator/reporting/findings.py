@@ -16,6 +16,7 @@ from orchestrator.reporting import quantities
 from orchestrator.reporting.curves import Curve, Plateau, plateaus
 from orchestrator.reporting.effects import Effect, Levelling, main_effects
 from orchestrator.reporting.importance import importances
+from orchestrator.reporting.lineage import lineage_words
 from orchestrator.reporting.recommendation import Recommendation, recommend
 from orchestrator.reporting.statistics import ConfigurationSummary, label, pareto_front, sign_of, summaries
 from orchestrator.reporting.times import Outlay, Times, against_plan, times_of
@@ -100,7 +101,7 @@ def build(folder: SweepFolder, now_s: float | None = None) -> Report:
         plan=plan,
         damaged=damaged + unread,
         summaries=found,
-        recommendation=_with_plateaus(recommend(sweep), levels, effects),
+        recommendation=_with_lineage(sweep, _with_plateaus(recommend(sweep), levels, effects)),
         front=pareto_front(found, sign_of(sweep)),
         effects=effects,
         importances=importances(sweep),
@@ -138,6 +139,12 @@ def _with_plateaus(
     if level := levels.get(recommendation.configuration_id or ""):
         told.append(_curve_words(level))
     return replace(recommendation, evidence=(*recommendation.evidence, *told))
+
+
+def _with_lineage(sweep: SweepResult, recommendation: Recommendation) -> Recommendation:
+    trial = next((trial for trial in sweep.trials if trial.trial_id == recommendation.trial_id), None)
+    words = lineage_words(sweep, trial)
+    return replace(recommendation, evidence=(words, *recommendation.evidence)) if words else recommendation
 
 
 def levelling_words(setting: str, levelling: Levelling) -> str:

@@ -28,6 +28,9 @@ def importances(sweep: SweepResult) -> Mapping[str, float]:
         if trial.status is TrialStatus.COMPLETED and (value := objective_of(sweep, trial)) is not None
     ]
     names = [n for n in sweep.searched if len({spell(getattr(trial.config, n)) for trial, _ in completed}) > 1]
+    if any(trial.started_from for trial, _ in completed):
+        # What a member came to is its whole line's doing, not its last settings'.
+        return {}
     if len(names) < 2 or len(completed) < MIN_TRIALS or len({value for _, value in completed}) < 2:
         return {}
     return _fanova(names, completed)

@@ -77,8 +77,9 @@ class Noise:
 
 
 def label(trial: TrialResult, searched: Sequence[str]) -> str:
-    """`rank=8 precision=nf4`: the searched settings alone."""
+    """`rank=8 precision=nf4`: the searched settings alone, and where it began in the middle of another trial."""
     parts = [f"{name}={spell(getattr(trial.config, name))}" for name in searched]
+    parts += [f"from step {trial.started_from.step}"] if trial.started_from else []
     return " ".join(parts) or "the only configuration"
 
 

@@ -126,6 +126,14 @@ class GitState(_Record):
     dirty: bool
 
 
+class StartedFrom(_Record):
+    """The checkpoint of another trial that a trial began with."""
+
+    trial_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
+    step: Annotated[int, Field(ge=1)]
+    """Optimizer steps done by then: the trial's own first step is the next one."""
+
+
 class Suggestion(_Record):
     """What an adaptive search proposed; all that it has to know to go on from the records."""
 
@@ -133,6 +141,10 @@ class Suggestion(_Record):
     """In the order of proposals, from 0; the repeats of a configuration share it."""
     settings: dict[str, Any]
     """The searched settings, as they were proposed; one whose `when` does not hold is left out."""
+    generation: Annotated[int, Field(ge=0)] | None = None
+    """Of a population (pbt), from 0."""
+    member: Annotated[int, Field(ge=0)] | None = None
+    """Its place in that population; None where it was refused before it had one."""
 
 
 class TrialResult(_Record):
@@ -150,6 +162,8 @@ class TrialResult(_Record):
     seed: int
     suggestion: Suggestion | None = None
     """None in a grid or random search, which chooses before it starts."""
+    started_from: StartedFrom | None = None
+    """None: it began at the first step."""
     notes: tuple[str, ...] = ()
     """What planning had to say about a trial that runs all the same."""
     best: MetricPoint | None = None
@@ -171,6 +185,17 @@ class TrialResult(_Record):
     """Folder of the best adapter, relative to the trial's own."""
     versions: dict[str, str] = {}
     git: GitState | None = None
+
+    @property
+    def steps_trained(self) -> int:
+        """The trial's own optimizer steps: `steps` counts those before its start too."""
+        return max(0, self.steps - (self.started_from.step if self.started_from else 0))
+
+    @property
+    def leaves_checkpoint(self) -> bool:
+        """Whether others may begin with the checkpoint that it ended with: a generation that ended well."""
+        in_population = self.suggestion is not None and self.suggestion.member is not None
+        return in_population and self.status is TrialStatus.STOPPED
 
     @model_validator(mode="after")
     def _has_its_reason(self) -> Self:
@@ -199,6 +224,8 @@ class SweepResult(_Record):
     ended_ms: int | None = None
     """None while the sweep runs."""
     interrupted: bool = False
+    search_ended: str | None = None
+    """Why an adaptive search ended by itself, and what it left."""
     data_hash: str | None = None
     mlflow_run_id: str | None = None
     trials: tuple[TrialResult, ...]

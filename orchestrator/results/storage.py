@@ -118,12 +118,15 @@ class TrialFolder:
             end += len(line) + 1
         return tuple(points), end
 
-    def curve_bytes(self, steps: int) -> int | None:
-        """How long metrics.jsonl was after so many steps; None where it does not hold each of them in a line."""
+    def curve_bytes(self, steps: int, after: int = 0) -> int | None:
+        """How long metrics.jsonl was after so many steps; None where it does not hold each of them in a line.
+
+        after: the step that the trial began after; its curve holds the later ones alone.
+        """
         length = 0
         try:
             with opened(self.metrics) as file:
-                for step in range(1, steps + 1):
+                for step in range(after + 1, steps + 1):
                     line = file.readline()
                     if not line.endswith(b"\n") or MetricPoint.model_validate_json(line).step != step:
                         return None
@@ -348,10 +351,10 @@ def write_sweep(folder: SweepFolder, sweep: SweepResult) -> None:
 
 
 def write_result(folder: SweepFolder, result: TrialResult) -> None:
-    """Write a trial's result.json; a trial that has ended needs no checkpoint any more."""
+    """Write a trial's result.json; a trial that has ended needs no checkpoint any more, unless others do."""
     trial = folder.trial(result.trial_id)
     write_atomically(trial.result, result.model_dump_json(indent=1) + "\n")
-    if result.status.is_final:
+    if result.status.is_final and not result.leaves_checkpoint:
         trial.forget_checkpoints()
 
 
@@ -374,6 +377,8 @@ def _row(trial: TrialResult) -> dict[str, Any]:
         "repeat": trial.repeat,
         **trial.config.model_dump(mode="json"),
         "steps": trial.steps,
+        "started_from": trial.started_from.trial_id if trial.started_from else None,
+        "started_from_step": trial.started_from.step if trial.started_from else None,
         "tokens": trial.tokens,
         "best_step": best.step if best else None,
         "best_eval_loss": best.eval_loss if best else None,

@@ -90,10 +90,10 @@ def observe(
     curves_of: Curves,
     limits: Mapping[str, Limit] | None = None,
 ) -> tuple[Observation, ...]:
-    """Every suggested configuration, in the order of proposals."""
+    """Every suggested configuration, in the order of proposals, without what began in the middle of another trial."""
     repeats: dict[int, list[TrialResult]] = defaultdict(list)
     for record in records:
-        if record.suggestion is not None:
+        if record.suggestion is not None and record.started_from is None:
             repeats[record.suggestion.number].append(record)
     return tuple(
         combined(number, group[0].suggestion.settings, group, goals, curves_of, limits or {})

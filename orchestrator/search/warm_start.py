@@ -29,6 +29,9 @@ def learned(
     axes, repeats = axes_of(space), defaultdict[str, list[TrialResult]](list)
     shared = TrialConfig(**base).model_dump(mode="json")
     for record in records:
+        if record.started_from:
+            # Its settings were not those of a whole trial.
+            continue
         own = record.config.model_dump(mode="json")
         if all(own[name] == shared[name] for name in own if name not in space and name not in NOT_COMPARED):
             repeats[record.configuration_id].append(record)
@@ -45,7 +48,8 @@ def best_settings(
 ) -> tuple[Settings, ...]:
     """The settings of the best completed trials, the best first, as far as this search has them."""
     axes = axes_of(space)
-    ended = [(goal.of(r.best), r) for r in records if r.status is TrialStatus.COMPLETED and r.best]
+    whole = (r for r in records if r.status is TrialStatus.COMPLETED and not r.started_from)
+    ended = [(goal.of(r.best), r) for r in whole if r.best]
     ranked = sorted(((v, r) for v, r in ended if v is not None), key=lambda pair: (pair[0], pair[1].trial_id))
     found = (settings_of(axes, base, record.config) for _, record in ranked)
     return tuple({tuple(settings.items()): settings for settings in found if settings is not None}.values())[:BEST]

@@ -52,9 +52,16 @@ class Carrier:
             self._running.add(record.trial_id)
         else:
             self._running.discard(record.trial_id)
-        if record.status.is_final:
+        if record.status.is_final and not record.leaves_checkpoint:
             self._ended.add(record.trial_id)
         self._wake.set()
+
+    def forget_checkpoints(self, trial_id: str) -> None:
+        """Remove those of a trial that nobody will begin with any more."""
+        self._folder.trial(trial_id).forget_checkpoints()
+        if self._mirror:
+            self._ended.add(trial_id)
+            self._wake.set()
 
     def fetch(self, trial_id: str) -> None:
         """What the trial's workers wrote, here now; the sweep goes on without it where the store is away."""

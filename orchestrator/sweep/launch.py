@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import ray
@@ -10,6 +11,7 @@ from ray import tune
 from orchestrator.errors import StorageError
 from orchestrator.results.records import TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder, is_storage_failure
+from orchestrator.sweep.generations import Generations, last_step
 from orchestrator.sweep.preparation import Prepared
 from orchestrator.sweep.recorder import Recorder
 from orchestrator.sweep.scheduler import RuleScheduler
@@ -20,16 +22,30 @@ from orchestrator.sweep.trial_queue import TrialQueue
 from orchestrator.training.task import TrialTask
 
 Isolation = Literal["warm", "fresh"]
+Search = Suggestions | Generations
 # A slot takes nothing: its workers do, in placement groups of their own, and there are never more slots than groups
 # that fit. A slot that held a CPU could starve its own workers. Tune wants something (ray 2.60.0): a byte of memory.
 SLOT = tune.PlacementGroupFactory([{"memory": 1}])
+
+
+def search_of(
+    prepared: Prepared,
+    folder: SweepFolder,
+    recorder: Recorder,
+    new_record: NewRecord,
+    forget_checkpoints: Callable[[str], None],
+) -> Search:
+    """What proposes trials while the sweep runs; of a grid nothing."""
+    if prepared.sweep.scheduler.pbt:
+        return Generations(prepared, recorder, new_record, forget_checkpoints)
+    return Suggestions(prepared, folder, recorder, new_record)
 
 
 def launch(
     prepared: Prepared,
     folder: SweepFolder,
     recorder: Recorder,
-    new_record: NewRecord,
+    search: Search,
     scheduler: RuleScheduler,
     callbacks: list[tune.Callback],
     stopper: Stopper,
@@ -52,7 +68,7 @@ def launch(
     tuner = tune.Tuner(
         tune.with_resources(trainable, SLOT),
         tune_config=tune.TuneConfig(
-            search_alg=_queue(prepared, folder, recorder, new_record),
+            search_alg=_queue(prepared, folder, recorder, search),
             # An adaptive search ends by itself.
             num_samples=-1 if prepared.sweep.search.is_adaptive else waiting,
             scheduler=scheduler,
@@ -90,19 +106,21 @@ def _run_config(folder: SweepFolder, callbacks: list[tune.Callback], stopper: St
     )
 
 
-def _queue(prepared: Prepared, folder: SweepFolder, recorder: Recorder, new_record: NewRecord) -> TrialQueue:
+def _queue(prepared: Prepared, folder: SweepFolder, recorder: Recorder, search: Search) -> TrialQueue:
     sweep = prepared.sweep
     automatic = {trial.trial_id for trial in sweep.trials() if trial.config.micro_batch_size == "auto"}
 
     def task_of(record: TrialResult) -> TrialTask:
         chosen = record.suggestion and {**sweep.base, **record.suggestion.settings}.get("micro_batch_size", "auto")
         halves = chosen == "auto" if chosen else record.trial_id in automatic
+        # Its parent's optimizer counts in micro-batches of this size.
+        halves = halves and record.started_from is None
         return _task(record, prepared, folder, halves_micro_batch=halves)
 
     return TrialQueue(
         recorder,
         task_of,
-        Suggestions(prepared, folder, recorder, new_record).more,
+        search.more,
         lambda config: prepared.estimate(config).device_bytes,
         prepared.plan.worker_memory_bytes,
         prepared.shape.workers,
@@ -110,6 +128,7 @@ def _queue(prepared: Prepared, folder: SweepFolder, recorder: Recorder, new_reco
 
 
 def _task(record: TrialResult, prepared: Prepared, folder: SweepFolder, *, halves_micro_batch: bool) -> TrialTask:
+    parent = record.started_from
     return TrialTask(
         trial_id=record.trial_id,
         config=record.config,
@@ -122,4 +141,7 @@ def _task(record: TrialResult, prepared: Prepared, folder: SweepFolder, *, halve
         memory_limit_bytes=prepared.sweep.resources.memory_per_worker,
         halves_micro_batch=halves_micro_batch,
         time_limit_s=hours * 3600 if (hours := prepared.sweep.budget.trial_hours) else None,
+        parent_folder=folder.location(folder.trial(parent.trial_id).root) if parent else None,
+        first_step=parent.step if parent else 0,
+        last_step=last_step(prepared.sweep, record),
     )

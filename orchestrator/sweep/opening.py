@@ -11,7 +11,7 @@ from typing import Any
 from orchestrator.config.sweep_file import to_yaml
 from orchestrator.planning.plan import PlannedTrial
 from orchestrator.results import provenance
-from orchestrator.results.records import PeakMemory, Suggestion, SweepResult, TrialResult, TrialStatus
+from orchestrator.results.records import PeakMemory, StartedFrom, Suggestion, SweepResult, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder, write_atomically, write_result, write_sweep
 from orchestrator.sweep.preparation import Prepared
 from orchestrator.sweep.resume import Earlier, gone_on_with, kept, with_time_spent
@@ -24,12 +24,12 @@ def opening_records(
     """What each trial starts with: as it ended before, refused, or pending, with what it had when it was cut off."""
     before = earlier.trials if earlier else {}
     records = {}
-    for planned, suggestion in known_at_start(prepared, before.values()):
+    for planned, suggestion, parent in known_at_start(prepared, before):
         old = before.get(planned.trial_id)
         if old and _stays(old, prepared.plan.worker_memory_bytes):
             records[planned.trial_id] = old
             continue
-        new = new_record(planned, suggestion)
+        new = new_record(planned, suggestion, parent)
         records[planned.trial_id] = (
             with_time_spent(old, gone_on_with(old, new, folder.trial(planned.trial_id))) if old else new
         )
@@ -50,7 +50,11 @@ def record_maker(prepared: Prepared) -> NewRecord:
 
 
 def _new_record(
-    prepared: Prepared, made_with: Mapping[str, Any], planned: PlannedTrial, suggestion: Suggestion | None
+    prepared: Prepared,
+    made_with: Mapping[str, Any],
+    planned: PlannedTrial,
+    suggestion: Suggestion | None,
+    parent: StartedFrom | None,
 ) -> TrialResult:
     predicted = prepared.predicted_bytes(planned.config) if planned.memory else None
     return TrialResult(
@@ -62,6 +66,7 @@ def _new_record(
         repeat=planned.repeat,
         seed=planned.config.seed,
         suggestion=suggestion,
+        started_from=parent,
         **made_with,
         notes=planned.notes,
         predicted_step_time_s=prepared.step_seconds(planned.config).expected if planned.memory else None,

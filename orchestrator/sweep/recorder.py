@@ -44,7 +44,9 @@ class Recorder(tune.Callback):
         listeners: tuple[Callable[[TrialResult], None], ...],
     ) -> None:
         self.records = dict(records)
-        self._folder, self._started_at, self._board = folder, started_at, board
+        self._folder, self._board = folder, board
+        self.started_at = started_at
+        """Of this run of the sweep, seconds since 1970."""
         self._why_stopped, self._predicted_bytes, self._listeners = why_stopped, predicted_bytes, listeners
         self._fetch = fetch
         self._launched_at: dict[str, float] = {}
@@ -189,7 +191,7 @@ class Recorder(tune.Callback):
                 "timing": timing.model_copy(
                     update={
                         "startup_s": startup_s,
-                        "queued_s": max(0.0, launched_at - self._started_at),
+                        "queued_s": max(0.0, launched_at - self.started_at),
                         # Of the runs before this one, until the trial has ended.
                         "total_s": record.timing.total_s,
                         "earlier_s": record.timing.earlier_s,

@@ -76,6 +76,9 @@ def changes(before: SweepConfig, now: SweepConfig, knows_hardware: bool) -> Iter
         old, new = getattr(before, key), getattr(now, key)
         if old != new:
             yield f"{key} was {old}, now {new}"
+    if before.scheduler.pbt != now.scheduler.pbt:
+        # Its members began with each other's checkpoints: what they came to belongs to that population.
+        yield f"scheduler.pbt was {before.scheduler.pbt}, now {now.scheduler.pbt}"
     searched = {*before.domains, *now.domains}
     for name in TrialConfig.model_fields:
         follows = name == "precision" and name not in now.trial.model_fields_set

@@ -26,7 +26,7 @@ from orchestrator.sweep.callbacks import Callbacks
 from orchestrator.sweep.carrier import Carrier, carried
 from orchestrator.sweep.folder_lock import only_one
 from orchestrator.sweep.gauges import Gauges
-from orchestrator.sweep.launch import Isolation, launch
+from orchestrator.sweep.launch import Isolation, launch, search_of
 from orchestrator.sweep.opening import (
     opening_records,
     opening_result,
@@ -120,7 +120,7 @@ def _run_prepared(
     result = result.model_copy(update={"mlflow_run_id": tracker.parent_run_id})
     write_opening(prepared, folder, records.values(), result)
     carrier.push()
-    scheduler = RuleScheduler(sweep)
+    scheduler = RuleScheduler(sweep, prepared.shape.workers * prepared.shape.gpus_per_worker)
     if earlier:
         scheduler.hear_again(folder, records.values())
     progress = _progress(prepared, folder, records.values(), result)
@@ -136,13 +136,14 @@ def _run_prepared(
         carrier.fetch,
         (carrier.track, tracker.track, gauges.track, progress, callbacks.track),
     )
+    search = search_of(prepared, folder, recorder, new_record, carrier.forget_checkpoints)
     stopper = _stopper(prepared, recorder)
     for record in records.values():
         if record.status is not TrialStatus.PENDING:
             tracker.track(record)
     _say_start(records.values(), prepared, say)
     with progress, signals_to(stopper), system_metrics.logged(tracking_uri(sweep), tracker.parent_run_id):
-        launch(prepared, folder, recorder, new_record, scheduler, [recorder, progress], stopper, isolation)
+        launch(prepared, folder, recorder, search, scheduler, [recorder, progress], stopper, isolation)
     recorder.cancel_rest(stopper.reason or "the sweep ended before it: run the same command again")
     if recorder.storage_error:
         tracker.finish(INTERRUPTED_TRACKING_LIMIT_S)
@@ -150,6 +151,9 @@ def _run_prepared(
             f"the sweep was stopped, since nothing can be kept any more: {recorder.storage_error}. What had ended "
             "before is safe: run the same command again to go on"
         )
+    if search.ended_because:
+        say(search.ended_because)
+        result = result.model_copy(update={"search_ended": search.ended_because})
     outcome = _finish(prepared, result, recorder, tracker, folder, stopper, say)
     callbacks.sweep_ended(outcome.sweep, folder.root)
     return outcome

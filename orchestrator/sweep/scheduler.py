@@ -19,8 +19,10 @@ from orchestrator.search.stopping import Halving, Heard, Hyperband, Median, Stop
 class RuleScheduler(FIFOScheduler):
     """First come, first served, until a rule stops a trial; Tune's own schedulers forget their state on a resume."""
 
-    def __init__(self, sweep: SweepConfig) -> None:
+    def __init__(self, sweep: SweepConfig, gpus: float = 0.0) -> None:
+        """gpus: what each trial holds, for rules that count money."""
         super().__init__()  # type: ignore[no-untyped-call]
+        self._cost_per_s = gpus * (sweep.budget.price_per_gpu_hour or 0.0) / 3600
         self._goal = Goal(sweep.primary.metric, sweep.primary.mode)
         self._rules = tuple(rules_of(sweep))
         self.reasons: dict[str, str] = {}
@@ -45,7 +47,7 @@ class RuleScheduler(FIFOScheduler):
             heard = (
                 (
                     point.time_ms,
-                    heard_of(record.trial_id, record.configuration_id, record.config, point, unit, self._goal),
+                    self._heard(record.trial_id, record.configuration_id, record.config, point, unit),
                 )
                 for record, points in curves
                 for point in points
@@ -55,10 +57,25 @@ class RuleScheduler(FIFOScheduler):
     def _hear(self, trial_id: str, configuration_id: str, config: TrialConfig, point: MetricPoint) -> str | None:
         found = []
         for name, rule, unit in self._rules:
-            reason = rule.hear(heard_of(trial_id, configuration_id, config, point, unit, self._goal))
+            reason = rule.hear(self._heard(trial_id, configuration_id, config, point, unit))
             if reason:
                 found.append(f"stopped by {name} at step {point.step}: {reason}")
         return "; ".join(found) or None
+
+    def _heard(
+        self, trial_id: str, configuration_id: str, config: TrialConfig, point: MetricPoint, unit: GraceUnit
+    ) -> Heard:
+        """An evaluation as a rule takes it."""
+        counted: dict[GraceUnit, float] = {
+            "steps": point.step,
+            "tokens": point.tokens,
+            "seconds": point.seconds,
+            "cost": point.seconds * self._cost_per_s,
+        }
+        at = float(counted[unit])
+        # The last step's tokens, seconds or money are not known before: at the pace so far, exact at the end itself.
+        end = at * config.max_steps / point.step
+        return Heard(trial_id, configuration_id, at, self._goal.of(point), end)
 
 
 def rules_of(sweep: SweepConfig) -> Iterator[tuple[str, StopRule, GraceUnit]]:
@@ -77,13 +94,3 @@ def rules_of(sweep: SweepConfig) -> Iterator[tuple[str, StopRule, GraceUnit]]:
     if found.extrapolation:
         grace, unit = found.extrapolation.grace
         yield "extrapolation", Extrapolation(grace, found.extrapolation.min_chance, unit), unit
-
-
-def heard_of(
-    trial_id: str, configuration_id: str, config: TrialConfig, point: MetricPoint, unit: GraceUnit, goal: Goal
-) -> Heard:
-    """An evaluation as a rule takes it."""
-    at = {"steps": float(point.step), "tokens": float(point.tokens), "seconds": point.seconds}[unit]
-    # The last step's tokens or seconds are not known before: at the pace so far, exact at the end itself.
-    end = at * config.max_steps / point.step
-    return Heard(trial_id, configuration_id, at, goal.of(point), end)

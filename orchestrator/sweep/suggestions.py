@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
+from orchestrator.config.axes import axes_of
 from orchestrator.config.constraint import Constraint, parse
-from orchestrator.config.search_space import Settings, make_trials
+from orchestrator.config.search_space import Settings, descendant, make_trials
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.trial_config import TrialConfig
+from orchestrator.planning import budget
 from orchestrator.planning.plan import PlannedTrial
-from orchestrator.results.records import MetricPoint, Suggestion, TrialResult, TrialStatus
+from orchestrator.results.records import MetricPoint, StartedFrom, Suggestion, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder, read_sweep
 from orchestrator.search.observation import Goal, Limit, Observation, Standing, observe
+from orchestrator.search.payoff import expected_gain
 from orchestrator.search.suggest import next_settings
 from orchestrator.search.warm_start import best_settings, learned
 from orchestrator.sweep.preparation import Prepared
 from orchestrator.sweep.recorder import Recorder
 
-NewRecord = Callable[[PlannedTrial, Suggestion | None], TrialResult]
+NewRecord = Callable[[PlannedTrial, Suggestion | None, StartedFrom | None], TrialResult]
 
 
 class Suggestions:
@@ -30,6 +35,8 @@ class Suggestions:
         self._folder, self._recorder, self._new_record = folder, recorder, new_record
         self._ended_curves: dict[str, tuple[MetricPoint, ...]] = {}
         self._warm, self._points = self._learned_elsewhere()
+        self.ended_because: str | None = None
+        """Where another trial would not have been worth it, with what is left."""
 
     def more(self) -> Sequence[str]:
         """Propose until a trial may be launched; its repeats' ids, or none at the search's end.
@@ -38,6 +45,9 @@ class Suggestions:
         """
         while self._sweep.search.is_adaptive and not is_spent(self._sweep, self._recorder.records.values()):
             records = self._recorder.records.values()
+            if why := self._not_worth_it():
+                self.ended_because = why
+                break
             settings = next_settings(
                 self._sweep.search.algorithm,
                 self._sweep.domains,
@@ -51,12 +61,45 @@ class Suggestions:
             if settings is None:
                 break
             suggestion = Suggestion(number=1 + _last_number(records), settings=settings)
-            made = [self._new_record(planned, suggestion) for planned in plan_suggestion(self._prepared, suggestion)]
+            made = [
+                self._new_record(planned, suggestion, None) for planned in plan_suggestion(self._prepared, suggestion)
+            ]
             for record in made:
                 self._recorder.save(record)
             if waiting := [record.trial_id for record in made if record.status is TrialStatus.PENDING]:
                 return waiting
         return ()
+
+    def _not_worth_it(self) -> str | None:
+        """What `search.min_gain_per_hour` and `min_gain_per_cost` say; None: go on."""
+        sweep, search = self._sweep, self._sweep.search
+        ended = [record for record in self._recorder.records.values() if record.timing.total_s and record.suggestion]
+        if not (search.min_gain_per_hour or search.min_gain_per_cost) or not ended:
+            return None
+        gain = expected_gain(axes_of(sweep.domains), (*self._warm, *self._known()), search.seed)
+        if gain is None:
+            return None
+        shape, repeats = self._prepared.shape, search.repeats
+        hours = repeats * fmean(record.timing.total_s + record.timing.earlier_s for record in ended) / 3600
+        gpu_hours = hours * shape.workers * shape.gpus_per_worker
+        spent = (
+            ("min_gain_per_hour", search.min_gain_per_hour, hours, "h"),
+            ("min_gain_per_cost", search.min_gain_per_cost, budget.cost(sweep.budget, gpu_hours) or 0.0, "of money"),
+        )
+        for name, least, takes, unit in spent:
+            if least and takes and gain / takes < least:
+                expected = f"is expected to better {sweep.primary.metric} by {gain:.2%} for {takes:.2g} {unit}"
+                asked = f"less than search.{name} ({least:g}) asks for"
+                return f"the search ended by itself: another configuration {expected}, {asked}; {self._left()}"
+        return None
+
+    def _left(self) -> str:
+        sweep, shape, records = self._sweep, self._prepared.shape, self._recorder.records.values()
+        tried = len({record.suggestion.number for record in records if record.suggestion})
+        gpu_hours = self._recorder.trial_seconds() * shape.workers * shape.gpus_per_worker / 3600
+        hours = (time.time() - self._recorder.started_at) / 3600
+        left = [f"{max(0, (sweep.budget.trials or 0) - tried)} of budget.trials {sweep.budget.trials}"]
+        return f"not used: {', '.join([*left, *budget.unspent(sweep.budget, hours, gpu_hours)])}"
 
     def _known(self) -> tuple[Observation, ...]:
         records, sweep = self._recorder.records.values(), self._sweep
@@ -67,18 +110,17 @@ class Suggestions:
 
     def _learned_elsewhere(self) -> tuple[tuple[Observation, ...], tuple[Settings, ...]]:
         """What `search.warm_start` teaches: observations, and what to try first."""
-        sweep, points = self._sweep, self._sweep.search.points
+        sweep, points = self._sweep, to_try_first(self._sweep)
         if sweep.search.warm_start is None:
             return (), points
         folder = SweepFolder(Path(sweep.search.warm_start).expanduser())
         earlier, _ = read_sweep(folder)
-        best = best_settings(earlier.trials, sweep.domains, sweep.base, goals(sweep)[0])
         same = earlier.model == sweep.model and earlier.data_hash == self._prepared.data_hash
         if not same or earlier.objective_metric != sweep.primary.metric or len(sweep.objectives) > 1:
-            return (), points + best
+            return (), points
         curves = functools.cache(lambda trial_id: folder.trial(trial_id).read_metrics())
         told = learned(earlier.trials, sweep.domains, sweep.base, goals(sweep), curves, limits(sweep))
-        return tuple(one for one in told if one.standing is not Standing.OPEN), points + best
+        return tuple(one for one in told if one.standing is not Standing.OPEN), points
 
     def _curve(self, trial_id: str) -> tuple[MetricPoint, ...]:
         """Read once where the trial has ended: a sweep may have thousands, and looks at each proposal."""
@@ -88,6 +130,14 @@ class Suggestions:
                 return points
             self._ended_curves[trial_id] = points
         return self._ended_curves[trial_id]
+
+
+def to_try_first(sweep: SweepConfig) -> tuple[Settings, ...]:
+    """`search.points`, then the best of `search.warm_start`."""
+    if sweep.search.warm_start is None:
+        return sweep.search.points
+    earlier, _ = read_sweep(SweepFolder(Path(sweep.search.warm_start).expanduser()))
+    return sweep.search.points + best_settings(earlier.trials, sweep.domains, sweep.base, goals(sweep)[0])
 
 
 def goals(sweep: SweepConfig) -> tuple[Goal, ...]:
@@ -111,22 +161,37 @@ def _excess(constraint: Constraint, record: TrialResult) -> float | None:
     return None if value is None else constraint.excess(value)
 
 
-def plan_suggestion(prepared: Prepared, suggestion: Suggestion) -> list[PlannedTrial]:
-    """All repeats of a proposal, planned as those of a grid are."""
+def plan_suggestion(
+    prepared: Prepared, suggestion: Suggestion, parent: StartedFrom | None = None, ran: TrialConfig | None = None
+) -> list[PlannedTrial]:
+    """All repeats of a proposal, planned as those of a grid are.
+
+    parent: what it begins with; `ran` are the settings that that trial ran with.
+    """
     config = TrialConfig(**{**prepared.sweep.base, **suggestion.settings})
+    if parent and ran and suggestion.member is not None:
+        # What fitted its parent fits it too, and the parent's optimizer counts in such micro-batches.
+        config = config.model_copy(update={"micro_batch_size": ran.micro_batch_size})
+        return [prepared.plan_trial(descendant(config, parent.trial_id, suggestion.member))]
     return [prepared.plan_trial(trial) for trial in make_trials([config], prepared.sweep.search.repeats)]
 
 
 def known_at_start(
-    prepared: Prepared, before: Iterable[TrialResult]
-) -> Iterator[tuple[PlannedTrial, Suggestion | None]]:
+    prepared: Prepared, before: Mapping[str, TrialResult]
+) -> Iterator[tuple[PlannedTrial, Suggestion | None, StartedFrom | None]]:
     """The trials that stand before the first launch; of an adaptive search those that earlier runs proposed."""
     if not prepared.sweep.search.is_adaptive:
-        yield from ((planned, None) for planned in prepared.plan.trials)
+        yield from ((planned, None, None) for planned in prepared.plan.trials)
         return
-    made = {record.suggestion.number: record.suggestion for record in before if record.suggestion}
+    made = {
+        record.suggestion.number: (record.suggestion, record.started_from)
+        for record in before.values()
+        if record.suggestion
+    }
     for number in sorted(made):
-        yield from ((planned, made[number]) for planned in plan_suggestion(prepared, made[number]))
+        suggestion, parent = made[number]
+        ran = before[parent.trial_id].config if parent else None
+        yield from ((planned, suggestion, parent) for planned in plan_suggestion(prepared, suggestion, parent, ran))
 
 
 def is_spent(sweep: SweepConfig, records: Iterable[TrialResult]) -> bool:

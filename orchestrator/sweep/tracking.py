@@ -261,7 +261,7 @@ class Tracker:
         self._client.log_batch(
             run_id,
             params=[Param(key, str(value)) for key, value in params.items() if key not in there],
-            tags=[RunTag("configuration_id", result.configuration_id)]
+            tags=[RunTag("configuration_id", result.configuration_id), *_started_from(result)]
             + [
                 RunTag(f"now.{key}", str(value))
                 for key, value in params.items()
@@ -320,6 +320,11 @@ class _TrackedTrial:
     @property
     def is_behind(self) -> bool:
         return self.carried is not self.result.status and not self.is_refused
+
+
+def _started_from(result: TrialResult) -> list[RunTag]:
+    parent = result.started_from
+    return [RunTag("started_from", f"trial {parent.trial_id}, step {parent.step}")] if parent else []
 
 
 def metrics_of(point: MetricPoint) -> list[Metric]:

@@ -43,7 +43,19 @@ def on_this_node(task: TrialTask, place: WorkerPlace, group_id: str) -> tuple[Tr
         mirror.pull(lambda path: path.name != folder.result.name)
     mine = everything if place.local_rank == 0 else partial(_is_log, folder.worker_log(place.rank).name)
     data = _data_on_this_node(task.data_folder)
-    return replace(task, trial_folder=str(copy), data_folder=str(data)), partial(_push, mirror, mine)
+    here = replace(task, trial_folder=str(copy), data_folder=str(data), parent_folder=_parent_here(task, group_id))
+    return here, partial(_push, mirror, mine)
+
+
+def _parent_here(task: TrialTask, group_id: str) -> str | None:
+    """The checkpoint that the trial begins with, beside the group's own copies."""
+    if task.parent_folder is None:
+        return None
+    copy = copy_of(task.parent_folder, _owner(group_id))
+    copy.mkdir(parents=True, exist_ok=True)
+    with FileLock(copy.with_name(f".{copy.name}.lock")):
+        Mirror(copy, task.parent_folder).pull(partial(_is_under, TrialFolder(copy).checkpoint(task.first_step).name))
+    return str(copy)
 
 
 def leave_nothing(task: TrialTask, group_id: str) -> None:
@@ -63,6 +75,10 @@ def _keep_nothing(_: float) -> None:
 
 def _is_log(name: str, path: PurePosixPath) -> bool:
     return path.name == name
+
+
+def _is_under(folder: str, path: PurePosixPath) -> bool:
+    return path.parts[0] == folder
 
 
 def _push(mirror: Mirror, mine: Wanted, limit_s: float) -> None:

@@ -26,12 +26,15 @@ class TrialQueue(Searcher):
         self,
         recorder: Recorder,
         task_of: Callable[[TrialResult], TrialTask],
-        more: Callable[[], Sequence[str]],
+        more: Callable[[], Sequence[str] | None],
         predicted_bytes: Callable[[TrialConfig], int],
         available_bytes: int,
         workers: int,
     ) -> None:
-        """Take what waits; `more` names trials that wait since it was called, and none at the search's end."""
+        """Take what waits.
+
+        more: names trials that wait since it was called; none at the search's end, None where a trial has to end first.
+        """
         super().__init__()
         records = recorder.records.values()
         self._waiting = deque(record.trial_id for record in records if record.status is TrialStatus.PENDING)
@@ -44,7 +47,9 @@ class TrialQueue(Searcher):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         """The next trial that may run; Tune's own id for it is not used."""
-        while self._some_wait():
+        while self._waiting or not self._is_over():
+            if not self._waiting:
+                return None
             task, reason = self._admitted(self._recorder.records[self._waiting.popleft()])
             if reason:
                 self._recorder.refuse(task.trial_id, reason)
@@ -55,10 +60,11 @@ class TrialQueue(Searcher):
         finished: Any = Searcher.FINISHED
         return finished  # type: ignore[no-any-return]
 
-    def _some_wait(self) -> bool:
-        if not self._waiting:
-            self._waiting.extend(self._more())
-        return bool(self._waiting)
+    def _is_over(self) -> bool:
+        """Ask for more."""
+        more = self._more()
+        self._waiting.extend(more or ())
+        return more is not None and not more
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """The records tell all there is to learn."""

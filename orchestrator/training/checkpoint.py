@@ -11,7 +11,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from orchestrator.config.trial_config import CHANGEABLE
+from orchestrator.errors import CheckpointError
 from orchestrator.results.storage import TrialFolder, sync_folder
 from orchestrator.training.agreement import all_say_yes, told_by_first
 from orchestrator.training.data import read_summary
@@ -50,6 +52,7 @@ class Checkpoints:
 
     def __init__(self, task: TrialTask, place: WorkerPlace, device: torch.device) -> None:
         self._folder, self._place, self._device = TrialFolder(Path(task.trial_folder)), place, device
+        self._task = task
         summary = read_summary(Path(task.data_folder))
         self._fits = json.dumps(
             {
@@ -80,15 +83,36 @@ class Checkpoints:
         self._forget()
         return None
 
+    def of_parent(self) -> tuple[int, dict[str, Any]]:
+        """The step and this worker's state of the trial that this one begins with; the same in all but CHANGEABLE.
+
+        Raises:
+            CheckpointError: it is gone, damaged, or of other settings, data or workers.
+        """
+        assert self._task.parent_folder
+        folder = TrialFolder(Path(self._task.parent_folder)).checkpoint(self._task.first_step)
+        try:
+            state, why = _read(self._file(folder), self._fits, changes=CHANGEABLE), ""
+        except _UNUSABLE as error:
+            state, why = None, str(error)
+        if all_say_yes(state is not None, self._device, self._place.world_size):
+            assert state is not None
+            return self._task.first_step, state
+        raise CheckpointError(
+            f"it cannot begin with {folder} ({why or 'another worker cannot read its part'}): run the sweep with the "
+            "workers and data that it began with, or begin anew with another --name"
+        )
+
     def is_due(self, evaluated: bool) -> bool:
         """See the function of this name; worker 0's clock decides."""
         due = is_due(evaluated, time.monotonic() - self._last_at, self._cost_s)
         return bool(told_by_first(int(due), self._device, self._place.world_size))
 
-    def save(self, step: int, state: dict[str, Any], metrics: int) -> None:
+    def save(self, step: int, state: dict[str, Any], metrics: int) -> bool:
         """Write the state after `step`, then forget the one before; a full disk leaves that one in place.
 
         metrics: the open curve's file descriptor, which must not be behind the checkpoint after a power cut.
+        Returns whether it is there.
         """
         started = time.monotonic()
         partial = self._folder.partial_checkpoint(step)
@@ -102,11 +126,12 @@ class Checkpoints:
             written = False
         complete = all_say_yes(written, self._device, self._place.world_size)
         if self._place.rank == 0:
-            self._conclude(step, partial, metrics, complete)
+            complete = self._conclude(step, partial, metrics, complete)
         self._last_at = time.monotonic()
         self._cost_s = self._last_at - started
+        return complete
 
-    def _conclude(self, step: int, partial: Path, metrics: int, complete: bool) -> None:
+    def _conclude(self, step: int, partial: Path, metrics: int, complete: bool) -> bool:
         """All workers have written theirs: the checkpoint counts from its rename on."""
         try:
             if complete:
@@ -115,10 +140,11 @@ class Checkpoints:
                 partial.rename(self._folder.checkpoint(step))
                 sync_folder(self._folder.root)
                 self._folder.forget_checkpoints(but=step)
-            else:
-                shutil.rmtree(partial, ignore_errors=True)
+                return True
+            shutil.rmtree(partial, ignore_errors=True)
         except OSError as error:
             log.warning("no checkpoint at step %d (%s): the trial goes on without", step, error)
+        return False
 
     def _newest(self) -> int:
         """The last whole one that belongs to the curve on disk, or 0; what cannot be used is removed."""
@@ -138,7 +164,7 @@ class Checkpoints:
                 fits = (file.metadata() or {}).get("fits") == self._fits
         except _UNUSABLE:
             return False
-        return fits and self._folder.curve_bytes(step) is not None
+        return fits and self._folder.curve_bytes(step, self._task.first_step) is not None
 
     def _forget(self) -> None:
         if self._place.rank == 0:
@@ -180,11 +206,19 @@ def _write(file: Path, state: dict[str, Any], fits: str) -> None:
         os.fsync(written.fileno())
 
 
-def _read(file: Path, fits: str) -> dict[str, Any]:
+def _read(file: Path, fits: str, changes: Sequence[str] = ()) -> dict[str, Any]:
+    """The state in a file that fits, whatever the settings in `changes` are there.
+
+    Raises:
+        One of _UNUSABLE.
+    """
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata() or {}
-        if metadata.get("fits") != fits:
-            raise ValueError("it is of another trial")
+        there, wanted = json.loads(metadata["fits"]), json.loads(fits)
+        for name in changes:
+            there["config"][name] = wanted["config"][name]
+        if other := [key for key in wanted if there.get(key) != wanted[key]]:
+            raise ValueError(f"it is of another trial: {', '.join(other)}")
         # Copies: the file is removed while they are in use.
         tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
     state: dict[str, Any] = _with_tensors(json.loads(metadata["state"]), tensors)

@@ -44,7 +44,7 @@ class Engine(Protocol):
         """This worker's part of what the next step depends on: tensors and plain values, nested, not copied."""
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take up the state that an engine of the same configuration and worker had."""
+        """Take up the state that an engine had whose configuration differed in CHANGEABLE at most; settings stay."""
 
 
 class DeepSpeedEngine:
@@ -55,7 +55,7 @@ class DeepSpeedEngine:
         own = _adamw_8bit(trained, config) if config.optimizer == "adamw_8bit" else None
         self._weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self._engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, optimizer=own, config=settings)
-        self._trained = trained
+        self._trained, self._weight_decay = trained, config.weight_decay
         self.scales_loss = "fp16" in settings or config.precision is Precision.AMP_FP16
         if config.zero_stage == 0:
             # The half-precision optimizer without ZeRO makes a step on zero gradients to allocate its states, which
@@ -106,6 +106,7 @@ class DeepSpeedEngine:
         """See Engine."""
         _copy(state["weights"], self._weights)
         optimizer, scaler = self._engine.optimizer, self._engine.torch_autocast_z0_gradscaler
+        clips_to = getattr(optimizer, "clip_grad", None)
         kept = dict(state["optimizer"])
         if hasattr(optimizer, "loss_scaler"):
             vars(optimizer.loss_scaler).update(state["loss_scaler"])
@@ -117,6 +118,11 @@ class DeepSpeedEngine:
                 optimizer.load_state_dict(all_states, load_from_fp32_weights=True)
         else:
             optimizer.load_state_dict(kept)
+        # What it was told of settings is this trial's: the state may be another's.
+        if clips_to is not None:
+            optimizer.clip_grad = clips_to
+        for group in optimizer.param_groups:
+            group["weight_decay"] = self._weight_decay
         if scaler:
             scaler.load_state_dict(state["autocast_scaler"])
         for name, value in state["counters"].items():
@@ -169,7 +175,7 @@ class DdpEngine:
         if not config.precision.is_quantized:
             model.to(device)
         self._weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-        self._trained = list(self._weights.values())
+        self._trained, self._weight_decay = list(self._weights.values()), config.weight_decay
         self._optimizer = _optimizer(self._trained, config)
         self._max_grad_norm = config.max_grad_norm
         self._autocast = _autocast(config.precision, dtype, device)
@@ -214,6 +220,8 @@ class DdpEngine:
         """See Engine."""
         _copy(state["weights"], self._weights)
         self._optimizer.load_state_dict(state["optimizer"])
+        for group in self._optimizer.param_groups:
+            group["weight_decay"] = self._weight_decay
         self._scaler.load_state_dict(state["scaler"])
 
 

@@ -97,6 +97,10 @@ class Ledger:
         self.peak_bytes, self.reserved_bytes = state["peak_bytes"], state["reserved_bytes"]
         self.has_adapter = state["has_adapter"]
 
+    def begin_after(self, step: int, state: Mapping[str, Any]) -> None:
+        """Begin with another trial's checkpoint after `step`: its tokens count, its time and best are its own."""
+        self.step, self.tokens = step, state["tokens"]
+
     @contextlib.contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
         """Book the time inside, whether or not it ends well."""

@@ -31,6 +31,18 @@ class TrialTask:
     """Whether it is started again with a smaller micro-batch when memory runs out (`micro_batch_size: auto`)."""
     time_limit_s: float | None = None
     """Its processes are killed after so long; None: never."""
+    parent_folder: str | None = None
+    """The folder of the trial whose checkpoint it begins with; None: it begins at the first step."""
+    first_step: int = 0
+    """Optimizer steps that the parent's checkpoint has done."""
+    last_step: int | None = None
+    """The step after which it leaves a checkpoint for others and ends, in the middle of its schedule; None: its last.
+    """
+
+    @property
+    def until_step(self) -> int:
+        """Optimizer steps done at its end."""
+        return self.config.max_steps if self.last_step is None else self.last_step
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoTokenizer
 
 from orchestrator.config.trial_config import TrialConfig
-from orchestrator.errors import ModelError, TrialDivergedError
+from orchestrator.errors import ModelError, StorageError, TrialDivergedError
 from orchestrator.results.records import MetricPoint
 from orchestrator.results.storage import TrialFolder
 from orchestrator.training import data as trial_data
@@ -67,6 +67,8 @@ def train(task: TrialTask, place: WorkerPlace, ledger: Ledger, report: Report) -
     Raises:
         TrialDivergedError: the loss became NaN or infinite; raised by all workers at the same step.
         ModelError, DataError: what planning could not see.
+        CheckpointError: the checkpoint that it should begin with cannot be used.
+        StorageError: the checkpoint that it should leave cannot be written.
     """
     models.seed_everything(task.config.seed)
     devices.start_measuring(ledger.device)
@@ -76,7 +78,7 @@ def train(task: TrialTask, place: WorkerPlace, ledger: Ledger, report: Report) -
     checkpoints = Checkpoints(task, place, ledger.device)
     done = go_on(run, checkpoints, ledger)
     with _curve(task, place, done) as metrics:
-        for step in range(done, task.config.max_steps):
+        for step in range(done, task.until_step):
             point = optimizer_step(run, step, ledger)
             evaluated = evaluates(task.config, step + 1)
             if evaluated:
@@ -85,25 +87,35 @@ def train(task: TrialTask, place: WorkerPlace, ledger: Ledger, report: Report) -
             write_point(metrics, point)
             if evaluated:
                 report(ledger.progress())
-            if step + 1 < task.config.max_steps and checkpoints.is_due(evaluated):
+            is_left = step + 1 == task.last_step
+            if is_left or (step + 1 < task.until_step and checkpoints.is_due(evaluated)):
                 with ledger.phase("saving"):
-                    checkpoints.save(step + 1, state_of(run, ledger), metrics.fileno())
+                    written = checkpoints.save(step + 1, state_of(run, ledger), metrics.fileno())
+                if is_left and not written:
+                    raise StorageError(
+                        f"the checkpoint of step {step + 1}, which the next generation begins with, cannot be written: "
+                        "its log.txt says why"
+                    )
     return ledger.progress()
 
 
 def go_on(run: Run, checkpoints: Checkpoints, ledger: Ledger) -> int:
-    """Take up the state that an earlier attempt left; returns the steps done."""
+    """Take up the state of an earlier attempt, or of the trial that this one begins with; returns the steps done."""
     found = checkpoints.find()
+    is_own = found is not None
+    if found is None and run.task.parent_folder:
+        found = checkpoints.of_parent()
     if found is None:
         return 0
     step, state = found
     run.engine.load_state(state["engine"])
     set_random_states(state["random"], run.device)
-    ledger.go_on(step, state["ledger"])
+    take_up = ledger.go_on if is_own else ledger.begin_after
+    take_up(step, state["ledger"])
     # The copies just read are no part of what the trial takes; the ledger remembers what the earlier attempt took.
     del found, state
     devices.start_measuring(run.device)
-    log.warning("goes on from step %d", step)
+    log.warning("goes on from step %d%s", step, "" if is_own else f" of {run.task.parent_folder}")
     return step
 
 
@@ -117,7 +129,7 @@ def _curve(task: TrialTask, place: WorkerPlace, steps: int) -> TextIO:
     if place.rank:
         return open_metrics(Path(os.devnull))
     folder = TrialFolder(Path(task.trial_folder))
-    return open_metrics(folder.metrics, folder.curve_bytes(steps) or 0)
+    return open_metrics(folder.metrics, folder.curve_bytes(steps, task.first_step) or 0)
 
 
 def write_point(metrics: TextIO, point: MetricPoint) -> None:
@@ -154,7 +166,7 @@ def set_up(task: TrialTask, place: WorkerPlace, ledger: Ledger) -> Run:
             if config.engine == "deepspeed"
             else DdpEngine(model, config, dtype, ledger.device, place.world_size)
         )
-    ledger.speed = Speed(min(WARM_UP_STEPS, config.max_steps - 1))
+    ledger.speed = Speed(min(WARM_UP_STEPS, task.until_step - task.first_step - 1))
     pad_token = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     return Run(task, place, ledger.device, model, engine, train_data, held_out, pad_token, ledger.alive)
 

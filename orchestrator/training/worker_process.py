@@ -48,6 +48,9 @@ def run(task: TrialTask, place: WorkerPlace, send: Send) -> None:
         # Only after a good end: with a worker that failed, the others' collectives would be waited for.
         dist.destroy_process_group()
         end = TrialEnd(TrialStatus.COMPLETED, None, progress)
+        if task.last_step is not None:
+            why = f"its generation ended at step {task.last_step}: trials that go on from there name it in started_from"
+            end = TrialEnd(TrialStatus.STOPPED, why, progress)
     except BaseException as error:
         # Whatever it is, the sweep must hear of it: this process has nobody else to tell.
         traceback.print_exc()

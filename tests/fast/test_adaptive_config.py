@@ -35,7 +35,7 @@ def problems(tmp_path: Path, **keys: Any) -> str:
     ("keys", "told"),
     [
         ({"search": {"algorithm": "tpee"}}, "did you mean tpe?"),
-        ({"search": {"algorithm": "pbt"}}, "use tpe with the scheduler asha"),
+        ({"search": {"algorithm": "pbt"}}, "pbt needs its population"),
         ({"search": {"algorithm": "gp"}, "budget": {}}, "gp goes on until budget.trials"),
         ({"search": {"algorithm": "cma_es"}}, "space.precision: has no order, which cma_es needs"),
         ({"search": {"algorithm": "grid", "points": [{"rank": 8}]}}, "a grid tries every point anyway"),

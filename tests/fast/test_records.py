@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import FolderError
 from orchestrator.results.records import MOVES, MetricPoint, TrialResult, TrialStatus, upgrade
-from orchestrator.results.storage import SweepFolder, read_sweep, read_trial_results, write_atomically
+from orchestrator.results.storage import SweepFolder, read_sweep, read_trial_results, write_atomically, write_result
 
 S = TrialStatus
 ALLOWED = (
@@ -101,3 +101,22 @@ def test_a_write_leaves_no_partial_file_behind(tmp_path: Path) -> None:
     write_atomically(tmp_path / "x.json", "1")
     write_atomically(tmp_path / "x.json", "2")
     assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [("x.json", "2")]
+
+
+def test_a_record_of_before_populations_still_loads_and_counts_its_steps_from_the_first() -> None:
+    raw = json.loads(trial(status=S.COMPLETED, steps=40).model_dump_json())
+    del raw["started_from"]
+    old = TrialResult.model_validate(upgrade(raw))
+    assert old.started_from is None
+    assert old.steps_trained == 40
+    new = trial(status=S.COMPLETED, steps=40, started_from={"trial_id": "b-0", "step": 30})
+    assert new.steps_trained == 10
+
+
+def test_a_members_checkpoint_outlasts_the_end_of_its_generation_alone(tmp_path: Path) -> None:
+    folder = SweepFolder(tmp_path)
+    member = {"number": 0, "settings": {}, "generation": 0, "member": 0}
+    for suggestion, stays in ((member, True), (None, False)):
+        folder.trial("a-0").checkpoint(2).mkdir(parents=True, exist_ok=True)
+        write_result(folder, trial(status=S.STOPPED, reason="told", suggestion=suggestion))
+        assert folder.trial("a-0").checkpoint(2).exists() == stays

@@ -170,7 +170,7 @@ def test_a_curve_that_no_law_fits_has_no_forecast() -> None:
         ({"asha": {"grace_steps": 4, "grace_tokens": 9}}, "needs one of grace_steps"),
         ({"asha": {"grace_steps": 4}, "median": {"grace_steps": 4}}, "name one scheduler, not asha and median"),
         ({"hyperband": None}, "hyperband needs its grace_steps"),
-        ({"pbt": {}}, "checkpoints"),
+        ({"pbt": {}}, "population"),
     ],
     ids=str,
 )

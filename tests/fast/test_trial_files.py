@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ pytest.importorskip("moto")
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import FolderError, StorageError
 from orchestrator.results import remote
-from orchestrator.results.records import TrialResult, TrialStatus
+from orchestrator.results.records import Suggestion, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder, TrialFolder, write_result
 from orchestrator.sweep.carrier import carried
 from orchestrator.sweep.trial_files import leave_nothing, on_this_node
@@ -107,6 +108,46 @@ def test_workers_of_one_node_share_a_copy_and_carry_each_file_once(folder: Sweep
     keep_first(0.0)
     found = remote.opened(folder.shown).trial("t").root
     assert {file.name for file in found.iterdir()} == {f.name for f in (ours.metrics, ours.log, ours.worker_log(1))}
+
+
+def test_a_trial_that_begins_with_anothers_checkpoint_finds_it_on_its_node_until_nobody_needs_it(
+    folder: SweepFolder,
+) -> None:
+    with carried(folder) as carrier:
+        folder.sweep_file.write_text("name: demo")
+        folder.data.mkdir(exist_ok=True)
+        (folder.data / "train.bin").write_text("tokens")
+        carrier.push()
+        task, keep = on_this_node(task_in(folder), place(0), "group")
+        left = TrialFolder(Path(task.trial_folder)).checkpoint(2)
+        left.mkdir()
+        (left / "worker0.safetensors").write_text("w")
+        keep(0.0)
+        leave_nothing(task_in(folder), "group")
+        parent = record(TrialStatus.STOPPED).model_copy(
+            update={"suggestion": Suggestion(number=0, settings={}, member=0)}
+        )
+        write_result(folder, parent)
+        carrier.track(parent)
+        carrier.push()
+        child = replace(
+            task_in(folder),
+            trial_id="u",
+            trial_folder=folder.location(folder.trial("u").root),
+            parent_folder=folder.location(folder.trial("t").root),
+            first_step=2,
+        )
+        here, _ = on_this_node(child, place(0), "group")
+        assert here.parent_folder
+        found = TrialFolder(Path(here.parent_folder)).checkpoint(2)
+        assert (found / "worker0.safetensors").read_text() == "w"
+        assert not (Path(here.parent_folder) / "result.json").exists()
+        leave_nothing(child, "group")
+        assert not found.exists()
+        carrier.forget_checkpoints("t")
+    kept = remote.opened(folder.shown)
+    assert kept.trial("t").result.exists()
+    assert not kept.trial("t").checkpoint(2).exists()
 
 
 def test_a_worker_gives_up_a_store_that_stays_away_after_its_time(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder
-from tests.ray.sweeps import start
+from tests.ray.sweeps import LIMIT_S, Run, start
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -87,3 +90,41 @@ def test_a_second_run_goes_on_with_the_next_proposal_and_runs_nothing_again(both
     numbers = [trial.suggestion.number for trial in second.sweep.trials if trial.suggestion]
     assert sorted(numbers) == list(range(len(second.sweep.trials)))
     assert second.folder.report.exists()
+
+
+def test_a_population_goes_on_from_its_best_and_a_second_run_from_where_it_was_cut(tmp_path: Path) -> None:
+    keys = {
+        "space": {"rank": [2, 8], "learning_rate": {"log_uniform": [1e-4, 1e-1]}},
+        "scheduler": {"pbt": {"population": 3, "interval_steps": 2, "quantile": 0.34}},
+    }
+    cut = start(tmp_path, **keys)
+    wait_until(lambda: generation(cut, 1), bool, LIMIT_S)
+    cut.process.send_signal(signal.SIGINT)
+    assert cut.wait()[0] == 130
+    run = start(tmp_path, **keys)
+    exit_code, out, err = run.wait()
+    assert exit_code == 0, err
+    assert [len(generation(run, number)) for number in range(3)] == [3, 3, 3]
+    assert {trial.status for trial in generation(run, 2)} == {TrialStatus.COMPLETED}
+    trials = run.trials()
+    for number in (1, 2):
+        for trial in generation(run, number):
+            assert trial.started_from
+            parent = trials[trial.started_from.trial_id]
+            assert parent.status is TrialStatus.STOPPED
+            assert trial.started_from.step == 2 * number == parent.steps
+            points = run.folder.trial(trial.trial_id).read_metrics()
+            assert [point.step for point in points] == [2 * number + 1, 2 * number + 2]
+            assert points[0].tokens > (parent.last.tokens if parent.last else 0)
+    assert not any(run.folder.trial(trial_id).checkpoint_steps() for trial_id in trials)
+    assert "It came there by learning_rate=" in out
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (experiment,) = client.search_experiments(filter_string="name = 'test'")
+    tags = [found.data.tags for found in client.search_runs([experiment.experiment_id])]
+    assert sum("started_from" in tag for tag in tags) == 6
+
+
+def generation(run: Run, number: int) -> list[TrialResult]:
+    if not run.folder.results_json.exists():
+        return []
+    return [t for t in run.sweep().trials if t.suggestion and t.suggestion.generation == number]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,84 @@ def test_a_checkpoint_that_cannot_be_written_does_not_end_the_trial(
     outcome = completed(task)
     assert outcome.folder.checkpoint_steps() == []
     assert "no checkpoint at step 3" in outcome.log
+
+
+def stopped_parent(model: Path, data: Path, folder: Path, **changes: Any) -> TrialTask:
+    """A trial of a population whose generation ends at its third step, in the middle of its schedule."""
+    parent = replace(trial(model, data, folder / "parent", **changes), last_step=3)
+    outcome = run_trial(parent)
+    assert outcome.end.status == "stopped", outcome.log
+    assert outcome.folder.checkpoint_steps() == [3]
+    assert [point.step for point in outcome.points] == [1, 2, 3]
+    return parent
+
+
+def child_of(parent: TrialTask, model: Path, data: Path, folder: Path, **changes: Any) -> TrialTask:
+    task = trial(model, data, folder, **changes)
+    return replace(task, parent_folder=parent.trial_folder, first_step=3)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_trial_that_begins_with_anothers_checkpoint_continues_its_curve_bit_for_bit(
+    engine: dict[str, Any], tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    whole = completed(trial(tiny_model, tiny_data, tmp_path / "whole", **engine))
+    parent = stopped_parent(tiny_model, tiny_data, tmp_path, **engine)
+    child = child_of(parent, tiny_model, tiny_data, tmp_path / "child", **engine)
+    first = completed(child)
+    assert curve(first) == curve(whole)[3:]
+    # Its own times, and nothing of its parent's.
+    assert first.points[0].seconds < first.points[-1].seconds / 2
+    # Cut off itself, it goes on from its own checkpoint.
+    assert goes_on_from(first) is None
+    again = completed(child)
+    assert goes_on_from(again) == 6
+    assert curve(again) == curve(whole)[3:]
+
+
+def test_what_it_changes_holds_from_its_first_step_on_under_every_engine(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    changes = {"learning_rate": 2e-3, "weight_decay": 0.5, "max_grad_norm": 0.05, "lora_dropout": 0}
+    losses = {}
+    for name, engine in {"zero0": {"zero_stage": 0}, "zero2": {"zero_stage": 2}, "ddp": {"engine": "ddp"}}.items():
+        parent = stopped_parent(tiny_model, tiny_data, tmp_path / name, lora_dropout=0, **engine)
+        same, other = (
+            completed(child_of(parent, tiny_model, tiny_data, tmp_path / name / word, **kept, **engine))
+            for word, kept in (("same", {"lora_dropout": 0}), ("other", changes))
+        )
+        # Its first step's loss is that of the weights it began with; what follows is its own.
+        assert other.losses[0] == same.losses[0]
+        assert abs(other.losses[-1] - same.losses[-1]) > 1e-4
+        assert other.points[0].learning_rate == pytest.approx(same.points[0].learning_rate / 5)
+        losses[name] = other.losses
+    assert losses["zero0"] == pytest.approx(losses["ddp"], abs=1e-5)
+    assert losses["zero2"] == pytest.approx(losses["ddp"], abs=1e-5)
+
+
+def test_a_checkpoint_of_other_settings_or_none_is_nothing_to_begin_with(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    parent = stopped_parent(tiny_model, tiny_data, tmp_path)
+    for changes, gone, told in (({"rank": 4}, False, "of another trial: config"), ({}, True, "No such file")):
+        task = child_of(parent, tiny_model, tiny_data, tmp_path / f"child{gone}", **changes)
+        task = replace(task, parent_folder=str(tmp_path / "nowhere")) if gone else task
+        end = run_trial(task).end
+        assert end.status == "failed"
+        assert "it cannot begin with" in (end.reason or "")
+        assert told in (end.reason or "")
+
+
+def test_a_generation_whose_checkpoint_cannot_be_written_has_not_ended(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    task = replace(trial(tiny_model, tiny_data, tmp_path), last_step=3)
+    blocked = Path(task.trial_folder) / ".checkpoint-3"
+    blocked.parent.mkdir(parents=True)
+    blocked.write_text("a file where the folder should be")
+    end = run_trial(task).end
+    assert end.status == "preempted"
+    assert "the next generation begins with" in (end.reason or "")
 
 
 @pytest.mark.parametrize(
