@@ -7,6 +7,7 @@ that its parent has left. What is decided is read from the records, so a resumed
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from orchestrator.config.axes import axes_of
 from orchestrator.config.search_space import Settings
@@ -43,6 +44,10 @@ class Generations:
         self._axes, self._points = axes_of(prepared.sweep.domains), to_try_first(prepared.sweep)
         self._forgotten = 0
         self.ended_because: str | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # As the recorder's: Tune pickles what it is given, and its state is never read back.
+        return {}
 
     def more(self) -> Sequence[str] | None:
         """Ids of new trials that wait; none at the search's end, None where a trial has to end first."""

@@ -98,9 +98,10 @@ def test_a_population_goes_on_from_its_best_and_a_second_run_from_where_it_was_c
         "scheduler": {"pbt": {"population": 3, "interval_steps": 2, "quantile": 0.34}},
     }
     cut = start(tmp_path, **keys)
-    wait_until(lambda: generation(cut, 1), bool, LIMIT_S)
+    wait_until(lambda: generation(cut, 1) or cut.process.poll() is not None, bool, LIMIT_S)
     cut.process.send_signal(signal.SIGINT)
-    assert cut.wait()[0] == 130
+    exit_code, _, err = cut.wait()
+    assert exit_code == 130, err
     run = start(tmp_path, **keys)
     exit_code, out, err = run.wait()
     assert exit_code == 0, err
