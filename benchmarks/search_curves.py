@@ -74,7 +74,7 @@ PERCEPTRONS = Table(
 )
 SMOLLM2 = Table(
     DATA / "search_curves_smollm2.csv",
-    {"rank": [2, 8, 32], "alpha": [4.0, 16.0, 64.0], "learning_rate": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]},
+    {"rank": [2, 8], "alpha": [4.0, 16.0, 64.0], "learning_rate": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]},
     steps=27,
 )
 TABLES = {"perceptrons": PERCEPTRONS, "smollm2": SMOLLM2}

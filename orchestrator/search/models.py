@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.config.axes import Axis
 from orchestrator.config.search_space import Settings, as_trial, holds
-from orchestrator.search.fidelity import common_step
+from orchestrator.search.fidelity import common_step, values_at
 from orchestrator.search.observation import Observation, Standing
 
 if TYPE_CHECKING:
@@ -53,8 +53,9 @@ def tpe(axes: Sequence[Axis], base: Settings, known: Sequence[Observation], seed
 def gp(axes: Sequence[Axis], known: Sequence[Observation], seed: int) -> dict[str, Any]:
     """A Gaussian process over the whole space, with expected improvement; every axis has a value.
 
-    It models objectives at one step, and constraints. What was refused has no objective: it is told the mean of all,
-    which moves the objective's model nowhere and leaves the verdict to the constraints' models.
+    It models constraints, and objectives at one step, to which what was stopped is carried on. What was refused has no
+    objective: it is told the mean of all, which moves the objective's model nowhere and leaves the verdict to the
+    constraints' models.
     """
     import optuna
 
@@ -64,11 +65,12 @@ def gp(axes: Sequence[Axis], known: Sequence[Observation], seed: int) -> dict[st
         sampler = optuna.samplers.GPSampler(seed=seed, n_startup_trials=1)
         study = _study(sampler, known)
         step = common_step(known, len(axes))
-        found = [values for o in known if (values := o.values_at(step)) is not None]
+        told = [values_at(known, observation, step) for observation in known]
+        found = [values for values in told if values is not None]
         means = [sum(column) / len(found) for column in zip(*found, strict=True)]
         constrained = any(observation.violation for observation in known)
-        for observation in known:
-            settings, values = whole | observation.settings, observation.values_at(step)
+        for observation, values in zip(known, told, strict=True):
+            settings = whole | observation.settings
             if observation.standing is Standing.OPEN:
                 study.add_trial(_trial(axes, observation, "RUNNING", settings))
             elif observation.standing is Standing.REFUSED:

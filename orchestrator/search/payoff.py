@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 
 from orchestrator.config.axes import Axis, places_of
-from orchestrator.search.fidelity import common_step
+from orchestrator.search.fidelity import common_step, values_at
 from orchestrator.search.observation import Observation, Standing
 from orchestrator.search.suggest import MIN_KNOWN
 
@@ -24,7 +24,7 @@ def expected_gain(axes: Sequence[Axis], known: Sequence[Observation], seed: int)
     the step that enough configurations have reached; the largest over the space. None while too little is known.
     """
     step = common_step(known, len(axes)) if any(o.standing in (Standing.WHOLE, Standing.PARTIAL) for o in known) else 0
-    told = [(o, found[0]) for o in known if step and (found := o.values_at(step)) is not None]
+    told = [(o, found[0]) for o in known if step and (found := values_at(known, o, step)) is not None]
     best = min((value for _, value in told), default=0.0)
     if len(told) < max(MIN_KNOWN, len(axes) + 1) or best == 0:
         return None

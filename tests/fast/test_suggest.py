@@ -12,7 +12,7 @@ from orchestrator.config.search_space import Space, domains, is_excluded
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.results.records import MetricPoint, PeakMemory, Suggestion, TrialResult, TrialStatus
 from orchestrator.search.evolution import rank
-from orchestrator.search.fidelity import common_step
+from orchestrator.search.fidelity import common_step, values_at
 from orchestrator.search.observation import Goal, Observation, Standing, constraints_of, observe
 from orchestrator.search.suggest import ALGORITHMS, next_settings
 
@@ -199,3 +199,17 @@ def test_in_a_generation_who_went_further_stands_before_who_was_stopped_and_refu
     stopped = Observation(1, {}, Standing.PARTIAL, (((30, 1.0),),))
     refused = Observation(2, {}, Standing.REFUSED, (), (("fits", 0.5),))
     assert sorted([refused, stopped, whole], key=rank) == [whole, stopped, refused]
+
+
+def test_what_was_stopped_is_carried_on_like_the_others_and_keeps_its_place() -> None:
+    def at(number: int, *values: float) -> Observation:
+        curve = tuple((10 * place, value) for place, value in enumerate(values, 1))
+        return Observation(number, {}, Standing.PARTIAL, (curve,))
+
+    whole = [at(0, 5.0, 4.0, 3.0), at(1, 6.0, 4.5, 4.0), at(2, 9.0, 8.5, 8.0)]
+    stopped = at(3, 7.0, 5.0)
+    known = [*whole, stopped]
+    assert values_at(known, stopped, 30) == (4.5,)
+    assert values_at(known, whole[1], 30) == (4.0,)
+    assert values_at(known, whole[1], 5) is None
+    assert values_at([stopped], stopped, 30) is None

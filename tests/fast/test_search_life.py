@@ -1,0 +1,141 @@
+"""Every algorithm under every scheduler: one life with conditions, refusals, failures and an interruption. No Ray."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from orchestrator.config.search_space import Trial
+from orchestrator.config.sweep_config import SweepConfig
+from orchestrator.planning.plan import PlannedTrial
+from orchestrator.results.records import StartedFrom, Suggestion, TrialResult, TrialStatus
+from orchestrator.results.storage import SweepFolder
+from tests.fast.test_suggest import point
+
+pytest.importorskip("ray")
+
+from orchestrator.sweep.scheduler import RuleScheduler
+from orchestrator.sweep.suggestions import Suggestions, known_at_start
+
+SCHEDULERS: dict[str, dict[str, Any]] = {
+    "fifo": {"fifo": {}},
+    "asha": {"asha": {"grace_steps": 10}},
+    "hyperband": {"hyperband": {"grace_tokens": 10 * 64, "brackets": 2}},
+    "median": {"median": {"grace_seconds": 10}},
+    "extrapolation": {"extrapolation": {"grace_steps": 50}},
+}
+SWEEP: dict[str, Any] = {
+    "name": "a",
+    "model": "builtin:tiny-llama",
+    "data": {"train": "builtin:python-docs"},
+    "trial": {"max_steps": 90, "eval_every": 10, "micro_batch_size": 4},
+    "space": {
+        "rank": [8, 32, 128],
+        "zero_stage": [1, 2, 3],
+        "lora_dropout": {"choice": [0.0, 0.1], "when": {"zero_stage": [2, 3]}},
+        "learning_rate": {"log_uniform": [1e-5, 1e-2]},
+    },
+    "exclude": [{"rank": 32, "zero_stage": 1}],
+    "budget": {"trials": 9},
+}
+
+
+class Life:
+    """A sweep of one trial at a time, with the real search, rules and records; only training is made up."""
+
+    def __init__(self, folder: Path, algorithm: str, scheduler: str, before: dict[str, TrialResult]) -> None:
+        raw = {**SWEEP, "search": {"algorithm": algorithm}, "scheduler": SCHEDULERS[scheduler]}
+        self.sweep, self.folder = SweepConfig.model_validate(raw), SweepFolder(folder)
+        plan = SimpleNamespace(trials=[self.plan_trial(trial) for trial in self.sweep.trials()])
+        prepared: Any = SimpleNamespace(sweep=self.sweep, plan_trial=self.plan_trial, plan=plan, data_hash="")
+        made = (self.new_record(*known) for known in known_at_start(prepared, before))
+        self.records = {record.trial_id: before.get(record.trial_id, record) for record in made}
+        recorder: Any = SimpleNamespace(records=self.records, save=self.save)
+        self.suggestions = Suggestions(prepared, self.folder, recorder, self.new_record)
+        self.scheduler = RuleScheduler(self.sweep)
+        self.scheduler.hear_again(self.folder, self.records.values())
+
+    def plan_trial(self, trial: Trial) -> PlannedTrial:
+        reasons = ("too much",) if trial.config.rank == 128 and trial.config.zero_stage == 1 else ()
+        return PlannedTrial(reasons=reasons, **{name: getattr(trial, name) for name in Trial.__dataclass_fields__})
+
+    def new_record(
+        self, planned: PlannedTrial, suggestion: Suggestion | None, parent: StartedFrom | None
+    ) -> TrialResult:
+        return TrialResult(
+            trial_id=planned.trial_id,
+            configuration_id=planned.configuration_id,
+            status=TrialStatus.INFEASIBLE if planned.reasons else TrialStatus.PENDING,
+            reason="; ".join(planned.reasons) or None,
+            config=planned.config,
+            repeat=planned.repeat,
+            seed=0,
+            suggestion=suggestion,
+            started_from=parent,
+        )
+
+    def save(self, record: TrialResult) -> None:
+        self.records[record.trial_id] = record
+
+    def live(self, most: int = 10**9) -> None:
+        waiting = [i for i, record in self.records.items() if record.status is TrialStatus.PENDING]
+        while most and (waiting := waiting or list(self.suggestions.more())):
+            self.train(self.records[waiting.pop(0)])
+            most -= 1
+
+    def train(self, record: TrialResult) -> None:
+        config, status = record.config, TrialStatus.COMPLETED
+        place = math.log10(config.learning_rate)
+        if config.rank == 128:
+            status = TrialStatus.OUT_OF_MEMORY
+        elif place > -2.5:
+            status = TrialStatus.DIVERGED
+        elif int(record.configuration_id, 16) % 9 == 0:
+            status = TrialStatus.FAILED
+        last, lines = None, []
+        task = SimpleNamespace(trial_id=record.trial_id, config=config)
+        trial = SimpleNamespace(config={"task": task, "configuration_id": record.configuration_id})
+        for step in range(10, 100, 10) if status is TrialStatus.COMPLETED else ():
+            last = point(step, 1 + abs(place + 3) + 5 * step**-0.7 + 0.1 * (config.rank == 8))
+            lines.append(last.model_copy(update={"time_ms": 1000 * len(self.records) + step}).model_dump_json())
+            answer = self.scheduler.on_trial_result(None, trial, {"progress": SimpleNamespace(last=last)})
+            if answer == "STOP":
+                status = TrialStatus.STOPPED
+                break
+        metrics = self.folder.trial(record.trial_id).metrics
+        metrics.parent.mkdir(parents=True, exist_ok=True)
+        metrics.write_text("".join(line + "\n" for line in lines))
+        reason = self.scheduler.reasons.get(record.trial_id, "told") if status.needs_reason else None
+        ended = {"status": status, "reason": reason, "last": last, "best": last, "steps": last.step if last else 0}
+        self.save(record.model_copy(update=ended))
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("algorithm", ["random", "tpe", "gp", "cma_es"])
+def test_a_sweep_keeps_its_budget_learns_from_every_end_and_goes_on_as_without_an_interruption(
+    algorithm: str, scheduler: str, tmp_path: Path
+) -> None:
+    whole = Life(tmp_path / "whole", algorithm, scheduler, {})
+    whole.live()
+    records = whole.records.values()
+    refused = [record for record in records if record.status is TrialStatus.INFEASIBLE]
+    assert all(record.config.rank == 128 and record.config.zero_stage == 1 for record in refused)
+    launched = len(whole.records) - len(refused)
+    assert launched == (9 - len(refused) if algorithm == "random" else 9)
+    assert not any(record.config.rank == 32 and record.config.zero_stage == 1 for record in records)
+    assert all(record.config.lora_dropout == 0 for record in records if record.config.zero_stage == 1)
+    stopped = [record for record in records if record.status is TrialStatus.STOPPED]
+    assert all(f"stopped by {scheduler}" in (record.reason or "") for record in stopped)
+
+    cut = Life(tmp_path / "cut", algorithm, scheduler, {})
+    cut.live(most=4)
+    read = {i: TrialResult.model_validate_json(r.model_dump_json()) for i, r in cut.records.items()}
+    again = Life(tmp_path / "cut", algorithm, scheduler, read)
+    again.live()
+    assert {i: (r.status, r.suggestion, r.steps) for i, r in again.records.items()} == {
+        i: (r.status, r.suggestion, r.steps) for i, r in whole.records.items()
+    }
