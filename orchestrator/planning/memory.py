@@ -35,8 +35,7 @@ WORKSPACE_BYTES = 64 * 2**20
 """cuBLAS workspaces and what else is allocated once."""
 UNCOUNTED = 0.01
 """What is alive besides, as a share of all but the weights: blocks that torch's allocator rounds up, by at most 1 MiB
-each. Replaying steps through its rules gives 0 to 0.02, and what benchmarks/memory_accuracy.py fits by is level from 0 to
-0.03."""
+each. Replaying steps through its rules gives 0 to 0.02; fitted, the cost is level from 0 to 0.03."""
 FRAGMENTATION = 0.11
 """What torch's caching allocator reserves beyond what it gave out at its peak, as a share of what comes and goes, for
 weights lie without gaps: the median of benchmarks/memory_accuracy.py's runs on one GPU. Replaying a step's allocations
