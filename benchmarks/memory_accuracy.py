@@ -17,7 +17,7 @@ import json
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ class Constants:
     uncounted: float = memory.UNCOUNTED
     fragmentation: float = memory.FRAGMENTATION
     fragmentation_sharded: float = memory.FRAGMENTATION_SHARDED
+    fragmentation_offloaded: float = memory.FRAGMENTATION_OFFLOADED
     low: float = memory.REST_LOW
     """The interval's ends, over what is predicted beside the weights."""
     high: float = memory.REST_HIGH
@@ -55,6 +56,8 @@ class Point:
     counted: float
     """Our parts, but for the framework's, and of them the weights."""
     weights: float
+    stays: float
+    """Weights, adapter and optimizer states, in bytes: nothing of them comes and goes."""
     rule_of_thumb: float
     deepspeed: float
 
@@ -65,7 +68,8 @@ class Point:
 
     def predicted(self, constants: Constants) -> float:
         """Bytes by the row's own measure; with the constants that the estimate has, this is what it says."""
-        return (self.weights + self.rest(constants)) * self._fragmentation(constants)
+        allocated = self.weights + self.rest(constants)
+        return allocated + (allocated - self.stays) * self._fragmentation(constants)
 
     def rest(self, constants: Constants) -> float:
         """Bytes allocated beside the weights."""
@@ -73,9 +77,21 @@ class Point:
 
     def _fragmentation(self, constants: Constants) -> float:
         if self.row["metric"] != "max_reserved":
-            return 1.0
-        is_sharded = self.row["zero_stage"] == "fsdp"
-        return constants.fragmentation_sharded if is_sharded else constants.fragmentation
+            return 0.0
+        return float(getattr(constants, self.fragmentation_constant))
+
+    @property
+    def fragmentation_constant(self) -> str:
+        """The name of what holds of its reserved bytes."""
+        if self.row["offload"] == "param":
+            return "fragmentation_offloaded"
+        return "fragmentation_sharded" if self.row["zero_stage"] == "fsdp" else "fragmentation"
+
+    @property
+    def reserved_beyond(self) -> float:
+        """Bytes reserved beyond what is counted, over what comes and goes."""
+        allocated = self.counted + memory.WORKSPACE_BYTES
+        return (self.measured - allocated) / (allocated - self.stays)
 
     def error(self, constants: Constants) -> float:
         """Relative; below 0 where more was needed than predicted."""
@@ -87,7 +103,9 @@ class Point:
 
     def rest_over_predicted(self, constants: Constants) -> float:
         """What was allocated beside the weights, over what is predicted of it."""
-        return (self.measured / self._fragmentation(constants) - self.weights) / self.rest(constants)
+        share = self._fragmentation(constants)
+        allocated = (self.measured + share * self.stays) / (1 + share)
+        return (allocated - self.weights) / self.rest(constants)
 
 
 def read(path: Path) -> list[Row]:
@@ -114,6 +132,7 @@ def _point(row: Row, told: Mapping[str, Any]) -> Point:
         measured=float(row["peak_gib"]) * GIB,
         counted=told["allocated_bytes"] - parts["framework"],
         weights=parts["weights"],
+        stays=parts["weights"] + parts["adapter"] + parts["optimizer"],
         rule_of_thumb=1.2 * weights,
         deepspeed=zero3_model_states(shape.parameters, shape.embedding_parameters, gpus)
         if row["zero_stage"] == "fsdp"
@@ -139,6 +158,8 @@ def natural_line(row: Row) -> dict[str, Any]:
         "attention": row["attention"],
         **({"zero_stage": 3} if row["zero_stage"] == "fsdp" else {"engine": "ddp"}),
         **({"offload": "optimizer_and_parameters"} if row["offload"] == "param" else {}),
+        # LitGPT's default, which its tables are made with (litgpt/finetune/lora.py, setup).
+        **({"lora_dropout": 0.05} if row["source"].startswith("litgpt") else {}),
     }
     return {"id": row["row_id"], "model": _config(row), "trial": trial, "workers": int(row["num_gpus"])}
 
@@ -178,14 +199,13 @@ def zero3_model_states(parameters: int, largest_layer: int, gpus: int) -> int:
 
 
 def fitted(points: Sequence[Point]) -> Constants:
-    """Fragmentation from runs that tell both peaks, then the share that is uncounted, then the interval's ends."""
-    ratios = _reserved_over_allocated(points)
-    every = [ratio for some in ratios.values() for ratio in some]
-    plain, sharded = (
-        statistics.mean(ratios[key] or every) if every else getattr(Constants(), name)
-        for key, name in ((False, "fragmentation"), (True, "fragmentation_sharded"))
-    )
-    shares = [Constants(uncounted=n / 200, fragmentation=plain, fragmentation_sharded=sharded) for n in range(0, 41)]
+    """Fragmentation as its median, then the share that is uncounted, then the interval's ends."""
+    beyond: dict[str, list[float]] = defaultdict(list)
+    for p in points:
+        if p.row["metric"] == "max_reserved":
+            beyond[p.fragmentation_constant].append(p.reserved_beyond)
+    known = replace(Constants(), **{name: statistics.median(shares) for name, shares in beyond.items()})
+    shares = [replace(known, uncounted=n / 200) for n in range(0, 41)]
     best = min(shares, key=lambda constants: statistics.mean(_cost(p.error(constants)) for p in points))
     over = sorted(p.rest_over_predicted(best) for p in points)
     outside = int(0.05 * (len(over) - 1))
@@ -194,19 +214,6 @@ def fitted(points: Sequence[Point]) -> Constants:
 
 def _cost(error: float) -> float:
     return error if error > 0 else -UNDER_COSTS * error
-
-
-def _reserved_over_allocated(points: Iterable[Point]) -> dict[bool, list[float]]:
-    """The ratios of runs that tell both peaks, by whether weights are sharded."""
-    runs: dict[tuple[str, ...], dict[str, float]] = defaultdict(dict)
-    for p in points:
-        settings = tuple(p.row[name] for name in p.row if name not in ("row_id", "metric", "peak_gib", "notes"))
-        runs[settings][p.row["metric"]] = p.measured
-    ratios: dict[bool, list[float]] = {False: [], True: []}
-    for settings, peaks in runs.items():
-        if len(peaks) == 2:
-            ratios["fsdp" in settings].append(peaks["max_reserved"] / peaks["max_allocated"])
-    return ratios
 
 
 def held_out(points: Sequence[Point], field: str) -> list[tuple[Point, Constants]]:

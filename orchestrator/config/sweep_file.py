@@ -194,11 +194,17 @@ def _problems_between_keys(raw: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem("space", "is empty: search at least one setting, or leave the key out to run `trial:` alone")
 
 
-def _problems_of(error: ValidationError, raw: Any) -> Iterator[Problem]:
+def told_of_settings(error: ValidationError, settings: Any) -> str:
+    """What is wrong with settings that stand alone, in the words of a sweep file's `trial`."""
+    problems = _problems_of(error, {"trial": settings}, within=("trial",))
+    return "; ".join(f"{problem.path} {problem.message}" for problem in problems)
+
+
+def _problems_of(error: ValidationError, raw: Any, within: Path_ = ()) -> Iterator[Problem]:
     """pydantic's errors in our words: one problem a key, whatever number of union members it failed."""
     said: dict[Path_, list[str]] = {}
     for detail in error.errors(include_url=False):
-        path = _real_path(detail["loc"], raw)
+        path = _real_path((*within, *detail["loc"]), raw)
         said.setdefault(path, []).append(_sentence(detail, path))
     for path, found in said.items():
         sentences = found if (whole := _rule_told_whole(path)) is None else [whole]

@@ -92,7 +92,7 @@ class TrialConfig(BaseModel):
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
     """AdamW's decoupled weight decay."""
     optimizer: Literal["adamw", "adamw_8bit", "sgd"] = "adamw"
-    """The optimizer of the trainable weights; `adamw_8bit` is bitsandbytes' and needs a GPU."""
+    """The optimizer of the trainable weights; `adamw_8bit` is bitsandbytes'."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are clipped to this global norm."""
     max_steps: Annotated[int, Field(strict=True, ge=1, le=10**8)] = 100

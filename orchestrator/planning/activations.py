@@ -57,8 +57,6 @@ def layer_bytes_per_token(config: TrialConfig, shape: ModelShape, width: Widths)
         kept += width.attention * ((q + kv) if shape.rotary else 0)
     # What the activation was given; where it is gated, also what it returned and what that is multiplied with.
     kept += width.product * wide * (3 if shape.gated else 1)
-    if shape.decomposed_activation:
-        kept += width.product * wide * 3
     if shape.experts:
         # A copy of the token for each expert that it goes to, and each expert's answer before it is weighted.
         kept += 2 * width.stream * hidden * shape.experts_per_token

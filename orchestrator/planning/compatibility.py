@@ -122,14 +122,12 @@ def quantisation_needs_bitsandbytes(case: Case) -> str | None:
     return None
 
 
-def eight_bit_adamw_needs_a_gpu(case: Case) -> str | None:
-    """Source: bitsandbytes 0.50, optim/adamw.py: its optimizers update tensors on GPUs."""
+def eight_bit_adamw_needs_bitsandbytes(case: Case) -> str | None:
+    """On CPUs too (bitsandbytes 0.50, backends/cpu/ops.py)."""
     if case.config.optimizer != "adamw_8bit":
         return None
-    if case.hardware.device == "cpu":
-        return "optimizer adamw_8bit: it works on GPUs only; use adamw"
     if case.hardware.has_bitsandbytes is False:
-        return "optimizer adamw_8bit: bitsandbytes is not installed; install orchestrator[gpu], or use adamw"
+        return "optimizer adamw_8bit: bitsandbytes is not installed; install orchestrator[quantization], or use adamw"
     if case.config.offload != "none":
         return "optimizer adamw_8bit: its states cannot be offloaded; use adamw, or offload none"
     return None
@@ -239,7 +237,7 @@ REFUSALS: tuple[Rule, ...] = (
     int8_excludes_zero3,
     quantisation_needs_an_adapter,
     quantisation_needs_bitsandbytes,
-    eight_bit_adamw_needs_a_gpu,
+    eight_bit_adamw_needs_bitsandbytes,
     fp16_autocast_excludes_zero,
     pure_fp16_excludes_plain_ddp,
     packing_needs_positions,

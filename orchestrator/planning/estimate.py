@@ -9,6 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from orchestrator.config.names import nearest
+from orchestrator.config.sweep_file import told_of_settings
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import InputError, OrchestratorError, cut, shown
 from orchestrator.planning.compatibility import Case, refusals
@@ -18,6 +20,8 @@ from orchestrator.planning.model_shape import ModelShape, shape_of
 
 ConfigOf = Callable[[str], Mapping[str, Any]]
 MAX_WORKERS = 100_000
+KEYS = ("id", "model", "trial", "workers", "gpu_memory_bytes")
+"""What a line has; only `model` is needed."""
 
 
 def estimate_lines(lines: Iterable[str | bytes], config_of: ConfigOf) -> Iterator[str]:
@@ -37,9 +41,6 @@ def _answer(line: str | bytes, config_of: ConfigOf, shapes: dict[str, ModelShape
         # An `id` that cannot be written back (it is nested too deep) is none.
         identity = json.dumps(raw.get("id")) and raw.get("id")
         return {"id": identity, **_estimated(raw, config_of, shapes)}
-    except ValidationError as error:
-        told = "; ".join(f"{'.'.join(map(str, d['loc']))}: {d['msg']}" for d in error.errors(include_url=False))
-        return {"id": identity, "error": told}
     except (OrchestratorError, OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
         return {"id": identity, "error": str(error) or type(error).__name__}
 
@@ -56,15 +57,14 @@ def _finite(text: str) -> float:
 
 
 def _estimated(raw: Mapping[str, Any], config_of: ConfigOf, shapes: dict[str, ModelShape]) -> dict[str, Any]:
-    unknown = set(raw) - {"id", "model", "trial", "workers", "gpu_memory_bytes"}
+    unknown = set(raw) - set(KEYS)
     if unknown:
-        raise InputError(
-            f"unknown key {cut(sorted(unknown)[0])}: known are id, model, trial, workers, gpu_memory_bytes"
-        )
+        name = sorted(unknown)[0]
+        raise InputError(f"{cut(name)} is no key here{nearest(name, KEYS)}; known: {', '.join(KEYS)}")
     workers, memory_bytes = _whole(raw, "workers", 1, MAX_WORKERS), _whole(raw, "gpu_memory_bytes", None, 2**50)
     shape = _shape(raw.get("model"), config_of, shapes)
     assert workers is not None
-    config = TrialConfig.model_validate(raw.get("trial") or {})
+    config = _trial(raw.get("trial") or {})
     hardware = _gpu(memory_bytes)
     reasons = list(refusals(Case(config, shape, hardware, workers)))
     if config.micro_batch_size == "auto":
@@ -82,6 +82,13 @@ def _estimated(raw: Mapping[str, Any], config_of: ConfigOf, shapes: dict[str, Mo
         "feasible": not reasons,
         "reasons": reasons,
     }
+
+
+def _trial(settings: Any) -> TrialConfig:
+    try:
+        return TrialConfig.model_validate(settings)
+    except ValidationError as error:
+        raise InputError(told_of_settings(error, settings)) from error
 
 
 def _whole(raw: Mapping[str, Any], name: str, default: int | None, most: int) -> int | None:

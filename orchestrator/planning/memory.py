@@ -33,15 +33,18 @@ CONTEXT_BYTES = 450 * 2**20
 """CUDA context and libraries, as the driver reports them over torch's own figure (cuBLAS and cuDNN loaded)."""
 WORKSPACE_BYTES = 64 * 2**20
 """cuBLAS workspaces and what else is allocated once."""
-UNCOUNTED = 0.035
-"""What is alive besides, as a share of all but the weights: operators' temporaries, and blocks of torch's allocator
-that are rounded up. The one constant that leans to the safe side, fitted by benchmarks/memory_accuracy.py: with 0,
-13 of its 65 points need over 5 % more than is told, with this 8, and the mean error rises from 10.6 % to 11.6 %."""
-FRAGMENTATION = 1.10
-"""What torch's caching allocator reserves over the bytes that it gave out at its peak: the mean of the eleven runs of
-canifinetune that tell both (1.02 to 1.25)."""
-FRAGMENTATION_SHARDED = 1.18
-"""The same where weights are gathered and freed layer by layer: 1.24 and 1.12 in the two FSDP runs that tell both."""
+UNCOUNTED = 0.01
+"""What is alive besides, as a share of all but the weights: blocks that torch's allocator rounds up, by at most 1 MiB
+each. Replaying steps through its rules gives 0 to 0.02; fitted, the cost is level from 0 to 0.03."""
+FRAGMENTATION = 0.11
+"""What torch's caching allocator reserves beyond what it gave out at its peak, as a share of what comes and goes, for
+weights lie without gaps: the median of benchmarks/memory_accuracy.py's runs on one GPU. Replaying a step's allocations
+through the allocator's rules gives 0.05 to 0.15, more after a load that frees what it casts; equal settings in other
+lengths measured 0.07 and 0.21, so that no formula of the settings comes nearer than 4 % of the reserved bytes."""
+FRAGMENTATION_SHARDED = 0.21
+"""The same where weights are gathered and freed layer by layer: the median of the sharded runs."""
+FRAGMENTATION_OFFLOADED = 0.45
+"""The same where they come from the host besides: on a stream of their own, which reuses no block of another."""
 CPU_IMPORTS_BYTES = 480 * 2**20
 """A trial's process on a CPU before its model: torch, transformers, peft and deepspeed, measured resident."""
 LOSS_COPIES_BYTES = 12
@@ -51,11 +54,11 @@ The logits themselves come on top (`_held_at_loss`).
 """
 ADAM_8BIT_BYTES = 2 + 2 * 4 / 256
 """bitsandbytes' two moments: a byte each, and an fp32 constant for 256 of them (0.50, optim/optimizer.py)."""
-REST_LOW, REST_HIGH = 0.41, 1.38
+REST_LOW, REST_HIGH = 0.65, 1.33
 """The ends of the 90 % interval, over all that is predicted beside the weights: those are counted exactly, and the rest
-depends on the library, which no setting names. One that fuses its operators keeps half (LitGPT's phi); one that keeps
-fp32 activations, or offloads through buffers of its own, a quarter more. Where nine of ten calibration points lie, and
-0.15 wider each way, so that nine of ten of a source that was left out lie there too (benchmarks/memory_accuracy.py)."""
+depends on the library, which no setting names. One that keeps a quantised model's activations in half precision takes a
+quarter less, one that computes attention without autocast a quarter more. Where nine of ten calibration points lie, and
+0.15 wider each way for libraries that are not among them (benchmarks/memory_accuracy.py)."""
 ZERO_BUCKET_WEIGHTS = 50_000_000
 """Gradients of a bucket that ZeRO reduces at once; a tenth of DeepSpeed's default, since an adapter's fill no more."""
 ZERO3_LIVE_LAYERS = 2
@@ -127,14 +130,16 @@ def estimate(
         parts = replace(parts, framework=parts.framework + CPU_IMPORTS_BYTES)
         return MemoryEstimate(None, None, parts.total, None, None, parts)
     allocated = parts.total
-    reserved = int(allocated * fragmentation(config, workers))
+    stays = parts.weights + parts.adapter + parts.optimizer
+    reserved = allocated + int((allocated - stays) * _fragmentation(config, workers))
     rest = allocated - parts.weights
     low, high = (parts.weights + int(rest * share) for share in (REST_LOW, REST_HIGH))
     return MemoryEstimate(allocated, reserved, reserved + CONTEXT_BYTES, low, high, parts)
 
 
-def fragmentation(config: TrialConfig, workers: int) -> float:
-    """What is reserved over what is allocated."""
+def _fragmentation(config: TrialConfig, workers: int) -> float:
+    if config.offload == "optimizer_and_parameters":
+        return FRAGMENTATION_OFFLOADED
     return FRAGMENTATION_SHARDED if config.zero_stage == 3 and workers > 1 else FRAGMENTATION
 
 
@@ -150,7 +155,8 @@ def _bytes_of(config: TrialConfig, device: Literal["cuda", "cpu"], has_bf16: boo
         return Widths(4, 4, 4, 4, 4, 0, 4, 4, 4, on_gpu)
     if precision.is_autocast:
         return Widths(4, 4, 4, 2, 2, 0, 4, 2, 2, on_gpu)
-    # PEFT makes an adapter of half-precision weights fp32, and DeepSpeed makes it half again to hold its own copy.
+    # An adapter of half-precision weights is fp32 and computed with in half under autocast, as transformers' Trainer
+    # does; DeepSpeed makes it half again to hold its own copy.
     adapter = 4 if config.engine == "ddp" else half
     if precision.is_quantized:
         # prepare_model_for_kbit_training makes fp32 of the rest (peft 0.21.2), so that all flows in fp32, and products
@@ -160,7 +166,7 @@ def _bytes_of(config: TrialConfig, device: Literal["cuda", "cpu"], has_bf16: boo
         linear = NF4_BYTES if precision is Precision.NF4 else INT8_BYTES
         return Widths(linear, adapter, adapter, adapter, half, half, adapter, half, half, on_gpu)
     adapter = 2 if config.trains_all_weights else adapter
-    return Widths(2, 2, 2, 2, 2, 0, adapter, adapter, 2, on_gpu)
+    return Widths(2, 2, 2, 2, 2, 0, adapter, 2, 2, on_gpu)
 
 
 def memory_parts(config: TrialConfig, shape: ModelShape, workers: int, width: Widths) -> MemoryParts:
@@ -170,8 +176,8 @@ def memory_parts(config: TrialConfig, shape: ModelShape, workers: int, width: Wi
     adapter_weights = 0 if config.trains_all_weights else trainable
     host_parameters = config.offload == "optimizer_and_parameters"
     # bitsandbytes keeps the constants of 4-bit weights beside the parameter, where ZeRO-3 neither shards nor offloads.
-    constants = shape.linear_parameters * NF4_CONSTANT_BYTES if config.precision is Precision.NF4 else 0.0
-    weights = shape.linear_parameters * width.linear + (shape.parameters - shape.linear_parameters) * width.rest
+    constants = shape.quantisable_parameters * NF4_CONSTANT_BYTES if config.precision is Precision.NF4 else 0.0
+    weights = _linear_bytes(shape, width) + (shape.parameters - shape.linear_parameters) * width.rest
     weights = constants + (0.0 if host_parameters else (weights - constants) / shards[3])
     optimizer_bytes = 0 if config.offload != "none" else _optimizer_bytes(config, width) * trainable / shards[1]
     at_once = config.micro_batch_size * workers if config.micro_batch_size != "auto" else 0
@@ -199,10 +205,18 @@ def memory_parts(config: TrialConfig, shape: ModelShape, workers: int, width: Wi
     return parts
 
 
+def _linear_bytes(shape: ModelShape, width: Widths) -> float:
+    """Bytes of the decoder layers' matrices; experts are stored as the rest is."""
+    return shape.quantisable_parameters * width.linear + shape.expert_parameters * width.rest
+
+
 def _loading(shape: ModelShape, width: Widths) -> int:
-    """Quantised weights, the rest cast up to fp32, and the embedding that is being cast, twice."""
-    rest = shape.parameters - shape.linear_parameters
-    return int(shape.linear_parameters * width.linear + rest * 4 + shape.embedding_parameters * width.dequantised)
+    """Quantised weights, the rest cast up to fp32, and the largest tensor that is being cast, twice."""
+    rest = shape.parameters - shape.quantisable_parameters
+    # Gate and up of all of a layer's experts are one tensor.
+    stacked = max((2 * m.parameters // m.count * shape.experts for m in shape.matrices if m.is_expert), default=0)
+    cast = max(shape.embedding_parameters, stacked) * width.dequantised
+    return int(shape.quantisable_parameters * width.linear + rest * 4 + cast)
 
 
 def trainable_parameters(config: TrialConfig, shape: ModelShape) -> int:
@@ -291,18 +305,22 @@ def _escaping_bytes(config: TrialConfig, shape: ModelShape, width: Widths) -> fl
 
 
 def _weight_copies(config: TrialConfig, shape: ModelShape, width: Widths, layers: int) -> float:
-    """Bytes of frozen weights that autograd keeps as they were used, rather than as they are stored.
+    """Bytes of weights that autograd keeps as they were used, rather than as they are stored.
 
-    Autocast casts fp32 ones for each use: its cache is for weights that need a gradient (torch 2.13,
+    Autocast casts fp32 ones, frozen ones for each use: its cache is for weights that need a gradient (torch 2.13,
     autocast_mode.cpp). An adapter on a mixture's stacked experts is added to all of them at once (peft 0.21.2,
     tuners/lora/layer.py, ParamWrapper).
     """
+    share = layers / shape.layers
+    if config.trains_all_weights:
+        return 2.0 * shape.linear_parameters * share if config.precision.is_autocast else 0.0
+    cast = 2.0 * trainable_parameters(config, shape) if width.adapter_input < width.adapter else 0.0
     if config.precision.is_autocast:
-        return shape.linear_parameters / shape.layers * 2.0 * layers
-    if not shape.experts or config.trains_all_weights:
-        return 0.0
+        return (cast + 2.0 * shape.linear_parameters) * share
+    if width.rest > width.attention:
+        cast += 2.0 * shape.expert_parameters
     adapted = (m for m in targeted(shape, config.target_modules) if m.is_expert and m.name != "gate")
-    return sum(m.parameters for m in adapted) / shape.layers * max(width.linear, width.dequantised) * layers
+    return (cast + sum(m.parameters for m in adapted) * max(width.rest, width.dequantised)) * share
 
 
 def _communication(config: TrialConfig, shape: ModelShape, width: Widths, trainable: int, workers: int) -> float:
@@ -315,9 +333,9 @@ def _communication(config: TrialConfig, shape: ModelShape, width: Widths, traina
     if config.zero_stage < 3:
         # Two in turn, where communication overlaps (deepspeed 0.19.8, stage_1_and_2.py, setup_buckets).
         return bucket * 2
-    layer = shape.linear_parameters / shape.layers * width.linear
+    matrices = _linear_bytes(shape, width)
     # Packed weights look to ZeRO like as many as their bytes would be in half precision.
     reused = ZERO3_REUSED_WEIGHTS * max(width.linear, 2.0)
-    gathered = min(max(ZERO3_LIVE_LAYERS * layer, reused), shape.linear_parameters * width.linear)
+    gathered = min(max(ZERO3_LIVE_LAYERS * matrices / shape.layers, reused), matrices)
     outside = max(shape.embedding_parameters, shape.head_parameters) * width.rest
     return bucket + gathered + outside

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
@@ -54,7 +54,7 @@ _GPT2 = Family(
     rotary=False,
     tied=True,
     positions_offset=0,
-    defaults={"resid_pdrop": 0.1, "activation_function": "gelu_new"},
+    defaults={"resid_pdrop": 0.1},
     **_UNGATED,
     **_BIASED,
 )
@@ -98,7 +98,6 @@ _FAMILIES = {
         ("fc1", "fc2"),
         head_bias=True,
         norms=1,
-        defaults={"hidden_act": "gelu_new"},
         **_UNGATED,
         **_BIASED,
     ),
@@ -118,7 +117,7 @@ _FAMILIES = {
         **_UNGATED,
     ),
     "gpt2": _GPT2,
-    "gpt_bigcode": replace(_GPT2, defaults={"resid_pdrop": 0.1}),
+    "gpt_bigcode": _GPT2,
     "gpt_neox": Family(
         _FUSED,
         _NEOX_MLP,
@@ -134,7 +133,6 @@ _FAMILIES = {
         mlp_bias=True,
         head_bias=True,
         norms=1,
-        defaults={"activation_function": "gelu_new"},
         **_UNGATED,
     ),
     "falcon": Family(

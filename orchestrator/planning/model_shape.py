@@ -71,8 +71,6 @@ class ModelShape:
     """One matrix makes query, key and value, so that keeping one of them keeps all."""
     parallel_residual: bool
     """Attention and feed-forward part read the same, so that their norms share what they keep."""
-    decomposed_activation: bool
-    """transformers' `gelu_new` is written out in Python, and autograd keeps its steps."""
     softcapped_logits: bool
     """The logits go through tanh (Gemma 2), which keeps them once more."""
     dropout: bool
@@ -90,8 +88,14 @@ class ModelShape:
 
     @cached_property
     def linear_parameters(self) -> int:
-        """All matrices of the decoder layers: what quantisation stores in less."""
+        """All matrices of the decoder layers."""
         return sum(matrix.parameters for matrix in self.matrices)
+
+    @property
+    def quantisable_parameters(self) -> int:
+        """Those of `linear_parameters` that bitsandbytes stores in less: linear layers, which stacked experts and their
+        router are not (transformers 5.23, integrations/bitsandbytes.py, replace_with_bnb_linear)."""
+        return self.linear_parameters - self.expert_parameters
 
     @cached_property
     def expert_parameters(self) -> int:
@@ -163,7 +167,6 @@ class _Reader:
             rotary=self.family.rotary and not self.config.get("alibi"),
             fused_attention=len(self.family.attention) == 2,
             parallel_residual=self._is_parallel(),
-            decomposed_activation=self._activation() in ("gelu_new", "gelu_fast"),
             softcapped_logits=bool(self.config.get("final_logit_softcapping")),
             dropout=any(self.config.get(name) for name in ("resid_pdrop", "dropout", "hidden_dropout")),
         )
@@ -224,9 +227,6 @@ class _Reader:
         if self.name == "gpt_neox":
             return bool(self.config.get("use_parallel_residual", True))
         return self._norms() == 1
-
-    def _activation(self) -> str:
-        return str(self.config.get("activation_function") or self.config.get("hidden_act"))
 
     def _kv_heads(self, heads: int) -> int:
         if self.name == "gpt_bigcode":

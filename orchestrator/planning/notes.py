@@ -45,10 +45,10 @@ def experts_stay_unquantised(case: Case) -> str | None:
     """Source: transformers 5.23, integrations/bitsandbytes.py, which replaces linear layers; experts are stacked."""
     if not case.config.precision.is_quantized or not case.shape.experts:
         return None
-    gib = case.shape.expert_parameters * 2 / 2**30
+    share = case.shape.quantisable_parameters / case.shape.parameters
     return (
-        f"precision {case.config.precision}: transformers 5 stacks a mixture's experts, which bitsandbytes then leaves "
-        f"in half precision: {gib:.0f} GiB in place of what is estimated, unless the model's class quantises them"
+        f"precision {case.config.precision} quantises {share:.0%} of this model: transformers 5 stacks a mixture's "
+        "experts, which bitsandbytes leaves as they are"
     )
 
 

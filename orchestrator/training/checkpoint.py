@@ -201,6 +201,11 @@ def set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
 def _write(file: Path, state: dict[str, Any], fits: str) -> None:
     tensors: dict[str, torch.Tensor] = {}
     plain = json.dumps(_without_tensors(state, tensors))
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        # safetensors refuses one that stands twice, as bitsandbytes' table of 8-bit values in every weight's state.
+        tensors[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
     save_file(tensors, file, {"fits": fits, "state": plain})
     with file.open("rb") as written:
         os.fsync(written.fileno())

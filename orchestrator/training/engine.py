@@ -178,7 +178,7 @@ class DdpEngine:
         self._trained, self._weight_decay = list(self._weights.values()), config.weight_decay
         self._optimizer = _optimizer(self._trained, config)
         self._max_grad_norm = config.max_grad_norm
-        self._autocast = _autocast(config.precision, dtype, device)
+        self._autocast = _autocast(config, dtype, device)
         self.scales_loss = dtype == "fp16" or config.precision is Precision.AMP_FP16
         self._scaler = torch.amp.GradScaler(device.type, enabled=self.scales_loss)
         self._model = model
@@ -225,14 +225,13 @@ class DdpEngine:
         self._scaler.load_state_dict(state["scaler"])
 
 
-def _autocast(
-    precision: Precision, dtype: ComputeDtype, device: torch.device
-) -> contextlib.AbstractContextManager[Any]:
-    if precision.is_autocast:
-        chosen = torch.bfloat16 if precision is Precision.AMP_BF16 else torch.float16
+def _autocast(config: TrialConfig, dtype: ComputeDtype, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    if config.precision.is_autocast:
+        chosen = torch.bfloat16 if config.precision is Precision.AMP_BF16 else torch.float16
         return torch.autocast(device.type, dtype=chosen)
-    if precision.is_quantized and dtype != "fp32":
-        # prepare_model_for_kbit_training left norms and embeddings in fp32: without autocast attention would be too.
+    if dtype != "fp32" and not config.trains_all_weights:
+        # The adapter is fp32, and so are the norms and embeddings that prepare_model_for_kbit_training left: without
+        # autocast its products would be too, and under quantisation attention.
         return torch.autocast(device.type, dtype=DTYPES[dtype])
     return contextlib.nullcontext()
 

@@ -58,7 +58,10 @@ REFUSED: dict[str, tuple[Case, Case]] = {
         case(replace(H100, has_bitsandbytes=False), precision="nf4"),
         case(replace(H100, has_bitsandbytes=True), precision="nf4"),
     ),
-    "eight_bit_adamw_needs_a_gpu": (case(CPU, optimizer="adamw_8bit"), case(optimizer="adamw_8bit")),
+    "eight_bit_adamw_needs_bitsandbytes": (
+        case(replace(CPU, has_bitsandbytes=False), precision="fp32", optimizer="adamw_8bit"),
+        case(CPU, precision="fp32", optimizer="adamw_8bit"),
+    ),
     "fp16_autocast_excludes_zero": (
         case(precision="amp_fp16", zero_stage=1),
         case(precision="amp_fp16", zero_stage=0),

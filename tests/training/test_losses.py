@@ -162,3 +162,22 @@ def test_the_seed_reaches_the_adapter_and_not_only_the_order_of_the_data(tiny_mo
 
 def test_the_reference_is_what_the_tests_say_it_is() -> None:
     assert (TINY.precision, TINY.rank, TINY.zero_stage) == ("fp32", 8, 2)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_eight_bit_adamw_learns_on_a_cpu_as_adamw_does(
+    engine: dict[str, object], tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    # States of fewer than 4,096 weights stay in fp32 (bitsandbytes 0.50, optim/optimizer.py, min_8bit_size).
+    losses = {
+        optimizer: _outcome(
+            tiny(**engine, micro_batch_size=8, rank=128, optimizer=optimizer),
+            tiny_model,
+            tiny_data,
+            tmp_path / optimizer,
+        ).losses
+        for optimizer in ("adamw", "adamw_8bit")
+    }
+    assert losses["adamw_8bit"] == pytest.approx(losses["adamw"], rel=5e-3)
+    assert losses["adamw_8bit"] != losses["adamw"]

@@ -66,6 +66,14 @@ def test_frozen_weights_and_adapter_take_what_is_predicted(
     assert parts.adapter == bytes_of(p for p in built.parameters() if p.requires_grad)
 
 
+def test_a_mixtures_experts_stay_as_they_were_under_quantisation(tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(built_config("Mixtral", 2), dtype=torch.bfloat16).save_pretrained(tmp_path)
+    config = tiny(precision="nf4", engine="ddp")
+    frozen = bytes_of(p for p in models.build(config, tmp_path, "bf16", CPU, zero3=None).parameters() if p.ndim > 0)
+    parts = parts_of(config, shape_in(tmp_path))
+    assert parts.weights + parts.adapter == pytest.approx(frozen, rel=0.001)
+
+
 @pytest.mark.parametrize(("optimizer", "extra"), [("adamw", 0), ("sgd", 0)])
 def test_optimizer_states_and_gradients_take_what_is_predicted(tiny_model: Path, optimizer: str, extra: int) -> None:
     config = tiny(engine="ddp", optimizer=optimizer)
@@ -91,6 +99,9 @@ SMALL: dict[str, Any] = {
 UNGROUPED = {name: value for name, value in SMALL.items() if name != "num_key_value_heads"}
 # On a CPU dropout keeps its mask in the input's type, where a GPU keeps a byte, and leaves the flash kernel.
 UNDROPPED = {"resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0}
+COPIES_ITS_ATTENTION = ("Phi", "Phi3", "StableLm", "GPTNeoX", "Falcon")
+"""Families that rotate a part of each head and join it again: a CPU's kernel answers in that layout, so that the result
+is copied for the next matrix. A GPU's kernels answer in one layout, and autocast copies it anyway."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "GPTNeoX": UNGROUPED,
     "GPT2": {"n_embd": 192, "n_head": 6, "vocab_size": 512, **UNDROPPED, **TOKENS},
@@ -112,6 +123,7 @@ def kept_bytes(kind: str, layers: int, config: TrialConfig, length: int = 64) ->
     built = built_config(kind, layers)
     full = config.trains_all_weights
     model: Any = AutoModelForCausalLM.from_config(built, attn_implementation=config.attention).to(torch.bfloat16)
+    models.fuse_activations(model)
     if not full:
         lora = LoraConfig(r=8, target_modules=models.find_target_modules(model, config.target_modules))
         model = get_peft_model(model, lora, autocast_adapter_dtype=False)
@@ -128,7 +140,8 @@ def kept_bytes(kind: str, layers: int, config: TrialConfig, length: int = 64) ->
         return tensor
 
     inner: Any = model if full else model.get_base_model()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.engine == "ddp" and not full)
+    with autocast, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         getattr(inner, inner.base_model_prefix)(input_ids=torch.ones(2, length, dtype=torch.long))
         return sum(storage.nbytes() for storage in kept.values())
 
@@ -142,10 +155,10 @@ def kept_bytes(kind: str, layers: int, config: TrialConfig, length: int = 64) ->
         ("Qwen2", 0.002),
         ("Qwen3", 0.004),
         ("Starcoder2", 0.003),
-        ("Phi", 0.06),
-        ("Phi3", 0.06),
-        ("StableLm", 0.06),
-        ("GPTNeoX", 0.09),
+        ("Phi", 0.003),
+        ("Phi3", 0.003),
+        ("StableLm", 0.003),
+        ("GPTNeoX", 0.003),
         ("GPT2", 0.002),
         ("OPT", 0.003),
         ("Falcon", 0.05),
@@ -153,14 +166,14 @@ def kept_bytes(kind: str, layers: int, config: TrialConfig, length: int = 64) ->
         ("Olmo2", 0.003),
         ("Gemma", 0.004),
         ("Gemma3Text", 0.01),
-        ("Cohere", 0.06),
+        ("Cohere", 0.003),
         ("Mixtral", 0.06),
     ],
 )
 def test_a_layer_keeps_what_is_predicted_for_the_backward_pass(kind: str, tolerance: float, engine: str) -> None:
-    assert predicted_kept(kind, tiny(precision="bf16", engine=engine)) == pytest.approx(
-        measured_kept(kind, tiny(precision="bf16", engine=engine)), rel=tolerance
-    )
+    config = tiny(precision="bf16", engine=engine)
+    copied = 2 * SMALL["hidden_size"] if engine == "deepspeed" and kind in COPIES_ITS_ATTENTION else 0
+    assert predicted_kept(kind, config) + copied == pytest.approx(measured_kept(kind, config), rel=tolerance)
 
 
 def measured_kept(kind: str, config: TrialConfig) -> float:
@@ -171,15 +184,14 @@ def measured_kept(kind: str, config: TrialConfig) -> float:
 def predicted_kept(kind: str, config: TrialConfig) -> float:
     shape, width = shape_of(built_config(kind, 3).to_dict()), _bytes_of(config, "cuda", has_bf16=True)
     of_64 = config.model_copy(update={"sequence_length": 64})
-    return layer_bytes_per_token(of_64, shape, width) + score_bytes(of_64, shape, width) / 64
+    copies = _weight_copies(of_64, shape, width, 1) / (2 * 64)
+    return layer_bytes_per_token(of_64, shape, width) + score_bytes(of_64, shape, width) / 64 + copies
 
 
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")
 def test_adapters_on_a_mixtures_experts_keep_all_experts_weights_once_more() -> None:
     config = tiny(precision="bf16", engine="ddp", target_modules="all-linear")
-    shape = shape_of(built_config("Mixtral", 3).to_dict())
-    merged = _weight_copies(config, shape, _bytes_of(config, "cuda", has_bf16=True), 1) / (2 * 64)
-    assert predicted_kept("Mixtral", config) + merged == pytest.approx(measured_kept("Mixtral", config), rel=0.06)
+    assert predicted_kept("Mixtral", config) == pytest.approx(measured_kept("Mixtral", config), rel=0.06)
 
 
 @pytest.mark.parametrize("kind", ["GPT2", "Bloom"])

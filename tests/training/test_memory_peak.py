@@ -36,7 +36,7 @@ GROUPED = LLAMA | {"num_key_value_heads": 2}
 LARGE_VOCABULARY = LLAMA | {"vocab_size": 64000}
 # An adapter's gradients are counted from the start, though they come later; the worst moment inside a recomputed layer
 # is told from a few tensors. Both weigh more in a model this small.
-TOLERANCE = {False: 0.04, True: 0.12}
+TOLERANCE = {False: 0.045, True: 0.12}
 
 
 class AliveBytes(TorchDispatchMode):
@@ -175,7 +175,7 @@ def counted_peak(config: TrialConfig, settings: dict[str, Any], monkeypatch: pyt
         for tensor in on_fake_tensors(model):
             alive.add(tensor)
     own, shape = alive.now, (config.micro_batch_size, config.sequence_length)
-    autocast = config.precision.is_autocast or (config.precision.is_quantized and config.engine == "ddp")
+    autocast = config.precision.is_autocast or (config.precision != "fp32" and config.engine == "ddp")
     with fake, alive:
         ids, labels = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
         with torch.autocast("cpu", dtype=HALF) if autocast else contextlib.nullcontext():

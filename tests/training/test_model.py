@@ -14,6 +14,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     GPT2Config,
+    GPT2LMHeadModel,
     GPTNeoXConfig,
     LlamaConfig,
     PreTrainedConfig,
@@ -194,3 +195,16 @@ def test_what_the_plan_believes_of_kernels_and_positions_is_what_transformers_cl
         assert model._supports_flash_attn is (kind not in WITHOUT_FLASH_ATTENTION), kind
         takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         assert takes_positions is (kind not in WITHOUT_POSITIONS), kind
+
+
+def test_activations_that_transformers_writes_out_become_torchs_kernel_of_the_same_function() -> None:
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64)
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(config).double().eval()
+    ids = torch.arange(16)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        models.fuse_activations(model)
+        after = model(ids).logits
+    assert "NewGELUActivation" not in {type(module).__name__ for module in model.modules()}
+    assert torch.allclose(before, after, rtol=1e-9, atol=1e-12)
