@@ -9,7 +9,7 @@ from orchestrator.planning.plan import SweepPlan
 from orchestrator.reporting import quantities
 from orchestrator.reporting.charts import Figure, Key
 from orchestrator.reporting.plot import Axis, Bar, Dot, Part, bar_plot, xy_plot
-from orchestrator.reporting.statistics import ConfigurationSummary
+from orchestrator.reporting.statistics import ConfigurationSummary, are_the_same
 
 MAX_BARS = 24
 MAX_LABELS = 8
@@ -135,7 +135,9 @@ def pareto_charts(
         ),
         Cost(f"{metric} against speed", Axis("tokens a second", quantities.rate), lambda s: s.tokens_per_s),
     )
-    figures = (_pareto_chart(metric, cost, found, front, recommended) for cost in costs)
+    # Against itself an objective makes no picture.
+    told = {"peak_memory_bytes": costs[1:], "tokens_per_s": costs[:1], "step_time_s": costs[:1]}.get(metric, costs)
+    figures = (_pareto_chart(metric, cost, found, front, recommended) for cost in told)
     return tuple(figure for figure in figures if figure)
 
 
@@ -143,7 +145,7 @@ def _pareto_chart(
     metric: str, cost: Cost, found: Sequence[ConfigurationSummary], front: frozenset[str], recommended: str | None
 ) -> Figure | None:
     known = [s for s in found if s.objective and cost.of(s)]
-    if len(known) < 2:
+    if len(known) < 2 or are_the_same([s.objective.mean for s in known if s.objective]):
         return None
     on_front = [s.configuration_id for s in known if s.configuration_id in front]
     styles: dict[str | None, str] = {**dict.fromkeys(on_front, "s0"), recommended: "s1"}
