@@ -6,6 +6,7 @@ import getpass
 import importlib.util
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import requests
 from tests.waiting import wait_until
 
 LIMIT_S = 300.0
+PASSWORD = "planted-Pass-word"
 LOGIN = ("admin", "a-long-password-of-this-test")
 # Without the jobs that judge language-model applications, which are processes of their own.
 SMALL = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
@@ -39,6 +41,36 @@ class Server:
         """What a client needs to get in."""
         names = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
         return dict(zip(names, self.login, strict=True)) if self.login else {}
+
+
+class FragileServer:
+    """On SQLite, in a process group of its own: to be stopped, killed and started again with what it had."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, free_port()
+        self.uri = f"http://me:{PASSWORD}@127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        where = ["--backend-store-uri", f"sqlite:///{self.folder / 'server.db'}"]
+        where += ["--artifacts-destination", str(self.folder / "artifacts")]
+        command = [sys.executable, "-m", "mlflow", "server", *where, "--port", str(self.port), "--workers", "1"]
+        with (self.folder / "server.log").open("a") as log:
+            environment = {**os.environ, **SMALL}
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)
+        wait_until(self.answers, bool, LIMIT_S)
+
+    def answers(self) -> bool:
+        try:
+            return requests.get(f"http://127.0.0.1:{self.port}/health", timeout=2).status_code == 200
+        except requests.RequestException:
+            return False
+
+    def signal(self, number: signal.Signals) -> None:
+        os.killpg(self.process.pid, number)
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+        self.process.wait(30)
 
 
 def free_port() -> int:
@@ -141,7 +173,7 @@ def _process(
             yield
         finally:
             # SIGINT: PostgreSQL's fast shutdown; uvicorn ends its workers on SIGTERM.
-            process.terminate() if user is None else process.send_signal(2)
+            process.terminate() if user is None else process.send_signal(signal.SIGINT)
             try:
                 process.wait(20)
             except subprocess.TimeoutExpired:

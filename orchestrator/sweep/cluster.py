@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -242,6 +242,11 @@ def await_room(resources: ResourcesConfig, say: Callable[[str], None]) -> None:
             sdk.request_resources(bundles=[])
 
 
+def has_room_beside(shape: GroupShape, avoided: Collection[str]) -> bool:
+    """Whether a group fits on the living nodes but these; what is busy now may be free later."""
+    return _room(shape, [node["Resources"] for node in _alive() if node["NodeID"] not in avoided]) > 0
+
+
 def _told(shape: GroupShape) -> str:
     gpu = f" {shape.accelerator}" if shape.accelerator else ""
     return f"{shape.workers} workers of {shape.cpus_per_worker:g} CPUs and {shape.gpus_per_worker:g}{gpu} GPUs each"
@@ -290,6 +295,23 @@ def start_groups(board: Any, shape: GroupShape, model: str, storage: Path) -> An
     from orchestrator.sweep.worker_group import WorkerGroups
 
     return _beside_the_driver(WorkerGroups).remote(board, shape, model, str(storage))
+
+
+def watch(*actors: Any) -> Callable[[], ClusterUnreachableError | None]:
+    """A look at whether one of the sweep's own actors has died, without which no trial goes on."""
+    lives = [actor.life.remote() for actor in actors]
+
+    def look() -> ClusterUnreachableError | None:
+        if not (ended := ray.wait(lives, num_returns=1, timeout=0)[0]):
+            return None
+        try:
+            ray.get(ended[0])
+        except ray.exceptions.RayError as error:
+            why = " ".join(str(error).split())[:300]
+            return ClusterUnreachableError(f"one of the sweep's own processes on the driver's node was lost ({why})")
+        return None
+
+    return look
 
 
 def _beside_the_driver(actor: type) -> Any:

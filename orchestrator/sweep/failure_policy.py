@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,7 +11,11 @@ from orchestrator.results.records import TrialStatus
 
 MAX_ATTEMPTS = {TrialStatus.PREEMPTED: 3, TrialStatus.FAILED: 2}
 """Of one trial, by how an attempt ended; of failures only those that may pass are tried again."""
+FAILURES_ON_A_NODE = 2
+"""So many attempts of a trial that failed on one node, and the next is made on another."""
 LONGEST_PAUSE_S = 60.0
+STOP_LIMIT_S = 10.0
+"""So long a trial may take to end once it is told to."""
 START_LIMIT_S = 3600.0
 """A trial without any sign of life before its first step hangs: the largest models take most of this to load."""
 SILENCE_LIMIT_S = 600.0
@@ -34,6 +40,15 @@ def after_end(status: TrialStatus, reason: str | None, may_pass: bool, attempt: 
     if attempt >= limit or not (may_pass or status is TrialStatus.PREEMPTED):
         return None
     return Retry(pause_s(attempt), f"attempt {attempt} of {limit} ended: {reason or status.value}")
+
+
+def avoided_nodes(failed_on: Sequence[str]) -> frozenset[str]:
+    """The nodes that a trial's next attempt keeps away from, by those that its attempts failed on.
+
+    Of one trial, not of the sweep: two workers that fall together on a healthy node say nothing against it. A slot that
+    moved stays away, so a node on which everything fails loses one slot after the other.
+    """
+    return frozenset(node for node, failures in Counter(failed_on).items() if failures >= FAILURES_ON_A_NODE)
 
 
 def pause_s(failures: int) -> float:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from orchestrator.config.storage_address import is_remote
 from orchestrator.config.sweep_config import SweepConfig
-from orchestrator.errors import StorageError
 from orchestrator.reporting import report, statistics
 from orchestrator.reporting.findings import Report
 from orchestrator.reporting.recommendation import trial_to_take
@@ -144,11 +143,11 @@ def _run_prepared(
     with progress, signals_to(stopper), system_metrics.logged(tracking_uri(sweep), tracker.parent_run_id):
         launch(prepared, folder, recorder, new_record, scheduler, [recorder, progress], stopper, isolation)
     recorder.cancel_rest(stopper.reason or "the sweep ended before it: run the same command again")
-    if recorder.storage_error:
+    if error := stopper.broken():
         tracker.finish(INTERRUPTED_TRACKING_LIMIT_S)
-        raise StorageError(
-            f"the sweep was stopped, since nothing can be kept any more: {recorder.storage_error}. What had ended "
-            "before is safe: run the same command again to go on"
+        raise type(error)(
+            f"the sweep was stopped, since it could not go on: {error}. What had ended before is safe: run the same "
+            "command again"
         )
     outcome = _finish(prepared, result, recorder, tracker, folder, stopper, say)
     callbacks.sweep_ended(outcome.sweep, folder.root)
@@ -173,11 +172,12 @@ def _progress(
 
 def _stopper(prepared: Prepared, recorder: Recorder) -> Stopper:
     gpus = prepared.shape.workers * prepared.shape.gpus_per_worker
+    lost_actor = cluster.watch(prepared.board, prepared.groups)
     return Stopper(
         prepared.board,
         prepared.sweep.budget,
         lambda: recorder.trial_seconds() * gpus / 3600,
-        lambda: recorder.storage_error,
+        lambda: recorder.storage_error or lost_actor(),
     )
 
 

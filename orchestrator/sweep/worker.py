@@ -9,6 +9,7 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from orchestrator.sweep.switchboard import STOPPED, Assignment
 from orchestrator.sweep.trial_files import Keep, leave_nothing, on_this_node
 from orchestrator.sweep.trial_messages import SilentError, messages
 from orchestrator.training.child import run_child
-from orchestrator.training.task import TrialEnd, TrialProgress
+from orchestrator.training.task import TrialEnd, TrialProgress, WorkerNode
 
 log = logging.getLogger(__name__)
 ACCELERATOR = "accelerator_type:"
@@ -83,6 +84,8 @@ def serve(config: dict[str, Any]) -> None:
     board, group_id, shape = config["board"], config["group_id"], config["shape"]
     context = ray.train.get_context()
     rank, local_rank = context.get_world_rank(), context.get_local_rank()
+    node = WorkerNode(ray.get_runtime_context().get_node_id(), socket.gethostname())
+    ray.get(board.come_up.remote(group_id, rank, node))
     os.environ["OMP_NUM_THREADS"] = str(max(1, int(shape.cpus_per_worker)))
     template = multiprocessing.get_context("forkserver")
     template.set_forkserver_preload([TEMPLATE])
