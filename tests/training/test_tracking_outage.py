@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from typer.testing import CliRunner
 
+from orchestrator.cli import app
 from orchestrator.config.sweep_config import SweepConfig
+from orchestrator.config.sweep_file import to_yaml
 from orchestrator.errors import TrackingUnreachableError
+from orchestrator.results.provenance import without_secret
 from orchestrator.results.records import SweepResult, TrialResult
-from orchestrator.results.storage import SweepFolder
+from orchestrator.results.storage import SweepFolder, read_sweep, write_atomically, write_sweep
 from orchestrator.sweep.delivered import read_delivered
 from orchestrator.sweep.tracking import Tracker
 from tests.made_up_sweep import made_up_sweep, made_up_trial, write_made_up
@@ -118,6 +123,30 @@ def test_an_outage_loses_nothing_adds_nothing_and_stops_nobody(
     assert_equal_to_disk(server, folder, runs)
     everything = MlflowClient(server.uri).search_runs([again._experiment_id])
     assert len(everything) == 1 + len(result.trials)
+
+
+def test_report_delivers_what_the_sweep_could_not(server: FragileServer, tmp_path: Path) -> None:
+    config, result, folder = a_sweep(tmp_path / "late", server.uri)
+    write_atomically(folder.sweep_file, without_secret(to_yaml(config)))
+    tracker = Tracker(config, SWEEP_ID, folder)
+    server.kill()
+    for trial in result.trials:
+        tracker.track(trial)
+    assert not tracker.finish(3)
+    write_sweep(folder, result.model_copy(update={"ended_ms": 1, "sweep_id": SWEEP_ID}))
+
+    away = CliRunner().invoke(app, ["report", str(folder.root)])
+    assert (away.exit_code, away.stderr.count("MLflow still lacks a part of this sweep")) == (0, 1)
+    assert PASSWORD not in away.output
+    server.start()
+    back = CliRunner().invoke(app, ["report", "--json", str(folder.root)])
+    assert (back.exit_code, back.stderr.count("MLflow lacked a part of this sweep: delivered")) == (0, 1)
+    json.loads(back.stdout)
+    run_ids = {trial.trial_id: str(trial.mlflow_run_id) for trial in read_sweep(folder)[0].trials}
+    assert_equal_to_disk(server, folder, run_ids)
+    parent = MlflowClient(server.uri).get_run(tracker.parent_run_id)
+    assert parent.info.status == "FINISHED"
+    assert "MLflow" not in CliRunner().invoke(app, ["report", str(folder.root)]).stderr
 
 
 def test_what_mlflow_does_not_know_to_have_is_told_again_and_is_there_once(
