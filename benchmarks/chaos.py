@@ -223,6 +223,10 @@ class _Chaos:
     def _deliver(self, driver: subprocess.Popen[bytes], below: dict[int, psutil.Process]) -> Kill | None:
         """The next kill, where its victim is there."""
         kill = self.waiting[0]
+        if kill.what in (*ENDS_DRIVER, SERVER) and not find("trial", below.values()):
+            # A run that has not begun yet ends otherwise: nothing was started.
+            time.sleep(0.05)
+            return None
         if kill.what in SIGNALS:
             driver.send_signal(SIGNALS[kill.what])
         elif kill.what == SERVER:
@@ -325,7 +329,7 @@ def find(what: str, processes: Iterable[psutil.Process]) -> list[psutil.Process]
     """The living processes of this kind."""
     commands = {process: _command(process) for process in processes}
     if what in ACTORS:
-        return [process for process, command in commands.items() if command.startswith(f"ray::{ACTORS[what]}")]
+        return [process for process, command in commands.items() if f"::{ACTORS[what]}" in command]
     if what == "raylet":
         return [process for process, command in commands.items() if command.partition(" ")[0].endswith("/raylet")]
     found = []

@@ -67,6 +67,8 @@ class Tracker:
         # MLflow itself would try for four minutes (3.17.2); what fails now is on disk and carried over later.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        # Every run that ends is told on stdout otherwise, where the sweep's answer goes alone.
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         # A new database tells of its tables otherwise.
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
         logging.getLogger("alembic").setLevel(logging.WARNING)

@@ -90,7 +90,8 @@ class WorkerGroups:
             serve,
             train_loop_config={"board": self._board, "group_id": group_id, "model": self._model, "shape": shape},
             torch_config=WorkerConfig(),  # type: ignore[arg-type]
-            scaling_config=ScalingConfig(
+            # Train V2 has it; types are V1's (ray 2.60.0).
+            scaling_config=ScalingConfig(  # type: ignore[call-arg]
                 num_workers=shape.workers,
                 use_gpu=bool(shape.gpus_per_worker),
                 resources_per_worker=shape.bundle,
