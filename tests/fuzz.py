@@ -33,6 +33,7 @@ from orchestrator.reporting import report
 from orchestrator.reporting.status import render_status
 from orchestrator.results.records import TrialStatus
 from orchestrator.results.storage import SweepFolder, newest_sweep
+from orchestrator.sweep.delivered import Delivered, is_owed, write_delivered
 from orchestrator.sweep.resume import read_earlier, require_same_question
 from orchestrator.training import data_rows
 from tests.fast.cases import LLAMA_2_7B
@@ -88,6 +89,7 @@ def results_folder(rng: random.Random, folder: Path) -> None:
     sweep = write_made_up(folder / "sweep", _SWEEP, 4)
     sweep.sweep_file.write_text((ROOT / "search_spaces" / "demo.yaml").read_text())
     sweep.plan.write_text('{"trials": []}')
+    write_delivered(sweep, Delivered(server="sqlite:///x", sweep_id="s", is_complete=False))
     for _ in range(rng.randint(1, 3)):
         _spoil_file(rng, sweep.root, rng.choice([path for path in sweep.root.rglob("*") if path.name != "trials"]))
     before = _tree(sweep.root)
@@ -96,6 +98,7 @@ def results_folder(rng: random.Random, folder: Path) -> None:
         lambda: _rendered(sweep),
         lambda: _earlier(sweep),
         lambda: newest_sweep(folder),
+        lambda: is_owed(sweep),
     )
     for reader in readers:
         with contextlib.suppress(OrchestratorError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ from orchestrator.results.records import TrialStatus
 from orchestrator.sweep.tracking import Tracker
 from tests import tracking_servers
 from tests.ray.sweeps import processes_of, start, trial_processes
+from tests.ray.test_nodes import CAN_MOUNT
 from tests.tracking_servers import S3_KEYS, FragileServer, PostgreSQL
 from tests.training.test_tracking_outage import SWEEP_ID, a_sweep, assert_equal_to_disk, delivered
 from tests.waiting import wait_until
@@ -121,3 +124,18 @@ def test_a_server_that_is_not_there_at_the_start_starts_nothing(tmp_path: Path) 
     assert (exit_code, out) == (3, "")
     assert "does not answer" in err
     assert list(run.folder.trials()) == []
+
+
+@pytest.mark.skipif(not CAN_MOUNT, reason="a /dev/shm of its own takes the right to mount")
+def test_a_sweep_whose_shared_memory_is_full_ends_as_ever(tmp_path: Path) -> None:
+    own = ["unshare", "--mount", "bash", "-c", 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"', "sweep"]
+    run = start(tmp_path, within=own, trial={"max_steps": 300, "eval_every": 50}, space={"rank": [2, 4]})
+    wait_until(lambda: [trial.checkpoint_steps() for trial in run.folder.trials()], any, LIMIT_S)
+    shared_memory = Path(f"/proc/{run.process.pid}/root/dev/shm")
+    with contextlib.suppress(OSError), (shared_memory / "full").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(2**20))
+    assert shutil.disk_usage(shared_memory).free < 2**20
+    exit_code, _, err = run.wait()
+    assert exit_code == 0, err
+    assert run.statuses() == ["completed"] * 2
