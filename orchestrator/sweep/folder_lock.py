@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from orchestrator.errors import FolderError, StorageError
 from orchestrator.results.heartbeat import beating
-from orchestrator.results.storage import SweepFolder, write_atomically
+from orchestrator.results.storage import SweepFolder, read_record, write_atomically
 
 RENEWED_EVERY_S = 5.0
 DEAD_AFTER_S = 20.0
@@ -106,7 +106,7 @@ def _wait_for_owner(folder: SweepFolder, host: str) -> None:
 def _read(folder: SweepFolder) -> dict[str, object]:
     """The lease; empty where there is none, or what stands there is none."""
     try:
-        found = json.loads(folder.lease.read_bytes())
+        found = json.loads(read_record(folder.lease))
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
