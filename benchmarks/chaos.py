@@ -57,11 +57,11 @@ ACTORS = {
 SERVER, NODE = "MLflow server", "node"
 # How often each is drawn: what ends the driver takes half a minute to come back, a trial's process none.
 KINDS = {
-    "trial": 5,
-    "template": 4,
+    "trial": 8,
+    "template": 5,
     "worker": 4,
     "slot": 3,
-    "controller": 2,
+    "controller": 1,
     "switchboard": 1,
     "groups": 1,
     "raylet": 1,
