@@ -63,7 +63,7 @@ def _comparable(record: TrialResult) -> dict[str, Any]:
 def wrong_in(folder: SweepFolder, trials: int, may_fail: int, threads: int, tracking_uri: str) -> Iterable[str]:
     """What an ended sweep's folder and MLflow should not look like.
 
-    may_fail: so many trials had their own process killed.
+    may_fail: so many trials may have had their own process killed twice.
     """
     sweep, damaged = read_sweep(folder)
     yield from (f"{one.file} is damaged: {one.why}" for one in damaged)
@@ -75,7 +75,7 @@ def wrong_in(folder: SweepFolder, trials: int, may_fail: int, threads: int, trac
             yield f"trial {trial.trial_id} is {trial.status} ({trial.reason})"
     if len(unfinished) > may_fail:
         told = "; ".join(f"{trial.trial_id} {trial.status}: {trial.reason}" for trial in unfinished)
-        yield f"{len(unfinished)} trials did not complete, and {may_fail} had their own process killed ({told})"
+        yield f"{len(unfinished)} trials did not complete, and {may_fail} may have been killed twice ({told})"
     yield from _wrong_curves(folder, sweep, threads)
     yield from _wrong_in_mlflow(folder, sweep, tracking_uri)
     yield from _left_in(folder)

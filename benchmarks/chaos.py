@@ -9,7 +9,7 @@ kill that ends the driver, or where the sweep says so, the same command is given
 sweep runs on two nodes and loses one, again and again. Then (benchmarks/aftermath.py):
 
 - every trial that had ended is there, equal, with the same curve: none was run twice;
-- every trial is `completed`, but for those whose own process was killed, which say why;
+- every trial is `completed`, but for those whose own process was killed twice, which say why;
 - every curve has each step once and equals, bit for bit, that of the same trial run in a plain process without Ray;
 - MLflow has one parent, one run a trial, and the points on disk, none twice and none missing;
 - no process, shared-memory segment, lock, lease, checkpoint or half-written file is left, and the folder can be taken.
@@ -304,7 +304,8 @@ def _end_of(log: Path) -> str:
 
 def judged(ordeal: Ordeal, folder: SweepFolder, keys: dict[str, Any]) -> Ordeal:
     """After the sweep's end: what is wrong with what it left."""
-    may_fail = sum(kill.what in ("trial", "template") for kill in ordeal.kills)
+    # Of one trial the second such kill is the last.
+    may_fail = sum(kill.what in ("trial", "template") for kill in ordeal.kills) // 2
     uri = keys.get("tracking", {}).get("uri") or f"sqlite:///{folder.root.parent / 'mlflow.db'}"
     ordeal.wrong += wrong_in(folder, trials_in(keys), may_fail, keys["resources"]["cpus_per_worker"], uri)
     ordeal.went_on = sum(note.startswith("went on") for trial in trials_of(folder) for note in trial.notes)

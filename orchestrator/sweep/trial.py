@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
@@ -51,11 +52,14 @@ class TrialOnWorkers(tune.Trainable):
         event = self._next_event()
         if isinstance(event, TrialProgress):
             return self._result(event)
-        if retry := after_end(event.status, event.reason, event.may_pass, self._attempt):
+        self._ends[event.status] += 1
+        if retry := after_end(event.status, event.reason, event.may_pass, self._ends[event.status]):
             self._events.append(retry.why)
-            self._close()
+            avoided = self._avoided_after(event)
+            if avoided or event.status is TrialStatus.PREEMPTED:
+                self._close()
             time.sleep(retry.after_s)
-            self._launch(self._avoided_after(event))
+            self._launch(avoided)
             return self.step()
         if event.status is TrialStatus.OUT_OF_MEMORY and self._halve_micro_batch(event.reason):
             return self.step()
@@ -76,7 +80,7 @@ class TrialOnWorkers(tune.Trainable):
         self._task: TrialTask = config["task"]
         self._events: list[str] = []
         self._launched_at = time.time()
-        self._attempt = 0
+        self._ends: Counter[TrialStatus] = Counter()
         self._failed_on: list[str] = []
         # Where Tune gives it to this slot because another died, that one's workers are still at it.
         ray.get(self._board.abandon.remote(self._task.trial_id, STOP_LIMIT_S, self._group))
@@ -96,7 +100,6 @@ class TrialOnWorkers(tune.Trainable):
 
     def _launch(self, avoided: Collection[str] = ()) -> None:
         """Hand the trial to its workers, who go on from its last checkpoint where it left one."""
-        self._attempt += 1
         if self._group is None:
             self._group = ray.get(self._groups.open.remote(avoided))
         ray.get(self._board.assign.remote(self._group, self._task))
@@ -108,7 +111,7 @@ class TrialOnWorkers(tune.Trainable):
             return False
         self._events.append(f"micro_batch_size {smaller.micro_batch_size} after: {reason}")
         self._task = replace(self._task, config=smaller)
-        self._attempt = 0
+        self._ends.clear()
         self._launch()
         return True
 
