@@ -49,7 +49,8 @@ EXIT_CODES = {"driver SIGKILL": -9, "driver SIGTERM": 130, "driver SIGINT": 130,
 """Of kills that end the driver; that of a lost raylet is Ray's."""
 ACTORS = {
     "worker": "RayTrainWorker",
-    "slot": "TrialOnWorkers",
+    # `tune.with_resources` makes a class of its own around ours, and Ray names the process by it (2.60.0).
+    "slot": "ResourceTrainable",
     "controller": "TrainController",
     "switchboard": "Switchboard",
     "groups": "WorkerGroups",
