@@ -179,13 +179,15 @@ class _Chaos:
         while True:
             driver, log = start(self.keys, self.ordeal)
             try:
-                below, exit_code = self._live_through(driver)
+                below, exit_code, was_ended = self._live_through(driver)
             finally:
                 driver.kill()
             self.ordeal.wrong += left_by(below)
             self.ordeal.wrong += changed(self.folder, ended)
             ended |= ended_trials(self.folder)
-            is_over = exit_code in (0, 1) and all(trial.status.is_final for trial in trials_of(self.folder))
+            is_over = (
+                exit_code in (0, 1) and not was_ended and all(trial.status.is_final for trial in trials_of(self.folder))
+            )
             if is_over and "MLflow did not take everything" not in log.read_text():
                 break
             if self.ordeal.runs > self.runs_at_most:
@@ -193,8 +195,11 @@ class _Chaos:
                 return self.ordeal
         return judged(self.ordeal, self.folder, self.keys)
 
-    def _live_through(self, driver: subprocess.Popen[bytes]) -> tuple[dict[int, psutil.Process], int]:
-        """Deliver the kills until the driver has ended; every process that was below it, and its exit code."""
+    def _live_through(self, driver: subprocess.Popen[bytes]) -> tuple[dict[int, psutil.Process], int, bool]:
+        """Deliver the kills until the driver has ended.
+
+        Returns every process that was below it, its exit code, and whether a kill had ended it.
+        """
         below: dict[int, psutil.Process] = {}
         segments: set[str] = set()
         seen, seen_s = -1, time.monotonic()
@@ -215,11 +220,11 @@ class _Chaos:
             killed = self._deliver(driver, below) or killed
             if killed and killed.what in ENDS_DRIVER:
                 self._await_end(driver, killed, below)
-        exit_code = driver.wait()
-        if exit_code not in (0, 1) and not (killed and killed.what in ENDS_DRIVER):
+        exit_code, was_ended = driver.wait(), killed is not None and killed.what in ENDS_DRIVER
+        if exit_code not in (0, 1) and not was_ended:
             self.ordeal.wrong.append(f"run {self.ordeal.runs} ended with {exit_code}, and nothing had ended it")
         self.ordeal.wrong += [f"shared-memory segment {name} is left" for name in segments if Path(name).exists()]
-        return below, exit_code
+        return below, exit_code, was_ended
 
     def _deliver(self, driver: subprocess.Popen[bytes], below: dict[int, psutil.Process]) -> Kill | None:
         """The next kill, where its victim is there."""
