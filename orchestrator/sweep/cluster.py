@@ -297,19 +297,18 @@ def start_groups(board: Any, shape: GroupShape, model: str, storage: Path) -> An
     return _beside_the_driver(WorkerGroups).remote(board, shape, model, str(storage))
 
 
-def watch(*actors: Any) -> Callable[[], ClusterUnreachableError | None]:
+def watch(board: Any, groups: Any) -> Callable[[], ClusterUnreachableError | None]:
     """A look at whether one of the sweep's own actors has died, without which no trial goes on."""
-    lives = [actor.life.remote() for actor in actors]
+    lives = {board.life.remote(): "switchboard", groups.life.remote(): "worker groups"}
 
     def look() -> ClusterUnreachableError | None:
-        if not (ended := ray.wait(lives, num_returns=1, timeout=0)[0]):
+        ended, _ = ray.wait(list(lives), num_returns=1, timeout=0)
+        if not ended:
             return None
-        try:
-            ray.get(ended[0])
-        except ray.exceptions.RayError as error:
-            why = " ".join(str(error).split())[:300]
-            return ClusterUnreachableError(f"one of the sweep's own processes on the driver's node was lost ({why})")
-        return None
+        return ClusterUnreachableError(
+            f"the process of its {lives[ended[0]]} on the driver's node was lost: it was killed, as by the kernel where "
+            "memory runs out"
+        )
 
     return look
 
