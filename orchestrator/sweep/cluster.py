@@ -306,8 +306,7 @@ def watch(board: Any, groups: Any) -> Callable[[], ClusterUnreachableError | Non
         if not ended:
             return None
         return ClusterUnreachableError(
-            f"the process of its {lives[ended[0]]} on the driver's node was lost: it was killed, as by the kernel where "
-            "memory runs out"
+            f"the process of its {lives[ended[0]]} on the driver's node was killed, as where memory runs out"
         )
 
     return look
