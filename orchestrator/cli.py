@@ -200,7 +200,7 @@ def run(
         _show(reporting.render_text(outcome.report))
         _say(f"report: {outcome.folder.report}")
         if not outcome.tracked:
-            _say("MLflow did not take everything in time: run the same command again to deliver the rest")
+            _say("MLflow did not take everything in time: run the same command again, or `report`, to deliver the rest")
         if outcome.sweep.interrupted:
             _say("interrupted; the state is saved: run the same command again to go on")
         raise typer.Exit(outcome.exit_code)
@@ -268,6 +268,7 @@ def report(
         from orchestrator.reporting import report as reporting
         from orchestrator.results.remote import opened, publish
         from orchestrator.results.storage import write_atomically
+        from orchestrator.sweep.delivered import is_owed
 
         where = [opened(folder) for folder in folders]
         built = [reporting.build(folder) for folder in where]
@@ -285,6 +286,10 @@ def report(
             write_atomically(page, comparison_report.render_html(compared))
             _show(comparison_report.render_json(compared) if json else comparison_report.render_text(compared))
         _say(f"report: {page}")
+        for folder in filter(is_owed, where):
+            from orchestrator.sweep.delivery import deliver_late
+
+            deliver_late(folder, _say)
         if opens:
             import webbrowser
 

@@ -25,14 +25,16 @@ from typing import Any
 
 import yaml
 
-from orchestrator.config.sweep_config import DataConfig
+from orchestrator.config.sweep_config import DataConfig, EvaluateConfig
 from orchestrator.config.sweep_file import load, to_yaml
 from orchestrator.errors import InputError, OrchestratorError
 from orchestrator.planning.estimate import estimate_lines
 from orchestrator.reporting import report
 from orchestrator.reporting.status import render_status
+from orchestrator.results.evaluation import Evaluation, Sample, write_evaluation
 from orchestrator.results.records import TrialStatus
 from orchestrator.results.storage import SweepFolder, newest_sweep
+from orchestrator.sweep.delivered import Delivered, is_owed, write_delivered
 from orchestrator.sweep.resume import read_earlier, require_same_question
 from orchestrator.training import data_rows
 from tests.fast.cases import LLAMA_2_7B
@@ -85,22 +87,38 @@ _SWEEP = simulated(
 
 def results_folder(rng: random.Random, folder: Path) -> None:
     """Status, report and resume of a spoilt sweep folder: an error of ours or an answer, and the folder as it was."""
-    sweep = write_made_up(folder / "sweep", _SWEEP, 4)
-    sweep.sweep_file.write_text((ROOT / "search_spaces" / "demo.yaml").read_text())
-    sweep.plan.write_text('{"trials": []}')
+    sweep = whole_folder(folder)
     for _ in range(rng.randint(1, 3)):
         _spoil_file(rng, sweep.root, rng.choice([path for path in sweep.root.rglob("*") if path.name != "trials"]))
     before = _tree(sweep.root)
+    read_all(sweep)
+    assert _tree(sweep.root) == before, "reading changed the folder"
+
+
+def whole_folder(folder: Path) -> SweepFolder:
+    """Of a sweep that has ended, with every kind of record."""
+    sweep = write_made_up(folder / "sweep", _SWEEP, 4)
+    sweep.sweep_file.write_text((ROOT / "search_spaces" / "demo.yaml").read_text())
+    sweep.plan.write_text('{"trials": []}')
+    asked = EvaluateConfig(prompts=["Why?"])
+    samples = (Sample(prompt="Why?", completion="<script>alert(1)</script>"),)
+    write_evaluation(next(sweep.trials()), Evaluation(asked=asked, samples=samples, seconds=1.0))
+    write_delivered(sweep, Delivered(server="sqlite:///x", sweep_id="s", is_complete=False))
+    return sweep
+
+
+def read_all(sweep: SweepFolder) -> None:
+    """By all that read a sweep's folder."""
     readers: tuple[Callable[[], object], ...] = (
         lambda: render_status(sweep),
         lambda: _rendered(sweep),
         lambda: _earlier(sweep),
-        lambda: newest_sweep(folder),
+        lambda: newest_sweep(sweep.root.parent),
+        lambda: is_owed(sweep),
     )
     for reader in readers:
         with contextlib.suppress(OrchestratorError):
             reader()
-    assert _tree(sweep.root) == before, "reading changed the folder"
 
 
 def _rendered(folder: SweepFolder) -> None:

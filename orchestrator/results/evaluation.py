@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from orchestrator.config.sweep_config import EvaluateConfig
-from orchestrator.results.storage import TrialFolder, write_atomically
+from orchestrator.results.storage import TrialFolder, read_record, write_atomically
 
 
 class _Record(BaseModel):
@@ -36,7 +36,7 @@ class Evaluation(_Record):
 def read_evaluation(trial: TrialFolder) -> Evaluation | None:
     """What the trial's folder holds; None where there is none, or none that can be read."""
     try:
-        return Evaluation.model_validate_json(trial.evaluation.read_bytes())
+        return Evaluation.model_validate_json(read_record(trial.evaluation))
     except (OSError, ValidationError):
         return None
 

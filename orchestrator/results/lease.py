@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import socket
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from orchestrator.errors import FolderError, StorageError
+from orchestrator.errors import FolderError
 from orchestrator.results import remote
+from orchestrator.results.heartbeat import beating
 
 BEAT_S = 20.0
 LAPSE_S = 90.0
@@ -69,28 +69,20 @@ def held(uri: str, lost: Callable[[], None]) -> Iterator[None]:
     remote.write_text(_object(uri), owner)
     time.sleep(SETTLE_S)
     _require_ours(uri, owner)
-    ended = threading.Event()
-    thread = threading.Thread(target=_beat, args=(uri, owner, ended, lost), daemon=True)
-    thread.start()
+
+    def renew() -> bool:
+        if _owner(uri) not in (owner, None):
+            lost()
+            return False
+        remote.write_text(_object(uri), owner)
+        return True
+
     try:
-        yield
+        with beating(BEAT_S, renew):
+            yield
     finally:
-        ended.set()
-        thread.join()
         if _owner(uri) == owner:
             remote.delete(_object(uri))
-
-
-def _beat(uri: str, owner: str, ended: threading.Event, lost: Callable[[], None]) -> None:
-    while not ended.wait(BEAT_S):
-        try:
-            if _owner(uri) not in (owner, None):
-                lost()
-                return
-            remote.write_text(_object(uri), owner)
-        except StorageError:
-            # The store is away for all: the next beat, or the sweep's own writing, tells.
-            continue
 
 
 def _require_free(uri: str) -> None:

@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -242,6 +242,11 @@ def await_room(resources: ResourcesConfig, say: Callable[[str], None]) -> None:
             sdk.request_resources(bundles=[])
 
 
+def has_room_beside(shape: GroupShape, avoided: Collection[str]) -> bool:
+    """Whether a group fits on the living nodes but these; what is busy now may be free later."""
+    return _room(shape, [node["Resources"] for node in _alive() if node["NodeID"] not in avoided]) > 0
+
+
 def _told(shape: GroupShape) -> str:
     gpu = f" {shape.accelerator}" if shape.accelerator else ""
     return f"{shape.workers} workers of {shape.cpus_per_worker:g} CPUs and {shape.gpus_per_worker:g}{gpu} GPUs each"
@@ -290,6 +295,21 @@ def start_groups(board: Any, shape: GroupShape, model: str, storage: Path) -> An
     from orchestrator.sweep.worker_group import WorkerGroups
 
     return _beside_the_driver(WorkerGroups).remote(board, shape, model, str(storage))
+
+
+def watch(board: Any, groups: Any) -> Callable[[], ClusterUnreachableError | None]:
+    """A look at whether one of the sweep's own actors has died, without which no trial goes on."""
+    lives = {board.life.remote(): "switchboard", groups.life.remote(): "worker groups"}
+
+    def look() -> ClusterUnreachableError | None:
+        ended, _ = ray.wait(list(lives), num_returns=1, timeout=0)
+        if not ended:
+            return None
+        return ClusterUnreachableError(
+            f"the process of its {lives[ended[0]]} on the driver's node was killed, as where memory runs out"
+        )
+
+    return look
 
 
 def _beside_the_driver(actor: type) -> Any:

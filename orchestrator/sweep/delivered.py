@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
+from orchestrator.errors import FolderError
 from orchestrator.results.records import TrialStatus
-from orchestrator.results.storage import SweepFolder, read_record, write_atomically
+from orchestrator.results.storage import SweepFolder, is_at_work, read_record, read_sweep, write_atomically
 
 
 class TrialDelivery(BaseModel):
@@ -28,6 +29,8 @@ class Delivered(BaseModel):
     """Its address; another one has nothing of this."""
     sweep_id: str
     trials: dict[str, TrialDelivery] = {}
+    is_complete: bool | None = None
+    """Whether the sweep's own files have arrived too, after all trials; None: an older release did not keep it."""
 
 
 def read_delivered(folder: SweepFolder, server: str, sweep_id: str) -> Delivered:
@@ -42,6 +45,26 @@ def kept_sweep_id(folder: SweepFolder) -> str | None:
     """The sweep's id, for a folder that has lost its results.json."""
     found = _read(folder)
     return found.sweep_id if found else None
+
+
+def told_server(folder: SweepFolder) -> str | None:
+    """The server that the sweep was tracked by."""
+    found = _read(folder)
+    return found.server if found else None
+
+
+def is_owed(folder: SweepFolder) -> bool:
+    """Whether the sweep has ended, and its run could not deliver everything.
+
+    Of an address in a store only the records are at hand: its `run` delivers.
+    """
+    found = None if folder.remote else _read(folder)
+    if found is None or found.is_complete is not False or is_at_work(folder):
+        return False
+    try:
+        return read_sweep(folder)[0].ended_ms is not None
+    except FolderError:
+        return False
 
 
 def _read(folder: SweepFolder) -> Delivered | None:

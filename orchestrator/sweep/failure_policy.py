@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from orchestrator.results.records import TrialStatus
 
 MAX_ATTEMPTS = {TrialStatus.PREEMPTED: 3, TrialStatus.FAILED: 2}
-"""Of one trial, by how an attempt ended; of failures only those that may pass are tried again."""
+"""Of one trial that end so; of failures only those that may pass are tried again."""
+FAILURES_ON_A_NODE = 2
+"""So many attempts of a trial that failed on one node, and the next is made on another."""
 LONGEST_PAUSE_S = 60.0
+STOP_LIMIT_S = 10.0
+"""So long a trial may take to end once it is told to."""
 START_LIMIT_S = 3600.0
 """A trial without any sign of life before its first step hangs: the largest models take most of this to load."""
 SILENCE_LIMIT_S = 600.0
@@ -25,15 +31,26 @@ class Retry:
     why: str
 
 
-def after_end(status: TrialStatus, reason: str | None, may_pass: bool, attempt: int) -> Retry | None:
-    """Whether attempt number `attempt` (from 1), which ended so, is followed by another; None: it is the trial's end.
+def after_end(status: TrialStatus, reason: str | None, may_pass: bool, ended_so: int) -> Retry | None:
+    """Whether an attempt that ended with this status is followed by another; None: it is the trial's end.
+
+    ended_so: how many attempts of the trial have, this one included.
 
     A trial that ran out of memory, diverged or raised would do the same again: only what came from outside may pass.
     """
     limit = MAX_ATTEMPTS.get(status, 1)
-    if attempt >= limit or not (may_pass or status is TrialStatus.PREEMPTED):
+    if ended_so >= limit or not (may_pass or status is TrialStatus.PREEMPTED):
         return None
-    return Retry(pause_s(attempt), f"attempt {attempt} of {limit} ended: {reason or status.value}")
+    return Retry(pause_s(ended_so), f"started again ({ended_so} of {limit - 1}): {reason or status.value}")
+
+
+def avoided_nodes(failed_on: Sequence[str]) -> frozenset[str]:
+    """The nodes that a trial's next attempt keeps away from, by those that its attempts failed on.
+
+    Of one trial, not of the sweep: two workers that fall together on a healthy node say nothing against it. A slot that
+    moved stays away, so a node on which everything fails loses one slot after the other.
+    """
+    return frozenset(node for node, failures in Counter(failed_on).items() if failures >= FAILURES_ON_A_NODE)
 
 
 def pause_s(failures: int) -> float:

@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import socket
-import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -22,7 +21,8 @@ from contextlib import contextmanager
 from filelock import FileLock, Timeout
 
 from orchestrator.errors import FolderError, StorageError
-from orchestrator.results.storage import SweepFolder, write_atomically
+from orchestrator.results.heartbeat import beating
+from orchestrator.results.storage import SweepFolder, read_record, write_atomically
 
 RENEWED_EVERY_S = 5.0
 DEAD_AFTER_S = 20.0
@@ -69,28 +69,18 @@ def _taken(folder: SweepFolder, where: str = "") -> str:
 @contextmanager
 def _lease(folder: SweepFolder, host: str) -> Iterator[None]:
     _wait_for_owner(folder, host)
-    owner, ended = f"{host} {os.getpid()} {uuid.uuid4().hex}", threading.Event()
+    owner, renewals = f"{host} {os.getpid()} {uuid.uuid4().hex}", itertools.count()
 
-    def renew(renewals: int) -> None:
-        lease = {"host": host, "owner": owner, "renewals": renewals}
+    def renew() -> bool:
+        lease = {"host": host, "owner": owner, "renewals": next(renewals)}
         write_atomically(folder.lease, json.dumps(lease) + "\n")
+        return True
 
-    def keep_renewing() -> None:
-        for renewals in itertools.count(1):
-            if ended.wait(RENEWED_EVERY_S):
-                return
-            # A disk that is full or away for a while is no reason to end the sweep.
-            with contextlib.suppress(StorageError):
-                renew(renewals)
-
-    renew(0)
-    thread = threading.Thread(target=keep_renewing, daemon=True)
-    thread.start()
+    renew()
     try:
-        yield
+        with beating(RENEWED_EVERY_S, renew):
+            yield
     finally:
-        ended.set()
-        thread.join()
         folder.lease.unlink(missing_ok=True)
 
 
@@ -116,7 +106,7 @@ def _wait_for_owner(folder: SweepFolder, host: str) -> None:
 def _read(folder: SweepFolder) -> dict[str, object]:
     """The lease; empty where there is none, or what stands there is none."""
     try:
-        found = json.loads(folder.lease.read_bytes())
+        found = json.loads(read_record(folder.lease))
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

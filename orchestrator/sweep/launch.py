@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -62,7 +63,7 @@ def launch(
         TrialOnWorkers,
         board=prepared.board,
         groups=prepared.groups,
-        workers=prepared.shape.workers,
+        shape=prepared.shape,
         keeps_group=isolation == "warm",
     )
     tuner = tune.Tuner(
@@ -83,10 +84,12 @@ def launch(
         tuner.fit()
     except Exception as error:
         # Tune writes beside our records, and stumbles over the same disk.
-        if recorder.storage_error is None and not is_storage_failure(error):
+        if stopper.broken() is None and not is_storage_failure(error):
             raise
-        recorder.storage_error = recorder.storage_error or StorageError(f"cannot write to {folder.root} ({error})")
-    ray.get(prepared.groups.close_all.remote())
+        if stopper.broken() is None:
+            recorder.storage_error = StorageError(f"cannot write to {folder.root} ({error})")
+    with contextlib.suppress(ray.exceptions.RayActorError):
+        ray.get(prepared.groups.close_all.remote())
 
 
 def _name(trial: Any) -> str:

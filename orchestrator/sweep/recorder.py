@@ -19,11 +19,10 @@ from orchestrator.errors import StorageError
 from orchestrator.results.provenance import without_secret
 from orchestrator.results.records import PeakMemory, Timing, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder, write_result
-from orchestrator.sweep.failure_policy import pause_s
+from orchestrator.sweep.failure_policy import STOP_LIMIT_S, pause_s
 from orchestrator.training.task import TrialProgress
 
 log = logging.getLogger(__name__)
-STOP_LIMIT_S = 10.0
 LITTLE_SPACE_BYTES = 2**30
 STORAGE_LIMIT_S = 120.0
 """So long a disk that is full or away is waited for."""
@@ -91,10 +90,17 @@ class Recorder(tune.Callback):
         self.save(record)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """The slot itself died: its node is gone, or we have a bug."""
+        """The slot itself died, more often than Tune starts it again: its node is gone, or we have a bug."""
         record = self.records[trial.config["trial_id"]]
+        self._board.abandon.remote(record.trial_id, STOP_LIMIT_S)
         if not record.status.needs_reason and record.status is not TrialStatus.COMPLETED:
-            self.save(self._ended(record, TrialStatus.FAILED, f"its slot on the cluster died: {_last_line(trial)}"))
+            told = _last_words(trial)
+            # An actor that died says nothing against the trial: the next run goes on with it.
+            status = (
+                TrialStatus.PREEMPTED if ray.exceptions.ActorDiedError.BASE_ERROR_MSG in told else TrialStatus.FAILED
+            )
+            reason = f"its slot on the cluster died: {(told.splitlines() or ['no more is known'])[-1][:500]}"
+            self.save(self._ended(record, status, reason))
 
     def refuse(self, trial_id: str, reason: str) -> None:
         """What others took says that this one cannot run: it is not launched."""
@@ -222,7 +228,6 @@ def _each(notes: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(without_secret(note) for note in notes)
 
 
-def _last_line(trial: Any) -> str:
-    """Of the traceback that Tune keeps in the trial's folder."""
-    lines = Path(trial.error_file).read_text().strip().splitlines() if trial.error_file else []
-    return str(lines[-1])[:500] if lines else "no more is known"
+def _last_words(trial: Any) -> str:
+    """The last of the errors that Tune keeps in the trial's folder."""
+    return Path(trial.error_file).read_text().strip().rpartition("Failure # ")[2] if trial.error_file else ""

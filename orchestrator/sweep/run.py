@@ -9,10 +9,8 @@ from pathlib import Path
 
 from orchestrator.config.storage_address import is_remote
 from orchestrator.config.sweep_config import SweepConfig
-from orchestrator.errors import StorageError
 from orchestrator.reporting import report, statistics
 from orchestrator.reporting.findings import Report
-from orchestrator.reporting.recommendation import trial_to_take
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 from orchestrator.results.remote import sweep_folder
 from orchestrator.results.storage import (
@@ -21,9 +19,10 @@ from orchestrator.results.storage import (
     write_atomically,
     write_sweep,
 )
-from orchestrator.sweep import cluster, evaluation, logged_model, system_metrics
+from orchestrator.sweep import cluster, evaluation, system_metrics
 from orchestrator.sweep.callbacks import Callbacks
 from orchestrator.sweep.carrier import Carrier, carried
+from orchestrator.sweep.delivery import deliver
 from orchestrator.sweep.folder_lock import only_one
 from orchestrator.sweep.gauges import Gauges
 from orchestrator.sweep.launch import Isolation, launch, search_of
@@ -55,7 +54,7 @@ class Outcome:
     folder: SweepFolder
     report: Report
     tracked: bool
-    """Whether MLflow has everything; what it lacks is on disk, and the next `run` carries it over."""
+    """Whether MLflow has everything; what it lacks is on disk, and the next `run` or `report` carries it over."""
 
     tracking_uri: str
 
@@ -145,11 +144,11 @@ def _run_prepared(
     with progress, signals_to(stopper), system_metrics.logged(tracking_uri(sweep), tracker.parent_run_id):
         launch(prepared, folder, recorder, search, scheduler, [recorder, progress], stopper, isolation)
     recorder.cancel_rest(stopper.reason or "the sweep ended before it: run the same command again")
-    if recorder.storage_error:
+    if error := stopper.broken():
         tracker.finish(INTERRUPTED_TRACKING_LIMIT_S)
-        raise StorageError(
-            f"the sweep was stopped, since nothing can be kept any more: {recorder.storage_error}. What had ended "
-            "before is safe: run the same command again to go on"
+        raise type(error)(
+            f"the sweep was stopped, since it could not go on: {error}. What had ended before is safe: run the same "
+            "command again"
         )
     if search.ended_because:
         say(search.ended_because)
@@ -177,11 +176,12 @@ def _progress(
 
 def _stopper(prepared: Prepared, recorder: Recorder) -> Stopper:
     gpus = prepared.shape.workers * prepared.shape.gpus_per_worker
+    lost_actor = cluster.watch(prepared.board, prepared.groups)
     return Stopper(
         prepared.board,
         prepared.sweep.budget,
         lambda: recorder.trial_seconds() * gpus / 3600,
-        lambda: recorder.storage_error,
+        lambda: recorder.storage_error or lost_actor(),
     )
 
 
@@ -215,20 +215,6 @@ def _finish(
     write_sweep(folder, result)
     made = report.build(folder)
     write_atomically(folder.report, report.render_html(made))
-    try:
-        tracked = tracker.finish(INTERRUPTED_TRACKING_LIMIT_S if stopper.interrupted else TRACKING_LIMIT_S)
-    except KeyboardInterrupt:
-        tracked = False
-    for record in list(recorder.records.values()):
-        run_id = tracker.run_id(record.trial_id)
-        if run_id and record.mlflow_run_id is None:
-            recorder.save(record.model_copy(update={"mlflow_run_id": run_id}))
-    result = result.model_copy(update={"trials": tuple(recorder.records.values())})
-    write_sweep(folder, result)
-    if tracked:
-        best = trial_to_take(result)
-        tracked = tracker.close_parent(result, best)
-        evaluation.log(tracking_uri(sweep), result, folder, say)
-        if best and best.mlflow_run_id and not result.interrupted:
-            logged_model.log_best(sweep, result, best, folder, say)
+    limit_s = INTERRUPTED_TRACKING_LIMIT_S if stopper.interrupted else TRACKING_LIMIT_S
+    result, tracked = deliver(sweep, result, tracker, folder, limit_s, recorder.save, say)
     return Outcome(result, folder, made, tracked, tracking_uri(sweep))

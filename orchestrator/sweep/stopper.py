@@ -13,6 +13,7 @@ from typing import Any
 from ray import tune
 
 from orchestrator.config.sweep_config import BudgetConfig
+from orchestrator.errors import UnreachableError
 from orchestrator.planning.budget import exhausted
 
 
@@ -24,10 +25,9 @@ class Stopper(tune.Stopper):
         board: Any,
         budget: BudgetConfig,
         gpu_hours_spent: Callable[[], float],
-        storage_error: Callable[[], Exception | None],
+        broken: Callable[[], UnreachableError | None],
     ) -> None:
-        self._board, self._budget, self._gpu_hours_spent = board, budget, gpu_hours_spent
-        self._storage_error = storage_error
+        self._board, self._budget, self._gpu_hours_spent, self.broken = board, budget, gpu_hours_spent, broken
         self._started = time.monotonic()
         self.reason: str | None = None
         self.interrupted = False
@@ -47,8 +47,8 @@ class Stopper(tune.Stopper):
 
     def stop_all(self) -> bool:
         """Asked by Tune in every round of its loop."""
-        if self.reason is None and (error := self._storage_error()):
-            self.reason = f"nothing can be kept any more ({error}): run the same command again to go on"
+        if self.reason is None and (error := self.broken()):
+            self.reason = f"the sweep could not go on ({error}): run the same command again"
         if self.reason is None and (limit := self._limit_reached()):
             self.reason = f"{limit} is used up: raise it and run the same command again to go on"
         if self.reason and not self._told:

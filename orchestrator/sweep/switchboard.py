@@ -7,10 +7,11 @@ without waiting, so a report costs the training loop nothing.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 from orchestrator.results.records import TrialStatus
-from orchestrator.training.task import TrialEnd, TrialProgress, TrialTask, WorkerPlace
+from orchestrator.training.task import TrialEnd, TrialProgress, TrialTask, WorkerNode, WorkerPlace
 
 STOPPED = TrialEnd(TrialStatus.STOPPED, "stopped", None)
 
@@ -43,9 +44,11 @@ class _Group:
     store_port: int
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     turns: list[_Turn] = field(default_factory=list)
+    nodes: dict[int, WorkerNode] = field(default_factory=dict)
+    """Where each worker lies, once it has come up."""
     closed: bool = False
-    lost: str | None = None
-    """Why its workers are gone."""
+    lost: TrialEnd | None = None
+    """Its workers are gone: how a trial ends there."""
 
 
 class Switchboard:
@@ -75,14 +78,16 @@ class Switchboard:
             # A slot that waited before another attempt comes too late.
             self._finish(turn, STOPPED)
         elif group.lost:
-            self._finish(turn, TrialEnd(TrialStatus.PREEMPTED, group.lost, None))
+            self._finish(turn, group.lost)
         async with group.changed:
             group.changed.notify_all()
 
     async def next_event(self, trial_id: str) -> TrialProgress | TrialEnd:
         """The next thing that the trial reports; its end is the last."""
-        event = await self._running[trial_id].events.get()
-        if isinstance(event, TrialEnd):
+        turn = self._running[trial_id]
+        event = await turn.events.get()
+        # A slot that died may still be waiting here, with another at work on its trial.
+        if isinstance(event, TrialEnd) and self._running.get(trial_id) is turn:
             del self._running[trial_id]
         return event
 
@@ -104,6 +109,16 @@ class Switchboard:
         for turn in self._running.values():
             turn.stop.set()
 
+    async def abandon(self, trial_id: str, limit_s: float, but: str | None = None) -> None:
+        """Close the group of a slot that died with this trial; nothing where there is none, or it is group `but`.
+
+        Returns once the trial's processes are gone: nobody else may write into its folder before.
+        """
+        for group_id, group in list(self._groups.items()):
+            if group_id != but and group.turns and group.turns[-1].task.trial_id == trial_id:
+                await self.stop(trial_id, limit_s)
+                await self.close_group(group_id)
+
     async def close_group(self, group_id: str) -> None:
         """Let the workers of a group go home."""
         group = self._groups.pop(group_id, None)
@@ -115,17 +130,30 @@ class Switchboard:
         async with group.changed:
             group.changed.notify_all()
 
-    async def lose_group(self, group_id: str, reason: str) -> None:
-        """A worker or its node died: the trial of that group will hear no more from it."""
+    async def lose_group(self, group_id: str, reason: str, ranks: Collection[int]) -> None:
+        """A worker or its node died: the trial of that group will hear no more from it.
+
+        ranks: the workers that died, where that is known.
+        """
         group = self._groups.get(group_id)
         if group is None:
             return
-        group.lost = reason
+        nodes = [node for rank, node in group.nodes.items() if rank in ranks or len(group.nodes) == 1]
+        group.lost = TrialEnd(TrialStatus.PREEMPTED, reason, None, node=next(iter(nodes), None))
         for turn in group.turns[-1:]:
             if not turn.over.is_set():
-                self._finish(turn, TrialEnd(TrialStatus.PREEMPTED, reason, None))
+                self._finish(turn, group.lost)
+
+    async def life(self) -> None:
+        """Returns never: who waits for it hears of this actor's death."""
+        await asyncio.Event().wait()
 
     # --- the worker's side ---
+
+    async def come_up(self, group_id: str, rank: int, node: WorkerNode) -> None:
+        """A worker is there, before all else that could fail."""
+        if group := self._groups.get(group_id):
+            group.nodes[rank] = node
 
     async def next_assignment(self, group_id: str, rank: int, local_rank: int, turn: int) -> Assignment | None:
         """Wait for the trial after number `turn`; None: the group is closed."""
@@ -155,7 +183,7 @@ class Switchboard:
         if isinstance(message, TrialProgress):
             turn.events.put_nowait(message)
             return
-        turn.ends[rank] = message
+        turn.ends[rank] = replace(message, node=group.nodes.get(rank))
         if message.status is not TrialStatus.COMPLETED:
             # The others wait for this one in a collective operation: end them too.
             turn.stop.set()

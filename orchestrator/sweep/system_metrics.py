@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+FINISH_LIMIT_S = 2.0
 
 
 @contextmanager
@@ -22,4 +25,7 @@ def logged(tracking_uri: str, run_id: str) -> Iterator[None]:
     try:
         yield
     finally:
-        monitor.finish()
+        # With a silent server it waits for each of its requests, past the 30 s that Kubernetes gives to end (3.17.2).
+        finishing = threading.Thread(target=monitor.finish, daemon=True)
+        finishing.start()
+        finishing.join(FINISH_LIMIT_S)

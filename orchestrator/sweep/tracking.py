@@ -68,6 +68,8 @@ class Tracker:
         # MLflow itself would try for four minutes (3.17.2); what fails now is on disk and carried over later.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        # Every run that ends is told on stdout otherwise, where the sweep's answer goes alone.
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         # A new database tells of its tables otherwise.
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
         logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -87,7 +89,8 @@ class Tracker:
             ) from error
         self._trials: dict[str, _TrackedTrial] = {}
         self._delivered = read_delivered(folder, without_secret(uri), sweep_id)
-        self._is_kept, self._kept_at_s = True, 0.0
+        self._delivered.is_complete = False
+        self._is_kept, self._kept_at_s = False, 0.0
         self._failures = 0
         """In a row, of the server."""
         self._wake = threading.Event()
@@ -121,7 +124,9 @@ class Tracker:
         """Put the sweep's own files on the parent run and end it, after `finish`; False where MLflow has gone away."""
         try:
             self._close_parent(sweep, best)
-        except (MlflowException, OSError) as error:
+            self._delivered.is_complete = True
+            write_delivered(self._folder, self._delivered)
+        except (MlflowException, OSError, StorageError) as error:
             log.warning("MLflow did not take the sweep's own files: %s", _first_line(error))
             return False
         return True

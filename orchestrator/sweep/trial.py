@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +13,9 @@ from ray import tune
 
 from orchestrator.config.trial_config import halved_micro_batch
 from orchestrator.results.records import TrialStatus
-from orchestrator.sweep.failure_policy import after_end
+from orchestrator.sweep import cluster
+from orchestrator.sweep.failure_policy import FAILURES_ON_A_NODE, STOP_LIMIT_S, after_end, avoided_nodes
+from orchestrator.sweep.worker import GroupShape
 from orchestrator.training.task import TrialEnd, TrialProgress, TrialTask
 
 
@@ -27,11 +31,11 @@ class TrialOnWorkers(tune.Trainable):
         *,
         board: Any,
         groups: Any,
-        workers: int,
+        shape: GroupShape,
         keeps_group: bool,
     ) -> None:
         """Called once an actor; `board` is the sweep's Switchboard, `groups` its WorkerGroups."""
-        self._board, self._groups, self._workers, self._keeps_group = board, groups, workers, keeps_group
+        self._board, self._groups, self._shape, self._keeps_group = board, groups, shape, keeps_group
         self._group: str | None = None
         self._life_of_groups = groups.life.remote()
         self._begin(config)
@@ -48,11 +52,14 @@ class TrialOnWorkers(tune.Trainable):
         event = self._next_event()
         if isinstance(event, TrialProgress):
             return self._result(event)
-        if retry := after_end(event.status, event.reason, event.may_pass, self._attempt):
+        self._ends[event.status] += 1
+        if retry := after_end(event.status, event.reason, event.may_pass, self._ends[event.status]):
             self._events.append(retry.why)
-            self._close()
+            avoided = self._avoided_after(event)
+            if avoided or event.status is TrialStatus.PREEMPTED:
+                self._close()
             time.sleep(retry.after_s)
-            self._launch()
+            self._launch(avoided)
             return self.step()
         if event.status is TrialStatus.OUT_OF_MEMORY and self._halve_micro_batch(event.reason):
             return self.step()
@@ -73,24 +80,38 @@ class TrialOnWorkers(tune.Trainable):
         self._task: TrialTask = config["task"]
         self._events: list[str] = []
         self._launched_at = time.time()
-        self._attempt = 0
+        self._ends: Counter[TrialStatus] = Counter()
+        self._failed_on: list[str] = []
+        # Where Tune gives it to this slot because another died, that one's workers are still at it.
+        ray.get(self._board.abandon.remote(self._task.trial_id, STOP_LIMIT_S, self._group))
         self._launch()
 
-    def _launch(self) -> None:
+    def _avoided_after(self, end: TrialEnd) -> Collection[str]:
+        """The nodes to keep away from in the next attempt, where others have room."""
+        if end.node is None:
+            return ()
+        self._failed_on.append(end.node.node_id)
+        avoided = avoided_nodes(self._failed_on)
+        if not avoided or not cluster.has_room_beside(self._shape, avoided):
+            return ()
+        if end.node.node_id in avoided:
+            self._events.append(f"goes on away from {end.node.host}, where it failed {FAILURES_ON_A_NODE} times")
+        return avoided
+
+    def _launch(self, avoided: Collection[str] = ()) -> None:
         """Hand the trial to its workers, who go on from its last checkpoint where it left one."""
-        self._attempt += 1
         if self._group is None:
-            self._group = ray.get(self._groups.open.remote())
+            self._group = ray.get(self._groups.open.remote(avoided))
         ray.get(self._board.assign.remote(self._group, self._task))
 
     def _halve_micro_batch(self, reason: str | None) -> bool:
         """Start the trial again with a smaller micro-batch, where the size is ours to choose and can be smaller."""
-        smaller = halved_micro_batch(self._task.config, self._workers) if self._task.halves_micro_batch else None
+        smaller = halved_micro_batch(self._task.config, self._shape.workers) if self._task.halves_micro_batch else None
         if smaller is None:
             return False
         self._events.append(f"micro_batch_size {smaller.micro_batch_size} after: {reason}")
         self._task = replace(self._task, config=smaller)
-        self._attempt = 0
+        self._ends.clear()
         self._launch()
         return True
 

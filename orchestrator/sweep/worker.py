@@ -9,11 +9,15 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import re
+import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.context import ForkServerProcess
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -26,12 +30,14 @@ from orchestrator.sweep.switchboard import STOPPED, Assignment
 from orchestrator.sweep.trial_files import Keep, leave_nothing, on_this_node
 from orchestrator.sweep.trial_messages import SilentError, messages
 from orchestrator.training.child import run_child
-from orchestrator.training.task import TrialEnd, TrialProgress
+from orchestrator.training.task import TrialEnd, TrialProgress, WorkerNode
 
 log = logging.getLogger(__name__)
 ACCELERATOR = "accelerator_type:"
 """Of the resource by which Ray names a node's GPUs (ray.util.accelerators)."""
 TEMPLATE = "orchestrator.training.template"
+TEMPLATE_DIED = 255
+"""So a forkserver's children end when it is gone (Python 3.11, multiprocessing/popen_forkserver.py)."""
 STORE_LIMIT_S = 300.0
 """So long the store may be away at the end of a trial, whose results are lost otherwise."""
 
@@ -83,6 +89,8 @@ def serve(config: dict[str, Any]) -> None:
     board, group_id, shape = config["board"], config["group_id"], config["shape"]
     context = ray.train.get_context()
     rank, local_rank = context.get_world_rank(), context.get_local_rank()
+    node = WorkerNode(ray.get_runtime_context().get_node_id(), socket.gethostname())
+    ray.get(board.come_up.remote(group_id, rank, node))
     os.environ["OMP_NUM_THREADS"] = str(max(1, int(shape.cpus_per_worker)))
     template = multiprocessing.get_context("forkserver")
     template.set_forkserver_preload([TEMPLATE])
@@ -142,7 +150,7 @@ def _run_trial(board: Any, group_id: str, assignment: Assignment, keep: Keep) ->
     )
     stopper.start()
     rank = assignment.place.rank
-    ended, late = False, None
+    ended, late, oom_kills = False, None, _oom_kills()
     try:
         for message in messages(reports, process, assignment.task.time_limit_s):
             ended = ended or isinstance(message, TrialEnd)
@@ -153,7 +161,8 @@ def _run_trial(board: Any, group_id: str, assignment: Assignment, keep: Keep) ->
         late = TrialEnd(TrialStatus.FAILED, str(error), None, may_pass=isinstance(error, SilentError))
     process.join()
     if not ended:
-        end = STOPPED if stopped.is_set() else late or _unexpected_end(process.exitcode)
+        may_be_memory = oom_kills is None or oom_kills != _oom_kills()
+        end = STOPPED if stopped.is_set() else late or unexpected_end(process.exitcode, may_be_memory)
         _keep_before(end, keep)
         board.send.remote(group_id, assignment.turn, rank, end)
     process.close()
@@ -182,10 +191,25 @@ def _kill_when_told(board: Any, group_id: str, turn: int, process: ForkServerPro
             process.kill()
 
 
-def _unexpected_end(exit_code: int | None) -> TrialEnd:
-    if exit_code == -9:
-        # Linux's out-of-memory killer is the one sender of SIGKILL that a trial meets.
+def unexpected_end(exit_code: int | None, may_be_memory: bool) -> TrialEnd:
+    """What it means that a trial's process is gone without a word.
+
+    may_be_memory: the kernel's out-of-memory killer struck meanwhile, or cannot be asked.
+    """
+    if exit_code == -signal.SIGKILL and may_be_memory:
         reason = "its process was killed (SIGKILL), most likely because host memory ran out: lower micro_batch_size"
         return TrialEnd(TrialStatus.OUT_OF_MEMORY, reason, None)
+    if exit_code in (-signal.SIGKILL, -signal.SIGTERM, TEMPLATE_DIED):
+        by = "with the template that it was forked from" if exit_code == TEMPLATE_DIED else "from outside"
+        return TrialEnd(TrialStatus.FAILED, f"its process was killed {by}", None, may_pass=True)
     what = f"signal {-exit_code}" if exit_code is not None and exit_code < 0 else f"exit code {exit_code}"
     return TrialEnd(TrialStatus.FAILED, f"its process ended with {what} before the trial did: see its log.txt", None)
+
+
+def _oom_kills() -> int | None:
+    """How often the out-of-memory killer has struck since this machine started (/proc/vmstat, Linux 4.13 on)."""
+    try:
+        found = re.search(r"^oom_kill (\d+)$", Path("/proc/vmstat").read_text(encoding="ascii"), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) if found else None

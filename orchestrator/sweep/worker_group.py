@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
+from ray.util.placement_group import NODE_ID_LABEL_KEY
 
 from orchestrator.sweep.worker import GroupShape, WorkerConfig, serve
 
@@ -44,13 +46,16 @@ class WorkerGroups:
         """Start so many before the first slot asks for one."""
         self._ahead += [asyncio.create_task(self._start()) for _ in range(groups)]
 
-    async def open(self) -> str:
-        """A group's id, its workers there or on their way."""
-        while self._ahead:
+    async def open(self, avoided: Collection[str] = ()) -> str:
+        """A group's id, its workers there or on their way.
+
+        avoided: ids of nodes that they are not to lie on.
+        """
+        while self._ahead and not avoided:
             group_id = await self._ahead.pop(0)
             if await self.is_alive(group_id):
                 return group_id
-        return await self._start()
+        return await self._start(avoided)
 
     async def is_alive(self, group_id: str) -> bool:
         """Whether its workers can take another trial."""
@@ -70,13 +75,13 @@ class WorkerGroups:
         """Returns never: who waits for it hears of this actor's death."""
         await asyncio.Event().wait()
 
-    async def _start(self) -> str:
+    async def _start(self, avoided: Collection[str] = ()) -> str:
         group_id = uuid.uuid4().hex[:12]
         await self._board.open_group.remote(group_id, self._shape.workers, self._host, self._store.port)
-        self._open[group_id] = asyncio.get_running_loop().run_in_executor(self._threads, self._fit, group_id)
+        self._open[group_id] = asyncio.get_running_loop().run_in_executor(self._threads, self._fit, group_id, avoided)
         return group_id
 
-    def _fit(self, group_id: str) -> None:
+    def _fit(self, group_id: str, avoided: Collection[str]) -> None:
         from ray.train import RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
 
@@ -85,11 +90,13 @@ class WorkerGroups:
             serve,
             train_loop_config={"board": self._board, "group_id": group_id, "model": self._model, "shape": shape},
             torch_config=WorkerConfig(),  # type: ignore[arg-type]
-            scaling_config=ScalingConfig(
+            # Train V2 has it; types are V1's (ray 2.60.0).
+            scaling_config=ScalingConfig(  # type: ignore[call-arg]
                 num_workers=shape.workers,
                 use_gpu=bool(shape.gpus_per_worker),
                 resources_per_worker=shape.bundle,
                 placement_strategy="STRICT_PACK" if shape.on_one_node else "PACK",
+                label_selector={NODE_ID_LABEL_KEY: f"!in({','.join(avoided)})"} if avoided else None,
             ),
             run_config=RunConfig(name=f"group-{group_id}", storage_path=self._storage),
         )
@@ -99,7 +106,8 @@ class WorkerGroups:
             # Whatever Ray raises here means the same: this group is gone, and its trial needs another.
             log.warning("worker group %s is gone: %s", group_id, error)
             reason = f"a worker or its node died ({type(error).__name__}: {_first_line(error)})"
-            ray.get(self._board.lose_group.remote(group_id, reason))
+            ranks = tuple(getattr(error, "worker_failures", ()))
+            ray.get(self._board.lose_group.remote(group_id, reason, ranks))
 
 
 def _first_line(error: Exception) -> str:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from orchestrator.config.sweep_config import DataConfig
 from orchestrator.errors import DataError
+from orchestrator.results.storage import read_record
 from orchestrator.training.data_rows import Row, fingerprint, missing_columns, read_rows
 from orchestrator.training.data_tokens import tokenize
 
@@ -101,7 +102,7 @@ def prepare(data: DataConfig, model_folder: Path, out: Path) -> DataSummary:
 def read_summary(folder: Path) -> DataSummary | None:
     """What an earlier `prepare` wrote, or None."""
     try:
-        raw = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        raw = json.loads(read_record(folder / "summary.json"))
         return DataSummary(**{**raw, "skipped": tuple((where, why) for where, why in raw["skipped"])})
     except (OSError, ValueError, TypeError, KeyError):
         return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import os
 import random
 import shutil
 from collections.abc import Iterator
@@ -244,7 +243,8 @@ def save(model: torch.nn.Module, folder: Path, writes: bool) -> None:
     weights = _whole_weights(model)
     if not writes:
         return
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+    # One process writes here: what one that was killed left is written over.
+    partial = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(partial, ignore_errors=True)
     saved: Any = model
     # Looking for changed embeddings would ask the hub for the base model's configuration.

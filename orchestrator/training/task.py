@@ -84,6 +84,15 @@ class TrialProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerNode:
+    """The node that a worker lies on."""
+
+    node_id: str
+    """Ray's."""
+    host: str
+
+
+@dataclass(frozen=True, slots=True)
 class TrialEnd:
     """How one worker's part of a trial ended."""
 
@@ -93,6 +102,8 @@ class TrialEnd:
     """None on every worker but rank 0, and where the trial ended before its first step."""
     may_pass: bool = False
     """Whether the same trial may well end otherwise when it is started again."""
+    node: WorkerNode | None = None
+    """Of the worker that ended it; None: not known."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from orchestrator.sweep.failure_policy import (
     SILENCE_LIMIT_S,
     START_LIMIT_S,
     after_end,
+    avoided_nodes,
     pause_s,
     silence_limit_s,
     tracking_failure,
@@ -36,6 +37,11 @@ def test_only_what_came_from_outside_is_tried_again_and_not_for_ever(
         assert "why" in retry.why
         attempt += 1
     assert attempt == attempts
+
+
+def test_a_trial_that_failed_twice_on_a_node_keeps_away_from_it() -> None:
+    assert avoided_nodes([]) == avoided_nodes(["a"]) == avoided_nodes(["a", "b"]) == frozenset()
+    assert avoided_nodes(["a", "b", "a"]) == {"a"}
 
 
 def test_the_pauses_grow_and_stay_bounded() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.sweep_file import load
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import SweepFileError, printable
-from tests.fuzz import TARGETS, attack
+from tests.fuzz import TARGETS, attack, read_all, whole_folder
 
 INPUTS = {"sweep_file": 60, "results_folder": 20, "data_file": 80, "estimate_line": 150}
 """A few seconds of each; `python -m tests.fuzz` goes on."""
@@ -31,6 +32,17 @@ def test_hostile_input_is_taken_or_refused_in_our_words_and_harms_nothing(target
     assert told <= {"taken", "refused"}
     # Otherwise the attacks are of one kind only.
     assert "taken" in told
+
+
+def test_a_pipe_in_place_of_any_file_of_a_sweep_is_not_waited_for(tmp_path: Path) -> None:
+    sweep = whole_folder(tmp_path)
+    for file in [path for path in sweep.root.rglob("*") if path.is_file()]:
+        held = file.read_bytes()
+        file.unlink()
+        os.mkfifo(file)
+        read_all(sweep)
+        file.unlink()
+        file.write_bytes(held)
 
 
 @settings(max_examples=80, deadline=None, derandomize=True, database=None)

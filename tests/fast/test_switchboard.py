@@ -10,7 +10,7 @@ pytest.importorskip("ray")
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.results.records import TrialStatus
 from orchestrator.sweep.switchboard import Switchboard, combined_end
-from orchestrator.training.task import TrialEnd, TrialTask
+from orchestrator.training.task import TrialEnd, TrialTask, WorkerNode
 
 COMPLETED = TrialEnd(TrialStatus.COMPLETED, None, None)
 FAILED = TrialEnd(TrialStatus.FAILED, "boom", None)
@@ -91,7 +91,7 @@ def test_a_stop_that_nobody_hears_returns_after_its_limit() -> None:
 def test_a_lost_group_ends_its_trial_as_preempted() -> None:
     async def scene() -> None:
         board = await a_group_at_work(2)
-        await board.lose_group("g", "node gone")
+        await board.lose_group("g", "node gone", ())
         event = await board.next_event("t-0")
         assert event == TrialEnd(TrialStatus.PREEMPTED, "node gone", None)
 
@@ -123,7 +123,7 @@ def test_a_trial_that_is_given_to_a_group_that_is_lost_hears_so() -> None:
         board = await a_group_at_work(1)
         await board.send("g", 1, 0, COMPLETED)
         assert await board.next_event("t-0") == COMPLETED
-        await board.lose_group("g", "its node died")
+        await board.lose_group("g", "its node died", ())
         await board.assign("g", TASK)
         end = await board.next_event("t-0")
         assert isinstance(end, TrialEnd)
@@ -142,5 +142,66 @@ def test_an_attempt_that_begins_after_all_was_stopped_ends_at_once() -> None:
         end = await board.next_event("t-0")
         assert isinstance(end, TrialEnd)
         assert end.status is TrialStatus.STOPPED
+
+    play(scene())
+
+
+def test_an_end_names_the_node_of_the_worker_that_caused_it() -> None:
+    async def scene() -> None:
+        board = await a_group_at_work(2)
+        for rank in (0, 1):
+            await board.come_up("g", rank, WorkerNode(f"node-{rank}", "host"))
+        await board.send("g", 1, 1, FAILED)
+        await board.send("g", 1, 0, TrialEnd(TrialStatus.STOPPED, "stopped", None))
+        end = await board.next_event("t-0")
+        assert isinstance(end, TrialEnd)
+        assert (end.status, end.node) == (TrialStatus.FAILED, WorkerNode("node-1", "host"))
+
+    play(scene())
+
+
+@pytest.mark.parametrize(("lost", "node"), [((1,), WorkerNode("node-1", "host")), ((), None)])
+def test_a_lost_group_names_the_node_of_the_worker_that_died_where_it_is_known(
+    lost: tuple[int, ...], node: WorkerNode | None
+) -> None:
+    async def scene() -> None:
+        board = await a_group_at_work(2)
+        for rank in (0, 1):
+            await board.come_up("g", rank, WorkerNode(f"node-{rank}", "host"))
+        await board.lose_group("g", "a worker died", lost)
+        end = await board.next_event("t-0")
+        assert isinstance(end, TrialEnd)
+        assert end.node == node
+
+    play(scene())
+
+
+def test_the_group_of_a_slot_that_died_is_closed_before_another_slot_takes_its_trial() -> None:
+    async def scene() -> None:
+        board = await a_group_at_work(1)
+        dead_slot = asyncio.create_task(board.next_event("t-0"))
+        told = asyncio.create_task(board.wait_for_stop("g", 1))
+        abandoned = asyncio.create_task(board.abandon("t-0", LIMIT_S))
+        await told
+        assert not abandoned.done()
+        await board.send("g", 1, 0, TrialEnd(TrialStatus.STOPPED, "stopped", None))
+        await abandoned
+        assert await board.next_assignment("g", 0, 0, 1) is None
+        await dead_slot
+
+        await board.open_group("h", 1, "host", 1)
+        await board.assign("h", TASK)
+        await board.send("h", 1, 0, COMPLETED)
+        assert await board.next_event("t-0") == COMPLETED
+
+    play(scene())
+
+
+def test_a_slot_that_takes_the_same_trial_again_keeps_its_own_group() -> None:
+    async def scene() -> None:
+        board = await a_group_at_work(1)
+        await board.send("g", 1, 0, COMPLETED)
+        await board.abandon("t-0", LIMIT_S, but="g")
+        await board.assign("g", TASK)
 
     play(scene())

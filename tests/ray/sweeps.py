@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,15 +83,15 @@ class Run:
         return [trial.status.value for trial in self.sweep().trials]
 
 
-def start(storage: Path, *arguments: str, **keys: Any) -> Run:
-    """Start a sweep; `trial` and others are merged into BASE key by key."""
+def start(storage: Path, *arguments: str, within: Sequence[str] = (), **keys: Any) -> Run:
+    """Start a sweep; `trial` and others are merged into BASE key by key, and `within` is a command that runs it."""
     merged = {key: {**BASE.get(key, {}), **value} if isinstance(value, dict) else value for key, value in keys.items()}
     raw = {**BASE, **merged, "storage": str(storage)}
     raw["trial"] = {name: value for name, value in raw["trial"].items() if name not in raw.get("space", {})}
     file = storage / "sweep.yaml"
     storage.mkdir(parents=True, exist_ok=True)
     file.write_text(yaml.safe_dump(raw))
-    command = [sys.executable, "-m", "orchestrator", "run", str(file), *arguments]
+    command = [*within, sys.executable, "-m", "orchestrator", "run", str(file), *arguments]
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "NO_COLOR": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     return Run(process, SweepFolder(storage / raw["name"]))

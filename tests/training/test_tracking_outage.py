@@ -2,70 +2,38 @@
 
 from __future__ import annotations
 
-import os
+import json
 import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from typer.testing import CliRunner
 
+from orchestrator.cli import app
 from orchestrator.config.sweep_config import SweepConfig
+from orchestrator.config.sweep_file import to_yaml
 from orchestrator.errors import TrackingUnreachableError
+from orchestrator.results.provenance import without_secret
 from orchestrator.results.records import SweepResult, TrialResult
-from orchestrator.results.storage import SweepFolder
+from orchestrator.results.storage import SweepFolder, read_sweep, write_atomically, write_sweep
 from orchestrator.sweep.delivered import read_delivered
 from orchestrator.sweep.tracking import Tracker
 from tests.made_up_sweep import made_up_sweep, made_up_trial, write_made_up
+from tests.tracking_servers import PASSWORD, FragileServer
 from tests.waiting import wait_until
 
 LIMIT_S = 180.0
-PASSWORD = "planted-Pass-word"
 SWEEP_ID = "abc123"
 
 
-class Server:
-    """`mlflow server` on SQLite, in a process group of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
-        self.uri = f"http://me:{PASSWORD}@127.0.0.1:{self.port}"
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder / 'server.db'}"]
-        command += ["--artifacts-destination", str(self.folder / "artifacts")]
-        with (self.folder / "server.log").open("a") as log:
-            # Its job runner has seven processes, which no test here needs.
-            environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)
-        wait_until(self.answers, bool, LIMIT_S)
-
-    def answers(self) -> bool:
-        try:
-            return bool(MlflowClient(self.uri).search_experiments())
-        except Exception:
-            return False
-
-    def signal(self, number: signal.Signals) -> None:
-        os.killpg(self.process.pid, number)
-
-    def kill(self) -> None:
-        self.signal(signal.SIGKILL)
-        self.process.wait(30)
-
-
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FragileServer]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
         patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-        made = Server(tmp_path_factory.mktemp("server"))
+        made = FragileServer(tmp_path_factory.mktemp("server"))
         try:
             made.start()
             yield made
@@ -94,19 +62,21 @@ def delivered(tracker: Tracker, trial: TrialResult) -> str:
     return found
 
 
-def assert_equal_to_disk(server: Server, folder: SweepFolder, run_ids: dict[str, str]) -> None:
+def assert_equal_to_disk(server: FragileServer, folder: SweepFolder, run_ids: dict[str, str]) -> None:
     client = MlflowClient(server.uri)
     for trial_id, run_id in run_ids.items():
         points = folder.trial(trial_id).read_metrics()
         assert points
         for name in ("loss", "eval_loss", "learning_rate"):
             there = sorted((m.step, m.timestamp, m.value) for m in client.get_metric_history(run_id, name))
-            assert there == sorted((p.step, p.time_ms, getattr(p, name)) for p in points)
+            here = [(p.step, p.time_ms, getattr(p, name)) for p in points if getattr(p, name) is not None]
+            assert here
+            assert there == sorted(here)
 
 
 @pytest.mark.timeout(600)
 def test_an_outage_loses_nothing_adds_nothing_and_stops_nobody(
-    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    server: FragileServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config, result, folder = a_sweep(tmp_path / "outage", server.uri)
     first, second, third, fourth, fifth = result.trials
@@ -157,7 +127,33 @@ def test_an_outage_loses_nothing_adds_nothing_and_stops_nobody(
     assert len(everything) == 1 + len(result.trials)
 
 
-def test_what_mlflow_does_not_know_to_have_is_told_again_and_is_there_once(server: Server, tmp_path: Path) -> None:
+def test_report_delivers_what_the_sweep_could_not(server: FragileServer, tmp_path: Path) -> None:
+    config, result, folder = a_sweep(tmp_path / "late", server.uri)
+    write_atomically(folder.sweep_file, without_secret(to_yaml(config)))
+    tracker = Tracker(config, SWEEP_ID, folder)
+    server.kill()
+    for trial in result.trials:
+        tracker.track(trial)
+    assert not tracker.finish(3)
+    write_sweep(folder, result.model_copy(update={"ended_ms": 1, "sweep_id": SWEEP_ID}))
+
+    away = CliRunner().invoke(app, ["report", str(folder.root)])
+    assert (away.exit_code, away.stderr.count("MLflow still lacks a part of this sweep")) == (0, 1)
+    assert PASSWORD not in away.output
+    server.start()
+    back = CliRunner().invoke(app, ["report", "--json", str(folder.root)])
+    assert (back.exit_code, back.stderr.count("MLflow lacked a part of this sweep: delivered")) == (0, 1)
+    json.loads(back.stdout)
+    run_ids = {trial.trial_id: str(trial.mlflow_run_id) for trial in read_sweep(folder)[0].trials}
+    assert_equal_to_disk(server, folder, run_ids)
+    parent = MlflowClient(server.uri).get_run(tracker.parent_run_id)
+    assert parent.info.status == "FINISHED"
+    assert "MLflow" not in CliRunner().invoke(app, ["report", str(folder.root)]).stderr
+
+
+def test_what_mlflow_does_not_know_to_have_is_told_again_and_is_there_once(
+    server: FragileServer, tmp_path: Path
+) -> None:
     config, result, folder = a_sweep(tmp_path / "again", server.uri)
     trial = result.trials[0]
     run_ids = set()

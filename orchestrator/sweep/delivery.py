@@ -1,0 +1,83 @@
+"""The last that MLflow gets of a sweep: when its trials have ended, or later, where the server was away then."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from orchestrator.config.sweep_config import SweepConfig
+from orchestrator.config.sweep_file import load
+from orchestrator.errors import OrchestratorError, TrackingUnreachableError
+from orchestrator.reporting.recommendation import trial_to_take
+from orchestrator.results.provenance import without_secret
+from orchestrator.results.records import SweepResult, TrialResult
+from orchestrator.results.storage import SweepFolder, read_sweep, write_result, write_sweep
+from orchestrator.sweep import evaluation, logged_model
+from orchestrator.sweep.delivered import told_server
+from orchestrator.sweep.folder_lock import only_one
+from orchestrator.sweep.tracking import Tracker, tracking_uri
+
+LATE_LIMIT_S = 60.0
+# A report is not kept waiting by a server that is still away.
+ONE_SHORT_TRY = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
+
+
+def deliver(
+    sweep: SweepConfig,
+    result: SweepResult,
+    tracker: Tracker,
+    folder: SweepFolder,
+    limit_s: float,
+    save: Callable[[TrialResult], None],
+    say: Callable[[str], None],
+) -> tuple[SweepResult, bool]:
+    """Give MLflow a bounded time to have all trials, and then what belongs to the sweep as a whole.
+
+    save: keeps a record that has learned its run's id.
+
+    Returns the sweep with these ids, and whether MLflow has everything.
+    """
+    try:
+        is_complete = tracker.finish(limit_s)
+    except KeyboardInterrupt:
+        is_complete = False
+    trials = []
+    for trial in result.trials:
+        run_id = tracker.run_id(trial.trial_id)
+        if run_id and trial.mlflow_run_id is None:
+            trial = trial.model_copy(update={"mlflow_run_id": run_id})
+            save(trial)
+        trials.append(trial)
+    result = result.model_copy(update={"trials": tuple(trials)})
+    write_sweep(folder, result)
+    if is_complete:
+        best = trial_to_take(result)
+        is_complete = tracker.close_parent(result, best)
+        evaluation.log(tracking_uri(sweep), result, folder, say)
+        if best and best.mlflow_run_id and not result.interrupted:
+            logged_model.log_best(sweep, result, best, folder, say)
+    return result, is_complete
+
+
+def deliver_late(folder: SweepFolder, say: Callable[[str], None]) -> None:
+    """Once more, for a sweep of which MLflow `is_owed` a part: one line says how it went, and nothing is raised."""
+    try:
+        with only_one(folder):
+            result, _ = read_sweep(folder)
+            sweep = load(folder.sweep_file)
+            if (now := without_secret(tracking_uri(sweep))) != (server := told_server(folder)):
+                raise TrackingUnreachableError(
+                    f"it went to {server}, and not to {now}: set MLFLOW_TRACKING_URI to that"
+                )
+            for name, value in ONE_SHORT_TRY.items():
+                os.environ.setdefault(name, value)
+            tracker = Tracker(sweep, result.sweep_id, folder)
+            result = result.model_copy(update={"mlflow_run_id": tracker.parent_run_id})
+            for trial in result.trials:
+                tracker.track(trial)
+            save = lambda trial: write_result(folder, trial)  # noqa: E731
+            _, is_complete = deliver(sweep, result, tracker, folder, LATE_LIMIT_S, save, lambda _: None)
+    except OrchestratorError as error:
+        say(f"MLflow still lacks a part of this sweep: {error}")
+    else:
+        say("MLflow lacked a part of this sweep: " + ("delivered" if is_complete else "it did not take all of it now"))
