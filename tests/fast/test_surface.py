@@ -24,6 +24,7 @@ DOCUMENTS = [
     ROOT / "k8s" / "README.md",
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
+SEARCH_SPACES = sorted((ROOT / "search_spaces").rglob("*.yaml"))
 HEAVY = ("ray", "torch", "deepspeed", "transformers", "peft", "mlflow", "scipy", "numpy", "pandas")
 
 
@@ -54,9 +55,10 @@ def test_plan_prints_one_json_document_and_nothing_else() -> None:
     assert result.stderr == ""
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "search_spaces").glob("*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", SEARCH_SPACES, ids=lambda file: f"{file.parent.name}-{file.stem}")
 def test_every_search_space_can_be_planned_on_its_hardware(file: Path) -> None:
-    result = CliRunner().invoke(app, ["plan", str(file), "--gpu", "A100-40GB", "--gpus", "2", "--json"])
+    hardware = [] if file.parent.name == "cpu" else ["--gpu", "A100-40GB", "--gpus", "2"]
+    result = CliRunner().invoke(app, ["plan", str(file), *hardware, "--json"])
     assert result.exit_code == 0, result.stderr
     plan = json.loads(result.stdout)
     assert plan["runs"] > 0

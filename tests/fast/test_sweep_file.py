@@ -216,7 +216,7 @@ def test_defaults_follow_the_hardware() -> None:
     assert (on_gpu.trial.precision, on_gpu.resources.gpus_per_worker) == ("bf16", 1)
 
 
-@pytest.mark.parametrize("file", sorted(Path("search_spaces").glob("*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted(Path("search_spaces").rglob("*.yaml")), ids=str)
 def test_every_search_space_loads_fits_the_schema_and_says_what_it_is(file: Path) -> None:
     lines = file.read_text().splitlines()
     sweep = load(file)
