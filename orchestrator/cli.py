@@ -51,6 +51,10 @@ IsolationOption = Annotated[
     Isolation,
     typer.Option(help="warm: worker groups serve trial after trial; fresh: each trial has a TorchTrainer of its own."),
 ]
+NotifyOption = Annotated[
+    str | None,
+    typer.Option("--notify", metavar="URL", help="A webhook that is told of the end, as JSON; @FILE: written in it."),
+]
 NameOption = Annotated[str | None, typer.Option("--name", help="Override the sweep's name.")]
 StorageOption = Annotated[str | None, typer.Option("--storage", help="Override where the sweep's folder is made.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
@@ -160,9 +164,7 @@ def run(
         str | None, typer.Option("--address", help="A Ray cluster, as 10.0.0.1:6379 or auto; none: start one here.")
     ] = None,
     isolation: IsolationOption = Isolation.WARM,
-    notify: Annotated[
-        str | None, typer.Option("--notify", metavar="URL", help="A webhook that is told of the end, as JSON.")
-    ] = None,
+    notify: NotifyOption = None,
     overrides: SetOption = None,
 ) -> None:
     """Run a sweep to its end and write the report; the same command again goes on where it was left."""
@@ -174,8 +176,7 @@ def run(
         from orchestrator.sweep import notification
         from orchestrator.training import inputs
 
-        if notify is not None:
-            notification.require_address(notify)
+        webhook = notification.address_of(notify) if notify is not None else None
         # Before what follows is loaded: a slip of the pen is told in a second.
         model = inputs.look_at(config)
         from orchestrator.sweep.run import run as run_sweep
@@ -183,18 +184,18 @@ def run(
         try:
             outcome = run_sweep(config, model, address, isolation.value, _say)
         except OrchestratorError as error:
-            if notify is not None:
+            if webhook is not None:
                 notification.post(
-                    notify,
+                    webhook,
                     notification.failure_of(config.name, local_storage(config.storage) / config.name, error),
                     _say,
                 )
             raise
         from orchestrator.reporting import report as reporting
 
-        if notify is not None:
+        if webhook is not None:
             notification.post(
-                notify, notification.end_of(outcome.report, outcome.exit_code, outcome.tracking_uri), _say
+                webhook, notification.end_of(outcome.report, outcome.exit_code, outcome.tracking_uri), _say
             )
         _show(reporting.render_text(outcome.report))
         _say(f"report: {outcome.folder.report}")
@@ -218,6 +219,7 @@ def submit(
     name: NameOption = None,
     storage: StorageOption = None,
     isolation: IsolationOption = Isolation.WARM,
+    notify: NotifyOption = None,
     install: Annotated[
         bool, typer.Option("--install-requirements", help="For clusters that lack them: takes minutes on every node.")
     ] = False,
@@ -230,8 +232,10 @@ def submit(
         changes = _all_overrides(overrides, name, storage)
         config, text = load(sweep, changes), text_of(sweep, changes)
         from orchestrator.submit import server as jobs
+        from orchestrator.sweep import notification
 
-        server, job_id = jobs.submit(config, text, address, isolation.value, install=install, say=_say)
+        webhook = notification.address_of(notify) if notify is not None else None
+        server, job_id = jobs.submit(config, text, address, isolation.value, webhook, install=install, say=_say)
         if follow:
             raise typer.Exit(jobs.follow(server, job_id, functools.partial(_write, end=""), _say))
         _show(job_id)

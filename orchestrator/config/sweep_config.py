@@ -5,10 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from orchestrator.config.axes import axes_of, complete
 from orchestrator.config.constraint import parse
+from orchestrator.config.names import nearest
 from orchestrator.config.search_space import (
     Choice,
     Range,
@@ -168,13 +178,36 @@ class SchedulerConfig(_Part):
         return self
 
 
+def is_score(metric: str) -> bool:
+    """Whether a metric is what lm-eval gives a trained model, as `TASK/METRIC`, and no logged one."""
+    task, _, name = metric.partition("/")
+    return bool(task and name) and not any(part.isspace() for part in metric)
+
+
+def _metric(text: str) -> str:
+    if text not in LOGGED_METRICS and not is_score(text):
+        known = ", ".join(LOGGED_METRICS)
+        near = nearest(text, LOGGED_METRICS)
+        raise ValueError(f"takes {known}, or a score of evaluate.tasks as hellaswag/acc_norm{near}")
+    return text
+
+
+Metric = Annotated[
+    str,
+    AfterValidator(_metric),
+    WithJsonSchema(
+        {"anyOf": [{"enum": list(LOGGED_METRICS), "type": "string"}, {"pattern": r"^[^/\s]+/\S+$", "type": "string"}]}
+    ),
+]
+
+
 class ObjectiveConfig(_Part):
     """What makes one trial better than another."""
 
-    metric: Literal["eval_loss", "loss", "tokens_per_s", "step_time_s", "peak_memory_bytes", "grad_norm"] = "eval_loss"
-    """One of the logged metrics."""
+    metric: Metric = "eval_loss"
+    """A logged metric, or a score of `evaluate.tasks`, as hellaswag/acc_norm."""
     mode: Literal["min", "max"] = "min"
-    """`max` for tokens_per_s, where nothing is said."""
+    """`max` for tokens_per_s, where nothing is said. A score needs it."""
 
     @model_validator(mode="before")
     @classmethod
@@ -254,7 +287,7 @@ class EvaluateConfig(_Part):
     examples: Annotated[int, Field(ge=1)] | None = None
     """So many of each task's examples; none: all."""
     trials: Literal["best", "all"] = "best"
-    """The best trial's adapter, or every completed trial's."""
+    """The best trial's adapter, or every completed trial's, as always where a score is an objective."""
 
 
 class TrackingConfig(_Part):
@@ -331,9 +364,15 @@ class SweepConfig(_Part):
         return self.objective if isinstance(self.objective, tuple) else (self.objective,)
 
     @property
+    def training_objectives(self) -> tuple[ObjectiveConfig, ...]:
+        """What is known while trials train: a score comes after all of them, and eval_loss stands for it till then."""
+        known = (ObjectiveConfig() if is_score(one.metric) else one for one in self.objectives)
+        return tuple(dict.fromkeys(known))
+
+    @property
     def primary(self) -> ObjectiveConfig:
         """The objective that schedulers stop by, and by which a trial's best evaluation is kept."""
-        return self.objectives[0]
+        return self.training_objectives[0]
 
     @property
     def base(self) -> Settings:

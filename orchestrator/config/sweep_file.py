@@ -23,7 +23,7 @@ from orchestrator.config.search_space import (
     in_order_of_need,
 )
 from orchestrator.config.storage_address import storage_problem
-from orchestrator.config.sweep_config import SchedulerConfig, SweepConfig
+from orchestrator.config.sweep_config import SchedulerConfig, SweepConfig, is_score
 from orchestrator.config.trial_config import CHANGEABLE
 from orchestrator.errors import InputError, Problem, SweepFileError, cut, shown
 
@@ -262,7 +262,8 @@ def _sentence(detail: Any, path: Path_) -> str:
     if kind in ("literal_error", "enum") and isinstance(value, str):
         expected = [part.strip(" '") for part in detail["ctx"]["expected"].replace(" or ", ", ").split(",")]
         return f"{_lower(message)}, not {shown(value)}{nearest(value, expected)}"
-    seen = f", not {shown(value)}" if isinstance(value, str | int | float | bool) else ""
+    is_shown = isinstance(value, str | int | float | bool) and not message.endswith("?")
+    seen = f", not {shown(value)}" if is_shown else ""
     return f"{_lower(message.removeprefix('Value error, '))}{seen}"
 
 
@@ -307,6 +308,7 @@ def _problems_of_meaning(sweep: SweepConfig) -> Iterator[Problem]:
     """What is well formed and yet cannot be meant."""
     if problem := storage_problem(sweep.storage):
         yield Problem("storage", problem)
+    yield from _problems_of_scores(sweep)
     problems = [*_problems_of_space(sweep), *_problems_of_size(sweep), *_problems_of_search(sweep)]
     yield from problems
     if problems:
@@ -320,6 +322,20 @@ def _problems_of_meaning(sweep: SweepConfig) -> Iterator[Problem]:
     ranges = [domain for domain in sweep.domains.values() if not isinstance(domain, Choice)]
     if (sweep.search.algorithm != "grid" or not ranges) and not sweep.trials():
         yield Problem("exclude", "leaves no configuration: take an entry away or search more values")
+
+
+def _problems_of_scores(sweep: SweepConfig) -> Iterator[Problem]:
+    """Objectives that nobody would measure; a group of tasks scores its tasks too (mmlu: mmlu_anatomy)."""
+    for i, objective in enumerate(sweep.objectives):
+        if not is_score(objective.metric):
+            continue
+        path = f"objective[{i}]" if isinstance(sweep.objective, tuple) else "objective"
+        if "mode" not in objective.model_fields_set:
+            yield Problem(f"{path}.mode", f"is missing: max or min, whichever is better of {objective.metric}")
+        task = objective.metric.partition("/")[0]
+        if not task.startswith(sweep.evaluate.tasks):
+            near = nearest(task, sweep.evaluate.tasks)
+            yield Problem(f"{path}.metric", f"is a score of {task}, which evaluate.tasks does not name{near}")
 
 
 def _problems_of_space(sweep: SweepConfig) -> Iterator[Problem]:

@@ -10,7 +10,7 @@ import yaml
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.export.trial_weights import Kind
 from orchestrator.reporting import quantities
-from orchestrator.reporting.statistics import spell
+from orchestrator.reporting.statistics import objective_of, spell
 from orchestrator.results.provenance import run_page, without_secret
 from orchestrator.results.records import SweepResult, TrialResult
 
@@ -113,7 +113,7 @@ def _measured(sweep: SweepResult, trial: TrialResult) -> dict[str, str]:
             "tokens trained on": f"{best.tokens:,}",
         }
         if sweep.objective_metric not in found:
-            found[sweep.objective_metric] = quantities.number(getattr(best, sweep.objective_metric, None))
+            found[sweep.objective_metric] = quantities.number(objective_of(sweep, trial))
     return found | {
         "trainable parameters": f"{trial.trainable_parameters:,}" if trial.trainable_parameters else quantities.UNKNOWN,
         "tokens a second": quantities.rate(trial.tokens_per_s),

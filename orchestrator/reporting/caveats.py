@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from orchestrator.reporting.statistics import ConfigurationSummary
+from orchestrator.config.sweep_config import is_score
+from orchestrator.reporting.statistics import ConfigurationSummary, objective_of
 from orchestrator.results.records import SweepResult, TrialStatus
 
 FEW_STEPS = 20
@@ -21,6 +22,11 @@ def caveats(
     open_ = sum(trial.status in (TrialStatus.PENDING, TrialStatus.RUNNING) for trial in sweep.trials)
     if open_:
         told.append(f"{open_} of {len(sweep.trials)} trials have not ended yet: the answer may change.")
+    unscored = [t for t in sweep.trials if t.status is TrialStatus.COMPLETED and objective_of(sweep, t) is None]
+    if unscored and is_score(sweep.objective_metric):
+        there = sorted({name for trial in unscored for name in trial.scores})
+        have = f"they have {_some(there)}" if there else "they were not evaluated"
+        told.append(f"{len(unscored)} completed trials have no {sweep.objective_metric}, and do not compete: {have}.")
     ran = [trial for trial in sweep.trials if trial.status is TrialStatus.COMPLETED]
     steps_of = {trial.configuration_id: trial.steps_trained for trial in ran}
     competing = {summary.configuration_id for summary in contenders}

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from orchestrator.config.constraint import parse
 from orchestrator.reporting import quantities
-from orchestrator.reporting.statistics import ConfigurationSummary
+from orchestrator.reporting.statistics import ConfigurationSummary, metric_of
 from orchestrator.results.records import SweepResult
 
 Costs = tuple[float, ...]
@@ -35,8 +35,8 @@ def value_of(sweep: SweepResult, summary: ConfigurationSummary, metric: str) -> 
     }
     if metric in measured:
         return measured[metric]
-    trials = [trial for trial in sweep.trials if trial.trial_id in summary.trial_ids and trial.best]
-    values = [value for trial in trials if (value := getattr(trial.best, metric)) is not None]
+    trials = [trial for trial in sweep.trials if trial.trial_id in summary.trial_ids]
+    values = [value for trial in trials if (value := metric_of(trial, metric)) is not None]
     return sum(values) / len(values) if values else None
 
 

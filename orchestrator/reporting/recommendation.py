@@ -306,7 +306,9 @@ def _without_completed(
 ) -> Recommendation:
     ran = [summary for summary in found if summary.provisional_objective is not None and not summary.is_broken]
     if not ran:
-        return _make("nothing", None, "No answer yet: no trial has completed an evaluation.", caveats)
+        evaluated = any(trial.best for trial in sweep.trials)
+        why = f"no trial has a {sweep.objective_metric}" if evaluated else "no trial has completed an evaluation"
+        return _make("nothing", None, f"No answer yet: {why}.", caveats)
     best = ran[0]
     value = quantities.number(best.provisional_objective)
     answer = (

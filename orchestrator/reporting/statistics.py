@@ -95,8 +95,13 @@ def spell(value: Any) -> str:
 
 
 def objective_of(sweep: SweepResult, trial: TrialResult) -> float | None:
-    """The objective of the trial's best evaluation; None where it has none, or one that is no number."""
-    value = getattr(trial.best, sweep.objective_metric, None)
+    """The objective of the trial; None where it has none, or one that is no number."""
+    return metric_of(trial, sweep.objective_metric)
+
+
+def metric_of(trial: TrialResult, metric: str) -> float | None:
+    """A logged metric at the trial's best evaluation, or a score; None where it has none, or one that is no number."""
+    value = trial.scores.get(metric, getattr(trial.best, metric, None))
     return float(value) if value is not None and math.isfinite(value) else None
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from orchestrator.config.sweep_config import LOGGED_METRICS
+from orchestrator.config.sweep_config import LOGGED_METRICS, is_score
 from orchestrator.config.trial_config import TrialConfig
 
 SCHEMA_VERSION = 1
@@ -183,6 +183,8 @@ class TrialResult(_Record):
     mlflow_run_id: str | None = None
     adapter: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")] | None = None
     """Folder of the best adapter, relative to the trial's own."""
+    scores: dict[str, float] = {}
+    """What `evaluate.tasks` gave its best adapter, by `TASK/METRIC`."""
     versions: dict[str, str] = {}
     git: GitState | None = None
 
@@ -233,7 +235,7 @@ class SweepResult(_Record):
     @field_validator("objective_metric")
     @classmethod
     def _is_logged(cls, metric: str) -> str:
-        if metric not in LOGGED_METRICS:
+        if metric not in LOGGED_METRICS and not is_score(metric):
             raise ValueError(f"{metric}: no such metric")
         return metric
 

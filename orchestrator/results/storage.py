@@ -361,7 +361,8 @@ def write_result(folder: SweepFolder, result: TrialResult) -> None:
 def results_table(sweep: SweepResult) -> str:
     """The trials as CSV: identity, status, every setting, and the figures that people compare."""
     out = io.StringIO()
-    rows = [_row(trial) for trial in sweep.trials]
+    scores = sorted({name for trial in sweep.trials for name in trial.scores})
+    rows = [{**_row(trial), **{name: trial.scores.get(name) for name in scores}} for trial in sweep.trials]
     writer = csv.DictWriter(out, fieldnames=list(rows[0]) if rows else ["trial_id"], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import InputError
-from orchestrator.submit.package import SWEEP_FILE
+from orchestrator.submit.package import SWEEP_FILE, WEBHOOK_FILE
 
 MINIMUM_PYTHON = (3, 11)
 STOP_LIMIT_S = 90
@@ -18,9 +18,10 @@ STOP_LIMIT_S = 90
 INSTALL_LIMIT_S = 3600
 
 
-def entrypoint(isolation: str) -> str:
-    """The job's command line; all else stands in the packed sweep file, since everybody may read a job's command."""
-    return shlex.join(["python", "-m", "orchestrator", "run", SWEEP_FILE, "--isolation", isolation])
+def entrypoint(isolation: str, *, notifies: bool) -> str:
+    """The job's command line; all else stands in packed files, since everybody may read a job's command."""
+    notify = ["--notify", f"@{WEBHOOK_FILE}"] if notifies else []
+    return shlex.join(["python", "-m", "orchestrator", "run", SWEEP_FILE, "--isolation", isolation, *notify])
 
 
 def runtime_env(folder: Path, requirements: Sequence[str]) -> dict[str, Any]:

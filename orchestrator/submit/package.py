@@ -17,6 +17,7 @@ from orchestrator.training import data_rows, inputs, model_source
 LIMIT_BYTES = 100 * 2**20
 """Ray keeps the package in the memory of its head and copies it to every node."""
 SWEEP_FILE = "sweep.yaml"
+WEBHOOK_FILE = "webhook.txt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +28,15 @@ class Package:
     """The sweep file's text, with its overrides."""
     files: tuple[tuple[str, Path], ...]
     """Path in the package, and where the file lies here."""
+    webhook: str | None = None
+    """The address that is told of the end."""
 
     @property
     def digest(self) -> str:
         """The same for the same sweep, data and code."""
         digest = hashlib.sha256(self.sweep.encode())
+        if self.webhook:
+            digest.update(f"\0{WEBHOOK_FILE}\0{self.webhook}".encode())
         for name, file in self.files:
             digest.update(f"\0{name}\0".encode())
             digest.update(hashlib.sha256(file.read_bytes()).digest())
@@ -40,12 +45,14 @@ class Package:
     def write(self, folder: Path) -> None:
         """Lay the files out."""
         (folder / SWEEP_FILE).write_text(self.sweep, encoding="utf-8")
+        if self.webhook:
+            (folder / WEBHOOK_FILE).write_text(self.webhook, encoding="utf-8")
         for name, file in self.files:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, folder / name)
 
 
-def pack(sweep: SweepConfig, text: str) -> Package:
+def pack(sweep: SweepConfig, text: str, webhook: str | None = None) -> Package:
     """The sweep file, this package's own code, and the data and model that are named by a relative path.
 
     What an absolute path names is the cluster's: all its nodes see it there.
@@ -64,7 +71,7 @@ def pack(sweep: SweepConfig, text: str) -> Package:
                 )
             files.append((inside.as_posix(), file))
     require_room(files)
-    return Package(text, tuple(sorted(set(files))))
+    return Package(text, tuple(sorted(set(files))), webhook)
 
 
 def require_room(files: Iterable[tuple[str, Path]], limit_bytes: int = LIMIT_BYTES) -> None:

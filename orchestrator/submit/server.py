@@ -191,17 +191,20 @@ def submit(
     text: str,
     address: str,
     isolation: str,
+    webhook: str | None,
     *,
     install: bool,
     say: Callable[[str], None],
 ) -> tuple[JobServer, str]:
     """Start the sweep as a job, or find the one that is at work on it; `text` is its file with the overrides.
 
+    webhook: the address that the job tells of its end.
+
     Raises:
         InputError: it cannot be run as it is written; nothing was started.
         ClusterUnreachableError: the cluster does not answer, or asks for a token.
     """
-    package = pack(sweep, text)
+    package = pack(sweep, text, webhook)
     requirements = pinned_requirements() if install else []
     server = JobServer(address)
     if server.python and server.python.split(".")[:2] != platform.python_version().split(".")[:2]:
@@ -210,7 +213,7 @@ def submit(
     if at_work:
         say(f"job {job_id} is at work on this sweep already")
     else:
-        server.start(job_id, sweep.name, package, entrypoint(isolation), requirements)
+        server.start(job_id, sweep.name, package, entrypoint(isolation, notifies=bool(webhook)), requirements)
         say(f"job {job_id} was submitted to {server.shown_address}")
     if not (is_remote(sweep.storage) or is_the_clusters(sweep.storage)):
         say(f"storage {sweep.storage} is relative: it is made in the home folder of the cluster's user")

@@ -12,11 +12,12 @@ import ray
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from orchestrator.config.sweep_config import SweepConfig
+from orchestrator.config.sweep_config import SweepConfig, is_score
 from orchestrator.reporting.recommendation import trial_to_take
 from orchestrator.results.evaluation import Evaluation, read_evaluation, write_evaluation
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder
+from orchestrator.sweep.tracking import key_of
 from orchestrator.sweep.worker import GroupShape
 from orchestrator.training import evaluation, model_source
 from orchestrator.training.evaluation import EvaluationTask
@@ -63,11 +64,19 @@ def _tasks(sweep: SweepConfig, result: SweepResult, folder: SweepFolder) -> Iter
 
 
 def wanted(sweep: SweepConfig, result: SweepResult) -> Iterable[TrialResult]:
-    """The best trial, or every completed one."""
-    if sweep.evaluate.trials == "all":
+    """The best trial, or every completed one, as where a score decides which is the best."""
+    if sweep.evaluate.trials == "all" or any(is_score(objective.metric) for objective in sweep.objectives):
         return [trial for trial in result.trials if trial.status is TrialStatus.COMPLETED]
     best = trial_to_take(result)
     return [best] if best else []
+
+
+def scored(result: SweepResult, folder: SweepFolder) -> Iterator[TrialResult]:
+    """The records that lack what their evaluation.json has, with it."""
+    for trial in result.trials:
+        found = read_evaluation(folder.trial(trial.trial_id))
+        if found and found.scores != trial.scores:
+            yield trial.model_copy(update={"scores": found.scores})
 
 
 def _keep(done: Any, trial_id: str, folder: SweepFolder, say: Callable[[str], None]) -> None:
@@ -88,6 +97,6 @@ def log(tracking_uri: str, result: SweepResult, folder: SweepFolder, say: Callab
             if found and trial.mlflow_run_id:
                 client.log_artifact(trial.mlflow_run_id, str(where.evaluation))
                 for name, value in found.scores.items():
-                    client.log_metric(trial.mlflow_run_id, name.replace(",", "_"), value, timestamp=0)
+                    client.log_metric(trial.mlflow_run_id, key_of(name), value, timestamp=0)
     except (MlflowException, OSError) as error:
         say(f"MLflow lacks the evaluations ({str(error).splitlines()[0][:300]}): run the same command again")

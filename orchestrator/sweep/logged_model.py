@@ -24,9 +24,10 @@ from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import OrchestratorError
 from orchestrator.export.folder import Exported, export
 from orchestrator.export.merge import merged_dtype
+from orchestrator.reporting.statistics import objective_of
 from orchestrator.results.records import SweepResult, TrialResult
 from orchestrator.results.storage import SweepFolder
-from orchestrator.sweep.tracking import tracking_uri
+from orchestrator.sweep.tracking import key_of, tracking_uri
 
 ALIAS = "champion"
 """Of the registered model's newest best version."""
@@ -96,8 +97,9 @@ def _log(client: MlflowClient, result: SweepResult, best: TrialResult, run_id: s
         client.log_model_artifacts(logged.model_id, str(written))
     client.finalize_logged_model(logged.model_id, "READY")
     point = best.best
-    if point and (value := getattr(point, result.objective_metric)) is not None:
-        client.log_metric(run_id, result.objective_metric, value, point.time_ms, point.step, model_id=logged.model_id)
+    if point and (value := objective_of(result, best)) is not None:
+        name = key_of(result.objective_metric)
+        client.log_metric(run_id, name, value, point.time_ms, point.step, model_id=logged.model_id)
     for run in filter(None, (run_id, result.mlflow_run_id)):
         client.log_outputs(run, [LoggedModelOutput(logged.model_id, point.step if point else 0)])
     return str(logged.model_id)

@@ -17,19 +17,26 @@ from orchestrator.results.provenance import run_page, without_secret
 LIMIT_S = 10.0
 
 
-def require_address(url: str) -> None:
-    """Check before anything starts.
+def address_of(given: str) -> str:
+    """The webhook's address as `--notify` has it: itself, or `@FILE`, which no list of processes or jobs shows.
 
     Raises:
-        InputError: it is no address that can be posted to.
+        InputError: it is no address that can be posted to, or the file cannot be read.
     """
+    url = given
+    if given.startswith("@"):
+        try:
+            url = Path(given[1:]).expanduser().read_text(encoding="utf-8").strip()
+        except (OSError, ValueError) as error:
+            raise InputError(f"--notify {given}: the file cannot be read: write the address into it") from error
     try:
         parts = urlsplit(url)
         good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
     except ValueError:
         good = False
     if not good:
-        raise InputError("--notify takes an address such as https://example.com/hook")
+        raise InputError("--notify takes an address such as https://example.com/hook, or @FILE that holds one")
+    return url
 
 
 def end_of(report: Report, exit_code: int, tracking_uri: str) -> dict[str, Any]:

@@ -207,6 +207,9 @@ def _finish(
     result = result.model_copy(update={"trials": tuple(recorder.records.values()), **ended})
     if not stopper.interrupted:
         evaluation.evaluate(sweep, result, prepared.shape, folder, say)
+        for record in evaluation.scored(result, folder):
+            recorder.save(record)
+        result = result.model_copy(update={"trials": tuple(recorder.records.values())})
     say("writing the report")
     # Before MLflow is waited for: what was measured is safe whatever happens then.
     write_sweep(folder, result)

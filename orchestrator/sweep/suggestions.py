@@ -116,7 +116,7 @@ class Suggestions:
         folder = SweepFolder(Path(sweep.search.warm_start).expanduser())
         earlier, _ = read_sweep(folder)
         same = earlier.model == sweep.model and earlier.data_hash == self._prepared.data_hash
-        if not same or earlier.objective_metric != sweep.primary.metric or len(sweep.objectives) > 1:
+        if not same or earlier.objective_metric != sweep.primary.metric or len(goals(sweep)) > 1:
             return (), points
         curves = functools.cache(lambda trial_id: folder.trial(trial_id).read_metrics())
         told = learned(earlier.trials, sweep.domains, sweep.base, goals(sweep), curves, limits(sweep))
@@ -142,7 +142,7 @@ def to_try_first(sweep: SweepConfig) -> tuple[Settings, ...]:
 
 def goals(sweep: SweepConfig) -> tuple[Goal, ...]:
     """The objectives as the search takes them."""
-    return tuple(Goal(objective.metric, objective.mode) for objective in sweep.objectives)
+    return tuple(Goal(objective.metric, objective.mode) for objective in sweep.training_objectives)
 
 
 def limits(sweep: SweepConfig) -> dict[str, Limit]:

@@ -18,6 +18,7 @@ from mlflow.exceptions import MlflowException
 
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.errors import StorageError, TrackingUnreachableError
+from orchestrator.reporting.statistics import objective_of
 from orchestrator.results.provenance import without_secret
 from orchestrator.results.records import MetricPoint, SweepResult, TrialResult, TrialStatus
 from orchestrator.results.remote import local_storage
@@ -132,10 +133,10 @@ class Tracker:
             if file.exists():
                 self._client.log_artifact(run, str(file))
         if best and best.best:
-            value = getattr(best.best, sweep.objective_metric)
+            value = objective_of(sweep, best)
             if value is not None:
                 point = best.best
-                self._client.log_metric(run, f"best_{sweep.objective_metric}", value, point.time_ms, point.step)
+                self._client.log_metric(run, f"best_{key_of(sweep.objective_metric)}", value, point.time_ms, point.step)
             self._client.set_tag(run, "best_trial", best.trial_id)
         self._client.set_terminated(run, "KILLED" if sweep.interrupted else "FINISHED")
 
@@ -334,6 +335,11 @@ def metrics_of(point: MetricPoint) -> list[Metric]:
         for name in METRICS
         if (value := getattr(point, name)) is not None
     ]
+
+
+def key_of(metric: str) -> str:
+    """A metric's name as MLflow takes it: a score of lm-eval may have its filter after a comma."""
+    return metric.replace(",", "_")
 
 
 def _first_line(error: Exception) -> str:

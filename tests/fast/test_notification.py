@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import json
 import socket
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.metadata import EntryPoint
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 from typer.testing import CliRunner
@@ -22,30 +18,7 @@ from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 from orchestrator.sweep import notification
 from orchestrator.sweep.callbacks import GROUP, Callback, Callbacks
 from tests.made_up_sweep import made_up_sweep, made_up_trial, simulated, write_made_up
-
-
-@contextmanager
-def webhook(status: int = 200) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """A server that keeps what it is told."""
-    told: list[dict[str, Any]] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(status)
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            """The tests' output stays ours."""
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/hook/secret-token", told
-    finally:
-        server.shutdown()
-        server.server_close()
+from tests.webhook import webhook
 
 
 def test_a_webhook_is_told_the_answer_and_where_to_look(tmp_path: Path) -> None:
@@ -106,12 +79,24 @@ def test_a_sweep_that_could_not_go_on_is_told_with_its_reason(tmp_path: Path) ->
 @pytest.mark.parametrize("url", ["", "example.com/hook", "ftp://example.com", "https://", "http://host:port/"])
 def test_an_address_that_cannot_be_told_is_refused_before_anything_starts(url: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--notify"):
-        notification.require_address(url)
+        notification.address_of(url)
     words = ["run", "search_spaces/smoke.yaml", "--storage", str(tmp_path), "--notify", url]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 2
     assert "--notify" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_address_may_stand_in_a_file_so_that_no_list_of_processes_shows_it(tmp_path: Path) -> None:
+    file = tmp_path / "webhook.txt"
+    file.write_text("https://example.com/hook/secret-token\n")
+    assert notification.address_of(f"@{file}") == "https://example.com/hook/secret-token"
+    with pytest.raises(InputError, match="nowhere"):
+        notification.address_of("@nowhere.txt")
+    file.write_text("example.com/secret-token")
+    with pytest.raises(InputError, match="--notify") as caught:
+        notification.address_of(f"@{file}")
+    assert "secret-token" not in str(caught.value)
 
 
 class Listener(Callback):

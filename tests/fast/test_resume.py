@@ -37,6 +37,13 @@ def sweep(**keys: Any) -> SweepConfig:
     return SweepConfig.model_validate(BASE | keys)
 
 
+def test_a_score_may_become_the_objective_once_the_trials_are_there() -> None:
+    scored = sweep(objective={"metric": "tiny/acc", "mode": "max"}, evaluate={"tasks": ["tiny"]})
+    require_same_question(FOLDER, sweep(), scored)
+    with pytest.raises(FolderError, match="objective was"):
+        require_same_question(FOLDER, sweep(objective={"metric": "loss"}), scored)
+
+
 @pytest.mark.parametrize(
     ("keys", "told"),
     [

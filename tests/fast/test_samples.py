@@ -9,9 +9,11 @@ import pytest
 from orchestrator.config.sweep_config import DataConfig, EvaluateConfig, SweepConfig
 from orchestrator.errors import InputError
 from orchestrator.reporting import report
+from orchestrator.reporting.recommendation import recommend, trial_to_take
 from orchestrator.results.evaluation import Evaluation, Sample, read_evaluation, write_evaluation
 from orchestrator.results.records import TrialStatus
-from orchestrator.sweep.evaluation import wanted
+from orchestrator.results.storage import results_table
+from orchestrator.sweep.evaluation import scored, wanted
 from orchestrator.training import evaluation
 from tests.made_up_sweep import made_up_sweep, made_up_trial, write_made_up
 
@@ -61,3 +63,47 @@ def test_tasks_without_lm_eval_are_refused_before_anything_starts(monkeypatch: p
     evaluation.require(EvaluateConfig(prompts=("a",)))
     with pytest.raises(InputError, match=r"orchestrator\[eval\]"):
         evaluation.require(ASKED)
+
+
+SCORE = {"metric": "tiny/acc", "mode": "max"}
+
+
+def test_where_a_score_is_the_objective_all_that_completed_are_evaluated_and_it_decides(tmp_path: Path) -> None:
+    trials = [
+        made_up_trial({"rank": rank}, repeat, objective=2.0 + rank / 100, memory_bytes=2**30)
+        for rank in (8, 16)
+        for repeat in range(3)
+    ]
+    asked = SweepConfig(
+        name="made-up",
+        model="builtin:tiny-llama",
+        data=DataConfig(train="x"),
+        objective=SCORE,
+        evaluate=EvaluateConfig(tasks=("tiny",)),
+    )
+    sweep = made_up_sweep(trials).model_copy(update={"objective_metric": "tiny/acc", "objective_mode": "max"})
+    assert list(wanted(asked, sweep)) == list(sweep.trials)
+    early = recommend(sweep)
+    assert early.basis == "nothing"
+    assert "no trial has a tiny/acc" in early.answer
+
+    folder = write_made_up(tmp_path / "sweep", sweep)
+    for trial in sweep.trials:
+        # What the loss prefers, the score does not.
+        score = 0.5 + (0.2 if trial.config.rank == 16 else 0.0) + trial.repeat / 1000
+        scores = {"tiny/acc": score, "tiny/acc_stderr": 0.1}
+        write_evaluation(folder.trial(trial.trial_id), Evaluation(asked=ASKED, scores=scores, seconds=1.0))
+    found = tuple(scored(sweep, folder))
+    assert len(found) == 6
+    sweep = sweep.model_copy(update={"trials": found})
+    assert tuple(scored(sweep, folder)) == ()
+    assert recommend(sweep).label == "rank=16"
+    assert "best tiny/acc (0.7010" in recommend(sweep).answer
+    assert trial_to_take(sweep).config.rank == 16
+    assert results_table(sweep).splitlines()[0].endswith(",tiny/acc,tiny/acc_stderr")
+
+
+def test_completed_trials_without_the_score_are_told_with_the_scores_that_there_are() -> None:
+    trials = [made_up_trial({"rank": rank}).model_copy(update={"scores": {"tiny/acc": 0.5}}) for rank in (8, 16)]
+    sweep = made_up_sweep(trials).model_copy(update={"objective_metric": "tiny/accc", "objective_mode": "max"})
+    assert any("no tiny/accc" in line and "tiny/acc." in line for line in recommend(sweep).evidence)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -132,9 +133,23 @@ def test_nothing_of_the_sweep_file_reaches_the_command_or_the_environment(folder
     package = packed(folder, "tracking.uri=https://me:secret@mlflow.example.org")
     assert "secret" in package.sweep
     environment = runtime_env(folder, [])
-    assert "secret" not in entrypoint("warm") + str(environment)
-    assert entrypoint("fresh") == "python -m orchestrator run sweep.yaml --isolation fresh"
+    assert "secret" not in entrypoint("warm", notifies=True) + str(environment)
+    assert entrypoint("fresh", notifies=False) == "python -m orchestrator run sweep.yaml --isolation fresh"
     assert "pip" not in environment
+
+
+def test_the_webhook_goes_along_in_a_file_and_not_in_the_command(folder: Path, tmp_path: Path) -> None:
+    url = "https://example.com/hook/secret-token"
+    package = replace(packed(folder), webhook=url)
+    assert package.digest != packed(folder).digest
+    out = tmp_path / "out"
+    out.mkdir()
+    package.write(out)
+    command = entrypoint("warm", notifies=True)
+    assert "secret-token" not in command
+    named = command.split()[-1]
+    assert named.startswith("@")
+    assert (out / named[1:]).read_text() == url
 
 
 def test_requirements_are_ours_as_they_are_pinned_without_ray(folder: Path) -> None:

@@ -244,3 +244,33 @@ def test_a_scheduler_named_without_its_keys_is_shown_how_it_is_written(tmp_path:
     file.write_text("name: n\nmodel: m\ndata: {train: d}\nspace: {rank: [1]}\nscheduler: asha\n")
     with pytest.raises(SweepFileError, match=r"\{asha: \{grace_steps: 40\}\}"):
         load(file)
+
+
+@pytest.mark.parametrize(
+    ("objective", "tasks", "told"),
+    [
+        ("{metric: hellaswag/acc, mode: max}", "[]", r":5: objective\.metric: .*evaluate\.tasks"),
+        ("{metric: helaswag/acc, mode: max}", "[hellaswag]", r"did you mean hellaswag\?"),
+        ("[{metric: loss}, {metric: arc/acc, mode: max}]", "[hellaswag]", r"objective\[1\]\.metric: .*arc"),
+        ("{metric: hellaswag/acc}", "[hellaswag]", r":5: objective\.mode: .*max or min"),
+        ("{metric: evalloss}", "[hellaswag]", r"did you mean eval_loss\?"),
+        ("{metric: accuracy}", "[hellaswag]", r"hellaswag/acc_norm"),
+    ],
+)
+def test_a_score_that_nothing_would_measure_is_refused(tmp_path: Path, objective: str, tasks: str, told: str) -> None:
+    file = tmp_path / "sweep.yaml"
+    head = "name: n\nmodel: m\ndata: {train: d}\nspace: {rank: [1]}\n"
+    file.write_text(f"{head}objective: {objective}\nevaluate: {{tasks: {tasks}}}\n")
+    with pytest.raises(SweepFileError, match=told):
+        load(file)
+
+
+def test_a_score_decides_in_the_end_and_until_then_eval_loss(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    head = "name: n\nmodel: m\ndata: {train: d}\nspace: {rank: [1]}\nevaluate: {tasks: [mmlu]}\n"
+    file.write_text(f"{head}objective: {{metric: mmlu_anatomy/acc, mode: max}}\n")
+    sweep = load(file)
+    assert [(one.metric, one.mode) for one in sweep.objectives] == [("mmlu_anatomy/acc", "max")]
+    assert (sweep.primary.metric, sweep.primary.mode) == ("eval_loss", "min")
+    file.write_text(to_yaml(sweep))
+    assert load(file) == sweep
