@@ -43,7 +43,8 @@ def loss_curves(
 ) -> tuple[Figure, ...]:
     """The evaluation's loss over the steps: a figure for every searched setting, coloured by its values."""
     drawn = mean_curves(sweep, found, curves)
-    if not drawn:
+    if all(len(curve.points) < 2 for curve in drawn):
+        # Evaluated once, at the end: the table says it.
         return ()
     names = [name for name in sweep.searched if len({spell(dict(d.settings).get(name)) for d in drawn}) > 1]
     if len(drawn) <= MAX_COLOURS:

@@ -135,7 +135,9 @@ def pareto_charts(
         ),
         Cost(f"{metric} against speed", Axis("tokens a second", quantities.rate), lambda s: s.tokens_per_s),
     )
-    figures = (_pareto_chart(metric, cost, found, front, recommended) for cost in costs)
+    # Against itself an objective makes no picture.
+    told = {"peak_memory_bytes": costs[1:], "tokens_per_s": costs[:1], "step_time_s": costs[:1]}.get(metric, costs)
+    figures = (_pareto_chart(metric, cost, found, front, recommended) for cost in told)
     return tuple(figure for figure in figures if figure)
 
 

@@ -84,7 +84,9 @@ def _effect(sweep: SweepResult, name: str, measured: Sequence[TrialResult]) -> E
         return objective_of(sweep, trial) if trial.status is TrialStatus.COMPLETED else None
 
     group_of = grouping([getattr(trial.config, name) for trial in measured])
-    ordered = sorted({spell(v): v for t in measured for v in [getattr(t.config, name)]}.values(), key=sort_key)
+    # Numbers by size; words as the sweep has them, whose first one is what the others are compared with.
+    found = {spell(v): v for t in measured for v in [getattr(t.config, name)]}
+    ordered = sorted(found.values(), key=lambda value: sort_key(value)[:2])
     order = list(dict.fromkeys(map(group_of, ordered)))
     objectives: dict[str, list[float]] = {group: [] for group in order}
     for trial in measured:

@@ -20,6 +20,7 @@ from orchestrator.reporting.lineage import lineage_words
 from orchestrator.reporting.recommendation import Recommendation, recommend
 from orchestrator.reporting.statistics import ConfigurationSummary, label, pareto_front, sign_of, summaries
 from orchestrator.reporting.times import Outlay, Times, against_plan, times_of
+from orchestrator.reporting.trades import COSTS, trades
 from orchestrator.results.provenance import without_secret
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 from orchestrator.results.storage import DamagedRecord, SweepFolder, read_record, read_sweep
@@ -101,7 +102,7 @@ def build(folder: SweepFolder, now_s: float | None = None) -> Report:
         plan=plan,
         damaged=damaged + unread,
         summaries=found,
-        recommendation=_with_lineage(sweep, _with_plateaus(recommend(sweep), levels, effects)),
+        recommendation=_with_lineage(sweep, _with_settings(sweep, recommend(sweep), levels, effects)),
         front=pareto_front(found, sign_of(sweep)),
         effects=effects,
         importances=importances(sweep),
@@ -131,13 +132,16 @@ def _price(sweep_file: str | None) -> float | None:
     return float(price) if isinstance(price, int | float) else None
 
 
-def _with_plateaus(
-    recommendation: Recommendation, levels: Mapping[str, Plateau], effects: Sequence[Effect]
+def _with_settings(
+    sweep: SweepResult, recommendation: Recommendation, levels: Mapping[str, Plateau], effects: Sequence[Effect]
 ) -> Recommendation:
-    """The evidence with what curves and effects add: whether more steps, or more of a setting, would still help."""
-    told = [levelling_words(effect.setting, effect.levelling) for effect in effects if effect.levelling]
-    if level := levels.get(recommendation.configuration_id or ""):
-        told.append(_curve_words(level))
+    """The evidence with what effects and curves add: what settings trade, and whether more of one would still help."""
+    told = list(trades(sweep, effects))
+    # More of a setting gains no speed, and nobody asks when it stops to.
+    if sweep.objective_metric not in COSTS:
+        told += [levelling_words(effect.setting, effect.levelling) for effect in effects if effect.levelling]
+        if level := levels.get(recommendation.configuration_id or ""):
+            told.append(_curve_words(level))
     return replace(recommendation, evidence=(*recommendation.evidence, *told))
 
 
