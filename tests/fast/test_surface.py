@@ -114,7 +114,7 @@ def test_every_link_and_file_that_a_document_names_exists(document: Path) -> Non
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: file.name)
 def test_every_command_that_a_document_shows_parses(document: Path) -> None:
     for block in re.findall(r"```console\n(.*?)```", document.read_text(), re.DOTALL):
-        for line in block.splitlines():
+        for line in block.replace("\\\n", "").splitlines():
             words = shlex.split(line.removeprefix("$ "), comments=True)
             if words and words[0] == "orchestrator":
                 assert words[1] in commands(), line
