@@ -18,6 +18,7 @@ from orchestrator.results.storage import SweepFolder, read_sweep, read_trial_res
 from tests.ray.clusters import BIN, Head, started_head
 from tests.ray.sweeps import BASE
 from tests.waiting import wait_until
+from tests.webhook import webhook
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -152,8 +153,12 @@ def test_a_job_is_followed_left_followed_again_stopped_and_resumed(head: Head, t
     assert TOKEN not in ask(head, "GET", "")
 
 
-def test_a_job_ends_with_the_exit_code_of_its_sweep(head: Head, tmp_path: Path) -> None:
+def test_a_job_ends_with_the_exit_code_of_its_sweep_and_tells_the_webhook(head: Head, tmp_path: Path) -> None:
     write_sweep_file(tmp_path, name="bad", space={"rank": [2]}, tracking={"uri": "http://127.0.0.1:1"})
-    exit_code, out, err = ended(submit(head, "--follow", cwd=tmp_path))
+    with webhook() as (url, told):
+        exit_code, out, err = ended(submit(head, "--follow", "--notify", url, cwd=tmp_path))
     assert exit_code == 3, out + err
     assert "does not answer" in out
+    (body,) = told
+    assert (body["name"], body["status"]) == ("bad", "failed")
+    assert url not in ask(head, "GET", "")
