@@ -80,10 +80,10 @@ def response_charts(searched: Sequence[str], found: Sequence[ConfigurationSummar
     costs: tuple[tuple[str, Axis, Callable[[ConfigurationSummary], float | None]], ...] = (
         (
             "Peak memory",
-            Axis(f"peak memory of a worker ({name})"),
+            Axis(f"peak memory of a worker ({name})", from_zero=True),
             lambda s: s.peak_memory_bytes / unit if s.peak_memory_bytes else None,
         ),
-        ("Speed", Axis("tokens a second", quantities.rate), lambda s: s.tokens_per_s),
+        ("Speed", Axis("tokens a second", quantities.rate, from_zero=True), lambda s: s.tokens_per_s),
     )
     measures = [setting for setting in searched if _measures(setting, found)][:MAX_SETTINGS]
     figures = (_response(setting, *cost, found) for setting in measures for cost in costs)

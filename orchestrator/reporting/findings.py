@@ -153,10 +153,13 @@ def _with_lineage(sweep: SweepResult, recommendation: Recommendation) -> Recomme
 
 def levelling_words(setting: str, levelling: Levelling) -> str:
     """`rank levels off at 64: 256 gains 0.0010 ± 0.0040 over 64, all else alike, and 1 % at most.`"""
-    gain = quantities.plus_minus(levelling.gain.mean, levelling.gain.half_width)
-    compared = f"{levelling.further} gains {gain} over {levelling.value}"
+    gains = levelling.gain.mean > 0
+    gain = quantities.plus_minus(abs(levelling.gain.mean), levelling.gain.half_width)
+    words = f"gains {gain} over" if gains else f"is worse by {gain} than"
+    compared = f"{levelling.further} {words} {levelling.value}"
     if levelling.state == "levelled_off":
-        return f"{setting} levels off at {levelling.value}: {compared}, all else alike, and 1 % at most."
+        most = ", and 1 % at most" if gains else ""
+        return f"{setting} levels off at {levelling.value}: {compared}, all else alike{most}."
     if levelling.state == "still_gains":
         return f"{setting} has not levelled off: {compared}, all else alike, so that a higher one may gain more."
     return f"Whether {setting} has levelled off cannot be told: {compared}, all else alike."

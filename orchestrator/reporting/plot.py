@@ -73,6 +73,8 @@ class Axis:
     """Of its ticks; as many decimals as their steps have where nothing is said."""
     at: tuple[float, ...] = ()
     """Where its ticks are; round numbers where nothing is said."""
+    from_zero: bool = False
+    """For sizes and speeds, of which a reader compares the heights."""
 
 
 def ticks(low: float, high: float, about: int = 5) -> tuple[float, ...]:
@@ -106,7 +108,8 @@ def xy_plot(title: str, summary: str, x: Axis, y: Axis, lines: Sequence[Line] = 
     heights += [dot.at[1] + side * (dot.half_height or 0) for dot in dots for side in (-1, 1)]
     # Ticks that are named are places in a row, not figures.
     x_range = (min(x.at) - 0.5, max(x.at) + 0.5) if x.at else _padded([point[0] for point in points])
-    scale = _Scale(x_range, _padded(heights))
+    low, high = _padded(heights)
+    scale = _Scale(x_range, (0.0 if y.from_zero else low, high))
     parts = [_grid(scale, x, y)]
     parts += [_band(line, scale) for line in lines if len(line.band) > 1]
     parts += [_line(line, scale) for line in lines]

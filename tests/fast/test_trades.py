@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.reporting import findings, report
-from orchestrator.reporting.effects import main_effects
+from orchestrator.reporting.effects import Levelling, main_effects
+from orchestrator.reporting.statistics import Estimate
 from orchestrator.reporting.trades import trades
 from orchestrator.results.records import SweepResult
 from tests.made_up_sweep import made_up_sweep, made_up_trial, write_made_up
@@ -67,3 +68,10 @@ def test_what_has_no_other_trial_to_be_compared_with_is_not_told() -> None:
         made_up_trial({"precision": "nf4", "learning_rate": 2e-4}),
     ]
     assert told(made_up_sweep(trials, searched=("precision", "learning_rate"))) == []
+
+
+def test_a_higher_value_that_is_worse_is_said_to_be_worse() -> None:
+    words = findings.levelling_words("rank", Levelling("levelled_off", "128", "256", Estimate(-0.049, 0.035, 3)))
+    assert words == "rank levels off at 128: 256 is worse by 0.049 ± 0.035 than 128, all else alike."
+    words = findings.levelling_words("rank", Levelling("levelled_off", "64", "128", Estimate(0.001, 0.004, 3)))
+    assert words == "rank levels off at 64: 128 gains 0.0010 ± 0.0040 over 64, all else alike, and 1 % at most."
