@@ -36,12 +36,12 @@ class SettingValue:
     objective: Estimate | None
     """Over the completed trials; None where none has completed."""
     difference: Estimate | None
-    """To the setting's first value, over pairs of trials that differ in nothing else; its count and interval are those
-    of the seeds, so that one seed alone has none."""
+    """To the setting's reference value, over pairs of trials that differ in nothing else; its count and interval are
+    those of the seeds, so that one seed alone has none."""
     gain: Estimate | None
     """The same, to the value before: what one step more still brings."""
     memory_ratio: Estimate | None
-    """Peak memory over that with the first value, over such pairs; stopped trials take part."""
+    """Peak memory over that with the reference value, over such pairs; stopped trials take part."""
     speed_ratio: Estimate | None
     """Tokens a second, likewise."""
 
@@ -65,6 +65,8 @@ class Effect:
 
     setting: str
     values: tuple[SettingValue, ...]
+    reference: str
+    """The first value of which there are pairs: what the others are compared with."""
     explained: float | None
     """Share of the objective's variance over completed trials that the setting alone accounts for (eta squared)."""
     levelling: Levelling | None
@@ -94,20 +96,22 @@ def _effect(sweep: SweepResult, name: str, measured: Sequence[TrialResult]) -> E
             objectives[group_of(getattr(trial.config, name))].append(value)
     places = _places(name, sweep.searched, measured, group_of)
     cells, memory, speed = (_cells(places, measured, reading) for reading in (final, _memory, _speed))
+    paired = {group for found in (cells, memory, speed) for _, cell in found if len(cell) > 1 for group in cell}
+    reference = next((group for group in order if group in paired), order[0])
     values = tuple(
         SettingValue(
             value=group,
             objective=estimate(objectives[group]) if objectives[group] else None,
-            difference=_difference(cells, group, order[0]) if place else None,
+            difference=_difference(cells, group, reference) if group != reference else None,
             gain=_difference(cells, group, order[place - 1]) if place else None,
-            memory_ratio=_ratio(memory, group, order[0]) if place else None,
-            speed_ratio=_ratio(speed, group, order[0]) if place else None,
+            memory_ratio=_ratio(memory, group, reference) if group != reference else None,
+            speed_ratio=_ratio(speed, group, reference) if group != reference else None,
         )
         for place, group in enumerate(order)
     )
     known = [group for group in objectives.values() if group]
     levels = _levelling(cells, order, sign_of(sweep)) if name in COSTLIER_UPWARDS and group_of is spell else None
-    return Effect(name, values, _explained(known), levels)
+    return Effect(name, values, reference, _explained(known), levels)
 
 
 def _memory(trial: TrialResult) -> float | None:

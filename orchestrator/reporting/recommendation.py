@@ -239,7 +239,9 @@ def _cost_words(comparison: Comparison) -> list[str]:
     if saved is not None and abs(saved) >= 0.01:
         words.append(f"takes {quantities.share(abs(saved))} {'less' if saved > 0 else 'more'} memory")
     if speedup is not None and not 0.99 < speedup < 1.01:
-        words.append(f"is {speedup:.2g}× faster" if speedup > 1 else f"is {1 / speedup:.2g}× slower")
+        times = max(speedup, 1 / speedup)
+        shown = f"{times:.2f}" if times < 1.095 else f"{times:.2g}"
+        words.append(f"is {shown}× {'faster' if speedup > 1 else 'slower'}")
     return [" and ".join(words)] if words else []
 
 
@@ -287,6 +289,8 @@ def _by_single_runs(
     contenders = [best, *(other for other in contenders if other is not best)]
     comparisons = _compare(sweep, contenders, None)
     metric = sweep.objective_metric
+    if len(same) == len(contenders) - 1:
+        return _by_cost(sweep, contenders, comparisons, caveats)
     answer = (
         f"Take {best.label}: it has the best {metric} ({_value(best)}), but one run each cannot tell a difference "
         f"from noise; {FIRST_REPEATS} repeats (search.repeats: {FIRST_REPEATS}) would begin to."
@@ -299,6 +303,24 @@ def _by_single_runs(
             words = " and ".join(_cost_words(comparison)) or "costs the same"
             close.append(f"{other.label} is within {difference.mean:.2g} of it, less than 1 %, and {words}.")
     return _make("single_runs", best, answer, [*close[:5], *caveats], comparisons, None, FIRST_REPEATS)
+
+
+def _by_cost(
+    sweep: SweepResult,
+    contenders: Sequence[ConfigurationSummary],
+    comparisons: tuple[Comparison, ...],
+    caveats: Sequence[str],
+) -> Recommendation:
+    """Ways to compute the same, as ZeRO stages are: their costs decide, and no repeat is needed to see that."""
+    best = contenders[0]
+    is_least = all(comparison.memory_saved is None or comparison.memory_saved <= 0 for comparison in comparisons)
+    why = "takes the least memory" if is_least else "is the fastest of those within 2 % of the least memory"
+    answer = (
+        f"Take {best.label}: all {len(contenders)} configurations come to the same {sweep.objective_metric} "
+        f"({_value(best)}), and it {why}."
+    )
+    others = [f"{comparison.label} {words[0]}." for comparison in comparisons if (words := _cost_words(comparison))]
+    return _make("single_runs", best, answer, [*others[:8], *caveats], comparisons, is_decided=True)
 
 
 def _without_completed(

@@ -23,7 +23,7 @@ def trades(sweep: SweepResult, effects: Sequence[Effect]) -> tuple[str, ...]:
         line
         for effect in effects
         if effect.setting in WAYS
-        for value in effect.values[1:MAX_VALUES]
+        for value in effect.values[:MAX_VALUES]
         if (line := _line(sweep, effect, value, longest))
     )
 
@@ -36,7 +36,7 @@ def _line(sweep: SweepResult, effect: Effect, value: SettingValue, longest: tupl
     far = next((v for e in there if e.setting == effect.setting for v in e.values if v.value == value.value), None)
     at_the_end = ", ".join(_words(sweep, far)) if far else ""
     more = f"; at {name}: {at_the_end}" if at_the_end else ""
-    return f"{effect.setting}={value.value} against {effect.values[0].value}, all else alike: {told}{more}."
+    return f"{effect.setting}={value.value} against {effect.reference}, all else alike: {told}{more}."
 
 
 def _words(sweep: SweepResult, value: SettingValue) -> Iterator[str]:

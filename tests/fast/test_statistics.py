@@ -366,3 +366,29 @@ def test_the_label_names_only_what_was_searched() -> None:
     assert statistics.label(trial, ("rank", "precision")) == "rank=8 precision=nf4"
     assert statistics.label(trial, ("target_modules",)) == "target_modules=q_proj+v_proj"
     assert statistics.label(trial, ()) == "the only configuration"
+
+
+def test_ways_to_compute_the_same_are_told_apart_by_their_costs_with_no_repeat() -> None:
+    trials = [
+        made_up_trial(
+            {"engine": engine, "zero_stage": stage}, objective=2.0 + stage * 1e-9, memory_bytes=memory, step_time_s=s
+        )
+        for engine, stage, memory, s in (
+            ("ddp", 0, 2000, 1.0),
+            ("deepspeed", 1, 1000, 1.05),
+            ("deepspeed", 2, 1010, 1.0),
+            ("deepspeed", 3, 1500, 2.0),
+        )
+    ]
+    sweep = made_up_sweep(trials, searched=("engine", "zero_stage"))
+    found = recommend(sweep)
+    assert found.is_decided
+    assert found.label == "engine=deepspeed zero_stage=2"
+    assert "all 4 configurations come to the same eval_loss (2.000)" in found.answer
+    assert "within 2 % of the least memory" in found.answer
+    assert "engine=ddp zero_stage=0 takes 98 % more memory." in found.evidence
+    assert "engine=deepspeed zero_stage=3 takes 49 % more memory and is 2× slower." in found.evidence
+    # Stage 0 goes with another engine alone: the first stage that has a pair is the one to compare with.
+    (stages,) = (effect for effect in main_effects(sweep) if effect.setting == "zero_stage")
+    assert stages.reference == "1"
+    assert [value.memory_ratio and value.memory_ratio.mean for value in stages.values] == [None, None, 1.01, 1.5]
