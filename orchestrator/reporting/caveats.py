@@ -22,6 +22,8 @@ def caveats(
     open_ = sum(trial.status in (TrialStatus.PENDING, TrialStatus.RUNNING) for trial in sweep.trials)
     if open_:
         told.append(f"{open_} of {len(sweep.trials)} trials have not ended yet: the answer may change.")
+    if sweep.interrupted:
+        told.append("The sweep was interrupted before its end: the same command goes on, and the answer may change.")
     unscored = [t for t in sweep.trials if t.status is TrialStatus.COMPLETED and objective_of(sweep, t) is None]
     if unscored and is_score(sweep.objective_metric):
         there = sorted({name for trial in unscored for name in trial.scores})

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from orchestrator.reporting import quantities
 from orchestrator.reporting.effects import Effect, SettingValue, main_effects
+from orchestrator.reporting.statistics import SAME_OBJECTIVE
 from orchestrator.results.records import SweepResult
 
 WAYS = ("precision", "engine", "zero_stage", "offload", "attention", "gradient_checkpointing", "optimizer")
@@ -43,7 +44,8 @@ def _words(sweep: SweepResult, value: SettingValue) -> Iterator[str]:
     """Of what was measured over pairs of trials; nothing where there is no pair."""
     change = value.difference
     if change and sweep.objective_metric not in COSTS:
-        if max(abs(change.mean), change.half_width or 0.0) < quantities.NOTHING:
+        size = abs(value.objective.mean) if value.objective else 0.0
+        if max(abs(change.mean), change.half_width or 0.0) <= max(quantities.NOTHING, SAME_OBJECTIVE * size):
             yield f"the same {sweep.objective_metric}"
         else:
             sign = "+" if change.mean > 0 else ""
