@@ -9,7 +9,7 @@ from orchestrator.planning.plan import SweepPlan
 from orchestrator.reporting import quantities
 from orchestrator.reporting.charts import Figure, Key
 from orchestrator.reporting.plot import Axis, Bar, Dot, Part, bar_plot, xy_plot
-from orchestrator.reporting.statistics import ConfigurationSummary
+from orchestrator.reporting.statistics import ConfigurationSummary, are_the_same
 
 MAX_BARS = 24
 MAX_LABELS = 8
@@ -145,7 +145,7 @@ def _pareto_chart(
     metric: str, cost: Cost, found: Sequence[ConfigurationSummary], front: frozenset[str], recommended: str | None
 ) -> Figure | None:
     known = [s for s in found if s.objective and cost.of(s)]
-    if len(known) < 2:
+    if len(known) < 2 or are_the_same([s.objective.mean for s in known if s.objective]):
         return None
     on_front = [s.configuration_id for s in known if s.configuration_id in front]
     styles: dict[str | None, str] = {**dict.fromkeys(on_front, "s0"), recommended: "s1"}

@@ -10,7 +10,7 @@ from orchestrator.reporting.charts import MAX_COLOURS, Figure, Key
 from orchestrator.reporting.cost_charts import memory_unit
 from orchestrator.reporting.effects import MAX_VALUES, Effect, sort_key
 from orchestrator.reporting.plot import Axis, Bar, Dot, Line, bar_plot, xy_plot
-from orchestrator.reporting.statistics import ConfigurationSummary, Estimate, spell
+from orchestrator.reporting.statistics import ConfigurationSummary, Estimate, are_the_same, spell
 
 NAMES = frozenset({"zero_stage", "seed"})
 """Numbers that name a choice and measure nothing."""
@@ -25,7 +25,7 @@ def effect_charts(metric: str, effects: Sequence[Effect]) -> tuple[Figure, ...]:
 
 def _effect_chart(metric: str, effect: Effect) -> Figure | None:
     known = [value for value in effect.values if value.objective]
-    if len(known) < 2:
+    if len(known) < 2 or are_the_same([value.objective.mean for value in known if value.objective]):
         return None
     matched = [value.difference for value in known[1:]]
     estimates: list[Estimate] = [value.objective for value in known if value.objective]

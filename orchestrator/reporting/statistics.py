@@ -302,13 +302,25 @@ def repeats_to_tell(difference: float, noise: Noise, configurations: int) -> int
     return high
 
 
+def are_the_same(values: Sequence[float]) -> bool:
+    """Whether objectives differ in the last bits alone, so that a picture of them would show nothing but that."""
+    return max(values) - min(values) <= SAME_OBJECTIVE * max(map(abs, values))
+
+
 def pareto_front(found: Sequence[ConfigurationSummary], sign: int) -> frozenset[str]:
-    """Configurations that no other one beats or equals in objective, peak memory and tokens a second at once."""
+    """Configurations that no other one beats or equals in objective, peak memory and tokens a second at once.
+
+    An objective that differs from the best one in the last bits alone is as good.
+    """
+    best = min((sign * summary.objective.mean for summary in found if summary.objective), default=0.0)
+    as_good = best + SAME_OBJECTIVE * abs(best)
     costs = {}
     for summary in found:
         if summary.objective:
             memory = summary.peak_memory_bytes if summary.peak_memory_bytes is not None else math.inf
-            costs[summary.configuration_id] = (sign * summary.objective.mean, memory, -(summary.tokens_per_s or 0.0))
+            objective = sign * summary.objective.mean
+            objective = best if objective <= as_good else objective
+            costs[summary.configuration_id] = (objective, memory, -(summary.tokens_per_s or 0.0))
     front: dict[str, tuple[float, float, float]] = {}
     # In this order whatever beats a configuration comes before it, so only the front has to be looked at.
     for identity, cost in sorted(costs.items(), key=lambda entry: entry[1]):

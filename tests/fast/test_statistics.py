@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.reporting import statistics
+from orchestrator.reporting import cost_charts, effect_charts, statistics
 from orchestrator.reporting.effects import main_effects
 from orchestrator.reporting.importance import importances
 from orchestrator.reporting.recommendation import recommend, trial_to_take
@@ -371,7 +371,7 @@ def test_the_label_names_only_what_was_searched() -> None:
 def test_ways_to_compute_the_same_are_told_apart_by_their_costs_with_no_repeat() -> None:
     trials = [
         made_up_trial(
-            {"engine": engine, "zero_stage": stage}, objective=2.0 + stage * 1e-9, memory_bytes=memory, step_time_s=s
+            {"engine": engine, "zero_stage": stage}, objective=2.0 - stage * 1e-9, memory_bytes=memory, step_time_s=s
         )
         for engine, stage, memory, s in (
             ("ddp", 0, 2000, 1.0),
@@ -392,3 +392,11 @@ def test_ways_to_compute_the_same_are_told_apart_by_their_costs_with_no_repeat()
     (stages,) = (effect for effect in main_effects(sweep) if effect.setting == "zero_stage")
     assert stages.reference == "1"
     assert [value.memory_ratio and value.memory_ratio.mean for value in stages.values] == [None, None, 1.01, 1.5]
+    # More memory and less speed for a better last bit is no trade.
+    front = statistics.pareto_front(statistics.summaries(sweep), 1)
+    assert {s.label for s in statistics.summaries(sweep) if s.configuration_id in front} == {
+        "engine=deepspeed zero_stage=1",
+        "engine=deepspeed zero_stage=2",
+    }
+    assert cost_charts.pareto_charts("eval_loss", statistics.summaries(sweep), front, None) == ()
+    assert effect_charts.effect_charts("eval_loss", main_effects(sweep)) == ()
