@@ -35,12 +35,11 @@ WORKSPACE_BYTES = 64 * 2**20
 """cuBLAS workspaces and what else is allocated once."""
 UNCOUNTED = 0.01
 """What is alive besides, as a share of all but the weights: blocks that torch's allocator rounds up, by at most 1 MiB
-each. Replaying steps through its rules gives 0 to 0.02; fitted, the cost is level from 0 to 0.03."""
+each. Fitted by benchmarks/memory_accuracy.py, where the cost is level from 0 to 0.03."""
 FRAGMENTATION = 0.11
 """What torch's caching allocator reserves beyond what it gave out at its peak, as a share of what comes and goes, for
-weights lie without gaps: the median of benchmarks/memory_accuracy.py's runs on one GPU. Replaying a step's allocations
-through the allocator's rules gives 0.05 to 0.15, more after a load that frees what it casts; equal settings in other
-lengths measured 0.07 and 0.21, so that no formula of the settings comes nearer than 4 % of the reserved bytes."""
+weights lie without gaps: the median of benchmarks/memory_accuracy.py's runs on one GPU. Equal settings in other lengths
+measured 0.07 and 0.21, so that no formula of the settings comes nearer than 4 % of the reserved bytes."""
 FRAGMENTATION_SHARDED = 0.21
 """The same where weights are gathered and freed layer by layer: the median of the sharded runs."""
 FRAGMENTATION_OFFLOADED = 0.45
