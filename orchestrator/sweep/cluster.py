@@ -290,11 +290,13 @@ def start_switchboard() -> Any:
     return _beside_the_driver(Switchboard).remote()
 
 
-def start_groups(board: Any, shape: GroupShape, model: str, storage: Path) -> Any:
-    """The sweep's worker groups, none of them started yet."""
+def start_groups(board: Any, shape: GroupShape, model: str, storage: Path, ahead: int) -> Any:
+    """The sweep's worker groups, so many of them on their way."""
     from orchestrator.sweep.worker_group import WorkerGroups
 
-    return _beside_the_driver(WorkerGroups).remote(board, shape, model, str(storage))
+    groups = _beside_the_driver(WorkerGroups).remote(board, shape, model, str(storage), ahead)
+    groups.start_ahead.remote()
+    return groups
 
 
 def watch(board: Any, groups: Any) -> Callable[[], ClusterUnreachableError | None]:

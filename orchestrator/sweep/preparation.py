@@ -118,10 +118,9 @@ def prepare(
     # Tune's own state is a cache that we never restore: what had ended is known from our records.
     shutil.rmtree(folder.tune, ignore_errors=True)
     board = cluster.start_switchboard()
-    groups = cluster.start_groups(board, shape, sweep.model, folder.tune / "worker_groups")
-    # Their processes and imports take longer than all that follows here, and need none of it.
     waiting = sum(not trial.reasons and trial.trial_id not in ended for trial in plan.trials)
-    groups.start_ahead.remote(min(slots, waiting))
+    # Their processes and imports take longer than all that follows here, and need none of it.
+    groups = cluster.start_groups(board, shape, sweep.model, folder.tune / "worker_groups", min(slots, waiting))
     try:
         summary = _fetch(sweep, model, folder, say)
     except BaseException:

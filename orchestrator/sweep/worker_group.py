@@ -28,7 +28,8 @@ class WorkerGroups:
     A slot that ran its TorchTrainer itself would import torch for nothing but that: 5 s and 300 MB, for every slot.
     """
 
-    def __init__(self, board: Any, shape: GroupShape, model: str, storage: str) -> None:
+    def __init__(self, board: Any, shape: GroupShape, model: str, storage: str, ahead: int) -> None:
+        """`ahead` is how many groups the first slots will find there, or on their way."""
         # Here and not above: the driver, which makes this actor, needs no torch either.
         import ray.train.torch
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -40,17 +41,23 @@ class WorkerGroups:
         # A thread waits for each TorchTrainer; there are never more than slots, and a few that close.
         self._threads = ThreadPoolExecutor(10_000)
         self._open: dict[str, asyncio.Future[None]] = {}
+        self._to_start = ahead
         self._ahead: list[asyncio.Task[str]] = []
 
-    async def start_ahead(self, groups: int) -> None:
-        """Start so many before the first slot asks for one."""
-        self._ahead += [asyncio.create_task(self._start()) for _ in range(groups)]
+    async def start_ahead(self) -> None:
+        """Start the first groups, once: a slot's `open`, whose call may overtake this one, does so too.
+
+        Started beside those that slots had opened, they would hold room that nobody asks for.
+        """
+        self._ahead += [asyncio.create_task(self._start()) for _ in range(self._to_start)]
+        self._to_start = 0
 
     async def open(self, avoided: Collection[str] = ()) -> str:
         """A group's id, its workers there or on their way.
 
         avoided: ids of nodes that they are not to lie on.
         """
+        await self.start_ahead()
         while self._ahead and not avoided:
             group_id = await self._ahead.pop(0)
             if await self.is_alive(group_id):
@@ -69,6 +76,8 @@ class WorkerGroups:
 
     async def close_all(self) -> None:
         """The sweep is over."""
+        self._to_start = 0
+        await asyncio.gather(*self._ahead)
         await asyncio.gather(*map(self.close, list(self._open)))
 
     async def life(self) -> None:

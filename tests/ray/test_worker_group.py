@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
+from ray.util import placement_group_table
 
 from orchestrator.config.sweep_config import DataConfig
 from orchestrator.config.trial_config import TrialConfig
@@ -86,10 +87,16 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     )
     cluster.connect(None)
     board = cluster.start_switchboard()
-    groups = cluster.start_groups(board, GroupShape(1, 0, 1), MODEL, folder / "groups")
+    groups = cluster.start_groups(board, GroupShape(1, 0, 1), MODEL, folder / "groups", ahead=1)
     yield Bench(board, groups, ray.get(groups.open.remote()), folder / "data", folder)
     ray.get(groups.close_all.remote())
     cluster.disconnect()
+
+
+def test_the_group_that_was_started_ahead_is_the_one_that_is_opened(bench: Bench) -> None:
+    ray.get(bench.groups.start_ahead.remote())
+    assert bench.run().status is TrialStatus.COMPLETED
+    assert [g["state"] for g in placement_group_table().values()] == ["CREATED"]
 
 
 def test_fifty_trials_in_one_group_leave_memory_handles_and_threads_as_they_were(bench: Bench) -> None:
