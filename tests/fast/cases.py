@@ -1,13 +1,16 @@
-"""Shapes and machines that the planning tests share."""
+"""Shapes, machines and made-up records that tests share."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from orchestrator.config.search_space import Trial
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.planning.compatibility import Case
 from orchestrator.planning.hardware import Hardware, named_gpu
 from orchestrator.planning.model_shape import shape_of
+from orchestrator.planning.plan import PlannedTrial
+from orchestrator.results.records import StartedFrom, Suggestion, TrialResult, TrialStatus
 
 LLAMA_2_7B: dict[str, Any] = {
     "model_type": "llama",
@@ -39,3 +42,23 @@ V100 = named_gpu("V100", 8)
 
 def case(hardware: Hardware, workers: int = 1, **settings: Any) -> Case:
     return Case(TrialConfig.model_validate(settings), shape_of(LLAMA_2_7B), hardware, workers)
+
+
+def planned(trial: Trial, *reasons: str) -> PlannedTrial:
+    """The trial as the plan has it, refused where there are reasons."""
+    return PlannedTrial(reasons=reasons, **{name: getattr(trial, name) for name in Trial.__dataclass_fields__})
+
+
+def new_record(planned: PlannedTrial, suggestion: Suggestion | None, parent: StartedFrom | None) -> TrialResult:
+    """The record that a planned trial begins with."""
+    return TrialResult(
+        trial_id=planned.trial_id,
+        configuration_id=planned.configuration_id,
+        status=TrialStatus.INFEASIBLE if planned.reasons else TrialStatus.PENDING,
+        reason="; ".join(planned.reasons) or None,
+        config=planned.config,
+        repeat=planned.repeat,
+        seed=0,
+        suggestion=suggestion,
+        started_from=parent,
+    )

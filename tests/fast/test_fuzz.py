@@ -41,6 +41,7 @@ def test_a_pipe_in_place_of_any_file_of_a_sweep_is_not_waited_for(tmp_path: Path
         file.unlink()
         os.mkfifo(file)
         read_all(sweep)
+        assert file.is_fifo()
         file.unlink()
         file.write_bytes(held)
 

@@ -16,11 +16,11 @@ from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.sweep_file import load
 from orchestrator.errors import InputError, SweepFileError
 from orchestrator.planning.plan import PlannedTrial
-from orchestrator.results.records import StartedFrom, Suggestion, Timing, TrialResult, TrialStatus
+from orchestrator.results.records import Timing, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder
 from orchestrator.search.observation import Observation, Standing
 from orchestrator.search.payoff import expected_gain
-from tests.fast.cases import A100, CPU
+from tests.fast.cases import A100, CPU, new_record, planned
 from tests.fast.test_plan import plan
 from tests.fast.test_suggest import point
 
@@ -77,27 +77,13 @@ class Search:
         shape = SimpleNamespace(workers=1, gpus_per_worker=1.0)
         prepared: Any = SimpleNamespace(sweep=self.sweep, plan_trial=self.plan_trial, shape=shape, data_hash="")
         recorder: Any = SimpleNamespace(records=self.records, save=self.save, trial_seconds=self.seconds, started_at=0)
-        self.suggestions = Suggestions(prepared, self.folder, recorder, self.new_record)
+        self.suggestions = Suggestions(prepared, self.folder, recorder, new_record)
 
     def seconds(self) -> float:
         return sum(record.timing.total_s for record in self.records.values())
 
     def plan_trial(self, trial: Trial) -> PlannedTrial:
-        return PlannedTrial(**{name: getattr(trial, name) for name in Trial.__dataclass_fields__})
-
-    def new_record(
-        self, planned: PlannedTrial, suggestion: Suggestion | None, parent: StartedFrom | None
-    ) -> TrialResult:
-        return TrialResult(
-            trial_id=planned.trial_id,
-            configuration_id=planned.configuration_id,
-            status=TrialStatus.PENDING,
-            config=planned.config,
-            repeat=0,
-            seed=0,
-            suggestion=suggestion,
-            started_from=parent,
-        )
+        return planned(trial)
 
     def save(self, record: TrialResult) -> None:
         self.records[record.trial_id] = record

@@ -20,9 +20,9 @@ from orchestrator.config.trial_config import CHANGEABLE
 from orchestrator.errors import SweepFileError
 from orchestrator.planning.plan import PlannedTrial
 from orchestrator.reporting.lineage import lineage_words
-from orchestrator.results.records import StartedFrom, Suggestion, TrialResult, TrialStatus
+from orchestrator.results.records import TrialResult, TrialStatus
 from orchestrator.search.population import Member, explored, successors
-from tests.fast.cases import A100
+from tests.fast.cases import A100, new_record, planned
 from tests.fast.test_plan import plan
 from tests.fast.test_suggest import point
 
@@ -56,26 +56,11 @@ class Population:
         self.breaks = breaks
         prepared: Any = SimpleNamespace(sweep=self.sweep, plan_trial=self.plan_trial)
         recorder: Any = SimpleNamespace(records=self.records, save=self.save)
-        self.generations = Generations(prepared, recorder, self.new_record, self.forgotten.append)
+        self.generations = Generations(prepared, recorder, new_record, self.forgotten.append)
 
     def plan_trial(self, trial: Trial) -> PlannedTrial:
         reasons = ("too much",) if self.breaks and trial.config.learning_rate > 5e-2 else ()
-        return PlannedTrial(reasons=reasons, **{name: getattr(trial, name) for name in Trial.__dataclass_fields__})
-
-    def new_record(
-        self, planned: PlannedTrial, suggestion: Suggestion | None, parent: StartedFrom | None
-    ) -> TrialResult:
-        return TrialResult(
-            trial_id=planned.trial_id,
-            configuration_id=planned.configuration_id,
-            status=TrialStatus.INFEASIBLE if planned.reasons else TrialStatus.PENDING,
-            reason="told" if planned.reasons else None,
-            config=planned.config,
-            repeat=0,
-            seed=0,
-            suggestion=suggestion,
-            started_from=parent,
-        )
+        return planned(trial, *reasons)
 
     def save(self, record: TrialResult) -> None:
         self.records[record.trial_id] = record

@@ -12,8 +12,9 @@ import pytest
 from orchestrator.config.search_space import Trial
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.planning.plan import PlannedTrial
-from orchestrator.results.records import StartedFrom, Suggestion, TrialResult, TrialStatus
+from orchestrator.results.records import TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder
+from tests.fast.cases import new_record, planned
 from tests.fast.test_suggest import point
 
 pytest.importorskip("ray")
@@ -52,31 +53,16 @@ class Life:
         self.sweep, self.folder = SweepConfig.model_validate(raw), SweepFolder(folder)
         plan = SimpleNamespace(trials=[self.plan_trial(trial) for trial in self.sweep.trials()])
         prepared: Any = SimpleNamespace(sweep=self.sweep, plan_trial=self.plan_trial, plan=plan, data_hash="")
-        made = (self.new_record(*known) for known in known_at_start(prepared, before))
+        made = (new_record(*known) for known in known_at_start(prepared, before))
         self.records = {record.trial_id: before.get(record.trial_id, record) for record in made}
         recorder: Any = SimpleNamespace(records=self.records, save=self.save)
-        self.suggestions = Suggestions(prepared, self.folder, recorder, self.new_record)
+        self.suggestions = Suggestions(prepared, self.folder, recorder, new_record)
         self.scheduler = RuleScheduler(self.sweep)
         self.scheduler.hear_again(self.folder, self.records.values())
 
     def plan_trial(self, trial: Trial) -> PlannedTrial:
         reasons = ("too much",) if trial.config.rank == 128 and trial.config.zero_stage == 1 else ()
-        return PlannedTrial(reasons=reasons, **{name: getattr(trial, name) for name in Trial.__dataclass_fields__})
-
-    def new_record(
-        self, planned: PlannedTrial, suggestion: Suggestion | None, parent: StartedFrom | None
-    ) -> TrialResult:
-        return TrialResult(
-            trial_id=planned.trial_id,
-            configuration_id=planned.configuration_id,
-            status=TrialStatus.INFEASIBLE if planned.reasons else TrialStatus.PENDING,
-            reason="; ".join(planned.reasons) or None,
-            config=planned.config,
-            repeat=planned.repeat,
-            seed=0,
-            suggestion=suggestion,
-            started_from=parent,
-        )
+        return planned(trial, *reasons)
 
     def save(self, record: TrialResult) -> None:
         self.records[record.trial_id] = record

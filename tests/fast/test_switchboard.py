@@ -203,5 +203,6 @@ def test_a_slot_that_takes_the_same_trial_again_keeps_its_own_group() -> None:
         await board.send("g", 1, 0, COMPLETED)
         await board.abandon("t-0", LIMIT_S, but="g")
         await board.assign("g", TASK)
+        assert await board.next_assignment("g", 0, 0, 1) is not None
 
     play(scene())
