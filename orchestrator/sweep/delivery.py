@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 
@@ -75,7 +76,7 @@ def deliver_late(folder: SweepFolder, say: Callable[[str], None]) -> None:
             result = result.model_copy(update={"mlflow_run_id": tracker.parent_run_id})
             for trial in result.trials:
                 tracker.track(trial)
-            save = lambda trial: write_result(folder, trial)  # noqa: E731
+            save = functools.partial(write_result, folder)
             _, is_complete = deliver(sweep, result, tracker, folder, LATE_LIMIT_S, save, lambda _: None)
     except OrchestratorError as error:
         say(f"MLflow still lacks a part of this sweep: {error}")

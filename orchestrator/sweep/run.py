@@ -119,7 +119,7 @@ def _run_prepared(
     result = result.model_copy(update={"mlflow_run_id": tracker.parent_run_id})
     write_opening(prepared, folder, records.values(), result)
     carrier.push()
-    scheduler = RuleScheduler(sweep, prepared.shape.workers * prepared.shape.gpus_per_worker)
+    scheduler = RuleScheduler(sweep, prepared.shape.gpus)
     if earlier:
         scheduler.hear_again(folder, records.values())
     progress = _progress(prepared, folder, records.values(), result)
@@ -175,12 +175,11 @@ def _progress(
 
 
 def _stopper(prepared: Prepared, recorder: Recorder) -> Stopper:
-    gpus = prepared.shape.workers * prepared.shape.gpus_per_worker
     lost_actor = cluster.watch(prepared.board, prepared.groups)
     return Stopper(
         prepared.board,
         prepared.sweep.budget,
-        lambda: recorder.trial_seconds() * gpus / 3600,
+        lambda: recorder.trial_seconds() * prepared.shape.gpus / 3600,
         lambda: recorder.storage_error or lost_actor(),
     )
 

@@ -81,7 +81,7 @@ class Suggestions:
             return None
         shape, repeats = self._prepared.shape, search.repeats
         hours = repeats * fmean(record.timing.total_s + record.timing.earlier_s for record in ended) / 3600
-        gpu_hours = hours * shape.workers * shape.gpus_per_worker
+        gpu_hours = hours * shape.gpus
         spent = (
             ("min_gain_per_hour", search.min_gain_per_hour, hours, "h"),
             ("min_gain_per_cost", search.min_gain_per_cost, budget.cost(sweep.budget, gpu_hours) or 0.0, "of money"),
@@ -96,7 +96,7 @@ class Suggestions:
     def _left(self) -> str:
         sweep, shape, records = self._sweep, self._prepared.shape, self._recorder.records.values()
         tried = len({record.suggestion.number for record in records if record.suggestion})
-        gpu_hours = self._recorder.trial_seconds() * shape.workers * shape.gpus_per_worker / 3600
+        gpu_hours = self._recorder.trial_seconds() * shape.gpus / 3600
         hours = (time.time() - self._recorder.started_at) / 3600
         left = [f"{max(0, (sweep.budget.trials or 0) - tried)} of budget.trials {sweep.budget.trials}"]
         return f"not used: {', '.join([*left, *budget.unspent(sweep.budget, hours, gpu_hours)])}"

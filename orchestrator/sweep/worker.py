@@ -55,6 +55,11 @@ class GroupShape:
     """Its workers must not lie on several nodes, whose network is slower than what joins a node's GPUs."""
 
     @property
+    def gpus(self) -> float:
+        """What a trial holds of the cluster's GPUs."""
+        return self.workers * self.gpus_per_worker
+
+    @property
     def bundle(self) -> dict[str, float]:
         """What one worker takes, as Ray counts it."""
         taken = {"CPU": self.cpus_per_worker}

@@ -28,6 +28,7 @@ pytest.importorskip("ray")
 
 from orchestrator.sweep.scheduler import RuleScheduler
 from orchestrator.sweep.suggestions import Suggestions
+from orchestrator.sweep.worker import GroupShape
 from tests.fast.test_scheduler import told
 
 SPACE = {"learning_rate": {"log_uniform": [1e-5, 1e-1]}}
@@ -74,7 +75,7 @@ class Search:
     def __init__(self, folder: Path, records: list[TrialResult] | None = None, **search: Any) -> None:
         self.sweep = SweepConfig.model_validate({**SWEEP, "search": {**SWEEP["search"], **search}})
         self.folder, self.records = SweepFolder(folder), {record.trial_id: record for record in records or []}
-        shape = SimpleNamespace(workers=1, gpus_per_worker=1.0)
+        shape = GroupShape(workers=1, gpus_per_worker=1.0, cpus_per_worker=1.0)
         prepared: Any = SimpleNamespace(sweep=self.sweep, plan_trial=self.plan_trial, shape=shape, data_hash="")
         recorder: Any = SimpleNamespace(records=self.records, save=self.save, trial_seconds=self.seconds, started_at=0)
         self.suggestions = Suggestions(prepared, self.folder, recorder, new_record)
