@@ -245,7 +245,7 @@ def sweep_of(arguments: argparse.Namespace) -> dict[str, Any]:
             "max_steps": arguments.steps,
             "eval_every": max(1, arguments.steps // 3),
         },
-        "space": {"learning_rate": [round(1e-3 * 1.3**number, 6) for number in range(arguments.trials)]},
+        "space": {"learning_rate": [round(1e-3 * 1.02**number, 8) for number in range(arguments.trials)]},
         "resources": {
             "workers_per_trial": arguments.workers,
             "gpus_per_worker": 0,
