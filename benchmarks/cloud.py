@@ -1,15 +1,18 @@
-"""A sweep on a cloud of two types of GPU that are not there: are the GPUs kept busy, and only those it should take?
+"""Two sweeps at once on a cloud of two types of GPU that are not there: are the GPUs kept busy, and only one's own?
 
-    python -m benchmarks.cloud                                  # 4 nodes × 2 GPUs, 24 trials
-    python -m benchmarks.cloud --nodes 64 --gpus 8 --trials 5120 --slots 512     # where some 500 processes have room
+    python -m benchmarks.cloud                                  # 64 nodes × 8 GPUs: about 8 minutes on 2 cores
+    python -m benchmarks.cloud --nodes 8 --trials 12 --steps 10
 
-`orchestrator run` itself on a cluster simulated on this machine (`ray.cluster_utils.Cluster`): half of the nodes say
-that they have T4s, half A100s. All but the training is real; `trivial_training.py` says what stands in its place. The
-sweep file names no type: the trials fit on either, so all of them are to run on the smaller one.
+`orchestrator run` itself, twice, on a cluster simulated on this machine (`ray.cluster_utils.Cluster`): half of the
+nodes say that they have T4s, half A100s, and every trial takes all GPUs of a node, one a worker. One sweep asks for
+A100; the other names no type, and is to take the smaller one, since its trials run on either. All but the workers is
+real; `absent_gpus.py` says what stands in their place. A trial takes `--steps` seconds, all of them the same.
 
-- busy: of the seconds that the slots had from the first trial's start to the last one's end, the share that trials
-  worked. A slot's first start, in which a worker group comes up, is told apart (start-up).
-- placed: placement groups that were seen while it ran, by the type of the node that they lay on.
+- busy: of what all GPUs of the cloud could have worked from the first trial's start to the last one's end, the share
+  that trials did. Filling the slots, which takes this machine longer than a trial, and the end, when fewer trials are
+  left than slots, count against it.
+- full: the same while every slot had had a trial and trials were still waiting: what is lost between two trials.
+- placed: trials by the type of the node that they ran on, as Ray's placement groups tell.
 """
 
 from __future__ import annotations
@@ -17,143 +20,160 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import subprocess
-import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.sweeps import Ran, describe, environ, machine, measure_and_tell, run_sweep, say, startups, table
+from benchmarks.sweeps import Ran, Work, describe, environ, machine, measure_and_tell, run_sweep, say, table
 
 TYPES = ("T4", "A100")
-SAMPLE_S = 1.0
+NODES_LIMIT_S = 300.0
+SWEEPS: Mapping[str, dict[str, str]] = {"names-none": {}, "asks-for-a100": {"accelerator": "A100"}}
+QUIET = {
+    # Nothing that the sweeps did not ask for: no worker before its task, none kept after it.
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_num_workers_soft_limit": "0",
+    # Some hundred processes start on few cores, in which a node may be silent for longer than Ray would wait.
+    "RAY_health_check_timeout_ms": "60000",
+    "RAY_health_check_failure_threshold": "20",
+}
 
 
-def sweep_of(trials: int, slots: int, steps: int) -> dict[str, Any]:
-    """The sweep file; `steps` of 20 ms each."""
+def sweep_of(name: str, trials: int, gpus: int, steps: int) -> dict[str, Any]:
+    """The sweep file: a trial takes a node."""
     return {
-        "name": "cloud",
+        "name": name,
         "model": "builtin:tiny-llama",
         "data": {"train": "builtin:python-docstrings", "eval": 0.01, "format": "prompt_completion"},
         "trial": {
             "precision": "fp32",
-            "global_batch_size": 4,
-            "micro_batch_size": 4,
+            "global_batch_size": gpus,
+            "micro_batch_size": 1,
             "max_steps": steps,
-            "eval_every": max(1, steps // 4),
+            "eval_every": steps,
         },
         "space": {"learning_rate": [round(1e-5 * 1.001**number, 12) for number in range(trials)]},
-        "resources": {"workers_per_trial": 1, "gpus_per_worker": 1, "cpus_per_worker": 1, "max_concurrent": slots},
+        "resources": {"workers_per_trial": gpus, "gpus_per_worker": 1, "cpus_per_worker": 1, **SWEEPS[name]},
     }
 
 
+@dataclass(frozen=True, slots=True)
+class Cloud:
+    """A cluster without a real GPU."""
+
+    address: str
+    types: Mapping[str, str]
+    """Of each node, by Ray's id."""
+
+
 @contextlib.contextmanager
-def cloud_of(nodes: int, gpus: int) -> Iterator[str]:
-    """The address of a cluster: a head without CPUs, and nodes with so many GPUs of either type in turn."""
-    os.environ.update(environ())
+def cloud_of(nodes: int, gpus: int) -> Iterator[Cloud]:
+    """A head without CPUs, and nodes with so many GPUs of either type in turn."""
+    os.environ.update(environ() | QUIET)
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
         for number in range(nodes):
             resources = {f"accelerator_type:{TYPES[number % 2]}": 1.0}
-            cluster.add_node(wait=False, num_cpus=gpus, num_gpus=gpus, resources=resources)
-        cluster.wait_for_nodes()
-        yield cluster.address
+            cluster.add_node(
+                wait=False, num_cpus=gpus, num_gpus=gpus, resources=resources, object_store_memory=80 * 2**20
+            )
+        cluster.wait_for_nodes(NODES_LIMIT_S)
+        types = {node["NodeID"]: _type_of(node["Resources"]) for node in cluster.global_state.node_table()}
+        yield Cloud(cluster.address, types)
     finally:
         cluster.shutdown()
 
 
-class Placements:
-    """Where worker groups lay, seen from beside the sweep."""
-
-    def __init__(self, address: str) -> None:
-        self._address = address
-        self.of_group: dict[str, frozenset[str]] = {}
-
-    def watch(self, process: subprocess.Popen[str]) -> None:
-        """Look until the process ends."""
-        import ray
-
-        ray.init(address=self._address, log_to_driver=False, logging_level="ERROR")
-        try:
-            while process.poll() is None:
-                self._look()
-                time.sleep(SAMPLE_S)
-        finally:
-            ray.shutdown()
-
-    def _look(self) -> None:
-        import ray
-        from ray.util import placement_group_table
-
-        kinds = {node["NodeID"]: _type_of(node["Resources"]) for node in ray.nodes()}
-        for group_id, group in placement_group_table().items():
-            # Tune's own slots take a byte of memory and no GPU.
-            if group["state"] == "CREATED" and any("GPU" in bundle for bundle in group["bundles"].values()):
-                on = frozenset(kinds[node] for node in group["bundles_to_node_id"].values() if node in kinds)
-                self.of_group[group_id] = on
-
-    def counted(self) -> dict[str, int]:
-        """Groups by the types that they lay on."""
-        return dict(Counter("+".join(sorted(on)) for on in self.of_group.values()))
-
-
-def _type_of(resources: dict[str, float]) -> str:
+def _type_of(resources: Mapping[str, float]) -> str:
     return next((kind for kind in TYPES if f"accelerator_type:{kind}" in resources), "head")
 
 
-def busy_share(ran: Ran, slots: int) -> tuple[float, float]:
-    """The share of the slots' time that trials worked, and seconds until the last slot had its first trial."""
-    works = sorted(ran.works(), key=lambda work: work.started)
-    first, _ = startups(works, slots, ran.launched)
-    whole = max(work.ended for work in works) - works[0].started
-    return sum(work.seconds for work in works) / (whole * slots), max(first)
+def busy_share(works: Sequence[Work], slots: int, started: float, ended: float) -> float:
+    """Of the time that so many slots had between two moments, the share that trials worked."""
+    worked = sum(max(0.0, min(work.ended, ended) - max(work.started, started)) for work in works)
+    return worked / ((ended - started) * slots)
+
+
+def full_span(works: Sequence[Work], slots: int) -> tuple[float, float]:
+    """From when every slot had had a trial until no trial waited."""
+    starts = sorted(work.started for work in works)
+    return starts[slots - 1], starts[-1]
+
+
+def run_both(cloud: Cloud, arguments: argparse.Namespace, folder: Path) -> dict[str, Ran]:
+    """The two sweeps beside each other, with a storage each."""
+    hook = {"RAY_RUNTIME_ENV_HOOK": "benchmarks.absent_gpus.runtime_env_hook"}
+
+    def one(name: str) -> Ran:
+        raw = sweep_of(name, arguments.trials, arguments.gpus, arguments.steps)
+        return run_sweep(folder / name, raw, "--address", cloud.address, environment=hook)
+
+    with ThreadPoolExecutor(len(SWEEPS)) as pool:
+        return dict(zip(SWEEPS, pool.map(one, SWEEPS), strict=True))
+
+
+def told_of(ran: Ran, slots: int, types: Mapping[str, str]) -> dict[str, Any]:
+    """One sweep's row."""
+    works = ran.works()
+    return {
+        "trials": len(works),
+        "completed": sum(trial.status.value == "completed" for trial in ran.sweep.trials),
+        "full_share": busy_share(works, slots, *full_span(works, slots)),
+        "start_s": min(work.started for work in works) - ran.launched,
+        "fill_s": full_span(works, slots)[0] - ran.launched,
+        "command_s": ran.command_s,
+        "placed": dict(Counter(types[host] for trial in ran.sweep.trials for host in trial.hosts)),
+    }
 
 
 def run_all(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """One cloud, one sweep."""
+    """One cloud, both sweeps."""
     about = machine()
     say(describe(about))
-    with cloud_of(arguments.nodes, arguments.gpus) as address:
-        seen = Placements(address)
-        hook = {"RAY_RUNTIME_ENV_HOOK": "benchmarks.trivial_training.runtime_env_hook"}
-        raw = sweep_of(arguments.trials, arguments.slots, arguments.steps)
-        ran = run_sweep(folder, raw, "--address", address, environment=hook, watch=seen.watch)
-    share, start_s = busy_share(ran, arguments.slots)
+    with cloud_of(arguments.nodes, arguments.gpus) as cloud:
+        say(f"{len(cloud.types) - 1} nodes are there")
+        ran = run_both(cloud, arguments, folder)
+    works = [work for one in ran.values() for work in one.works()]
+    whole = min(work.started for work in works), max(work.ended for work in works)
     return {
         "machine": about,
         "nodes": arguments.nodes,
         "gpus_a_node": arguments.gpus,
-        "trials": arguments.trials,
-        "slots": arguments.slots,
-        "completed": sum(trial.status.value == "completed" for trial in ran.sweep.trials),
-        "busy_share": share,
-        "start_s": start_s,
-        "command_s": ran.command_s,
-        "placed": seen.counted(),
+        "trial_s": sum(work.seconds for work in works) / len(works),
+        "busy_share": busy_share(works, arguments.nodes, *whole),
+        "sweeps": {name: told_of(one, arguments.nodes // 2, cloud.types) for name, one in ran.items()},
     }
 
 
 def render(result: dict[str, Any]) -> str:
     """The table."""
-    placed = ", ".join(f"{count} on {kind}" for kind, count in result["placed"].items())
-    row = [result[name] for name in ("trials", "completed", "slots", "busy_share", "start_s", "command_s")]
-    header = ["trials", "completed", "slots", "busy", "start-up, s", "command, s", "placed"]
+    header = ["sweep", "trials", "completed", "full", "first trial after, s", "all slots after, s", "command, s"]
+    names = ("trials", "completed", "full_share", "start_s", "fill_s", "command_s")
+    rows = [
+        [name, *(one[key] for key in names), ", ".join(f"{count} on {kind}" for kind, count in one["placed"].items())]
+        for name, one in result["sweeps"].items()
+    ]
     where = f"{result['nodes']} simulated nodes × {result['gpus_a_node']} GPUs, half T4, half A100; "
-    return "\n".join([where + describe(result["machine"]), "", table(header, [[*row, placed]])])
+    busy = f"GPUs busy from the first trial to the last: {result['busy_share']:.1%}; a trial: {result['trial_s']:.1f} s"
+    return "\n".join([where + describe(result["machine"]), "", table([*header, "placed"], rows), "", busy])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nodes", type=int, default=4, help="(default: %(default)s)")
-    parser.add_argument("--gpus", type=int, default=2, help="of each node (default: %(default)s)")
-    parser.add_argument("--trials", type=int, default=24, help="(default: %(default)s)")
-    parser.add_argument("--slots", type=int, default=4, help="trials at a time (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=200, help="of a trial, 20 ms each (default: %(default)s)")
+    parser.add_argument("--nodes", type=int, default=64, help="an even number (default: %(default)s)")
+    parser.add_argument("--gpus", type=int, default=8, help="of each node (default: %(default)s)")
+    parser.add_argument("--trials", type=int, default=128, help="of each sweep (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=45, help="of a trial, a second each (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured there")
-    measure_and_tell("cloud", parser.parse_args(), run_all, render)
+    arguments = parser.parse_args()
+    if arguments.nodes % 2 or arguments.trials <= arguments.nodes // 2:
+        parser.error("--nodes is to be even, and --trials more than half of it: a sweep has a slot for each node")
+    measure_and_tell("cloud", arguments, run_all, render)
 
 
 if __name__ == "__main__":

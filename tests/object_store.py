@@ -15,23 +15,23 @@ BUCKET = "bucket"
 
 
 @contextmanager
-def started_store() -> Iterator[dict[str, str]]:
-    """A store with one bucket; yields the variables by which it is reached, which are set here too."""
+def started_store(host: str = "127.0.0.1") -> Iterator[dict[str, str]]:
+    """A store with one bucket, at an address of ours; yields the variables that name it, which are set here too."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((host, 0))
         port = int(probe.getsockname()[1])
-    command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", host, "-p", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     variables = {
         "AWS_ACCESS_KEY_ID": "an-id",
         "AWS_SECRET_ACCESS_KEY": "a-secret",
         "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
     }
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
-        wait_until(lambda: _answers(port), bool, 60)
+        wait_until(lambda: _answers(host, port), bool, 60)
         _make_bucket(variables["AWS_ENDPOINT_URL"])
         yield variables
     finally:
@@ -43,10 +43,10 @@ def started_store() -> Iterator[dict[str, str]]:
                 os.environ[name] = value
 
 
-def _answers(port: int) -> bool:
+def _answers(host: str, port: int) -> bool:
     with socket.socket() as probe:
         probe.settimeout(1)
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+        return probe.connect_ex((host, port)) == 0
 
 
 def _make_bucket(endpoint: str) -> None:

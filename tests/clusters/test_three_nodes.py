@@ -1,0 +1,108 @@
+"""Three nodes that share a network and a storage, as machines do: trials on all of them, and one is lost on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("moto")
+
+from orchestrator.results import remote
+from orchestrator.results.records import TrialResult, TrialStatus
+from orchestrator.results.storage import SweepFolder, read_sweep
+from tests.clusters.separate_nodes import Cluster, Network, Node, started_cluster, why_not
+from tests.object_store import BUCKET, started_store
+from tests.ray.sweeps import Run, start
+from tests.waiting import wait_until
+
+WHY_NOT = why_not()
+pytestmark = [pytest.mark.timeout(600), pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
+LIMIT_S = 200.0
+STEPS = 240
+EVERY = 20
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
+    with Network(tmp_path_factory.mktemp("network")).up() as network:
+        yield network
+
+
+@pytest.fixture(scope="module")
+def cluster(network: Network, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Cluster, Node]]:
+    """A head and a node that stay."""
+    cache = tmp_path_factory.mktemp("cache")
+    before = os.environ.get("ORCHESTRATOR_CACHE")
+    # Of the same name on every node, and a folder of its own on each.
+    os.environ["ORCHESTRATOR_CACHE"] = str(cache)
+    with started_store(network.own_address), started_cluster(network, [cache]) as cluster, cluster.joined(1) as node:
+        yield cluster, node
+    del os.environ["ORCHESTRATOR_CACHE"]
+    if before is not None:
+        os.environ["ORCHESTRATOR_CACHE"] = before
+
+
+def at_work(folder: SweepFolder) -> Mapping[str, int]:
+    """The step of the last evaluation on each host that a trial runs on."""
+    if not folder.plan.exists():
+        return {}
+    running = [trial for trial in read_sweep(folder)[0].trials if trial.status is TrialStatus.RUNNING and trial.last]
+    return {trial.hosts[0]: trial.last.step for trial in running if trial.last}
+
+
+def has_ended(run: Run) -> bool:
+    return run.process.poll() is not None
+
+
+def assert_whole(folder: SweepFolder, trial: TrialResult) -> None:
+    """Each step once, and all that a trial leaves."""
+    left = folder.trial(trial.trial_id)
+    assert [point.step for point in left.read_metrics()] == list(range(1, STEPS + 1))
+    assert left.log.exists()
+    assert left.deepspeed.exists()
+    assert list(left.adapter.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("kind", ["shared folder", "S3"])
+def test_trials_on_three_nodes_are_all_whole_though_one_node_is_lost(
+    cluster: tuple[Cluster, Node], tmp_path: Path, kind: str
+) -> None:
+    ray, second = cluster
+    storage = f"s3://{BUCKET}/sweeps" if kind == "S3" else str(tmp_path / "sweeps")
+    with ray.joined(2 if kind == "S3" else 3) as third:
+        run = start(
+            tmp_path,
+            "--storage",
+            storage,
+            "--address",
+            ray.address,
+            within=ray.head.within,
+            trial={"max_steps": STEPS, "eval_every": EVERY},
+            space={"rank": [2, 4, 8, 16]},
+            # A trial's worker takes a whole node.
+            resources={"cpus_per_worker": 1, "max_concurrent": 3},
+        )
+        everywhere = {ray.head.name, second.name, third.name}
+        seen = wait_until(
+            lambda: at_work(remote.opened(f"{storage}/test")),
+            lambda seen: has_ended(run) or (set(seen) == everywhere and EVERY <= seen[third.name] < STEPS // 2),
+            LIMIT_S,
+        )
+        third.kill()
+        assert set(seen) == everywhere, run.wait()
+    exit_code, _, err = run.wait()
+    assert exit_code == 0, err
+    folder = remote.opened(f"{storage}/test")
+    trials = read_sweep(folder)[0].trials
+    assert [trial.status for trial in trials] == [TrialStatus.COMPLETED] * 4
+    assert {host for trial in trials for host in trial.hosts} == {ray.head.name, second.name}
+    assert any(note.startswith("went on from step") for trial in trials for note in trial.notes)
+    for trial in trials:
+        remote.fetch_trial(folder, trial.trial_id)
+        assert_whole(folder, trial)
+    assert folder.report.exists()
+    assert len(json.loads(folder.results_json.read_text())["trials"]) == 4
