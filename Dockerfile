@@ -12,8 +12,6 @@ FROM base AS build
 ENV PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_CONSTRAINT=/build/docker/constraints.txt
-# Where the CPU build of torch is to be found, if pip does not know yet.
-ARG PIP_EXTRA_INDEX_URL
 # Debian keeps one version of each package in a release: a fixed one would be gone with the next security update.
 # hadolint ignore=DL3008
 RUN apt-get update \
@@ -28,8 +26,11 @@ RUN pip install -r docker/mlflow.txt
 
 FROM build AS build-orchestrator
 ARG ACCELERATOR=cpu
+# PyPI has the CUDA build alone, and NVIDIA's libraries with it. Where both can be seen pip takes the CPU build, so the CPU
+# index is named nowhere else.
+ARG TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 RUN case "$ACCELERATOR" in \
-        cpu) pip install torch==2.13.0+cpu || pip install torch==2.13.0 ;; \
+        cpu) pip install --extra-index-url "$TORCH_CPU_INDEX" torch==2.13.0+cpu ;; \
         cuda) pip install torch==2.13.0 ;; \
         *) echo "ACCELERATOR is cpu or cuda, not $ACCELERATOR" >&2; exit 2 ;; \
     esac

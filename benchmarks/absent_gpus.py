@@ -71,7 +71,8 @@ class TorchTrainer:
 
     async def _work(self, nodes: list[str]) -> None:
         places = [(rank, nodes[:rank].count(node), node) for rank, node in enumerate(nodes)]
-        await asyncio.gather(*(_Worker(self._board, self._group_id, *place).serve() for place in places))
+        where = ",".join(sorted(set(nodes)))
+        await asyncio.gather(*(_Worker(self._board, self._group_id, *place, where).serve() for place in places))
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,8 @@ class _Worker:
     rank: int
     local_rank: int
     node: str
+    where: str
+    """All nodes of the group; of one, its id."""
 
     async def serve(self) -> None:
         """Wait for a trial, train it, wait again."""
@@ -117,10 +120,10 @@ class _Worker:
                 await asyncio.sleep(started + step * STEP_S - time.monotonic())
                 point = point_at(step, task.config.learning_rate, time.monotonic() - started, evaluated=True)
                 metrics.write(point.model_dump_json(exclude_none=True) + "\n")
-        return _progress(point, self.node)
+        return _progress(point, self.where)
 
 
-def _progress(point: Any, node: str) -> TrialProgress:
+def _progress(point: Any, where: str) -> TrialProgress:
     from orchestrator.training.task import TrialProgress
 
     return TrialProgress(
@@ -137,6 +140,6 @@ def _progress(point: Any, node: str) -> TrialProgress:
         reserved_bytes=None,
         memory_kind="cuda_allocated",
         device="none",
-        host=node,
+        host=where,
         has_adapter=False,
     )

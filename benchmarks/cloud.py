@@ -127,7 +127,7 @@ def told_of(ran: Ran, slots: int, types: Mapping[str, str]) -> dict[str, Any]:
         "start_s": min(work.started for work in works) - ran.launched,
         "fill_s": full_span(works, slots)[0] - ran.launched,
         "command_s": ran.command_s,
-        "placed": dict(Counter(types[host] for trial in ran.sweep.trials for host in trial.hosts)),
+        "placed": dict(Counter(types.get(host, "several nodes") for trial in ran.sweep.trials for host in trial.hosts)),
     }
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import deepspeed.ops
+import psutil
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
@@ -123,6 +125,10 @@ def _join(place: WorkerPlace, device: torch.device) -> None:
         "MASTER_ADDR": place.store_host,
         "MASTER_PORT": str(place.store_port),
     }
+    if place.world_size > 1 and (interface := _interface_towards(place.store_host)):
+        # gloo would take the address of this node's own name, which is 127.0.1.1 where Debian set it up: other nodes'
+        # workers then look for it on their own (torch 2.13.0, ProcessGroupGloo.cpp). A user's own choice wins.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     store: Store = (
         HashStore()
         if place.world_size == 1 and place.store_port == 0
@@ -135,6 +141,17 @@ def _join(place: WorkerPlace, device: torch.device) -> None:
         world_size=place.world_size,
         device_id=device if device.type == "cuda" else None,
     )
+
+
+def _interface_towards(host: str) -> str | None:
+    """The network interface of this node by which the host is reached."""
+    family, kind, _, _, address = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        # Only chooses a route: nothing is sent.
+        probe.connect(address)
+        own = probe.getsockname()[0]
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, addresses in interfaces if own in {one.address for one in addresses}), None)
 
 
 def _write_settings(task: TrialTask, place: WorkerPlace, device: torch.device) -> None:

@@ -7,6 +7,7 @@ everybody's, as a mount is.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -82,14 +83,16 @@ class Network:
 
     @contextmanager
     def node(self, number: int, own: Sequence[Path], *start: str) -> Iterator[Node]:
-        """A node that runs `ray start` with these options, and has each of the folders `own` for itself."""
+        """A node with a CPU that runs `ray start` with these options, and has each of the folders `own` for itself."""
         name, address = f"{self._bridge}-node-{number}", f"{self._prefix}.{10 + number}"
         with self._namespace(name, f"veth{os.getpid()}-{number}"[:15], address):
-            # As a pod's: the name is that of the address by which others reach it.
+            # As Debian sets a machine up: by its own name it finds itself, and by an address that no other can reach.
             hosts = self._folder / f"hosts-{number}"
-            hosts.write_text(f"127.0.0.1 localhost\n{address} {name}\n")
+            hosts.write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n")
             mounts = " && ".join(f'mkdir -p "{at}" && mount -t tmpfs tmpfs "{at}"' for at in (*OWN, *own))
-            ray = f"{BIN / 'ray'} start --node-ip-address={address} --num-cpus=1 --block {' '.join(start)}"
+            ray = shlex.join(
+                [str(BIN / "ray"), "start", f"--node-ip-address={address}", "--num-cpus=1", "--block", *start]
+            )
             inside = f'hostname {name} && mount --bind "{hosts}" /etc/hosts && {mounts} && exec {ray}'
             apart = ["unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
             with (self._folder / f"{name}.log").open("w") as log:
@@ -127,9 +130,9 @@ class Cluster:
         self.address = f"{head.address}:{PORT}"
 
     @contextmanager
-    def joined(self, number: int) -> Iterator[Node]:
+    def joined(self, number: int, *start: str) -> Iterator[Node]:
         """One node more, for the block; afterwards the cluster knows that it is gone."""
-        with self._network.node(number, self._own, f"--address={self.address}") as node:
+        with self._network.node(number, self._own, f"--address={self.address}", *start) as node:
             wait_until(self.alive, lambda names: node.name in names, LIMIT_S)
             yield node
         wait_until(self.alive, lambda names: node.name not in names, LIMIT_S)

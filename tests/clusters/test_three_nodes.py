@@ -67,13 +67,37 @@ def assert_whole(folder: SweepFolder, trial: TrialResult) -> None:
     assert list(left.adapter.glob("*.safetensors"))
 
 
+def test_a_trial_whose_workers_lie_on_three_nodes_comes_to_the_same_under_every_zero_stage(
+    cluster: tuple[Cluster, Node], tmp_path: Path
+) -> None:
+    ray, _ = cluster
+    with ray.joined(2):
+        run = start(
+            tmp_path,
+            "--address",
+            ray.address,
+            within=ray.head.within,
+            trial={"global_batch_size": 6, "micro_batch_size": 2, "max_steps": 3},
+            space={"zero_stage": [0, 3]},
+            # A node has one CPU.
+            resources={"workers_per_trial": 3},
+        )
+        exit_code, _, err = run.wait()
+    assert exit_code == 0, err
+    replicated, sharded = run.trials().values()
+    assert (replicated.status, sharded.status) == (TrialStatus.COMPLETED, TrialStatus.COMPLETED)
+    assert sharded.best is not None
+    assert replicated.best is not None
+    assert sharded.best.eval_loss == pytest.approx(replicated.best.eval_loss, rel=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["shared folder", "S3"])
 def test_trials_on_three_nodes_are_all_whole_though_one_node_is_lost(
     cluster: tuple[Cluster, Node], tmp_path: Path, kind: str
 ) -> None:
     ray, second = cluster
     storage = f"s3://{BUCKET}/sweeps" if kind == "S3" else str(tmp_path / "sweeps")
-    with ray.joined(2 if kind == "S3" else 3) as third:
+    with ray.joined(4 if kind == "S3" else 3) as third:
         run = start(
             tmp_path,
             "--storage",
