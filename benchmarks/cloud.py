@@ -73,6 +73,8 @@ class Cloud:
 def cloud_of(nodes: int, gpus: int) -> Iterator[Cloud]:
     """A head without CPUs, and nodes with so many GPUs of either type in turn."""
     os.environ.update(environ() | QUIET)
+    # A node that has no GPU by this variable may not say that it has.
+    del os.environ["CUDA_VISIBLE_DEVICES"]
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})

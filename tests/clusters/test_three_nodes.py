@@ -22,7 +22,7 @@ from tests.waiting import wait_until
 WHY_NOT = why_not()
 pytestmark = [pytest.mark.timeout(600), pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
 LIMIT_S = 200.0
-STEPS = 240
+STEPS = 480
 EVERY = 20
 
 
@@ -106,14 +106,15 @@ def test_trials_on_three_nodes_are_all_whole_though_one_node_is_lost(
             ray.address,
             within=ray.head.within,
             trial={"max_steps": STEPS, "eval_every": EVERY},
-            space={"rank": [2, 4, 8, 16]},
+            space={"rank": [2, 4, 8]},
             # A trial's worker takes a whole node.
             resources={"cpus_per_worker": 1, "max_concurrent": 3},
         )
         everywhere = {ray.head.name, second.name, third.name}
+        # A store has the checkpoint of an evaluation with the next one.
         seen = wait_until(
             lambda: at_work(remote.opened(f"{storage}/test")),
-            lambda seen: has_ended(run) or (set(seen) == everywhere and EVERY <= seen[third.name] < STEPS // 2),
+            lambda seen: has_ended(run) or (set(seen) == everywhere and 2 * EVERY <= seen[third.name] < STEPS),
             LIMIT_S,
         )
         third.kill()
@@ -122,11 +123,11 @@ def test_trials_on_three_nodes_are_all_whole_though_one_node_is_lost(
     assert exit_code == 0, err
     folder = remote.opened(f"{storage}/test")
     trials = read_sweep(folder)[0].trials
-    assert [trial.status for trial in trials] == [TrialStatus.COMPLETED] * 4
+    assert [trial.status for trial in trials] == [TrialStatus.COMPLETED] * 3
     assert {host for trial in trials for host in trial.hosts} == {ray.head.name, second.name}
     assert any(note.startswith("went on from step") for trial in trials for note in trial.notes)
     for trial in trials:
         remote.fetch_trial(folder, trial.trial_id)
         assert_whole(folder, trial)
     assert folder.report.exists()
-    assert len(json.loads(folder.results_json.read_text())["trials"]) == 4
+    assert len(json.loads(folder.results_json.read_text())["trials"]) == 3
