@@ -26,11 +26,12 @@ RUN pip install -r docker/mlflow.txt
 
 FROM build AS build-orchestrator
 ARG ACCELERATOR=cpu
-# PyPI has the CUDA build alone, and NVIDIA's libraries with it. Where both can be seen pip takes the CPU build, so the CPU
-# index is named nowhere else.
-ARG TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
+# PyPI has the CUDA build alone, and NVIDIA's libraries with it. The CPU build is at PyTorch's own index, to be named unless
+# pip's settings do: `--build-arg PIP_EXTRA_INDEX_URL=...`, as PyTorch's installation page gives it for pip and CPU.
+ARG PIP_EXTRA_INDEX_URL
 RUN case "$ACCELERATOR" in \
-        cpu) pip install --extra-index-url "$TORCH_CPU_INDEX" torch==2.13.0+cpu ;; \
+        cpu) pip install torch==2.13.0+cpu \
+            || { echo "name PyTorch's CPU index: --build-arg PIP_EXTRA_INDEX_URL=..." >&2; exit 2; } ;; \
         cuda) pip install torch==2.13.0 ;; \
         *) echo "ACCELERATOR is cpu or cuda, not $ACCELERATOR" >&2; exit 2 ;; \
     esac
