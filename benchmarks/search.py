@@ -9,7 +9,8 @@ proposed, when it is stopped and what is told back is decided by the real code, 
 - grid: every configuration to its end, in random order.
 - random+asha: Ray Tune's own `ASHAScheduler` with random search, without replacement.
 - optuna: Optuna's `TPESampler` and a pruner of its own, successive halving or (its default) the median, as they come.
-- tpe+asha and so on: this package's search and rules.
+- tpe+asha and so on: this package's search and rules, which try the middle of the space first; and, to see what that
+  is worth on these tables, the same without it.
 
 Training is counted in steps, as a share of what the grid takes. A search that does not get there within the grid's
 steps counts as the whole grid (1.0). The second table is how far above the best the searches are after such shares of
@@ -32,11 +33,11 @@ from typing import Any, Protocol
 
 from benchmarks.search_curves import TABLES, Curve, Key, Table
 from benchmarks.sweeps import describe, machine, say, table
-from orchestrator.config.search_space import Space, domains
+from orchestrator.config.search_space import Settings, Space, domains
 from orchestrator.search.extrapolation import Extrapolation
 from orchestrator.search.observation import Observation, Standing
 from orchestrator.search.stopping import Halving, Heard, StopRule
-from orchestrator.search.suggest import next_settings
+from orchestrator.search.suggest import FIRST, next_settings
 
 GRACE, FACTOR, SLOTS, WITHIN = 3, 3, 2, 0.01
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.3)
@@ -64,6 +65,7 @@ class Ours:
     rules: list[StopRule]
     seed: int
     table: Table
+    first: tuple[Settings, ...] = FIRST
     keys: list[Key] = field(default_factory=list)
     seen: dict[int, Curve] = field(default_factory=dict)
     ended: set[int] = field(default_factory=set)
@@ -73,7 +75,7 @@ class Ours:
 
     def propose(self) -> Key | None:
         known = [self._observation(number) for number in range(len(self.keys))]
-        settings = next_settings(self.algorithm, self.space, {}, [], (), known, self.seed)
+        settings = next_settings(self.algorithm, self.space, {}, [], self.first, known, self.seed)
         if settings is None:
             return None
         self.keys.append(tuple(float(settings[name]) for name in self.table.grid))
@@ -180,8 +182,10 @@ def searches(data: Table) -> dict[str, Callable[[int], Search]]:
         more: list[StopRule] = [Extrapolation(GRACE, 0.05, "steps")] if extrapolates else []
         return [Halving(GRACE, FACTOR, "steps"), *more]
 
-    def ours(algorithm: str, *, extrapolates: bool = False) -> Callable[[int], Search]:
-        return lambda seed: Ours(algorithm, rules(extrapolates=extrapolates), seed, data)
+    def ours(
+        algorithm: str, *, extrapolates: bool = False, first: tuple[Settings, ...] = FIRST
+    ) -> Callable[[int], Search]:
+        return lambda seed: Ours(algorithm, rules(extrapolates=extrapolates), seed, data, first)
 
     keys = data.keys()
     return {
@@ -193,6 +197,8 @@ def searches(data: Table) -> dict[str, Callable[[int], Search]]:
         "tpe+asha+extrapolation": ours("tpe", extrapolates=True),
         "cma_es+asha": ours("cma_es"),
         "gp+asha": ours("gp"),
+        "tpe+asha, no middle": ours("tpe", first=()),
+        "gp+asha, no middle": ours("gp", first=()),
     }
 
 

@@ -7,6 +7,7 @@ clock, and decides on as if there had been none.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import fmean, median
@@ -38,8 +39,9 @@ class Halving:
     """Asynchronous successive halving. Source: Li et al. 2020, A System for Massively Parallel Hyperparameter Tuning.
 
     At its first evaluation at or past a rung a configuration is compared with all that came there before it: one of
-    `factor` goes on, ties do, and so does the first. Its repeats follow it: all of a configuration go on, or none. A
-    value that is no number is stopped and takes no place in a rung (Tune's own ASHA lets it run: ray 2.60.0).
+    `factor` goes on, rounded up, since who is stopped is lost for good; ties do, and so does the first. Its repeats
+    follow it: all of a configuration go on, or none. A value that is no number is stopped and takes no place in a rung
+    (Tune's own ASHA lets it run: ray 2.60.0).
     """
 
     def __init__(self, grace: float, factor: int, unit: str) -> None:
@@ -62,7 +64,7 @@ class Halving:
         there = self._rungs.setdefault(rung, {})
         there[heard.configuration_id] = value
         better = sum(other < value for other in there.values())
-        if better < max(1, len(there) // self._factor):
+        if better < math.ceil(len(there) / self._factor):
             return None
         return f"{better} of {len(there)} configurations were better at {heard.at:g} {self._unit}"
 

@@ -19,7 +19,7 @@ from orchestrator.results.records import MetricPoint, StartedFrom, Suggestion, T
 from orchestrator.results.storage import SweepFolder, read_sweep
 from orchestrator.search.observation import Goal, Limit, Observation, Standing, observe
 from orchestrator.search.payoff import expected_gain
-from orchestrator.search.suggest import next_settings
+from orchestrator.search.suggest import FIRST, next_settings
 from orchestrator.search.warm_start import best_settings, learned
 from orchestrator.sweep.preparation import Prepared
 from orchestrator.sweep.recorder import Recorder
@@ -110,7 +110,7 @@ class Suggestions:
 
     def _learned_elsewhere(self) -> tuple[tuple[Observation, ...], tuple[Settings, ...]]:
         """What `search.warm_start` teaches: observations, and what to try first."""
-        sweep, points = self._sweep, to_try_first(self._sweep)
+        sweep, points = self._sweep, to_try_first(self._sweep) or FIRST
         if sweep.search.warm_start is None:
             return (), points
         folder = SweepFolder(Path(sweep.search.warm_start).expanduser())

@@ -89,7 +89,15 @@ def test_of_three_that_come_to_a_rung_one_goes_on_and_the_first_always_does() ->
     assert rule.hear(heard("first", 9, 3.0)) is None
     assert rule.hear(heard("worse", 9, 4.0)) == "1 of 2 configurations were better at 9 steps"
     assert rule.hear(heard("better", 9, 2.0)) is None
-    assert rule.hear(heard("late", 9, 3.0)) is not None
+    assert rule.hear(heard("late", 9, 3.5)) is not None
+
+
+def test_a_second_goes_on_as_soon_as_a_fourth_has_come() -> None:
+    rule = Halving(9, 3, "steps")
+    for place in range(3):
+        rule.hear(heard(f"first {place}", 9, [1.0, 3.0, 4.0][place]))
+    assert rule.hear(heard("second", 9, 2.0)) is None
+    assert rule.hear(heard("third", 9, 2.5)) is not None
 
 
 def test_equal_values_are_no_reason_to_stop() -> None:

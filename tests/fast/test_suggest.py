@@ -11,10 +11,11 @@ from orchestrator.config.axes import axes_of, places_of, settings_at
 from orchestrator.config.search_space import Space, domains, is_excluded
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.results.records import MetricPoint, PeakMemory, Suggestion, TrialResult, TrialStatus
+from orchestrator.search import suggest
 from orchestrator.search.evolution import rank
 from orchestrator.search.fidelity import common_step, values_at
 from orchestrator.search.observation import Goal, Observation, Standing, constraints_of, observe
-from orchestrator.search.suggest import ALGORITHMS, next_settings
+from orchestrator.search.suggest import ALGORITHMS, FIRST, distance, next_settings
 
 SPACE = domains(
     Space.model_validate(
@@ -147,6 +148,28 @@ def test_points_come_first_and_what_they_leave_open_stands_in_the_middle() -> No
     second = next_settings("tpe", SPACE, BASE, [], points, [Observation(0, first, Standing.OPEN)], 0)
     assert second is not None
     assert second["rank"] == 8
+
+
+def test_where_nobody_says_what_to_try_first_it_is_the_middle_of_the_space() -> None:
+    space = domains(Space.model_validate({"rank": [2, 4, 8], "learning_rate": {"log_uniform": [1e-5, 1e-3]}}))
+    first = next_settings("tpe", space, {}, [], FIRST, [], 0)
+    assert first == {"rank": 4, "learning_rate": pytest.approx(1e-4)}
+
+
+def test_what_was_tried_already_gives_way_to_its_nearest_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
+    space = domains(Space.model_validate({"rank": [2, 4, 8, 16, 32, 64], "lora_dropout": [0.0, 0.1, 0.2]}))
+    wanted = {"rank": 16, "lora_dropout": 0.0}
+    monkeypatch.setattr(suggest, "propose", lambda *_: wanted)
+    tried = [wanted, {"rank": 8, "lora_dropout": 0.0}]
+    known = [Observation(number, settings, Standing.OPEN) for number, settings in enumerate(tried)]
+    assert next_settings("tpe", space, {}, [], (), known, 0) == {"rank": 32, "lora_dropout": 0.0}
+
+
+def test_of_two_configurations_unordered_values_are_a_whole_axis_apart() -> None:
+    space = domains(Space.model_validate({"rank": [2, 4, 8, 16], "precision": ["bf16", "int8", "nf4"]}))
+    axes = axes_of(space)
+    assert distance(axes, {"rank": 2, "precision": "bf16"}, {"rank": 4, "precision": "bf16"}) == pytest.approx(0.25)
+    assert distance(axes, {"rank": 2, "precision": "bf16"}, {"rank": 2, "precision": "int8"}) == 1.0
 
 
 def test_tpe_leaves_what_is_refused_and_comes_near_to_the_best() -> None:
