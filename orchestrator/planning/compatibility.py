@@ -150,9 +150,8 @@ def fp16_autocast_excludes_zero(case: Case) -> str | None:
 def packing_needs_positions(case: Case) -> str | None:
     """Source: transformers 5.23, masking_utils.py: packed rows are told apart by `position_ids`, which not all take."""
     if case.config.packing and case.shape.model_type in WITHOUT_POSITIONS:
-        return (
-            f"packing: {case.shape.model_type} models take no position_ids, so packed rows would see each other; use no"
-        )
+        family = case.shape.model_type
+        return f"packing: {family} models take no position_ids, by which packed rows are kept apart; use false"
     return None
 
 

@@ -20,6 +20,8 @@ from orchestrator.planning.model_shape import ModelShape, shape_of
 
 ConfigOf = Callable[[str], Mapping[str, Any]]
 MAX_WORKERS = 100_000
+LEAST_GPU_BYTES = 2**20
+"""Below that it was meant as GiB or MiB."""
 KEYS = ("id", "model", "trial", "workers", "gpu_memory_bytes")
 """What a line has; only `model` is needed."""
 
@@ -61,7 +63,8 @@ def _estimated(raw: Mapping[str, Any], config_of: ConfigOf, shapes: dict[str, Mo
     if unknown:
         name = sorted(unknown)[0]
         raise InputError(f"{cut(name)} is no key here{nearest(name, KEYS)}; known: {', '.join(KEYS)}")
-    workers, memory_bytes = _whole(raw, "workers", 1, MAX_WORKERS), _whole(raw, "gpu_memory_bytes", None, 2**50)
+    workers = _whole(raw, "workers", 1, 1, MAX_WORKERS)
+    memory_bytes = _whole(raw, "gpu_memory_bytes", None, LEAST_GPU_BYTES, 2**50)
     shape = _shape(raw.get("model"), config_of, shapes)
     assert workers is not None
     config = _trial(raw.get("trial") or {})
@@ -99,12 +102,12 @@ def _trial(settings: Any) -> TrialConfig:
         raise InputError(told_of_settings(error, settings)) from error
 
 
-def _whole(raw: Mapping[str, Any], name: str, default: int | None, most: int) -> int | None:
+def _whole(raw: Mapping[str, Any], name: str, default: int | None, least: int, most: int) -> int | None:
     value = raw.get(name)
     if value is None:
         return default
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-        raise InputError(f"{name} is {shown(value)}: give a whole number from 1 to {most:,}")
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise InputError(f"{name} is {shown(value)}: give a whole number from {least:,} to {most:,}")
     return value
 
 
