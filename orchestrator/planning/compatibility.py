@@ -108,6 +108,15 @@ def int8_excludes_zero3(case: Case) -> str | None:
     return None
 
 
+def int8_on_cpus_excludes_dora(case: Case) -> str | None:
+    """Source: peft 0.21.2, utils/integrations.py, `dequantize_module_weight`: on a CPU it moves the weight that DoRA
+    looks at, which loses its scale (bitsandbytes 0.50, nn/modules.py, `Int8Params.to`): the next forward pass fails."""
+    config = case.config
+    if config.dora and config.precision is Precision.INT8 and case.hardware.device == "cpu":
+        return "dora: PEFT cannot read int8 weights again and again on a CPU; use precision nf4, or dora false"
+    return None
+
+
 def quantisation_needs_an_adapter(case: Case) -> str | None:
     """Source: transformers 5.23, trainer.py: purely quantised models cannot be fine-tuned without adapters."""
     if case.config.precision.is_quantized and case.config.trains_all_weights:
@@ -237,6 +246,7 @@ REFUSALS: tuple[Rule, ...] = (
     expert_adapters_are_plain,
     offload_needs_zero,
     int8_excludes_zero3,
+    int8_on_cpus_excludes_dora,
     quantisation_needs_an_adapter,
     quantisation_needs_bitsandbytes,
     eight_bit_adamw_needs_bitsandbytes,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 from peft import LoraConfig, get_peft_model
+from peft.utils.integrations import dequantize_module_weight
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from orchestrator.config.trial_config import Precision, TrialConfig
@@ -81,6 +82,16 @@ def test_peft_takes_the_adapters_that_are_allowed_and_no_others(family: str, tar
                 get_peft_model(model, lora)
         else:
             assert get_peft_model(model, lora).get_nb_trainable_parameters()[0]
+
+
+def test_peft_really_loses_the_scale_of_an_int8_weight_on_a_cpu() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    layer = bitsandbytes.nn.Linear8bitLt(64, 32, bias=False, has_fp16_weights=False, threshold=6.0)
+    layer.load_state_dict({"weight": torch.randn(32, 64)})
+    layer.to("cpu").requires_grad_(False)
+    layer(torch.randn(2, 64))
+    dequantize_module_weight(layer)
+    assert layer.weight.SCB is None, "PEFT keeps it now: drop int8_on_cpus_excludes_dora"
 
 
 def test_deepspeed_takes_every_configuration_that_is_allowed() -> None:
