@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import statistics
 import sys
 from collections import defaultdict
@@ -31,6 +32,9 @@ UNDER_COSTS = 3
 """What fits the constants: a run that needs more than was told is worth three that were told too much of."""
 UNSEEN = 0.15
 """How much the interval is wider, each way, than the fitted points' 5 % and 95 % quantiles."""
+LORA_DROPOUT = {"litgpt_resource_tables": 0.05, "fsdp_qlora": 0.1}
+"""The defaults of litgpt/finetune/lora.py and of fsdp_qlora's train.py, which their tables do not print."""
+OFFLOADED = {"param": "optimizer_and_parameters", "optimizer": "optimizer"}
 Row = dict[str, str]
 
 
@@ -60,6 +64,8 @@ class Point:
     """Weights, adapter and optimizer states, in bytes: nothing of them comes and goes."""
     rule_of_thumb: float
     deepspeed: float
+    kept: Point | None
+    """The same with its weights on the GPU, where they are offloaded: more is not reserved than that takes."""
 
     @property
     def is_expressible(self) -> bool:
@@ -69,7 +75,10 @@ class Point:
     def predicted(self, constants: Constants) -> float:
         """Bytes by the row's own measure; with the constants that the estimate has, this is what it says."""
         allocated = self.weights + self.rest(constants)
-        return allocated + (allocated - self.stays) * self._fragmentation(constants)
+        reserved = allocated + (allocated - self.stays) * self._fragmentation(constants)
+        if self.kept:
+            reserved = min(reserved, self.kept.predicted(constants))
+        return min(reserved, max(allocated, _gpu_bytes(self.row) - memory.CONTEXT_BYTES))
 
     def rest(self, constants: Constants) -> float:
         """Bytes allocated beside the weights."""
@@ -117,14 +126,19 @@ def read(path: Path) -> list[Row]:
 def points_of(rows: Sequence[Row]) -> list[Point]:
     """Ask for an estimate of each row."""
     answers = estimate_lines([json.dumps(natural_line(row)) for row in rows], _no_hub)
-    return [_point(row, json.loads(answer)) for row, answer in zip(rows, answers, strict=True)]
+    kept = [row | {"offload": "optimizer"} for row in rows if row["offload"] == "param"]
+    bounds = iter(points_of(kept)) if kept else iter(())
+    return [
+        _point(row, json.loads(answer), next(bounds) if row["offload"] == "param" else None)
+        for row, answer in zip(rows, answers, strict=True)
+    ]
 
 
 def _no_hub(model: str) -> Mapping[str, Any]:
     raise AssertionError(f"every line has its model's config, but {model} is named")
 
 
-def _point(row: Row, told: Mapping[str, Any]) -> Point:
+def _point(row: Row, told: Mapping[str, Any], kept: Point | None) -> Point:
     parts, shape, gpus = told["parts"], shape_of(_config(row)), int(row["num_gpus"])
     weights = float(row["params_b"]) * 1e9 * (0.5 if row["quant"].startswith("nf4") else 2)
     point = Point(
@@ -137,6 +151,7 @@ def _point(row: Row, told: Mapping[str, Any]) -> Point:
         deepspeed=zero3_model_states(shape.parameters, shape.embedding_parameters, gpus)
         if row["zero_stage"] == "fsdp"
         else zero2_model_states(shape.parameters, gpus),
+        kept=kept,
     )
     said = told["reserved_bytes" if row["metric"] == "max_reserved" else "allocated_bytes"]
     assert abs(point.predicted(Constants()) / said - 1) < 1e-6, "the constants' arithmetic is not the estimate's"
@@ -157,11 +172,22 @@ def natural_line(row: Row) -> dict[str, Any]:
         "gradient_checkpointing": row["grad_checkpointing"] == "1",
         "attention": row["attention"],
         **({"zero_stage": 3} if row["zero_stage"] == "fsdp" else {"engine": "ddp"}),
-        **({"offload": "optimizer_and_parameters"} if row["offload"] == "param" else {}),
-        # LitGPT's default, which its tables are made with (litgpt/finetune/lora.py, setup).
-        **({"lora_dropout": 0.05} if row["source"].startswith("litgpt") else {}),
+        **({"offload": OFFLOADED[row["offload"]]} if row["offload"] in OFFLOADED else {}),
+        **({"lora_dropout": LORA_DROPOUT[row["source"]]} if row["source"] in LORA_DROPOUT else {}),
     }
-    return {"id": row["row_id"], "model": _config(row), "trial": trial, "workers": int(row["num_gpus"])}
+    return {
+        "id": row["row_id"],
+        "model": _config(row),
+        "trial": trial,
+        "workers": int(row["num_gpus"]),
+        "gpu_memory_bytes": _gpu_bytes(row),
+    }
+
+
+def _gpu_bytes(row: Row) -> int:
+    found = re.search(r"(\d+)GB", row["gpu"])
+    assert found, f"{row['row_id']} names no GPU's size"
+    return int(found.group(1)) * GIB
 
 
 def _targets(row: Row) -> Any:

@@ -143,7 +143,7 @@ def plan(
         from orchestrator.training import data_rows, inputs
 
         config = load(sweep, overrides or ())
-        hardware = hardware_for(gpu or config.resources.accelerator, gpus, gpu_memory)
+        hardware = hardware_for(config.resources.accelerator if gpu is None else gpu, gpus, gpu_memory)
         config = config.on_hardware(has_gpus=hardware.device == "cuda")
         try:
             data_rows.check(config.data)

@@ -10,10 +10,12 @@ from typer.testing import CliRunner
 
 from orchestrator.cli import app
 from orchestrator.config.sweep_config import SweepConfig
+from tests.compatibility_page import compatibility_page
 from tests.key_tables import key_tables
 
 GOLDEN = Path(__file__).parent / "golden"
 KEY_TABLES = Path(__file__).parent.parent / "docs" / "sweep-file.md"
+COMPATIBILITY = KEY_TABLES.with_name("compatibility.md")
 EDITORS_SCHEMA = Path(__file__).parent.parent / "search_spaces" / "sweep.schema.json"
 
 
@@ -33,6 +35,7 @@ def expected() -> Iterator[tuple[Path, str]]:
     yield GOLDEN / "sweep.schema.json", schema
     yield EDITORS_SCHEMA, schema
     yield KEY_TABLES, key_tables(json.loads(schema))
+    yield COMPATIBILITY, compatibility_page()
     yield GOLDEN / "help" / "orchestrator.txt", help_of()
     for command in commands():
         yield GOLDEN / "help" / f"{command}.txt", help_of(command)

@@ -82,6 +82,13 @@ def to_yaml(sweep: SweepConfig) -> str:
     return yaml.safe_dump(whole, sort_keys=False, allow_unicode=True, width=100)
 
 
+def _not_yaml(file: Path, error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark and error.problem:
+        while_ = f" {error.context}" if error.context else ""
+        return f"{file}:{error.problem_mark.line + 1} is not YAML:{while_} {error.problem}"
+    return f"{file} is not YAML: {' '.join(str(error).split())}"
+
+
 def _read(file: Path) -> tuple[dict[str, Any], Lines]:
     try:
         with file.open("rb") as opened:
@@ -94,7 +101,7 @@ def _read(file: Path) -> tuple[dict[str, Any], Lines]:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeError, RecursionError) as error:
-        raise InputError(f"{file} is not YAML: {' '.join(str(error).split())}; mend it there") from error
+        raise InputError(f"{_not_yaml(file, error)}; mend it there") from error
     if not isinstance(node, yaml.MappingNode):
         raise InputError(f"{file} holds no keys: begin with `name:`, `model:` and `data:`")
     lines: Lines = {}

@@ -6,6 +6,7 @@ frozen linear layer was given is not kept, unless an adapter hangs on it; a froz
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -17,6 +18,10 @@ _FP32_GAIN = ("gemma", "gemma2", "gemma3", "gemma3_text", "olmo2", "olmoe")
 
 _OWN_SOFTMAX = ("gpt2", "falcon")
 """Families whose softmax is in the type that it is given, where autocast does not make it fp32 (transformers 5.23)."""
+
+
+_BROADCAST_KEYS = ("falcon", "gpt_bigcode")
+"""Families that multiply all query heads with a key as it is (transformers 5.23)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +53,8 @@ def layer_bytes_per_token(config: TrialConfig, shape: ModelShape, width: Widths)
     wide = _feed_forward_width(shape)
     kept = _norms(config, shape, width)
     if shape.dropout:
-        # A byte for each element that was drawn: after attention and after the feed-forward part.
-        kept += 2 * hidden
+        # What was drawn, after attention and after the feed-forward part.
+        kept += 2 * hidden * _drawn(width.stream, width)
     # Query, key and value as the kernel got them, its result, and an fp32 log-sum-exp a head.
     kept += width.attention * (2 * q + 2 * kv) + 4 * shape.heads
     if shape.fused_attention:
@@ -100,7 +105,8 @@ def _adapter_inputs(config: TrialConfig, shape: ModelShape, width: Widths) -> fl
     tokens = [(matrix, _uses(matrix, shape)) for matrix in targeted(shape, config.target_modules)]
     middle = config.rank * width.adapter_input * sum(uses for _, uses in tokens)
     if config.lora_dropout:
-        return middle + (width.adapter_input + 1) * sum(m.columns * uses for m, uses in tokens)
+        each = width.adapter_input + _drawn(width.adapter_input, width)
+        return middle + each * sum(m.columns * uses for m, uses in tokens)
     if width.adapter == width.stream == width.product == width.adapter_input:
         own_is_kept = config.precision is Precision.INT8
         return middle + (0.0 if own_is_kept else width.stream * sum(_shared_inputs(tokens, shape)))
@@ -108,6 +114,11 @@ def _adapter_inputs(config: TrialConfig, shape: ModelShape, width: Widths) -> fl
         # Under autocast the attention's result has the right type already (peft 0.21.2, tuners/lora/bnb.py).
         tokens = [(matrix, uses) for matrix, uses in tokens if not _reads_attention(matrix, shape)]
     return middle + width.adapter_input * sum(m.columns * uses for m, uses in tokens)
+
+
+def _drawn(each: int, width: Widths) -> int:
+    """Bytes an element by which dropout remembers what it drew: a GPU's kernel truth values, a CPU's numbers."""
+    return 1 if width.on_gpu else each
 
 
 def _uses(matrix: Matrix, shape: ModelShape) -> float:
@@ -144,51 +155,92 @@ def score_bytes(config: TrialConfig, shape: ModelShape, width: Widths) -> float:
     `sdpa` falls back to in fp32 with grouped queries (torch 2.6 to 2.13, sdp_utils.cpp: the memory-efficient kernel
     takes no enable_gqa, flash no fp32).
     """
-    if not writes_scores(config, shape, width):
-        return 0.0
     length = config.sequence_length
+    if not writes_scores(config, shape, width):
+        return (
+            masked_layers(config, shape)
+            / shape.layers
+            * (width.attention * length**2 + _repeated(length, shape, width))
+        )
     scores = float(shape.heads * length * length)
     if config.attention != "eager":
         # In fp32: scaled copies of query and key, and value repeated for each head, in place of what they came from.
         q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         came_from = 2 * q + 3 * kv if shape.fused_attention and shape.rotary else q + 2 * kv
-        return scores * 4 + length * (4 * 3 * q - width.attention * came_from)
+        each = 4 + (4 + _drawn(4, width) if shape.attention_dropout else 0)
+        return scores * each + length * (4 * 3 * q - width.attention * came_from)
     own_softmax = shape.model_type in _OWN_SOFTMAX and width.stream < 4
     each = width.attention if own_softmax or width.attention == 4 else 4 + width.attention
-    if shape.dropout:
-        # The mask, and what is left of the scores.
-        each += 1 + width.attention
+    if shape.attention_dropout:
+        # What was drawn, and what is left of the scores.
+        each += _drawn(width.attention, width) + width.attention
     # Gemma 2 caps its scores by a tanh, which keeps its result.
-    return scores * (each + (width.attention if shape.model_type == "gemma2" else 0))
+    capped = width.attention if shape.model_type == "gemma2" else 0
+    return scores * (each + capped) + _repeated(length, shape, width)
+
+
+def _repeated(length: int, shape: ModelShape, width: Widths) -> float:
+    """What key and value take more where each query head gets its own copy (transformers 5.23, `repeat_kv`)."""
+    if shape.model_type in _BROADCAST_KEYS:
+        return 0.0
+    return float(2 * width.attention * length * (shape.heads - shape.kv_heads) * shape.head_dim)
+
+
+def masked_layers(config: TrialConfig, shape: ModelShape) -> int:
+    """Layers whose `sdpa` is given a mask, where rows are packed or the sequence reaches out of a sliding window.
+
+    The kernel then takes no grouped queries, and keeps the mask in its own type, layer by layer (transformers 5.23,
+    integrations/sdpa_attention.py, `use_gqa_in_sdpa`; torch 2.13, attention.cpp, `convert_boolean_attn_mask`).
+    """
+    if config.attention != "sdpa":
+        return 0
+    if config.packing:
+        return shape.layers
+    return shape.sliding_layers if config.sequence_length >= (shape.sliding_window or math.inf) else 0
+
+
+def mask_bytes(config: TrialConfig, shape: ModelShape, width: Widths) -> int:
+    """The mask of a sequence that all layers share: as numbers to add for eager attention, else true or false."""
+    if config.attention == "eager":
+        return width.stream * config.sequence_length**2
+    return config.sequence_length**2 if masked_layers(config, shape) else 0
 
 
 def writes_scores(config: TrialConfig, shape: ModelShape, width: Widths) -> bool:
     """Whether the attention kernel has a matrix of scores."""
     if config.attention == "eager":
         return True
-    if config.attention != "sdpa":
+    if config.attention != "sdpa" or config.packing:
+        # Packed rows have a mask, with which key and value are repeated for each query head.
         return False
     if shape.model_type == "falcon" and shape.kv_heads < shape.heads:
         # Falcon hands its single key over unrepeated, which only the plain kernel broadcasts (torch 2.13,
         # sdp_utils_cpp.h, check_batch_size_and_num_heads_dense).
         return shape.kv_heads == 1
-    # On a CPU the flash kernel takes fp32 and grouped queries (counted with torch 2.13).
-    return width.on_gpu and width.attention == 4 and shape.kv_heads < shape.heads
+    if not width.on_gpu:
+        # A CPU's flash kernel takes fp32 and grouped queries, and no dropout (counted with torch 2.13).
+        return shape.attention_dropout
+    return width.attention == 4 and shape.kv_heads < shape.heads
 
 
-def backward_bytes_per_token(config: TrialConfig, shape: ModelShape, width: Widths) -> float:
+def backward_bytes(config: TrialConfig, shape: ModelShape, width: Widths, tokens: int) -> float:
     """Alive at the worst place of a layer's backward pass, beside what it kept: the feed-forward part or attention."""
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     wide = _feed_forward_width(shape)
-    feed_forward = width.product * wide * (2 if shape.gated else 1)
+    # The gradient of what the activation (or the gate's product) returned, and those of what it was given; a
+    # quantised weight is whole when the first is gone.
+    gradients = width.product * wide * (3 if shape.gated else 2)
+    weight = max(m.rows * m.columns for m in shape.matrices) * width.dequantised
+    feed_forward = max(gradients * tokens, (gradients - width.product * wide) * tokens + weight)
     if config.precision is Precision.INT8:
         # The product in int32 and in fp16, while a layer is recomputed.
-        feed_forward = max(feed_forward, 6 * wide)
+        feed_forward = max(feed_forward, 6 * wide * tokens)
     attention = float(width.attention * (2 * q + 2 * kv))
     if writes_scores(config, shape, width):
-        # Two fp32 gradients of the scores; softmax's cast and what the feed-forward part kept are gone by then.
+        # The gradients of result and value, and two of the scores in fp32; softmax's cast and what the feed-forward
+        # part kept are gone by then.
         gone = width.attention if config.attention == "eager" and width.attention < 4 else 0
-        attention += shape.heads * config.sequence_length * (8 - gone)
+        attention = width.attention * 2 * q + shape.heads * config.sequence_length * (8.0 - gone)
         attention -= width.product * wide * (3 if shape.gated else 1)
     norm = 4 * 2 * shape.hidden if shape.rms_norm else 0
-    return width.stream * shape.hidden + max(feed_forward, attention, norm)
+    return width.stream * shape.hidden * tokens + max(feed_forward, tokens * max(attention, norm))

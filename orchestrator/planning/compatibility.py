@@ -33,7 +33,7 @@ def refusals(case: Case) -> tuple[str, ...]:
 
 
 def fp16_needs_hardware(case: Case) -> str | None:
-    """Source: deepspeed 0.19.8, runtime/config.py: "Type fp16 is not supported on your device"."""
+    """Source: deepspeed 0.19.8, runtime/engine.py: "Type fp16 is not supported on your device"."""
     if case.config.precision in (Precision.FP16, Precision.AMP_FP16) and not case.hardware.has_fp16:
         return f"precision {case.config.precision}: this device does not compute fp16; use bf16 or fp32"
     return None
@@ -108,6 +108,15 @@ def int8_excludes_zero3(case: Case) -> str | None:
     return None
 
 
+def int8_on_cpus_excludes_dora(case: Case) -> str | None:
+    """Source: peft 0.21.2, utils/integrations.py, `dequantize_module_weight`: on a CPU it moves the weight that DoRA
+    looks at, which loses its scale (bitsandbytes 0.50, nn/modules.py, `Int8Params.to`): the next forward pass fails."""
+    config = case.config
+    if config.dora and config.precision is Precision.INT8 and case.hardware.device == "cpu":
+        return "dora: PEFT cannot read int8 weights again and again on a CPU; use precision nf4, or dora false"
+    return None
+
+
 def quantisation_needs_an_adapter(case: Case) -> str | None:
     """Source: transformers 5.23, trainer.py: purely quantised models cannot be fine-tuned without adapters."""
     if case.config.precision.is_quantized and case.config.trains_all_weights:
@@ -123,7 +132,8 @@ def quantisation_needs_bitsandbytes(case: Case) -> str | None:
 
 
 def eight_bit_adamw_needs_bitsandbytes(case: Case) -> str | None:
-    """On CPUs too (bitsandbytes 0.50, backends/cpu/ops.py)."""
+    """Source: bitsandbytes 0.50, optim/adamw.py, and backends/cpu/ops.py for CPUs. ZeRO-Offload is documented for
+    DeepSpeed's Adam, Adagrad and Lion, whose states are fp32."""
     if case.config.optimizer != "adamw_8bit":
         return None
     if case.hardware.has_bitsandbytes is False:
@@ -149,9 +159,8 @@ def fp16_autocast_excludes_zero(case: Case) -> str | None:
 def packing_needs_positions(case: Case) -> str | None:
     """Source: transformers 5.23, masking_utils.py: packed rows are told apart by `position_ids`, which not all take."""
     if case.config.packing and case.shape.model_type in WITHOUT_POSITIONS:
-        return (
-            f"packing: {case.shape.model_type} models take no position_ids, so packed rows would see each other; use no"
-        )
+        family = case.shape.model_type
+        return f"packing: {family} models take no position_ids, by which packed rows are kept apart; use false"
     return None
 
 
@@ -164,7 +173,7 @@ def pure_fp16_excludes_plain_ddp(case: Case) -> str | None:
 
 
 def adapters_only_options(case: Case) -> str | None:
-    """DoRA and rank stabilisation are properties of an adapter, and there is none."""
+    """Source: peft 0.21.2, tuners/lora/config.py: DoRA and rank stabilisation are properties of an adapter."""
     if case.config.trains_all_weights and (case.config.dora or case.config.rslora):
         return "rank full: there is no adapter for dora or rslora; leave them out, or use a rank"
     return None
@@ -189,7 +198,8 @@ def missing_targets(config: TrialConfig, shape: ModelShape) -> str | None:
 
 
 def global_batch_must_divide(case: Case) -> str | None:
-    """Equal steps over all trials: accumulation is global ÷ (micro × workers)."""
+    """Source: deepspeed 0.19.8, runtime/config.py, `_batch_assertion`: the global batch is micro-batch × accumulation ×
+    workers."""
     config, workers = case.config, case.workers
     micro = 1 if config.micro_batch_size == "auto" else config.micro_batch_size
     if config.global_batch_size % (micro * workers):
@@ -201,7 +211,8 @@ def global_batch_must_divide(case: Case) -> str | None:
 
 
 def sequence_must_fit_the_model(case: Case) -> str | None:
-    """Positions past the model's last were never trained, and learned ones do not exist."""
+    """Source: the model's `max_position_embeddings`: positions past it were never trained, and learned ones do not
+    exist."""
     longest = case.shape.max_positions
     if case.config.sequence_length > longest:
         return f"sequence_length {case.config.sequence_length}: the model has {longest} positions; lower it"
@@ -235,6 +246,7 @@ REFUSALS: tuple[Rule, ...] = (
     expert_adapters_are_plain,
     offload_needs_zero,
     int8_excludes_zero3,
+    int8_on_cpus_excludes_dora,
     quantisation_needs_an_adapter,
     quantisation_needs_bitsandbytes,
     eight_bit_adamw_needs_bitsandbytes,

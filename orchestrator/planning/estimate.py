@@ -15,11 +15,13 @@ from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import InputError, OrchestratorError, cut, shown
 from orchestrator.planning.compatibility import Case, refusals
 from orchestrator.planning.hardware import Hardware
-from orchestrator.planning.memory import estimate
+from orchestrator.planning.memory import CONTEXT_BYTES, MemoryEstimate, estimate
 from orchestrator.planning.model_shape import ModelShape, shape_of
 
 ConfigOf = Callable[[str], Mapping[str, Any]]
 MAX_WORKERS = 100_000
+LEAST_GPU_BYTES = 2**20
+"""Below that it was meant as GiB or MiB."""
 KEYS = ("id", "model", "trial", "workers", "gpu_memory_bytes")
 """What a line has; only `model` is needed."""
 
@@ -61,7 +63,8 @@ def _estimated(raw: Mapping[str, Any], config_of: ConfigOf, shapes: dict[str, Mo
     if unknown:
         name = sorted(unknown)[0]
         raise InputError(f"{cut(name)} is no key here{nearest(name, KEYS)}; known: {', '.join(KEYS)}")
-    workers, memory_bytes = _whole(raw, "workers", 1, MAX_WORKERS), _whole(raw, "gpu_memory_bytes", None, 2**50)
+    workers = _whole(raw, "workers", 1, 1, MAX_WORKERS)
+    memory_bytes = _whole(raw, "gpu_memory_bytes", None, LEAST_GPU_BYTES, 2**50)
     shape = _shape(raw.get("model"), config_of, shapes)
     assert workers is not None
     config = _trial(raw.get("trial") or {})
@@ -74,7 +77,7 @@ def _estimated(raw: Mapping[str, Any], config_of: ConfigOf, shapes: dict[str, Mo
         reasons.append(f"needs {memory.device_bytes:,} bytes of {memory_bytes:,}: lower micro_batch_size or use nf4")
     return {
         "allocated_bytes": memory.allocated_bytes,
-        "reserved_bytes": memory.reserved_bytes,
+        "reserved_bytes": _reserved_on(memory, memory_bytes),
         "device_bytes": memory.device_bytes,
         "low_bytes": memory.low_bytes,
         "high_bytes": memory.high_bytes,
@@ -84,6 +87,14 @@ def _estimated(raw: Mapping[str, Any], config_of: ConfigOf, shapes: dict[str, Mo
     }
 
 
+def _reserved_on(memory: MemoryEstimate, memory_bytes: int | None) -> int | None:
+    """No more than the GPU has: torch gives back what it only keeps before it runs out (2.13,
+    CUDACachingAllocator.cpp, `release_cached_blocks`)."""
+    if memory_bytes is None or memory.reserved_bytes is None or memory.allocated_bytes is None:
+        return memory.reserved_bytes
+    return min(memory.reserved_bytes, max(memory.allocated_bytes, memory_bytes - CONTEXT_BYTES))
+
+
 def _trial(settings: Any) -> TrialConfig:
     try:
         return TrialConfig.model_validate(settings)
@@ -91,12 +102,12 @@ def _trial(settings: Any) -> TrialConfig:
         raise InputError(told_of_settings(error, settings)) from error
 
 
-def _whole(raw: Mapping[str, Any], name: str, default: int | None, most: int) -> int | None:
+def _whole(raw: Mapping[str, Any], name: str, default: int | None, least: int, most: int) -> int | None:
     value = raw.get(name)
     if value is None:
         return default
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-        raise InputError(f"{name} is {shown(value)}: give a whole number from 1 to {most:,}")
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise InputError(f"{name} is {shown(value)}: give a whole number from {least:,} to {most:,}")
     return value
 
 

@@ -87,25 +87,30 @@ def hardware_for(gpu: str | None, gpus: int | None, memory: str | None) -> Hardw
     Raises:
         InputError: the name or the size of memory is not understood.
     """
-    if gpu:
-        return named_gpu(gpu, gpus or 1, parse_memory(memory) if memory else None)
+    if gpu is not None:
+        memory_bytes = None if memory is None else parse_memory(memory)
+        if memory_bytes is not None and memory_bytes < GIB:
+            raise InputError(
+                f"--gpu-memory {memory} is {memory_bytes:,} bytes, less than any GPU has: write it as 80GiB"
+            )
+        return named_gpu(gpu, gpus or 1, memory_bytes)
     if gpus or memory:
         raise InputError("--gpus and --gpu-memory describe the GPU that --gpu names: name one, as --gpu H100")
     return this_machine()
 
 
 def named_gpu(name: str, count: int, memory_bytes: int | None = None) -> Hardware:
-    """A cluster of `count` GPUs of this name.
+    """A cluster of `count` GPUs of this name, ours or the driver's.
 
     Raises:
         InputError: the name is not known.
     """
     by_spelling = {_plain(known): known for known in GPUS}
-    found = by_spelling.get(_plain(name))
+    found = by_spelling.get(_plain(name)) or _meant(name)
     if found is None:
         near = get_close_matches(_plain(name), by_spelling, n=1)
         hint = f"; did you mean {by_spelling[near[0]]}?" if near else ""
-        raise InputError(f"--gpu {name} is not known{hint}; known: {', '.join(GPUS)}")
+        raise InputError(f"--gpu {name or repr(name)} is not known{hint}; known: {', '.join(GPUS)}")
     gpu = GPUS[found]
     return Hardware(
         device="cuda",

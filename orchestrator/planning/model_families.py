@@ -35,6 +35,8 @@ class Family:
     """Outside the layers."""
     rotary: bool = True
     tied: bool = False
+    full_attention_every: int | None = None
+    """Of so many layers one looks back all the way, where there is a sliding window; None: no such pattern."""
     positions_offset: int | None = None
     """Rows of a learned position table beyond `max_position_embeddings`; None: there is no table."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -44,6 +46,7 @@ class Family:
 _GEMMA: Mapping[str, Any] = {"head_dim": 256, "num_attention_heads": 8, "num_key_value_heads": 4}
 _LLAMA_BIAS: Mapping[str, Any] = {"qkv_bias": "attention_bias", "out_bias": "attention_bias", "mlp_bias": "mlp_bias"}
 _BIASED: Mapping[str, Any] = {"qkv_bias": True, "out_bias": True, "mlp_bias": True}
+_NO_WINDOW: Mapping[str, Any] = {"use_sliding_window": False}
 _UNGATED: Mapping[str, Any] = {"gated": False, "norm_width": 2, "layer_norm": True}
 """GPT-2's way, before Llama's: two matrices in the feed-forward part, norms with a bias."""
 _FUSED = ("query_key_value", "dense")
@@ -54,7 +57,7 @@ _GPT2 = Family(
     rotary=False,
     tied=True,
     positions_offset=0,
-    defaults={"resid_pdrop": 0.1},
+    defaults={"resid_pdrop": 0.1, "attn_pdrop": 0.1},
     **_UNGATED,
     **_BIASED,
 )
@@ -69,28 +72,34 @@ _FAMILIES = {
         experts=("w1", "w3", "w2"),
         defaults={"num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2},
     ),
-    "qwen2": Family(qkv_bias=True),
+    "qwen2": Family(qkv_bias=True, defaults=_NO_WINDOW),
     "qwen2_moe": Family(
         qkv_bias=True,
         # Only its shared expert: the names meet that first.
         expert_adapters=False,
-        defaults={"num_experts": 60, "num_experts_per_tok": 4, "shared_expert_intermediate_size": 5632},
+        defaults={**_NO_WINDOW, "num_experts": 60, "num_experts_per_tok": 4, "shared_expert_intermediate_size": 5632},
     ),
-    "qwen3": Family(qk_norm="head", qkv_bias="attention_bias", out_bias="attention_bias", defaults={"head_dim": 128}),
+    "qwen3": Family(
+        qk_norm="head", qkv_bias="attention_bias", out_bias="attention_bias", defaults={**_NO_WINDOW, "head_dim": 128}
+    ),
     "qwen3_moe": Family(
         qk_norm="head",
         qkv_bias="attention_bias",
         out_bias="attention_bias",
-        defaults={"num_experts": 128, "num_experts_per_tok": 8, "num_key_value_heads": 4},
+        defaults={**_NO_WINDOW, "num_experts": 128, "num_experts_per_tok": 8, "num_key_value_heads": 4},
     ),
     # Its norm has no weights, and is computed in fp32.
     "olmo": Family(norm_width=0, extra_norms=0),
     "olmo2": Family(qk_norm="all"),
     "olmoe": Family(qk_norm="all", defaults={"num_experts": 64, "num_experts_per_tok": 8}),
     "gemma": Family(tied=True, defaults={"head_dim": 256}),
-    "gemma2": Family(tied=True, norms=4, defaults={**_GEMMA, "final_logit_softcapping": 30.0}),
+    "gemma2": Family(tied=True, norms=4, full_attention_every=2, defaults={**_GEMMA, "final_logit_softcapping": 30.0}),
     "gemma3": Family(
-        tied=True, norms=4, qk_norm="head", defaults={**_GEMMA, "vocab_size": 262_208, "max_position_embeddings": 2**17}
+        tied=True,
+        norms=4,
+        qk_norm="head",
+        full_attention_every=6,
+        defaults={**_GEMMA, "vocab_size": 262_208, "max_position_embeddings": 2**17},
     ),
     "cohere": Family(tied=True, norms=1, layer_norm=True, qkv_bias="attention_bias", out_bias="attention_bias"),
     "phi": Family(

@@ -55,6 +55,8 @@ class ModelShape:
     shared_intermediate: int
     """Of the expert that every token takes, 0 where there is none."""
     sliding_window: int | None
+    sliding_layers: int
+    """Layers that look no further back than the window."""
     matrices: tuple[Matrix, ...]
     other_parameters: int
     """Norms and biases."""
@@ -75,6 +77,8 @@ class ModelShape:
     """The logits go through tanh (Gemma 2), which keeps them once more."""
     dropout: bool
     """The frozen model drops out of its own accord, as GPT-2 and OPT do, and keeps what it drew."""
+    attention_dropout: bool
+    """Of its attention scores too, as GPT-2."""
 
     @property
     def embedding_parameters(self) -> int:
@@ -156,7 +160,8 @@ class _Reader:
             experts=experts,
             experts_per_token=self.whole("num_experts_per_tok") or 1,
             shared_intermediate=(self.whole("shared_expert_intermediate_size") or 0) if experts else 0,
-            sliding_window=self.whole("sliding_window") if self.config.get("use_sliding_window", True) else None,
+            sliding_window=self.whole("sliding_window"),
+            sliding_layers=self._sliding_layers(layers),
             matrices=tuple(matrices),
             other_parameters=self._others(hidden, layers, heads, kv_heads, head_dim, matrices),
             position_parameters=self._learned_positions() * hidden,
@@ -169,6 +174,7 @@ class _Reader:
             parallel_residual=self._is_parallel(),
             softcapped_logits=bool(self.config.get("final_logit_softcapping")),
             dropout=any(self.config.get(name) for name in ("resid_pdrop", "dropout", "hidden_dropout")),
+            attention_dropout=any(self.config.get(name) for name in ("attn_pdrop", "attention_dropout")),
         )
 
     def whole(self, name: str) -> int | None:
@@ -222,6 +228,15 @@ class _Reader:
     def _learned_positions(self) -> int:
         offset = self.family.positions_offset
         return 0 if offset is None else self._positions() + offset
+
+    def _sliding_layers(self, layers: int) -> int:
+        if self.whole("sliding_window") is None or not self.config.get("use_sliding_window", True):
+            return 0
+        kinds = self.config.get("layer_types")
+        if isinstance(kinds, list | tuple):
+            return list(kinds)[:layers].count("sliding_attention")
+        every = self.whole("sliding_window_pattern") or self.family.full_attention_every
+        return layers - layers // every if every else max(0, layers - (self.whole("max_window_layers") or 0))
 
     def _is_parallel(self) -> bool:
         if self.name == "gpt_neox":

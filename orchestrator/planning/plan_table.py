@@ -51,19 +51,25 @@ def _table(plan: SweepPlan, trials: Sequence[PlannedTrial]) -> list[str]:
 
 def _totals(plan: SweepPlan) -> list[str]:
     low, expected, high = plan.makespan_s
-    lines = [
-        _proposals(plan)
-        if plan.proposed_by
-        else f"{plan.runs} trials run, {plan.concurrent} at a time; {plan.refused} are refused",
+    lines = [_proposals(plan) if plan.proposed_by else _trials(plan)]
+    if not plan.runs:
+        return lines + [f"warning: {warning}" for warning in plan.warnings]
+    lines.append(
         f"time: about {duration(expected)} ({duration(low)} to {duration(high)})"
-        + (f", by the speed of {plan.measured} trials that ran here" if plan.measured else ""),
-    ]
+        + (f", by the speed of {plan.measured} trials that ran here" if plan.measured else "")
+    )
     if plan.gpus_per_worker:
         hours = plan.gpu_hours
         lines.append(f"GPU-hours: about {hours[1]:.2f} ({hours[0]:.2f} to {hours[2]:.2f})")
     if plan.cost:
         lines.append(f"cost: about {plan.cost[1]:.2f} ({plan.cost[0]:.2f} to {plan.cost[2]:.2f})")
     return lines + [f"warning: {warning}" for warning in plan.warnings]
+
+
+def _trials(plan: SweepPlan) -> str:
+    run = "1 trial runs" if plan.runs == 1 else f"{plan.runs} trials run"
+    refused = "1 is refused" if plan.refused == 1 else f"{plan.refused} are refused"
+    return f"{run}, {plan.concurrent} at a time; {refused}"
 
 
 def _proposals(plan: SweepPlan) -> str:

@@ -53,6 +53,7 @@ REFUSED: dict[str, tuple[Case, Case]] = {
     ),
     "offload_needs_zero": (case(zero_stage=1, offload="optimizer"), case(zero_stage=2, offload="optimizer")),
     "int8_excludes_zero3": (case(precision="int8", zero_stage=3), case(precision="int8", zero_stage=2)),
+    "int8_on_cpus_excludes_dora": (case(CPU, precision="int8", dora=True), case(precision="int8", dora=True)),
     "quantisation_needs_an_adapter": (case(precision="nf4", rank="full"), case(precision="nf4", rank=8)),
     "quantisation_needs_bitsandbytes": (
         case(replace(H100, has_bitsandbytes=False), precision="nf4"),

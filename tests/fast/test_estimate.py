@@ -40,6 +40,14 @@ def test_what_does_not_fit_says_so_and_still_has_its_figures() -> None:
     assert got["allocated_bytes"] > 2**33
 
 
+def test_no_more_is_reserved_than_the_named_gpu_has_beside_its_context() -> None:
+    small, free = answer(line(gpu_memory_bytes=2**34), line())
+    assert free["allocated_bytes"] < small["reserved_bytes"] < free["reserved_bytes"]
+    assert small["device_bytes"] == free["device_bytes"] > 2**34
+    # What it needs stays as it is: an allocator that must give back what it keeps is close to running out.
+    assert not small["feasible"]
+
+
 @pytest.mark.parametrize(
     ("bad", "told"),
     [
@@ -56,6 +64,7 @@ def test_what_does_not_fit_says_so_and_still_has_its_figures() -> None:
         (line(id=7, workers=0), "workers"),
         (line(id=7, workers=10**40), "workers"),
         (line(id=7, gpu_memory_bytes="24GiB"), "gpu_memory_bytes"),
+        (line(id=7, gpu_memory_bytes=24), "from 1,048,576"),
         (line(id=7, model={**LLAMA_2_7B, "hidden_size": None}), "hidden_size"),
         (line(id=7, wrkers=2), "did you mean workers?"),
     ],

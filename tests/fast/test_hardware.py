@@ -46,6 +46,20 @@ def test_a_gpu_is_known_by_any_spelling(name: str) -> None:
     assert named_gpu(name, 1).gpu_name in GPUS
 
 
+@pytest.mark.parametrize(
+    ("driver", "ours"), [("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA A100-SXM4-40GB", "A100-40GB"), ("Tesla T4", "T4")]
+)
+def test_a_gpu_is_known_by_the_drivers_name(driver: str, ours: str) -> None:
+    assert named_gpu(driver, 1).gpu_name == ours
+
+
+def test_a_gpu_without_a_name_or_of_80_bytes_is_refused() -> None:
+    with pytest.raises(InputError, match="--gpu '' is not known"):
+        hardware_for("", None, None)
+    with pytest.raises(InputError, match="80 bytes, less than any GPU has: write it as 80GiB"):
+        hardware_for("H100", None, "80")
+
+
 def test_an_unknown_gpu_is_answered_with_the_nearest_and_all_that_are_known() -> None:
     with pytest.raises(InputError) as told:
         named_gpu("H1000", 1)

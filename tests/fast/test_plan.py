@@ -86,8 +86,9 @@ def test_a_trial_that_would_outrun_its_limit_is_warned_of() -> None:
 
 
 def test_a_plan_as_text_names_every_trial_each_refusal_and_the_totals() -> None:
-    text = render(plan(CPU, model=THREE_B, space={"precision": ["nf4", "fp16"]}, trial={"sequence_length": 64}))
-    assert "1 trials run" in text
+    space, trial = {"precision": ["nf4", "fp16"]}, {"sequence_length": 64}
+    text = render(plan(CPU, model=THREE_B, space=space, trial=trial, resources={"max_concurrent": 1}))
+    assert "1 trial runs" in text
     assert "refused (1): precision fp16" in text
     assert "time: about" in text
 

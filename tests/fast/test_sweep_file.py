@@ -84,7 +84,12 @@ def test_a_grid_cannot_walk_a_range_but_random_search_can(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("text", "told"),
-    [("- a\n", "holds no keys"), ("a: [", "is not YAML"), ("", "holds no keys"), ("a: &x [*x]\n", "nested deeper")],
+    [
+        ("- a\n", "holds no keys"),
+        ("b: 1\na: [", ":2 is not YAML: while parsing"),
+        ("", "holds no keys"),
+        ("a: &x [*x]\n", "nested deeper"),
+    ],
 )
 def test_a_file_that_is_no_mapping_says_so(tmp_path: Path, text: str, told: str) -> None:
     with pytest.raises(InputError, match=told):
