@@ -38,17 +38,19 @@ class TrialOnWorkers(tune.Trainable):
         self._board, self._groups, self._shape, self._keeps_group = board, groups, shape, keeps_group
         self._group: str | None = None
         self._life_of_groups = groups.life.remote()
-        self._begin(config)
+        self._take(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take the next trial."""
         if self._group and not (self._keeps_group and ray.get(self._groups.is_alive.remote(self._group))):
             self._close()
-        self._begin(new_config)
+        self._take(new_config)
         return True
 
     def step(self) -> dict[str, Any]:
         """Wait for the next report: an evaluation, or the end."""
+        if not self._has_begun:
+            self._begin()
         event = self._next_event()
         if isinstance(event, TrialProgress):
             return self._result(event)
@@ -76,8 +78,14 @@ class TrialOnWorkers(tune.Trainable):
         """Tune needs the slot no more."""
         self._close()
 
-    def _begin(self, config: dict[str, Any]) -> None:
+    def _take(self, config: dict[str, Any]) -> None:
+        # It begins with the first step and not here: Tune starts an actor for a trial, and where another slot falls
+        # free meanwhile gives the trial to that one (ray 2.60.0, TuneController._maybe_reuse_cached_actor).
         self._task: TrialTask = config["task"]
+        self._has_begun = False
+
+    def _begin(self) -> None:
+        self._has_begun = True
         self._events: list[str] = []
         self._launched_at = time.time()
         self._ends: Counter[TrialStatus] = Counter()

@@ -14,12 +14,14 @@ from typing import Any
 import psutil
 import pytest
 import ray
+from ray import tune
 from ray.util import placement_group_table
 
 from orchestrator.config.sweep_config import DataConfig
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.results.records import TrialStatus
 from orchestrator.sweep import cluster
+from orchestrator.sweep.trial import TrialOnWorkers
 from orchestrator.sweep.worker import GroupShape
 from orchestrator.training import data, model_source
 from orchestrator.training.task import TrialEnd, TrialProgress, TrialTask
@@ -43,17 +45,22 @@ class Bench:
     count: int = 0
     earlier: frozenset[int] = frozenset()
 
-    def assign(self, time_limit_s: float | None = None, **settings: object) -> str:
+    def task(self, time_limit_s: float | None = None, **settings: object) -> TrialTask:
         self.count += 1
-        # A trial's process outlives its last word by a moment.
-        self.earlier = frozenset(p.pid for p in psutil.Process().children(recursive=True))
         trial_id = f"t-{self.count}"
         small = {"precision": "fp32", "global_batch_size": 2, "micro_batch_size": 2, "sequence_length": 16, "rank": 2}
         config = TrialConfig.model_validate(small | {"max_steps": 2, "eval_every": 1} | settings)
         where = (str(self.data_folder), str(self.folder / trial_id))
-        task = TrialTask(trial_id, config, "", *where, "eval_loss", "min", time_limit_s=time_limit_s)
+        return TrialTask(trial_id, config, "", *where, "eval_loss", "min", time_limit_s=time_limit_s)
+
+    def assign(self, time_limit_s: float | None = None, **settings: object) -> str:
+        return self.hand_out(self.task(time_limit_s, **settings))
+
+    def hand_out(self, task: TrialTask) -> str:
+        # A trial's process outlives its last word by a moment.
+        self.earlier = frozenset(p.pid for p in psutil.Process().children(recursive=True))
         ray.get(self.board.assign.remote(self.group, task))
-        return trial_id
+        return task.trial_id
 
     def end_of(self, trial_id: str) -> TrialEnd:
         while isinstance(event := ray.get(self.board.next_event.remote(trial_id), timeout=LIMIT_S), TrialProgress):
@@ -166,6 +173,20 @@ def test_a_stop_ends_the_trial_within_a_tenth_of_a_second_and_the_group_goes_on(
     # Not a measurement: ten times the contract's figure, so that a busy machine does not fail it.
     assert statistics.median(stops_s) < 1.0
     assert bench.run().status is TrialStatus.COMPLETED
+
+
+def test_a_slot_that_is_made_for_a_trial_and_not_asked_for_it_leaves_it_to_the_slot_that_is(bench: Bench) -> None:
+    # Tune does so where a slot dies with the trial and another falls free before a new one is there.
+    task = bench.task(max_steps=300, eval_every=300)
+    bench.hand_out(task)
+    slot = tune.with_parameters(
+        TrialOnWorkers, board=bench.board, groups=bench.groups, shape=GroupShape(1, 0, 1), keeps_group=True
+    )
+    spare: Any = ray.remote(num_cpus=0)(slot).remote({"task": task})
+    ray.get(spare.reset.remote({"task": task}))
+    end = bench.end_of(task.trial_id)
+    ray.get(spare.stop.remote())
+    assert end.status is TrialStatus.COMPLETED, end.reason
 
 
 def test_a_worker_that_is_killed_takes_template_and_trial_along_and_the_group_says_so(bench: Bench) -> None:
