@@ -177,16 +177,18 @@ def test_a_stop_ends_the_trial_within_a_tenth_of_a_second_and_the_group_goes_on(
 
 def test_a_slot_that_is_made_for_a_trial_and_not_asked_for_it_leaves_it_to_the_slot_that_is(bench: Bench) -> None:
     # Tune does so where a slot dies with the trial and another falls free before a new one is there.
-    task = bench.task(max_steps=300, eval_every=300)
+    task = bench.task(max_steps=100_000, eval_every=100_000)
     bench.hand_out(task)
+    at_work = bench.trial_process()
     slot = tune.with_parameters(
         TrialOnWorkers, board=bench.board, groups=bench.groups, shape=GroupShape(1, 0, 1), keeps_group=True
     )
     spare: Any = ray.remote(num_cpus=0)(slot).remote({"task": task})
     ray.get(spare.reset.remote({"task": task}))
-    end = bench.end_of(task.trial_id)
     ray.get(spare.stop.remote())
-    assert end.status is TrialStatus.COMPLETED, end.reason
+    assert at_work.is_running()
+    assert ray.get(bench.board.stop.remote(task.trial_id, LIMIT_S))
+    assert bench.end_of(task.trial_id).status is TrialStatus.STOPPED
 
 
 def test_a_worker_that_is_killed_takes_template_and_trial_along_and_the_group_says_so(bench: Bench) -> None:
