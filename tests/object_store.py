@@ -1,15 +1,23 @@
-"""A real S3 server, moto's, as a process of its own; what names it stands in the environment, as for AWS's own."""
+"""A real S3 server, moto's; what names it stands in the environment, as for AWS's own."""
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
+import requests
+
+from tests.tracking_servers import free_port
 from tests.waiting import wait_until
+
+if TYPE_CHECKING:
+    from moto.server import ThreadedMotoServer
 
 BUCKET = "bucket"
 
@@ -22,6 +30,36 @@ def started_store(host: str = "127.0.0.1") -> Iterator[dict[str, str]]:
         port = int(probe.getsockname()[1])
     command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", host, "-p", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        with _reached_at(host, port) as variables:
+            yield variables
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def fragile_store() -> Iterator[ThreadedMotoServer]:
+    """As `started_store`, within this process: what was `stop`ped has its objects when it is `start`ed again."""
+    from moto.server import ThreadedMotoServer
+
+    host, port = "127.0.0.1", free_port()
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    store = ThreadedMotoServer(host, port, verbose=False)
+    store.start()
+    try:
+        wait_until(lambda: _answers(host, port), bool, 60)
+        # Moto keeps the objects of an earlier store in this process.
+        requests.post(f"http://{host}:{port}/moto-api/reset", timeout=10).raise_for_status()
+        with _reached_at(host, port):
+            yield store
+    finally:
+        if _answers(host, port):
+            store.stop()
+
+
+@contextmanager
+def _reached_at(host: str, port: int) -> Iterator[dict[str, str]]:
     variables = {
         "AWS_ACCESS_KEY_ID": "an-id",
         "AWS_SECRET_ACCESS_KEY": "a-secret",
@@ -35,8 +73,6 @@ def started_store(host: str = "127.0.0.1") -> Iterator[dict[str, str]]:
         _make_bucket(variables["AWS_ENDPOINT_URL"])
         yield variables
     finally:
-        process.kill()
-        process.wait()
         for name, value in before.items():
             os.environ.pop(name)
             if value is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from orchestrator.errors import FolderError
+from orchestrator.errors import FolderError, StorageError
 from orchestrator.results import remote
 from orchestrator.results.heartbeat import beating
 
@@ -81,8 +82,10 @@ def held(uri: str, lost: Callable[[], None]) -> Iterator[None]:
         with beating(BEAT_S, renew):
             yield
     finally:
-        if _owner(uri) == owner:
-            remote.delete(_object(uri))
+        # In a store that is away it lapses by itself.
+        with contextlib.suppress(StorageError):
+            if _owner(uri) == owner:
+                remote.delete(_object(uri))
 
 
 def _require_free(uri: str) -> None:

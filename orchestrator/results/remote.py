@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from pyarrow.fs import FileInfo, S3FileSystem
 
 CONNECT_LIMIT_S = 10.0
-REQUEST_LIMIT_S = 60.0
+REQUEST_LIMIT_S = 20.0
+"""Without a byte, of each of three attempts (pyarrow 25): a store that is silent holds whoever asks for a minute."""
 TRANSFERS = 8
 """Files at a time."""
 CHUNK_BYTES = 8 * 2**20

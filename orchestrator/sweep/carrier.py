@@ -21,8 +21,13 @@ from orchestrator.results.storage import SweepFolder
 
 log = logging.getLogger(__name__)
 RETRY_S = 5.0
+LOOK_S = 30.0
+"""So often at least the store is asked for what the running trials wrote: that it is away is noticed by it too."""
+AWAY_LIMIT_S = 300.0
+"""A store that is away for so long ends the sweep, as it ends a trial that waits for it."""
 END_LIMIT_S = 120.0
-"""So long the store may be away at the end of the sweep."""
+"""So long it may be away at the end of the sweep, and INTERRUPTED_END_LIMIT_S at that of one that was interrupted."""
+INTERRUPTED_END_LIMIT_S = 5.0
 
 
 class Carrier:
@@ -33,6 +38,11 @@ class Carrier:
         self._mirror = Mirror(folder.root, folder.remote) if folder.remote else None
         self._running: set[str] = set()
         self._ended: set[str] = set()
+        self._unfetched: set[str] = set()
+        """Trials that ended while the store was away."""
+        self._away_since_s: float | None = None
+        self._why_away: StorageError | None = None
+        self._end_limit_s = END_LIMIT_S
         self._wake, self._ending = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
 
@@ -63,14 +73,27 @@ class Carrier:
             self._ended.add(trial_id)
             self._wake.set()
 
-    def fetch(self, trial_id: str) -> None:
-        """What the trial's workers wrote, here now; the sweep goes on without it where the store is away."""
+    def fetch(self, trial_id: str) -> bool:
+        """Whether what the trial's workers wrote is here now; else it comes once the store is there again."""
         if self._mirror is None:
-            return
-        try:
-            self._pull(trial_id, is_result)
-        except StorageError as error:
-            log.warning("trial %s: its files are in the store and not here: %s", trial_id, error)
+            return True
+        if self._away_since_s is None:
+            try:
+                self._pull(trial_id, is_result)
+                return True
+            except StorageError as error:
+                log.warning("trial %s: its files are in the store and not here yet: %s", trial_id, error)
+        self._unfetched.add(trial_id)
+        return False
+
+    def away(self) -> StorageError | None:
+        """Why the store does not answer, where it has not for longer than we wait."""
+        since_s = self._away_since_s
+        return self._why_away if since_s is not None and time.monotonic() - since_s > AWAY_LIMIT_S else None
+
+    def hurry(self) -> None:
+        """The sweep was interrupted, and who did it waits for its end."""
+        self._end_limit_s = INTERRUPTED_END_LIMIT_S
 
     def push(self) -> None:
         """Carry over what was written here.
@@ -89,34 +112,52 @@ class Carrier:
         """
         if self._mirror is None:
             return
+        limit_s = 0.0 if self.away() else self._end_limit_s
+        until_s = time.monotonic() + limit_s
         self._ending.set()
         self._wake.set()
-        self._thread.join()
-        until_s = time.monotonic() + END_LIMIT_S
-        while True:
+        # It may be within a request that nobody answers.
+        self._thread.join(max(RETRY_S, limit_s))
+        while not self._thread.is_alive():
             try:
-                self.push()
-                self._forget_checkpoints()
-            except StorageError:
-                if time.monotonic() > until_s:
-                    raise
-                time.sleep(RETRY_S)
-            else:
+                self._carry()
                 return
+            except StorageError as error:
+                self._why_away = error
+                if time.monotonic() > until_s:
+                    break
+                time.sleep(min(RETRY_S, limit_s))
+        raise StorageError(
+            f"{self._why_away or f'storage {self._folder.shown} does not answer'}. What the store has is safe: run the "
+            "same command again once it answers"
+        )
 
     def _work(self) -> None:
         while not self._ending.is_set():
-            self._wake.wait()
+            self._wake.wait(LOOK_S)
             self._wake.clear()
             try:
-                self.push()
-                for trial_id in tuple(self._running):
-                    self._pull(trial_id, is_record)
-                self._forget_checkpoints()
+                self._carry()
             except StorageError as error:
-                log.warning("%s; it is tried again", error)
+                if self._away_since_s is None:
+                    self._away_since_s = time.monotonic()
+                    log.warning("%s; it is tried again for %.0f s", error, AWAY_LIMIT_S)
+                self._why_away = error
                 self._ending.wait(RETRY_S)
                 self._wake.set()
+            else:
+                if self._away_since_s is not None:
+                    log.warning("storage %s answers again", self._folder.shown)
+                self._away_since_s = None
+
+    def _carry(self) -> None:
+        self.push()
+        for trial_id in tuple(self._unfetched):
+            self._pull(trial_id, is_result)
+            self._unfetched.discard(trial_id)
+        for trial_id in tuple(self._running):
+            self._pull(trial_id, is_record)
+        self._forget_checkpoints()
 
     def _pull(self, trial_id: str, wanted: Wanted) -> None:
         assert self._mirror

@@ -39,7 +39,7 @@ class Recorder(tune.Callback):
         board: Any,
         why_stopped: Mapping[str, str],
         predicted_bytes: Callable[[TrialConfig], int],
-        fetch: Callable[[str], None],
+        fetch: Callable[[str], bool],
         listeners: tuple[Callable[[TrialResult], None], ...],
     ) -> None:
         self.records = dict(records)
@@ -212,11 +212,11 @@ class Recorder(tune.Callback):
     def _ended(self, record: TrialResult, status: TrialStatus, reason: str | None) -> TrialResult:
         """The final record; its last step is the last one on disk, which may be past the last report."""
         launched_at = self._launched_at.get(record.trial_id)
-        if launched_at:
-            self._fetch(record.trial_id)
+        # Where it is not, what the trial told is more than is known here.
+        is_here = launched_at is not None and self._fetch(record.trial_id)
         points = self._folder.trial(record.trial_id).read_metrics()
         update: dict[str, Any] = {"status": status, "reason": reason}
-        if points and launched_at:
+        if points and is_here:
             update |= {"last": points[-1], "steps": points[-1].step, "tokens": points[-1].tokens}
         if launched_at:
             total_s = record.timing.total_s + time.time() - launched_at

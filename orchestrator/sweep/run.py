@@ -136,13 +136,15 @@ def _run_prepared(
         (carrier.track, tracker.track, gauges.track, progress, callbacks.track),
     )
     search = search_of(prepared, folder, recorder, new_record, carrier.forget_checkpoints)
-    stopper = _stopper(prepared, recorder)
+    stopper = _stopper(prepared, recorder, carrier)
     for record in records.values():
         if record.status is not TrialStatus.PENDING:
             tracker.track(record)
     _say_start(records.values(), prepared, say)
     with progress, signals_to(stopper), system_metrics.logged(tracking_uri(sweep), tracker.parent_run_id):
         launch(prepared, folder, recorder, search, scheduler, [recorder, progress], stopper, isolation)
+    if stopper.interrupted:
+        carrier.hurry()
     recorder.cancel_rest(stopper.reason or "the sweep ended before it: run the same command again")
     if error := stopper.broken():
         tracker.finish(INTERRUPTED_TRACKING_LIMIT_S)
@@ -174,13 +176,13 @@ def _progress(
     )
 
 
-def _stopper(prepared: Prepared, recorder: Recorder) -> Stopper:
+def _stopper(prepared: Prepared, recorder: Recorder, carrier: Carrier) -> Stopper:
     lost_actor = cluster.watch(prepared.board, prepared.groups)
     return Stopper(
         prepared.board,
         prepared.sweep.budget,
         lambda: recorder.trial_seconds() * prepared.shape.gpus / 3600,
-        lambda: recorder.storage_error or lost_actor(),
+        lambda: recorder.storage_error or carrier.away() or lost_actor(),
     )
 
 

@@ -28,7 +28,7 @@ for fault in ("full", "read-only", "freed"):
     root.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(root)], check=True)
     folder = SweepFolder(root / "sweep")
-    recorder = recorders.Recorder(folder, {}, 0.0, None, {}, lambda config: 0, lambda trial_id: None, ())
+    recorder = recorders.Recorder(folder, {}, 0.0, None, {}, lambda config: 0, lambda trial_id: True, ())
     recorder.save(first)
     if fault == "read-only":
         subprocess.run(["mount", "-o", "remount,ro", str(root)], check=True)
