@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.timeout(600)
 LIMIT_S = 200.0
 KUBERNETES_S = 30.0
-STEPS = 120
+STEPS = 1200
 STORAGE = f"s3://{BUCKET}/sweeps"
 # The command in place of `python -m orchestrator`, with less patience.
 IMPATIENT = """
@@ -50,7 +50,7 @@ def start_sweep(folder: Path) -> Run:
         "--storage",
         STORAGE,
         within=[sys.executable, "-c", IMPATIENT],
-        trial={"max_steps": STEPS, "eval_every": 20},
+        trial={"max_steps": STEPS, "eval_every": 100},
         space={"rank": [2, 4]},
     )
 
