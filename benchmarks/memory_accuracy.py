@@ -28,9 +28,9 @@ from orchestrator.planning.estimate import estimate_lines
 from orchestrator.planning.model_shape import shape_of
 
 GIB = 2**30
-UNDER_COSTS = 3
-"""What fits the constants: a run that needs more than was told is worth three that were told too much of."""
-UNSEEN = 0.15
+ENOUGH = 8
+"""Of ten runs, those that reserve no more than the fitted share: told too low costs a run, told too high some room."""
+UNSEEN = 0.20
 """How much the interval is wider, each way, than the fitted points' 5 % and 95 % quantiles."""
 LORA_DROPOUT = {"litgpt_resource_tables": 0.05, "fsdp_qlora": 0.1}
 """The defaults of litgpt/finetune/lora.py and of fsdp_qlora's train.py, which their tables do not print."""
@@ -42,7 +42,6 @@ Row = dict[str, str]
 class Constants:
     """What is fitted, by its names in `orchestrator.planning.memory`."""
 
-    uncounted: float = memory.UNCOUNTED
     fragmentation: float = memory.FRAGMENTATION
     fragmentation_sharded: float = memory.FRAGMENTATION_SHARDED
     fragmentation_offloaded: float = memory.FRAGMENTATION_OFFLOADED
@@ -74,15 +73,17 @@ class Point:
 
     def predicted(self, constants: Constants) -> float:
         """Bytes by the row's own measure; with the constants that the estimate has, this is what it says."""
-        allocated = self.weights + self.rest(constants)
+        allocated = self.weights + self.rest
         reserved = allocated + (allocated - self.stays) * self._fragmentation(constants)
         if self.kept:
             reserved = min(reserved, self.kept.predicted(constants))
-        return min(reserved, max(allocated, _gpu_bytes(self.row) - memory.CONTEXT_BYTES))
+        needed = allocated + (allocated - self.stays) * memory.GAPS
+        return min(reserved, max(_gpu_bytes(self.row) - memory.CONTEXT_BYTES, needed))
 
-    def rest(self, constants: Constants) -> float:
+    @property
+    def rest(self) -> float:
         """Bytes allocated beside the weights."""
-        return (self.counted - self.weights) * (1 + constants.uncounted) + memory.WORKSPACE_BYTES
+        return self.counted - self.weights + memory.WORKSPACE_BYTES
 
     def _fragmentation(self, constants: Constants) -> float:
         if self.row["metric"] != "max_reserved":
@@ -99,7 +100,7 @@ class Point:
     @property
     def reserved_beyond(self) -> float:
         """Bytes reserved beyond what is counted, over what comes and goes."""
-        allocated = self.counted + memory.WORKSPACE_BYTES
+        allocated = self.weights + self.rest
         return (self.measured - allocated) / (allocated - self.stays)
 
     def error(self, constants: Constants) -> float:
@@ -114,7 +115,7 @@ class Point:
         """What was allocated beside the weights, over what is predicted of it."""
         share = self._fragmentation(constants)
         allocated = (self.measured + share * self.stays) / (1 + share)
-        return (allocated - self.weights) / self.rest(constants)
+        return (allocated - self.weights) / self.rest
 
 
 def read(path: Path) -> list[Row]:
@@ -225,21 +226,16 @@ def zero3_model_states(parameters: int, largest_layer: int, gpus: int) -> int:
 
 
 def fitted(points: Sequence[Point]) -> Constants:
-    """Fragmentation as its median, then the share that is uncounted, then the interval's ends."""
+    """Fragmentation as what `ENOUGH` of ten runs have no more of, then the interval's ends."""
     beyond: dict[str, list[float]] = defaultdict(list)
     for p in points:
         if p.row["metric"] == "max_reserved":
             beyond[p.fragmentation_constant].append(p.reserved_beyond)
-    known = replace(Constants(), **{name: statistics.median(shares) for name, shares in beyond.items()})
-    shares = [replace(known, uncounted=n / 200) for n in range(0, 41)]
-    best = min(shares, key=lambda constants: statistics.mean(_cost(p.error(constants)) for p in points))
-    over = sorted(p.rest_over_predicted(best) for p in points)
+    tenths = {name: statistics.quantiles(shares, n=10, method="inclusive") for name, shares in beyond.items()}
+    known = replace(Constants(), **{name: cuts[ENOUGH - 1] for name, cuts in tenths.items()})
+    over = sorted(p.rest_over_predicted(known) for p in points if p.row["metric"] == "max_allocated")
     outside = int(0.05 * (len(over) - 1))
-    return replace(best, low=over[outside] - UNSEEN, high=over[-1 - outside] + UNSEEN)
-
-
-def _cost(error: float) -> float:
-    return error if error > 0 else -UNDER_COSTS * error
+    return replace(known, low=over[outside] - UNSEEN, high=over[-1 - outside] + UNSEEN)
 
 
 def held_out(points: Sequence[Point], field: str) -> list[tuple[Point, Constants]]:

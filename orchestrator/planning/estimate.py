@@ -15,7 +15,7 @@ from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import InputError, OrchestratorError, cut, shown
 from orchestrator.planning.compatibility import Case, refusals
 from orchestrator.planning.hardware import Hardware
-from orchestrator.planning.memory import CONTEXT_BYTES, MemoryEstimate, estimate
+from orchestrator.planning.memory import estimate
 from orchestrator.planning.model_shape import ModelShape, shape_of
 
 ConfigOf = Callable[[str], Mapping[str, Any]]
@@ -73,11 +73,14 @@ def _estimated(raw: Mapping[str, Any], config_of: ConfigOf, shapes: dict[str, Mo
     if config.micro_batch_size == "auto":
         config = _largest(config, shape, workers, memory_bytes)
     memory = estimate(config, shape, workers, "cuda", has_bf16=True)
-    if memory_bytes is not None and memory.device_bytes > memory_bytes:
-        reasons.append(f"needs {memory.device_bytes:,} bytes of {memory_bytes:,}: lower micro_batch_size or use nf4")
+    if memory_bytes is not None:
+        memory = memory.within(memory_bytes)
+        if memory.needed_bytes > memory_bytes:
+            told = f"needs {memory.needed_bytes:,} bytes of {memory_bytes:,}"
+            reasons.append(f"{told}: lower micro_batch_size or use nf4")
     return {
         "allocated_bytes": memory.allocated_bytes,
-        "reserved_bytes": _reserved_on(memory, memory_bytes),
+        "reserved_bytes": memory.reserved_bytes,
         "device_bytes": memory.device_bytes,
         "low_bytes": memory.low_bytes,
         "high_bytes": memory.high_bytes,
@@ -85,14 +88,6 @@ def _estimated(raw: Mapping[str, Any], config_of: ConfigOf, shapes: dict[str, Mo
         "feasible": not reasons,
         "reasons": reasons,
     }
-
-
-def _reserved_on(memory: MemoryEstimate, memory_bytes: int | None) -> int | None:
-    """No more than the GPU has: torch gives back what it only keeps before it runs out (2.13,
-    CUDACachingAllocator.cpp, `release_cached_blocks`)."""
-    if memory_bytes is None or memory.reserved_bytes is None or memory.allocated_bytes is None:
-        return memory.reserved_bytes
-    return min(memory.reserved_bytes, max(memory.allocated_bytes, memory_bytes - CONTEXT_BYTES))
 
 
 def _trial(settings: Any) -> TrialConfig:

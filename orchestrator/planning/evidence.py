@@ -31,8 +31,8 @@ def observe(
 ) -> Observation | None:
     """What a trial tells where a worker may take `available_bytes`; None: nothing.
 
-    `predicted_bytes` is what a worker's device is expected to hold: a GPU trial is measured by what torch allocated,
-    and its device is scaled alike. One that ran out where there was less than now says nothing.
+    `predicted_bytes` is what a worker's device must have: a GPU trial is measured by what torch allocated, and its
+    need is scaled alike. One that ran out where there was less than now says nothing.
     """
     memory = record.peak_memory
     if memory is None:

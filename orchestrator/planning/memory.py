@@ -35,17 +35,19 @@ CONTEXT_BYTES = 450 * 2**20
 """CUDA context and libraries, as the driver reports them over torch's own figure (cuBLAS and cuDNN loaded)."""
 WORKSPACE_BYTES = 64 * 2**20
 """cuBLAS workspaces and what else is allocated once."""
-UNCOUNTED = 0.01
-"""What is alive besides, as a share of all but the weights: blocks that torch's allocator rounds up, by at most 1 MiB
-each. Fitted by benchmarks/memory_accuracy.py, where the cost is level from 0 to 0.03."""
-FRAGMENTATION = 0.11
+FRAGMENTATION = 0.20
 """What torch's caching allocator reserves beyond what it gave out at its peak, as a share of what comes and goes, for
-weights lie without gaps: the median of benchmarks/memory_accuracy.py's runs on one GPU. Equal settings in other lengths
-measured 0.07 and 0.21, so that no formula of the settings comes nearer than 4 % of the reserved bytes."""
-FRAGMENTATION_SHARDED = 0.21
-"""The same where weights are gathered and freed layer by layer: the median of the sharded runs."""
+weights lie without gaps: four of five of benchmarks/memory_accuracy.py's runs on one GPU took no more. Equal settings
+in other lengths measured 0.07 and 0.21, so that no formula of the settings comes nearer than 4 % of the reserved
+bytes."""
+FRAGMENTATION_SHARDED = 0.41
+"""The same where weights are gathered and freed layer by layer: of the sharded runs."""
 FRAGMENTATION_OFFLOADED = 0.45
 """The same where they come from the host besides: on a stream of their own, which reuses no block of another."""
+GAPS = 0.05
+"""What of it cannot be given back when memory runs short, as a share of what comes and goes: torch then frees all
+blocks that it only keeps (2.13, CUDACachingAllocator.cpp, `release_cached_blocks`), and gaps beside those in use stay.
+The least that benchmarks/memory_accuracy.py's runs on one GPU reserved beyond, in a GPU that was far from full."""
 CPU_IMPORTS_BYTES = 480 * 2**20
 """A trial's process on a CPU before its model: torch, transformers, peft and deepspeed, measured resident."""
 FILE_BYTES = 2
@@ -57,11 +59,11 @@ The logits themselves come on top (`_held_at_loss`).
 """
 ADAM_8BIT_BYTES = 2 + 2 * 4 / 256
 """bitsandbytes' two moments: a byte each, and an fp32 constant for 256 of them (0.50, optim/optimizer.py)."""
-REST_LOW, REST_HIGH = 0.65, 1.33
+REST_LOW, REST_HIGH = 0.56, 1.30
 """The ends of the 90 % interval, over all that is predicted beside the weights: those are counted exactly, and the rest
 depends on the library, which no setting names. One that keeps a quantised model's activations in half precision takes a
 quarter less, one that computes attention without autocast a quarter more. Where nine of ten calibration points lie, and
-0.15 wider each way for libraries that are not among them (benchmarks/memory_accuracy.py)."""
+0.2 wider each way for libraries that are not among them (benchmarks/memory_accuracy.py)."""
 ZERO_BUCKET_WEIGHTS = 50_000_000
 """Gradients of a bucket that ZeRO reduces at once; a tenth of DeepSpeed's default, since an adapter's fill no more."""
 ZERO3_LIVE_LAYERS = 2
@@ -88,6 +90,11 @@ class MemoryParts:
     def total(self) -> int:
         """Their sum."""
         return sum(self.by_name().values())
+
+    @property
+    def comes_and_goes(self) -> int:
+        """Bytes that are not held from the first step to the last."""
+        return self.total - self.weights - self.adapter - self.optimizer
 
     @property
     def biggest(self) -> str:
@@ -123,6 +130,20 @@ class MemoryEstimate:
     high_bytes: int | None
     parts: MemoryParts
 
+    @property
+    def needed_bytes(self) -> int:
+        """The least that a device must have: on a GPU without what the allocator keeps and can give back."""
+        if self.allocated_bytes is None:
+            return self.device_bytes
+        return self.allocated_bytes + int(self.parts.comes_and_goes * GAPS) + CONTEXT_BYTES
+
+    def within(self, memory_bytes: int) -> MemoryEstimate:
+        """The same on a device that has so much: the allocator keeps no more than that, or than what is needed."""
+        if self.reserved_bytes is None:
+            return self
+        device_bytes = min(self.device_bytes, max(memory_bytes, self.needed_bytes))
+        return replace(self, reserved_bytes=device_bytes - CONTEXT_BYTES, device_bytes=device_bytes)
+
 
 def estimate(
     config: TrialConfig, shape: ModelShape, workers: int, device: Literal["cuda", "cpu"], has_bf16: bool
@@ -143,14 +164,13 @@ def estimate(
 
 
 def _reserved(config: TrialConfig, shape: ModelShape, workers: int, width: Widths, parts: MemoryParts) -> int:
-    comes_and_goes = parts.total - parts.weights - parts.adapter - parts.optimizer
     if config.offload != "optimizer_and_parameters":
         share = FRAGMENTATION_SHARDED if config.zero_stage == 3 else FRAGMENTATION
-        return parts.total + int(comes_and_goes * share)
+        return parts.total + int(parts.comes_and_goes * share)
     # Blocks of the copies' stream hold weights, and no more of them than would else be there all the time.
     kept = config.model_copy(update={"offload": "optimizer"})
     bound = _reserved(kept, shape, workers, width, memory_parts(kept, shape, workers, width))
-    return min(parts.total + int(comes_and_goes * FRAGMENTATION_OFFLOADED), bound)
+    return min(parts.total + int(parts.comes_and_goes * FRAGMENTATION_OFFLOADED), bound)
 
 
 def estimate_on(config: TrialConfig, shape: ModelShape, workers: int, hardware: Hardware) -> MemoryEstimate:
@@ -217,7 +237,7 @@ def _training(config: TrialConfig, shape: ModelShape, workers: int, width: Width
         _moments(config, shape, width, gradient_bytes, step_bytes, accumulates=config.global_batch_size > at_once),
         key=sum,
     )
-    counted = MemoryParts(
+    return MemoryParts(
         weights=int(weights),
         adapter=0 if host_parameters else int(adapter_weights * width.adapter / shards[3]),
         gradients=int(gradients),
@@ -225,10 +245,8 @@ def _training(config: TrialConfig, shape: ModelShape, workers: int, width: Width
         activations=int(activations),
         logits=int(logits),
         communication=int(_communication(config, shape, width, trainable, workers)),
-        framework=0,
+        framework=WORKSPACE_BYTES,
     )
-    uncounted = int(UNCOUNTED * (counted.total - counted.weights))
-    return replace(counted, framework=WORKSPACE_BYTES + uncounted)
 
 
 def _linear_bytes(shape: ModelShape, width: Widths) -> float:

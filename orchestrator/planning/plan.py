@@ -32,6 +32,12 @@ SPARE = 0.97
 """Share of a GPU's memory that a trial may be planned to take: the driver keeps some for itself."""
 
 
+TIGHT = (
+    "fits with little to spare: torch's allocator has to give memory back again and again, which takes time; "
+    "a smaller micro_batch_size or gradient_checkpointing gives it room"
+)
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -134,7 +140,7 @@ def plan_trial(
         return _planned(trial, trial.config, reasons=reasons)
     config = with_micro_batch(trial.config, model, hardware, shape.workers, memory_bytes)
     memory = estimate_on(config, model, shape.workers, hardware)
-    if memory.device_bytes > memory_bytes:
+    if memory.needed_bytes > memory_bytes:
         told = _does_not_fit(replace(case, config=config), shape, memory, memory_bytes)
         return _planned(trial, config, reasons=(told,), memory=memory)
     step = step_seconds(config, model, hardware, shape.workers, shape.cpus_per_worker, pace.correction(config))
@@ -142,8 +148,8 @@ def plan_trial(
     return _planned(
         trial,
         config,
-        notes=notes(case),
-        memory=memory,
+        notes=notes(case) + ((TIGHT,) if memory.device_bytes > memory_bytes else ()),
+        memory=memory.within(memory_bytes),
         seconds=whole.expected,
         seconds_range=(whole.low, whole.high),
         gpu_hours=whole.expected * shape.workers * shape.gpus_per_worker / 3600,
@@ -163,7 +169,10 @@ def _planned(trial: Trial, config: TrialConfig, **more: object) -> PlannedTrial:
 def with_micro_batch(
     config: TrialConfig, model: ModelShape, hardware: Hardware, workers: int, memory_bytes: int
 ) -> TrialConfig:
-    """`auto` becomes the largest divisor of a worker's share of the global batch that fits; 1 where none does."""
+    """`auto` becomes the largest divisor of a worker's share of the global batch that fits; 1 where none does.
+
+    With room for all that the allocator is expected to keep: what is ours to choose is not chosen tightly.
+    """
     if config.micro_batch_size != "auto":
         return config
     share = config.global_batch_size // workers
@@ -176,7 +185,7 @@ def with_micro_batch(
 
 def _does_not_fit(case: Case, shape: WorkerShape, memory: MemoryEstimate, memory_bytes: int) -> str:
     reason = (
-        f"needs about {memory.device_bytes / GIB:.1f} GiB of memory a worker, of which {memory.parts.biggest} takes "
+        f"needs about {memory.needed_bytes / GIB:.1f} GiB of memory a worker, of which {memory.parts.biggest} takes "
         f"{getattr(memory.parts, memory.parts.biggest) / GIB:.1f} GiB, and {memory_bytes / GIB:.1f} GiB are there"
     )
     most_workers = int(case.hardware.gpus / shape.gpus_per_worker) if shape.gpus_per_worker else case.workers

@@ -124,7 +124,7 @@ def _queue(prepared: Prepared, folder: SweepFolder, recorder: Recorder, search: 
         recorder,
         task_of,
         search.more,
-        lambda config: prepared.estimate(config).device_bytes,
+        lambda config: prepared.estimate(config).needed_bytes,
         prepared.plan.worker_memory_bytes,
         prepared.shape.workers,
     )

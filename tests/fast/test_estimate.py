@@ -40,12 +40,15 @@ def test_what_does_not_fit_says_so_and_still_has_its_figures() -> None:
     assert got["allocated_bytes"] > 2**33
 
 
-def test_no_more_is_reserved_than_the_named_gpu_has_beside_its_context() -> None:
-    small, free = answer(line(gpu_memory_bytes=2**34), line())
-    assert free["allocated_bytes"] < small["reserved_bytes"] < free["reserved_bytes"]
-    assert small["device_bytes"] == free["device_bytes"] > 2**34
-    # What it needs stays as it is: an allocator that must give back what it keeps is close to running out.
+def test_a_gpu_that_is_nearly_full_holds_what_is_needed_and_the_allocator_keeps_no_more_than_there_is() -> None:
+    (free,) = answer(line())
+    tight_bytes = free["device_bytes"] - 2**26
+    tight, small = answer(line(gpu_memory_bytes=tight_bytes), line(gpu_memory_bytes=free["allocated_bytes"]))
+    assert tight["feasible"]
+    assert free["allocated_bytes"] < tight["reserved_bytes"] < tight["device_bytes"] == tight_bytes
     assert not small["feasible"]
+    assert free["allocated_bytes"] < small["reserved_bytes"] < tight["reserved_bytes"]
+    assert small["device_bytes"] > free["allocated_bytes"]
 
 
 @pytest.mark.parametrize(

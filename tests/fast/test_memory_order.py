@@ -119,7 +119,15 @@ def dearer(config: TrialConfig, shape: ModelShape, workers: int) -> Iterator[tup
 
 
 def figures(memory: MemoryEstimate) -> tuple[int | None, ...]:
-    return (memory.allocated_bytes, memory.reserved_bytes, memory.device_bytes, memory.low_bytes, memory.high_bytes)
+    needed = memory.needed_bytes
+    return (
+        memory.allocated_bytes,
+        memory.reserved_bytes,
+        memory.device_bytes,
+        memory.low_bytes,
+        memory.high_bytes,
+        needed,
+    )
 
 
 @settings(max_examples=600, deadline=None)

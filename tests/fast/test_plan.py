@@ -13,7 +13,7 @@ from orchestrator.errors import InputError, ModelError
 from orchestrator.planning.hardware import Hardware, cpu_half_precision, named_gpu, parse_memory
 from orchestrator.planning.memory import CONTEXT_BYTES, estimate, estimate_on, memory_parts, trainable_parameters
 from orchestrator.planning.model_shape import shape_of
-from orchestrator.planning.plan import SweepPlan, gpu_memory_fraction, plan_sweep
+from orchestrator.planning.plan import TIGHT, SweepPlan, gpu_memory_fraction, plan_sweep
 from orchestrator.planning.plan_table import render
 from orchestrator.planning.step_time import step_seconds
 from tests.fast.cases import A100, CPU, LLAMA_2_7B, LLAMA_32_3B
@@ -62,6 +62,17 @@ def test_an_automatic_micro_batch_is_the_largest_that_fits_and_divides() -> None
         following = next(n for n in range(micro + 1, 25) if 24 % n == 0)
         config = TrialConfig(precision="bf16", micro_batch_size=following)
         assert estimate_on(config, SEVEN_B, 1, hardware).device_bytes > 0.97 * hardware.gpu_memory_bytes
+
+
+def test_a_trial_is_refused_for_what_it_must_have_and_not_for_what_the_allocator_would_keep() -> None:
+    hardware, room_bytes = named_gpu("RTX-4090", 1), 0.97 * named_gpu("RTX-4090", 1).gpu_memory_bytes
+    lengths = range(64, 4096, 64)
+    trials = plan(hardware, trial={"precision": "nf4", "micro_batch_size": 4}, space={"sequence_length": list(lengths)})
+    kinds = [(bool(t.reasons), TIGHT in t.notes, t.memory.needed_bytes <= room_bytes) for t in trials.trials]
+    # The longer, the worse: with room, tight, refused.
+    assert kinds == sorted(kinds, key=lambda kind: kind[:2])
+    assert set(kinds) == {(False, False, True), (False, True, True), (True, False, False)}
+    assert all(t.memory.device_bytes <= room_bytes for t in trials.trials if not t.reasons)
 
 
 def test_asha_makes_the_expected_sweep_shorter_and_the_worst_no_longer_than_the_full_grid() -> None:
