@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import typer
 
 from orchestrator.errors import DataError, OrchestratorError, StorageError, cut, printable
-from orchestrator.results.provenance import without_secret
+from orchestrator.results.secrets import without_secret
 
 app = typer.Typer(
     name="orchestrator",

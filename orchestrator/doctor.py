@@ -33,6 +33,7 @@ from orchestrator.planning.model_shape import shape_of
 from orchestrator.planning.notes import notes
 from orchestrator.reporting import quantities
 from orchestrator.results import provenance, remote, shared_storage
+from orchestrator.results.secrets import without_secret
 from orchestrator.training import builtin_models
 
 EXPECTED = ("bitsandbytes", "flash-attn")
@@ -403,7 +404,7 @@ def tracking_check(named: str | None, storage: Path) -> Check:
     if not uri:
         return Check(what="tracking", ok=True, asked=False, detail=f"no server named: {storage / 'mlflow.db'}")
     parts = urlsplit(uri)
-    what = f"tracking {provenance.without_secret(uri)}"
+    what = f"tracking {without_secret(uri)}"
     problem = _connect_problem(parts.scheme, parts.hostname, parts.port) or _mlflow_problem(uri)
     detail = f"cannot be used ({problem}): start it, or check its address and credentials" if problem else "answers"
     return Check(what=what, ok=problem is None, asked=named is not None, detail=detail)

@@ -11,8 +11,9 @@ from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.export.trial_weights import Kind
 from orchestrator.reporting import quantities
 from orchestrator.reporting.statistics import objective_of, spell
-from orchestrator.results.provenance import run_page, without_secret
+from orchestrator.results.provenance import run_page
 from orchestrator.results.records import SweepResult, TrialResult
+from orchestrator.results.secrets import without_secret
 
 FROM_BUILTIN = {
     "builtin:smollm2-135m": (

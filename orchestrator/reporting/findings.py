@@ -21,8 +21,8 @@ from orchestrator.reporting.recommendation import Recommendation, recommend
 from orchestrator.reporting.statistics import ConfigurationSummary, label, pareto_front, sign_of, summaries
 from orchestrator.reporting.times import Outlay, Times, against_plan, times_of
 from orchestrator.reporting.trades import COSTS, trades
-from orchestrator.results.provenance import without_secret
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
+from orchestrator.results.secrets import without_secret
 from orchestrator.results.storage import DamagedRecord, SweepFolder, read_record, read_sweep
 
 """A report is shared: `https://user:password@host` in a sweep file must not be."""

@@ -9,8 +9,8 @@ from typing import Any
 
 from orchestrator.reporting import quantities
 from orchestrator.reporting.statistics import spell
-from orchestrator.results.provenance import without_secret
 from orchestrator.results.records import TrialStatus
+from orchestrator.results.secrets import without_secret
 
 
 def render_page(template: str, context: Mapping[str, Any]) -> str:

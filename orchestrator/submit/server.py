@@ -26,7 +26,7 @@ from ray.job_submission import JobSubmissionClient
 from orchestrator.config.storage_address import is_remote
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.errors import ClusterUnreachableError, InputError
-from orchestrator.results.provenance import without_secret
+from orchestrator.results.secrets import without_secret
 from orchestrator.submit.job import (
     Job,
     entrypoint,

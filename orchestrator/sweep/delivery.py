@@ -10,8 +10,8 @@ from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.sweep_file import load
 from orchestrator.errors import OrchestratorError, TrackingUnreachableError
 from orchestrator.reporting.recommendation import trial_to_take
-from orchestrator.results.provenance import without_secret
 from orchestrator.results.records import SweepResult, TrialResult
+from orchestrator.results.secrets import without_secret
 from orchestrator.results.storage import SweepFolder, read_sweep, write_result, write_sweep
 from orchestrator.sweep import evaluation, logged_model
 from orchestrator.sweep.delivered import told_server

@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 
 from orchestrator.errors import InputError
 from orchestrator.reporting.findings import Report
-from orchestrator.results.provenance import run_page, without_secret
+from orchestrator.results.provenance import run_page
+from orchestrator.results.secrets import without_secret
 
 LIMIT_S = 10.0
 

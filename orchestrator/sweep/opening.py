@@ -12,6 +12,7 @@ from orchestrator.config.sweep_file import to_yaml
 from orchestrator.planning.plan import PlannedTrial
 from orchestrator.results import provenance
 from orchestrator.results.records import PeakMemory, StartedFrom, Suggestion, SweepResult, TrialResult, TrialStatus
+from orchestrator.results.secrets import without_secret
 from orchestrator.results.storage import SweepFolder, write_atomically, write_result, write_sweep
 from orchestrator.sweep.preparation import Prepared
 from orchestrator.sweep.resume import Earlier, gone_on_with, kept, with_time_spent
@@ -101,7 +102,7 @@ def opening_result(
 
 def write_opening(prepared: Prepared, folder: SweepFolder, records: Iterable[TrialResult], result: SweepResult) -> None:
     """The folder's files, before the first launch."""
-    write_atomically(folder.sweep_file, provenance.without_secret(to_yaml(prepared.sweep)))
+    write_atomically(folder.sweep_file, without_secret(to_yaml(prepared.sweep)))
     write_atomically(folder.plan, prepared.plan.model_dump_json(indent=1) + "\n")
     for record in records:
         write_result(folder, record)

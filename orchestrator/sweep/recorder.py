@@ -16,8 +16,8 @@ from ray import tune
 
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import StorageError
-from orchestrator.results.provenance import without_secret
 from orchestrator.results.records import PeakMemory, Timing, TrialResult, TrialStatus
+from orchestrator.results.secrets import without_secret
 from orchestrator.results.storage import SweepFolder, write_result
 from orchestrator.sweep.failure_policy import STOP_LIMIT_S, pause_s
 from orchestrator.training.task import TrialProgress

@@ -19,9 +19,9 @@ from mlflow.exceptions import MlflowException
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.errors import StorageError, TrackingUnreachableError
 from orchestrator.reporting.statistics import objective_of
-from orchestrator.results.provenance import without_secret
 from orchestrator.results.records import MetricPoint, SweepResult, TrialResult, TrialStatus
 from orchestrator.results.remote import local_storage
+from orchestrator.results.secrets import without_secret
 from orchestrator.results.storage import SweepFolder
 from orchestrator.sweep import failure_policy
 from orchestrator.sweep.delivered import TrialDelivery, read_delivered, write_delivered

@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import itertools
 import json
+import os
 import platform
 import re
 import sysconfig
@@ -50,8 +51,8 @@ def check(data: DataConfig) -> None:
         DataError: a source does not exist or has no row with the columns of its format.
     """
     for source, role in _sources(data):
-        if not source.startswith("builtin:") and not local_files(source):
-            # On the hub: its rows come with the whole of it.
+        if not local_files(source):
+            # Built in, with rows that serve every format, or on the hub: its rows come with the whole of it.
             continue
         first = list(itertools.islice(read_rows(source, role), CHECKED_ROWS))
         if len(first) < CHECKED_ROWS and all(row.columns is None for row in first):
@@ -238,11 +239,8 @@ def _python_docs() -> Iterator[Row]:
 
 def _python_docstrings() -> Iterator[Row]:
     library = Path(sysconfig.get_paths()["stdlib"])
-    left_out = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__", "turtledemo"}
-    for file in sorted(library.rglob("*.py")):
+    for file in sorted(_modules(library)):
         module = file.relative_to(library)
-        if left_out & set(module.parts[:-1]):
-            continue
         try:
             tree = ast.parse(file.read_bytes())
         except (OSError, SyntaxError, ValueError) as error:
@@ -251,6 +249,14 @@ def _python_docstrings() -> Iterator[Row]:
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (docstring := ast.get_docstring(node)):
                 yield _docstring_row(module, node, docstring)
+
+
+def _modules(library: Path) -> Iterator[Path]:
+    """Without what is installed beside the library, which may be a hundred times as much to walk through."""
+    left_out = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__", "turtledemo"}
+    for folder, below, files in os.walk(library):
+        below[:] = set(below) - left_out
+        yield from (Path(folder, file) for file in files if file.endswith(".py"))
 
 
 def _docstring_row(module: Path, node: ast.FunctionDef | ast.AsyncFunctionDef, docstring: str) -> Row:

@@ -10,7 +10,7 @@ import threading
 import time
 from pathlib import Path
 
-from orchestrator.results.provenance import without_secret
+from orchestrator.results.secrets import without_secret
 
 LIMIT_BYTES = 16 * 2**20
 LOOK_EVERY_S = 5.0

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
 from orchestrator.errors import OrchestratorError, TrialDivergedError, TrialOutOfMemoryError
-from orchestrator.results.provenance import without_secret
 from orchestrator.results.records import TrialStatus
+from orchestrator.results.secrets import without_secret
 from orchestrator.results.storage import TrialFolder, is_storage_failure, write_atomically
 from orchestrator.training import device as devices
 from orchestrator.training import training_loop, trial_log

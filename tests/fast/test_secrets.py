@@ -9,9 +9,9 @@ from orchestrator.cli import app
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.sweep_file import to_yaml
 from orchestrator.errors import FolderError
-from orchestrator.results.provenance import without_secret
 from orchestrator.results.records import TrialStatus
 from orchestrator.results.remote import sweep_folder
+from orchestrator.results.secrets import without_secret
 from orchestrator.results.storage import SweepFolder, read_sweep, read_trial_results, write_atomically, write_sweep
 from tests.made_up_sweep import made_up_sweep, made_up_trial, write_made_up
 

@@ -46,6 +46,16 @@ def test_help_and_plan_load_no_heavy_package() -> None:
     assert done.stdout.strip() == "[]", done.stderr
 
 
+def test_help_is_there_before_the_sweep_files_models_are_made() -> None:
+    code = (
+        "import sys\nfrom typer.testing import CliRunner\nfrom orchestrator.cli import app\n"
+        "assert CliRunner().invoke(app, ['run', '--help']).exit_code == 0\n"
+        "print('orchestrator.config.sweep_config' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=30)
+    assert done.stdout.strip() == "False", done.stderr
+
+
 def test_plan_prints_one_json_document_and_nothing_else() -> None:
     result = CliRunner().invoke(
         app, ["plan", "search_spaces/zero_stage.yaml", "--gpu", "A100", "--gpus", "2", "--json"]

@@ -15,8 +15,8 @@ from orchestrator.cli import app
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.sweep_file import to_yaml
 from orchestrator.errors import TrackingUnreachableError
-from orchestrator.results.provenance import without_secret
 from orchestrator.results.records import SweepResult, TrialResult
+from orchestrator.results.secrets import without_secret
 from orchestrator.results.storage import SweepFolder, read_sweep, write_atomically, write_sweep
 from orchestrator.sweep.delivered import read_delivered
 from orchestrator.sweep.tracking import Tracker
