@@ -61,8 +61,8 @@ EXPOSE 5000
 CMD ["mlflow", "server", "--host=0.0.0.0", "--port=5000"]
 
 FROM base AS orchestrator
-ENV NVIDIA_VISIBLE_DEVICES=all \
-    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+# Not NVIDIA_VISIBLE_DEVICES: who gives the container a GPU says which, and with `all` a pod without one would see them all.
+ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=build-orchestrator /opt/venv /opt/venv
 COPY search_spaces /opt/search_spaces
 USER 1000:1000

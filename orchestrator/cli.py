@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import typer
 
-from orchestrator.errors import DataError, OrchestratorError, StorageError, cut, printable
+from orchestrator.errors import DataError, InputError, OrchestratorError, StorageError, cut, printable
 from orchestrator.results.secrets import without_secret
 
 app = typer.Typer(
@@ -210,12 +210,8 @@ def run(
 def submit(
     sweep: SweepArgument,
     address: Annotated[str, typer.Option("--address", help="Ray's dashboard, as http://HEAD:8265.")],
-    follow: Annotated[
-        bool,
-        typer.Option(
-            "--follow/--no-wait", help="Show the job's log and end with its exit code, or leave it to itself."
-        ),
-    ] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Show the job's log, and end with its exit code.")] = False,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Leave the job to itself, as without --follow.")] = False,
     name: NameOption = None,
     storage: StorageOption = None,
     isolation: IsolationOption = Isolation.WARM,
@@ -229,6 +225,8 @@ def submit(
     with _told_errors():
         from orchestrator.config.sweep_file import load, text_of
 
+        if follow and no_wait:
+            raise InputError("--follow waits for the job, and --no-wait does not: give one of them")
         changes = _all_overrides(overrides, name, storage)
         config, text = load(sweep, changes), text_of(sweep, changes)
         from orchestrator.submit import server as jobs

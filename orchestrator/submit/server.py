@@ -6,6 +6,7 @@ It is what `ray job submit --working-dir . -- python -m orchestrator run SWEEP` 
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import ray
@@ -52,6 +54,25 @@ AGENT_MEND = (
 )
 
 
+def dashboard_address(given: str) -> str:
+    """A dashboard's address without what a browser shows behind it for one of its pages.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        parts = urlsplit(given.strip())
+        # Reading it raises where it is no number, or none of a port.
+        is_address = parts.port != 0 and parts.scheme in ("http", "https") and bool(parts.hostname)
+    except ValueError:
+        is_address = False
+    if not is_address:
+        raise InputError(
+            f"--address {without_secret(given)}: takes the address of Ray's dashboard, as http://HEAD:8265"
+        )
+    return parts._replace(fragment="").geturl().rstrip("/")
+
+
 class JobServer:
     """The cluster's job API."""
 
@@ -62,12 +83,8 @@ class JobServer:
             InputError: no address of a dashboard, or a cluster that cannot run us.
             ClusterUnreachableError: nothing answers, or it asks for a token.
         """
-        self.address = address.rstrip("/")
+        self.address = dashboard_address(address)
         self.shown_address = without_secret(self.address)
-        if not self.address.startswith(("http://", "https://")):
-            raise InputError(
-                f"--address {self.shown_address}: takes the address of Ray's dashboard, as http://HEAD:8265"
-            )
         self._require_an_answer()
         # To Ray these would weigh more than the address that it is given.
         for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
@@ -89,10 +106,10 @@ class JobServer:
                 raise ClusterUnreachableError(
                     f"{self.shown_address} answers, but not as Ray's dashboard (HTTP {error.code}): check --address"
                 ) from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise ClusterUnreachableError(
-                f"no Ray dashboard answers at {self.shown_address} ({error}): check host and port of --address, "
-                "and that the head was started with its dashboard"
+                f"no Ray dashboard answers at {self.shown_address} ({str(error).strip()}): check host and port of "
+                "--address, and that the head was started with its dashboard"
             ) from error
 
     def _asking(self, ask: Callable[[], Any]) -> Any:

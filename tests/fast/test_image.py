@@ -63,6 +63,11 @@ def test_every_image_runs_as_a_user_without_rights() -> None:
         assert re.search(r"^USER 1000:1000$", stage, re.MULTILINE), stage
 
 
+def test_a_container_that_was_given_no_gpu_sees_none() -> None:
+    # The NVIDIA runtime shows those that this variable names, and takes it from the image where a pod asks for no GPU.
+    assert not re.search(r"^(?!#).*NVIDIA_VISIBLE_DEVICES", RECIPE, re.MULTILINE)
+
+
 def test_the_linter_has_nothing_to_say_of_the_recipe_and_much_of_a_bad_one(tmp_path: Path) -> None:
     hadolint = Path(sys.executable).parent / "hadolint"
     good = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True, timeout=30)

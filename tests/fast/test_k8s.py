@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from orchestrator.cli import app
 from tests.k8s import __main__ as script
 from tests.k8s import policies, schemas
 from tests.k8s.manifests import K8S, Manifest, RenderError, name_of, of_kind, overlays, pods, ray_clusters, render
+from tests.k8s.wiring import secrets_to_make
 
 OVERLAYS = overlays()
 rendered = cache(render)
@@ -150,6 +152,77 @@ REFUSED_BY_RULE: dict[str, tuple[Callable[[list[Manifest]], object], str]] = {
 }
 
 
+def cluster(manifests: list[Manifest]) -> Any:
+    return the(manifests, "RayCluster/ray")["spec"]
+
+
+def worker(manifests: list[Manifest]) -> Any:
+    return the(manifests, "RayJob/sweep")["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]
+
+
+def policy(manifests: list[Manifest], name: str) -> Any:
+    return the(manifests, f"NetworkPolicy/{name}")["spec"]
+
+
+def mlflow_may_reach_ray(manifests: list[Manifest]) -> None:
+    peer = {"podSelector": {"matchLabels": {"app.kubernetes.io/name": "mlflow"}}}
+    policy(manifests, "ray")["ingress"].append({"from": [peer], "ports": [{"port": 6379}]})
+
+
+def a_policy_of_its_own_for_the_head(manifests: list[Manifest]) -> None:
+    peer = {"podSelector": {"matchLabels": {"app.kubernetes.io/name": "postgres"}}}
+    spec = {"podSelector": {"matchLabels": {"ray.io/node-type": "head"}}, "ingress": [{"from": [peer]}]}
+    manifests.append({"kind": "NetworkPolicy", "metadata": {"name": "extra"}, "spec": spec})
+
+
+PRODUCTION, KUEUE = "production", "gpu-kueue"
+REFUSED_IN: list[tuple[str, Callable[[list[Manifest]], object], str]] = [
+    (PRODUCTION, mlflow_may_reach_ray, "reach ['6379'] of Ray"),
+    (PRODUCTION, a_policy_of_its_own_for_the_head, "NetworkPolicy/extra: lets"),
+    (PRODUCTION, lambda m: policy(m, "ray")["ingress"][1].pop("ports"), "reach every port of Ray"),
+    (PRODUCTION, lambda m: policy(m, "prometheus")["ingress"][0]["ports"].append({"port": 10001}), "of Ray"),
+    (PRODUCTION, lambda m: policy(m, "ray")["ingress"].pop(1), "no policy lets RayJob/sweep submitter in, port 8265"),
+    (PRODUCTION, lambda m: policy(m, "mlflow").pop("ingress"), "no policy lets RayJob/sweep head in, port 5000"),
+    (
+        PRODUCTION,
+        lambda m: policy(m, "postgres")["ingress"][0]["from"].pop(),
+        "no policy lets CronJob/mlflow-backup in",
+    ),
+    (PRODUCTION, lambda m: m.remove(the(m, "NetworkPolicy/ray-to-redis")), "lets it out to StatefulSet/redis"),
+    (
+        PRODUCTION,
+        lambda m: cluster(m)["gcsFaultToleranceOptions"]["redisPassword"]["valueFrom"]["secretKeyRef"].update(key="pw"),
+        "Secret redis has no key pw",
+    ),
+    (PRODUCTION, lambda m: mlflow(m)["env"][2]["valueFrom"]["secretKeyRef"].update(key="pasword"), "no key pasword"),
+    (PRODUCTION, lambda m: cluster(m)["authOptions"].update(secretName="mlflow"), "the key auth_token"),
+    (PRODUCTION, lambda m: mlflow(m)["livenessProbe"]["httpGet"].update(port="htpp"), "no port htpp to probe"),
+    (PRODUCTION, lambda m: the(m, "Service/redis")["spec"]["ports"][0].update(targetPort="r"), "leads to no port r"),
+    (
+        PRODUCTION,
+        lambda m: the(m, "PodMonitor/ray")["spec"]["podMetricsEndpoints"][0].update(port="dashboard"),
+        "no metrics at port dashboard",
+    ),
+    (PRODUCTION, lambda m: m.remove(the(m, "NetworkPolicy/prometheus")), "no policy lets Prometheus in"),
+    (PRODUCTION, lambda m: cluster(m)["workerGroupSpecs"][0].update(minReplicas=1), "not from zero"),
+    (PRODUCTION, lambda m: cluster(m)["autoscalerOptions"].pop("idleTimeoutSeconds"), "idle nodes go"),
+    (PRODUCTION, lambda m: cluster(m)["headGroupSpec"]["rayStartParams"].pop("num-gpus"), "count GPUs"),
+    (PRODUCTION, lambda m: worker(m).update(terminationGracePeriodSeconds=10), "before its preStop ends"),
+    (PRODUCTION, lambda m: worker(m).update(terminationGracePeriodSeconds=60), "does not leave a spot node"),
+    (PRODUCTION, lambda m: worker(m)["containers"][0].pop("lifecycle"), "does not leave a spot node"),
+    (PRODUCTION, lambda m: head(m).update(tolerations=worker(m)["tolerations"]), "head: may run on spot nodes"),
+    (PRODUCTION, lambda m: the(m, "Deployment/mlflow")["spec"].update(replicas=1), "may ever be moved"),
+    (PRODUCTION, lambda m: head(m)["volumes"][0]["emptyDir"].pop("sizeLimit"), "volume tmp has no sizeLimit"),
+    (
+        KUEUE,
+        lambda m: the(m, "RayJob/sweep")["spec"]["rayClusterSpec"].update(enableInTreeAutoscaling=True),
+        "Kueue takes no RayJob that Ray scales",
+    ),
+    (KUEUE, lambda m: worker(m).pop("priorityClassName"), "unlike priorities"),
+    (KUEUE, lambda m: m.remove(the(m, "PriorityClass/sweep")), "PriorityClass sweep does not exist"),
+]
+
+
 @every_overlay
 def test_every_overlay_is_what_kubernetes_and_kuberay_accept_and_what_our_rules_ask(overlay: Path) -> None:
     assert schemas.problems(rendered(overlay)) + policies.problems(rendered(overlay)) == []
@@ -170,6 +243,67 @@ def test_what_our_rules_forbid_is_refused_and_named(mutate: Callable[[list[Manif
     mutate(manifests)
     found = policies.problems(manifests)
     assert any(said in problem for problem in found), found
+
+
+@pytest.mark.parametrize(
+    ("overlay", "mutate", "said"), REFUSED_IN, ids=lambda value: value if str(value) == value else ""
+)
+def test_parts_that_do_not_fit_each_other_are_refused_and_named(
+    overlay: str, mutate: Callable[[list[Manifest]], object], said: str
+) -> None:
+    # By way of JSON, or what YAML anchors share would change in several places.
+    manifests = json.loads(json.dumps(rendered(K8S / "overlays" / overlay)))
+    mutate(manifests)
+    found = policies.problems(manifests)
+    assert any(said in problem for problem in found), found
+
+
+PROMISES: dict[str, list[Callable[[list[Manifest]], object]]] = {
+    "cpu-demo": [lambda m: "nvidia.com/gpu" not in str(worker(m))],
+    "gpu": [lambda m: worker(m)["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"],
+    "gpu-kueue": [
+        lambda m: the(m, "RayJob/sweep")["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "sweeps",
+        lambda m: worker(m)["priorityClassName"] == "sweep",
+    ],
+    "gpu-autoscaling": [
+        lambda m: all(spec["enableInTreeAutoscaling"] for _, spec in ray_clusters(m)),
+        lambda m: cluster(m)["workerGroupSpecs"][0]["minReplicas"] == 0,
+    ],
+    "production": [
+        lambda m: all(spec["enableInTreeAutoscaling"] for _, spec in ray_clusters(m)),
+        lambda m: cluster(m)["gcsFaultToleranceOptions"]["redisAddress"] == "redis:6379",
+        lambda m: "spot" in str(worker(m)["tolerations"]),
+        lambda m: "NotIn" in str(head(m)["affinity"]),
+        lambda m: (
+            {budget["metadata"]["name"] for budget in of_kind(m, "PodDisruptionBudget")}
+            == {"sweep-head", "ray-head", "mlflow"}
+        ),
+        lambda m: the(m, "Deployment/mlflow")["spec"]["replicas"] == 2,
+        lambda m: any(str(v.get("value")).startswith("s3://") for v in mlflow(m)["env"]),
+        lambda m: of_kind(m, "PodMonitor"),
+        lambda m: the(m, "ConfigMap/grafana-dashboard")["metadata"]["labels"]["grafana_dashboard"] == "1",
+    ],
+}
+
+
+@every_overlay
+def test_an_overlay_has_what_its_line_in_the_readme_promises(overlay: Path) -> None:
+    manifests = rendered(overlay)
+    assert [place for place, kept in enumerate(PROMISES[overlay.name]) if not kept(manifests)] == []
+    assert the(manifests, "CronJob/mlflow-backup")["spec"]["concurrencyPolicy"] == "Forbid"
+
+
+def test_redis_is_the_first_process_of_its_pod_and_reads_its_settings_whole(tmp_path: Path) -> None:
+    spec = the(rendered(K8S / "overlays" / "production"), "StatefulSet/redis")["spec"]["template"]["spec"]
+    stand_in = tmp_path / "redis-server"
+    stand_in.write_text("#!/bin/sh\necho $$ $*\ncat\n")
+    stand_in.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "REDIS_PASSWORD": "0123abcd"}
+    process = subprocess.Popen(
+        spec["containers"][0]["command"], env=environment, stdout=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    out, _ = process.communicate(timeout=10)
+    assert out.splitlines() == [f"{process.pid} -", "requirepass 0123abcd", "appendonly yes", "dir /data"]
 
 
 def test_a_kustomization_that_does_not_render_is_an_error_with_kustomizes_words(tmp_path: Path) -> None:
@@ -242,13 +376,7 @@ def test_the_driver_finds_mlflow_where_its_service_is_under_a_name_that_the_serv
 @every_overlay
 def test_every_policy_and_budget_selects_pods_that_are_there(overlay: Path) -> None:
     manifests = rendered(overlay)
-    # What KubeRay adds to the pods that it makes.
-    labels = [pod.labels for pod in pods(manifests) if not pod.owner.startswith("Ray")]
-    labels += [pod.labels for pod in pods(manifests) if pod.owner.endswith("submitter")]
-    for pod in pods(manifests):
-        if pod.owner.startswith("Ray") and not pod.owner.endswith("submitter"):
-            kind = "head" if pod.owner.endswith("head") else "worker"
-            labels.append({**pod.labels, "ray.io/is-ray-node": "yes", "ray.io/node-type": kind})
+    labels = [pod.labels for pod in pods(manifests)]
     for manifest in of_kind(manifests, "NetworkPolicy", "PodDisruptionBudget"):
         selector = manifest["spec"].get("podSelector") or manifest["spec"].get("selector") or {}
         wanted = selector.get("matchLabels", {})
@@ -273,6 +401,35 @@ def test_the_overlay_that_the_readme_shows_renders_and_is_valid(tmp_path: Path) 
     assert schemas.problems(manifests) + policies.problems(manifests) == []
     assert head(manifests)["containers"][0]["image"] == "registry.example.com/orchestrator:0.1.0-cuda"
     assert the(manifests, "PersistentVolumeClaim/sweeps")["spec"]["storageClassName"] == "my-rwx-class"
+
+
+def test_what_the_readmes_kubectl_commands_name_is_there() -> None:
+    manifests = rendered(K8S / "overlays" / "production")
+    ports = {m["metadata"]["name"]: m["spec"]["ports"][0]["port"] for m in of_kind(manifests, "Service")}
+    # KubeRay's, for the head of the RayCluster.
+    ports |= {f"{m['metadata']['name']}-head-svc": 8265 for m in of_kind(manifests, "RayCluster")}
+    readme = (K8S / "README.md").read_text()
+    forwarded = re.findall(r"kubectl port-forward service/([\w-]+) (\d+)", readme)
+    assert {name: int(port) for name, port in forwarded}.items() <= ports.items()
+    read = re.findall(r"kubectl get secret ([\w-]+) -o jsonpath='{\.data\.([\w-]+)}'", readme)
+    assert all(key in secrets_to_make()[name] for name, key in read)
+    named = re.findall(r"(?:delete|get|scale|--from=)\s?(rayjob|cronjob|deployment)[ /]([\w-]+)", readme)
+    have = {name_of(manifest).lower().replace("/", " ") for manifest in manifests}
+    assert {f"{kind} {name}" for kind, name in named} <= have
+    (labels,) = re.findall(r"kubectl logs --follow -l ([\w./-]+)=(\w+)", readme)
+    assert any(pod.labels.get(labels[0]) == labels[1] for pod in pods(manifests))
+    assert (len(forwarded), len(read), len(named)) == (2, 2, 6)
+
+
+def test_the_patch_for_a_registry_with_a_login_renders(tmp_path: Path) -> None:
+    (patch,) = re.findall(r"`({target: {kind: ServiceAccount}.*?})`", (K8S / "README.md").read_text())
+    shutil.copytree(K8S, tmp_path / "k8s")
+    mine = tmp_path / "k8s" / "overlays" / "mine"
+    mine.mkdir()
+    (mine / "kustomization.yaml").write_text(f"resources: [../production]\npatches:\n  - {patch}\n")
+    accounts = of_kind(render(mine), "ServiceAccount")
+    assert len(accounts) >= 5
+    assert all(account["imagePullSecrets"] == [{"name": "registry"}] for account in accounts)
 
 
 def test_the_dashboard_asks_for_metrics_that_ray_has() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -222,7 +223,12 @@ def test_a_job_ends_with_the_contracts_exit_codes(status: str, driver: int | Non
         (["search_spaces/smoke.yaml", "--address", NOBODY, "--set", "trial.rnk=3"], 2, "did you mean rank"),
         (["search_spaces/smoke.yaml", "--address", "10.0.0.1:6379"], 2, "http://HEAD:8265"),
         (["search_spaces/smoke.yaml"], 2, "--address"),
+        (["search_spaces/smoke.yaml", "--address", "http://head:eighty"], 2, "http://HEAD:8265"),
+        (["search_spaces/smoke.yaml", "--address", "http://head:99999"], 2, "http://HEAD:8265"),
+        (["search_spaces/smoke.yaml", "--address", "http://:8265"], 2, "http://HEAD:8265"),
+        (["search_spaces/smoke.yaml", "--address", NOBODY, "--follow", "--no-wait"], 2, "give one of them"),
         (["search_spaces/smoke.yaml", "--address", NOBODY], 3, "no Ray dashboard answers"),
+        (["search_spaces/smoke.yaml", "--address", "http://no-such-host.invalid:8265"], 3, "no Ray dashboard answers"),
     ],
     ids=str,
 )
@@ -231,6 +237,26 @@ def test_wrong_input_and_an_absent_cluster_have_their_exit_codes(words: list[str
     assert result.exit_code == exit_code, result.stderr
     assert told in result.stderr
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize("given", ["http://head:8265/", "http://head:8265/#/jobs/s", " HTTP://head:8265"])
+def test_the_address_may_be_copied_from_a_browser(given: str) -> None:
+    assert server.dashboard_address(given) == "http://head:8265"
+
+
+def test_something_that_does_not_speak_http_is_told() -> None:
+    def answer(listening: socket.socket) -> None:
+        connection, _ = listening.accept()
+        with connection:
+            connection.recv(1000)
+            connection.sendall(b"-ERR unknown command\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=answer, args=[listening])
+        thread.start()
+        with pytest.raises(ClusterUnreachableError, match=r"no Ray dashboard answers .*unknown command\): check host"):
+            server.JobServer(f"http://127.0.0.1:{listening.getsockname()[1]}")
+        thread.join(10)
 
 
 def test_a_port_that_listens_and_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ class PodTemplate:
     """Kind, name and place, as `RayJob/sweep head`."""
     metadata: dict[str, Any]
     spec: dict[str, Any]
+    added_labels: Mapping[str, str] = field(default_factory=dict)
+    """What KubeRay adds, and policies select by."""
 
     @property
     def containers(self) -> list[dict[str, Any]]:
@@ -35,7 +37,12 @@ class PodTemplate:
 
     @property
     def labels(self) -> dict[str, str]:
-        return dict(self.metadata.get("labels", {}))
+        return {**self.metadata.get("labels", {}), **self.added_labels}
+
+    @property
+    def is_ray(self) -> bool:
+        """Whether a head or a worker."""
+        return "ray.io/is-ray-node" in self.added_labels
 
 
 def overlays() -> list[Path]:
@@ -94,10 +101,11 @@ def pods(manifests: list[Manifest]) -> Iterator[PodTemplate]:
             case _ if "template" in spec:
                 yield _pod(name, spec["template"])
     for name, cluster in ray_clusters(manifests):
-        yield _pod(f"{name} head", cluster["headGroupSpec"]["template"])
+        yield _pod(f"{name} head", cluster["headGroupSpec"]["template"], "head")
         for group in cluster["workerGroupSpecs"]:
-            yield _pod(f"{name} {group['groupName']}", group["template"])
+            yield _pod(f"{name} {group['groupName']}", group["template"], "worker")
 
 
-def _pod(owner: str, template: dict[str, Any]) -> PodTemplate:
-    return PodTemplate(owner, template.get("metadata", {}), template.get("spec", {}))
+def _pod(owner: str, template: dict[str, Any], ray: str | None = None) -> PodTemplate:
+    added = {"ray.io/is-ray-node": "yes", "ray.io/node-type": ray} if ray else {}
+    return PodTemplate(owner, template.get("metadata", {}), template.get("spec", {}), added)

@@ -7,6 +7,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from tests.k8s import wiring
 from tests.k8s.manifests import K8S, Manifest, PodTemplate, name_of, of_kind, pods, ray_clusters
 
 SECRET_NAME = re.compile(r"PASSWORD|PASSWD|TOKEN|SECRET|CREDENTIAL|ACCESS_KEY|API_KEY")
@@ -15,6 +16,9 @@ SHELL = set("'\"`;|&$><\\()")
 BINARY = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 # The cloud's metadata service, which hands out the node's credentials.
 METADATA_SERVICE = "169.254.0.0/16"
+KUBERNETES_GRACE_S = 30
+SPOT_NOTICE_S = 25
+"""What Google's cloud gives a pod of the 30 s that it has; the others give more."""
 
 
 def problems(manifests: list[Manifest]) -> list[str]:
@@ -85,6 +89,13 @@ def without_rights(pod: PodTemplate) -> Iterator[str]:
         yield "holds a token of the API server"
 
 
+def bounded(pod: PodTemplate) -> Iterator[str]:
+    """What a pod writes beside its volumes has a limit, or it fills the node's disk or memory."""
+    for volume in pod.spec.get("volumes", []):
+        if "emptyDir" in volume and "sizeLimit" not in volume["emptyDir"]:
+            yield f"volume {volume['name']} has no sizeLimit"
+
+
 def probed(pod: PodTemplate) -> Iterator[str]:
     """What serves is asked whether it lives."""
     for container in pod.spec.get("containers", []):
@@ -97,7 +108,7 @@ def no_secret_is_written_down(manifests: list[Manifest]) -> Iterator[str]:
     for manifest in manifests:
         if manifest["kind"] == "Secret":
             yield f"{name_of(manifest)}: a Secret stands in the manifests"
-        for where, text in _strings(manifest, ""):
+        for where, text in wiring.strings(manifest, ""):
             if PASSWORD_IN_URI.search(text):
                 yield f"{name_of(manifest)}: {where} holds a password in a URI"
 
@@ -145,10 +156,12 @@ def ray_is_set_up_for_sweeps(manifests: list[Manifest]) -> Iterator[str]:
             yield f"{name}: rayVersion {cluster.get('rayVersion')} is not that of pyproject.toml"
         if cluster["headGroupSpec"]["rayStartParams"].get("num-cpus") != "0":
             yield f"{name}: trials may run on the head"
+        if cluster["headGroupSpec"]["rayStartParams"].get("num-gpus") != "0":
+            yield f"{name}: Ray would count GPUs of the head's machine as the head's"
         if cluster.get("enableInTreeAutoscaling"):
             yield from _autoscaler_problems(name, cluster.get("autoscalerOptions", {}))
     for pod in pods(manifests):
-        if not pod.owner.startswith("Ray") or pod.owner.endswith("submitter"):
+        if not pod.is_ray:
             continue
         mounted = {mount["mountPath"]: mount["name"] for mount in pod.containers[0]["volumeMounts"]}
         volumes = {volume["name"]: volume for volume in pod.spec["volumes"]}
@@ -175,43 +188,57 @@ def sweeps_end_and_resume(manifests: list[Manifest]) -> Iterator[str]:
             yield f"{name_of(job)}: the entrypoint has characters that the submitter's shell would act on"
 
 
-def references_lead_somewhere(manifests: list[Manifest]) -> Iterator[str]:
-    """Claims, ConfigMaps and accounts exist; Secrets are those that README.md says how to make."""
-    have = {(manifest["kind"], manifest["metadata"]["name"]) for manifest in manifests}
-    readme = (K8S / "README.md").read_text()
-    have |= {("Secret", name) for name in re.findall(r"create secret generic ([\w-]+)", readme)}
-    for manifest in of_kind(manifests, "StatefulSet"):
-        have |= {("Volume", c["metadata"]["name"]) for c in manifest["spec"].get("volumeClaimTemplates", [])}
+def nodes_come_from_zero_and_go(manifests: list[Manifest]) -> Iterator[str]:
+    """Where Ray scales, nothing is kept without work; where it does not, the size is said once."""
+    for name, cluster in ray_clusters(manifests):
+        for group in cluster["workerGroupSpecs"]:
+            lowest, highest = group["minReplicas"], group["maxReplicas"]
+            if not cluster.get("enableInTreeAutoscaling"):
+                if not lowest == group["replicas"] == highest:
+                    yield f"{name} {group['groupName']}: nobody scales between {lowest} and {highest}"
+            elif lowest or not highest:
+                yield f"{name} {group['groupName']}: scales from {lowest} to {highest}, and not from zero"
+        if cluster.get("enableInTreeAutoscaling") and "idleTimeoutSeconds" not in cluster.get("autoscalerOptions", {}):
+            yield f"{name}: idle nodes go after Ray's minute, in which a sweep's first node waits for the last"
+
+
+def spot_nodes_are_left_in_time(manifests: list[Manifest]) -> Iterator[str]:
+    """Workers alone run where nodes are taken away, and are gone within the shortest notice."""
     for pod in pods(manifests):
-        names = {volume["name"] for volume in pod.spec.get("volumes", [])}
+        grace_s = pod.spec.get("terminationGracePeriodSeconds", KUBERNETES_GRACE_S)
         for container in pod.containers:
-            for mount in container.get("volumeMounts", []):
-                if mount["name"] not in names and ("Volume", mount["name"]) not in have:
-                    yield f"{pod.owner}: no volume {mount['name']}"
-        for kind, name in _references(pod):
-            if (kind, name) not in have:
-                yield f"{pod.owner}: {kind} {name} does not exist"
-    for owner, cluster in ray_clusters(manifests):
-        redis = cluster.get("gcsFaultToleranceOptions", {}).get("redisPassword", {}).get("valueFrom", {})
-        secrets = (cluster.get("authOptions", {}).get("secretName"), redis.get("secretKeyRef", {}).get("name"))
-        yield from (
-            f"{owner}: Secret {name} does not exist" for name in secrets if name and ("Secret", name) not in have
-        )
+            command = container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", [])
+            if "--grace-period" in command and int(command[command.index("--grace-period") + 1]) >= grace_s:
+                yield f"{pod.owner}: is killed after {grace_s} s, before its preStop ends"
+        if not any("spot" in str(toleration) for toleration in pod.spec.get("tolerations", [])):
+            continue
+        if pod.labels.get("ray.io/node-type") != "worker":
+            yield f"{pod.owner}: may run on spot nodes, and nothing goes on without it"
+        if grace_s > SPOT_NOTICE_S or "preStop" not in pod.containers[-1].get("lifecycle", {}):
+            yield f"{pod.owner}: does not leave a spot node within {SPOT_NOTICE_S} s"
 
 
-def _references(pod: PodTemplate) -> Iterator[tuple[str, str]]:
-    yield "ServiceAccount", pod.spec.get("serviceAccountName", "default")
-    if "priorityClassName" in pod.spec:
-        yield "PriorityClass", pod.spec["priorityClassName"]
-    for volume in pod.spec.get("volumes", []):
-        if "persistentVolumeClaim" in volume:
-            yield "PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"]
-        if "configMap" in volume:
-            yield "ConfigMap", volume["configMap"]["name"]
-    for container in pod.containers:
-        for variable in container.get("env", []):
-            if "secretKeyRef" in variable.get("valueFrom", {}):
-                yield "Secret", variable["valueFrom"]["secretKeyRef"]["name"]
+def kueue_may_take_it(manifests: list[Manifest]) -> Iterator[str]:
+    """What Kueue asks of a RayJob in its queue, and one priority for all that is admitted together."""
+    for job in of_kind(manifests, "RayJob"):
+        if "kueue.x-k8s.io/queue-name" not in job["metadata"].get("labels", {}):
+            continue
+        cluster = job["spec"]["rayClusterSpec"]
+        if cluster.get("enableInTreeAutoscaling"):
+            yield f"{name_of(job)}: Kueue takes no RayJob that Ray scales"
+        groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+        if len({group["template"]["spec"].get("priorityClassName") for group in groups}) > 1:
+            yield f"{name_of(job)}: head and workers have unlike priorities"
+
+
+def a_drain_of_what_serves_ends(manifests: list[Manifest]) -> Iterator[str]:
+    """A budget that keeps as many pods as there are would hold a node's drain up for ever."""
+    for budget in of_kind(manifests, "PodDisruptionBudget"):
+        wanted = budget["spec"]["selector"]["matchLabels"].items()
+        for served in of_kind(manifests, "Deployment", "StatefulSet"):
+            labels = served["spec"]["template"]["metadata"]["labels"]
+            if wanted <= labels.items() and budget["spec"]["minAvailable"] >= served["spec"].get("replicas", 1):
+                yield f"{name_of(budget)}: no pod of {name_of(served)} may ever be moved"
 
 
 def _autoscaler_problems(name: str, options: dict[str, Any]) -> Iterator[str]:
@@ -243,17 +270,6 @@ def _bytes(quantity: str) -> int:
     return int(quantity[:-2]) * BINARY[quantity[-2:]]
 
 
-def _strings(node: Any, where: str) -> Iterator[tuple[str, str]]:
-    if isinstance(node, dict):
-        for key, value in node.items():
-            yield from _strings(value, f"{where}.{key}".lstrip("."))
-    elif isinstance(node, list):
-        for place, value in enumerate(node):
-            yield from _strings(value, f"{where}[{place}]")
-    elif isinstance(node, str):
-        yield where, node
-
-
 POD_RULES: tuple[Callable[[PodTemplate], Iterator[str]], ...] = (
     unprivileged,
     pinned,
@@ -261,6 +277,7 @@ POD_RULES: tuple[Callable[[PodTemplate], Iterator[str]], ...] = (
     without_plain_secrets,
     without_rights,
     probed,
+    bounded,
 )
 RULES: tuple[Callable[[list[Manifest]], Iterator[str]], ...] = (
     no_secret_is_written_down,
@@ -268,5 +285,9 @@ RULES: tuple[Callable[[list[Manifest]], Iterator[str]], ...] = (
     nothing_is_reached_from_outside,
     ray_is_set_up_for_sweeps,
     sweeps_end_and_resume,
-    references_lead_somewhere,
+    nodes_come_from_zero_and_go,
+    spot_nodes_are_left_in_time,
+    kueue_may_take_it,
+    a_drain_of_what_serves_ends,
+    *wiring.RULES,
 )

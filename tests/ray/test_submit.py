@@ -114,7 +114,7 @@ def test_a_job_is_followed_left_followed_again_stopped_and_resumed(head: Head, t
         name="long",
         trial={name: value for name, value in BASE["trial"].items() if name != "max_steps"},
         # Long enough that the stop comes in its middle, on a quick machine too.
-        space={"max_steps": [2, 1600]},
+        space={"max_steps": [2, 600]},
         resources={"cpus_per_worker": 1, "max_concurrent": 1},
     )
     folder = SweepFolder(tmp_path / "sweeps" / "long")
@@ -132,14 +132,14 @@ def test_a_job_is_followed_left_followed_again_stopped_and_resumed(head: Head, t
         trials = read_trial_results(folder)[0].values()
         return {t.config.max_steps: len(folder.trial(t.trial_id).read_metrics()) for t in trials}
 
-    wait_until(steps, lambda seen: seen.get(1600, 0) >= 2, LIMIT_S)
+    wait_until(steps, lambda seen: seen.get(600, 0) >= 2, LIMIT_S)
     ask(head, "POST", "long/stop")
     exit_code, out, err = ended(again)
     assert exit_code == 130, err
     assert "job long is at work" in err
     assert "2 trials to run" in out
     before = {t.config.max_steps: t for t in read_sweep(folder)[0].trials}
-    assert (before[2].status, before[1600].status) == (TrialStatus.COMPLETED, TrialStatus.CANCELLED)
+    assert (before[2].status, before[600].status) == (TrialStatus.COMPLETED, TrialStatus.CANCELLED)
     assert folder.report.exists()
 
     exit_code, out, err = ended(submit(head, "--no-wait", cwd=tmp_path))
@@ -148,7 +148,7 @@ def test_a_job_is_followed_left_followed_again_stopped_and_resumed(head: Head, t
     assert exit_code == 0, out + err
     assert "1 done before" in out
     after = {t.config.max_steps: t for t in read_sweep(folder)[0].trials}
-    assert after[1600].status is TrialStatus.COMPLETED
+    assert after[600].status is TrialStatus.COMPLETED
     assert after[2] == before[2]
     assert TOKEN not in ask(head, "GET", "")
 
