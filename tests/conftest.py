@@ -1,8 +1,9 @@
-"""Marks every test with its tier, the name of its folder, and lets all be interrupted."""
+"""Marks every test with its tier, the name of its folder; lets all be interrupted; ends the sweeps that one leaves."""
 
 from __future__ import annotations
 
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,3 +20,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         tier = item.path.relative_to(ROOT).parts[0]
         if tier in TIERS:
             item.add_marker(getattr(pytest.mark, tier))
+
+
+def pytest_runtest_teardown() -> None:
+    if sweeps := sys.modules.get("tests.ray.sweeps"):
+        sweeps.end_all()

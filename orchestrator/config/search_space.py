@@ -91,6 +91,8 @@ class LogIntRange(When):
 
 
 Range = Uniform | LogUniform | IntRange | LogIntRange
+MOST_IN_VAIN = 100_000
+"""Draws in a row, or combinations of a grid, without one that is new: no grid is so large."""
 DOMAIN_TAGS = ("list", "choice", "uniform", "log_uniform", "int", "log_int")
 
 
@@ -149,7 +151,17 @@ def as_trial(settings: Settings) -> Settings:
 
 def is_excluded(config: TrialConfig, exclude: Sequence[Mapping[str, Any]]) -> bool:
     """Whether one of the partial configurations that must not run is part of it."""
-    return any(holds(partial, config.model_dump(mode="json")) for partial in exclude)
+    return _has_one_of(config, _read_conditions(exclude))
+
+
+def _read_conditions(conditions: Sequence[Mapping[str, Any]]) -> list[Mapping[str, list[Any]]]:
+    """Each with the values that it allows, read once: a grid asks for each of its configurations."""
+    return [{name: allowed_values(name, allowed) for name, allowed in one.items()} for one in conditions]
+
+
+def _has_one_of(config: TrialConfig, conditions: Sequence[Mapping[str, list[Any]]]) -> bool:
+    settings = config.model_dump(mode="json")
+    return any(all(settings[name] in values for name, values in one.items()) for one in conditions)
 
 
 def allowed_values(name: str, allowed: Any) -> list[Any]:
@@ -242,7 +254,7 @@ def grid(
             return
         domain = space[names[0]]
         assert isinstance(domain, Choice)
-        if not holds(domain.when, as_trial(settings)):
+        if domain.when and not holds(domain.when, as_trial(settings)):
             yield from walk(settings, names[1:])
             return
         for value in domain.choice:
@@ -267,7 +279,7 @@ def sample(
         settings = dict(base)
         for name in order:
             domain = space[name]
-            if holds(domain.when, as_trial(settings)):
+            if not domain.when or holds(domain.when, as_trial(settings)):
                 settings[name] = rng.choice(domain.choice) if isinstance(domain, Choice) else domain.sample(rng)
         return settings
 
@@ -279,12 +291,19 @@ def sample(
 
 
 def _distinct(draws: Iterator[Settings], exclude: Sequence[Mapping[str, Any]]) -> Iterator[TrialConfig]:
+    """Until nothing new has come for so long that nothing will: a grid is never that long."""
     seen: set[str] = set()
+    in_vain = 0
+    conditions = _read_conditions(exclude)
     for settings in draws:
         config = TrialConfig(**settings)
         identity = configuration_id(config)
-        if identity in seen or is_excluded(config, exclude):
+        if identity in seen or _has_one_of(config, conditions):
+            in_vain += 1
+            if in_vain > max(MOST_IN_VAIN, 100 * len(seen)):
+                return
             continue
+        in_vain = 0
         seen.add(identity)
         yield config
 

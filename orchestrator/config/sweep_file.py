@@ -32,6 +32,13 @@ Lines = dict[Path_, int]
 MAX_BYTES = 2**20
 MAX_DEPTH = 20
 MAX_VALUES = 50_000
+TEXT_TAG = "tag:yaml.org,2002:str"
+LONGEST_NUMBER = 400
+"""Characters of a value that is no text: YAML 1.1 reads 1:59:59 to the base of 60, which takes minutes for 300,000."""
+MOST_PROBLEMS = 100
+MOST_EXCLUSIONS = 1000
+MOST_COMPARISONS = 10_000_000
+"""Of configurations with entries of `exclude`."""
 LARGEST_WHOLE_NUMBER = 2**63
 MOST_TRIALS = 100_000
 PBT_EXAMPLE = "pbt: {population: 8, interval_steps: 40}"
@@ -57,8 +64,14 @@ def load(file: Path, overrides: Sequence[str] = ()) -> SweepConfig:
     if sweep is not None and not problems:
         problems += _problems_of_meaning(sweep)
     if problems or sweep is None:
-        raise SweepFileError(str(file), tuple(_with_lines(problems, lines, tuple(overrides))))
+        raise _refusal(file, list(_with_lines(problems, lines, tuple(overrides))))
     return sweep
+
+
+def _refusal(file: Path, problems: Sequence[Problem]) -> SweepFileError:
+    """All problems at once, as far as anybody reads on."""
+    more = [Problem("the rest of the file", "has more problems: mend these first")] * (len(problems) > MOST_PROBLEMS)
+    return SweepFileError(str(file), (*problems[:MOST_PROBLEMS], *more))
 
 
 def text_of(file: Path, overrides: Sequence[str] = ()) -> str:
@@ -108,7 +121,7 @@ def _read(file: Path) -> tuple[dict[str, Any], Lines]:
     problems: list[Problem] = []
     raw = _construct(node, (), lines, problems)
     if problems:
-        raise SweepFileError(str(file), tuple(problems))
+        raise _refusal(file, problems)
     return raw, lines
 
 
@@ -138,6 +151,8 @@ def _construct(node: yaml.Node, path: Path_, lines: Lines, problems: list[Proble
 def _scalar(node: yaml.Node, path: Path_, problems: list[Problem]) -> Any:
     loader = yaml.SafeLoader("")
     try:
+        if node.tag != TEXT_TAG and len(node.value) > LONGEST_NUMBER:
+            raise ValueError(f"more than {LONGEST_NUMBER} characters, and no text")
         return _plain_value(loader.construct_object(node, deep=True))
     except (yaml.YAMLError, ValueError) as error:
         problems.append(Problem(_spell(path), f"cannot be read ({cut(str(error))})", node.start_mark.line + 1))
@@ -210,7 +225,7 @@ def told_of_settings(error: ValidationError, settings: Any) -> str:
 def _problems_of(error: ValidationError, raw: Any, within: Path_ = ()) -> Iterator[Problem]:
     """pydantic's errors in our words: one problem a key, whatever number of union members it failed."""
     said: dict[Path_, list[str]] = {}
-    for detail in error.errors(include_url=False):
+    for detail in error.errors(include_url=False)[: MOST_PROBLEMS + 1]:
         path = _real_path((*within, *detail["loc"]), raw)
         said.setdefault(path, []).append(_sentence(detail, path))
     for path, found in said.items():
@@ -316,6 +331,9 @@ def _problems_of_meaning(sweep: SweepConfig) -> Iterator[Problem]:
     if problem := storage_problem(sweep.storage):
         yield Problem("storage", problem)
     yield from _problems_of_scores(sweep)
+    if len(sweep.exclude) > MOST_EXCLUSIONS:
+        yield Problem("exclude", f"has {len(sweep.exclude):,} entries, of which {MOST_EXCLUSIONS:,} at most are taken")
+        return
     problems = [*_problems_of_space(sweep), *_problems_of_size(sweep), *_problems_of_search(sweep)]
     yield from problems
     if problems:
@@ -364,6 +382,10 @@ def _problems_of_size(sweep: SweepConfig) -> Iterator[Problem]:
         wanted = min(combinations, sweep.budget.trials or combinations)
     else:
         wanted = sweep.budget.trials or 1
+    if max(wanted, combinations) * len(sweep.exclude) > MOST_COMPARISONS:
+        yield Problem(
+            "exclude", f"has {len(sweep.exclude):,} entries, too many for {max(wanted, combinations):,} trials"
+        )
     if wanted * sweep.search.repeats > MOST_TRIALS:
         told = f"{wanted:,} configurations with {sweep.search.repeats:,} repeats are more than {MOST_TRIALS:,} trials"
         yield Problem("search.repeats" if sweep.search.repeats > 1 else "budget.trials", f"is too high: {told}")

@@ -52,6 +52,8 @@ def weights_of(folder: SweepFolder, trial: TrialResult) -> Path:
     root = folder.trial(trial.trial_id).root
     where = root / trial.adapter if trial.adapter else folder.trial(trial.trial_id).adapter
     if any(where.glob("*.safetensors")):
+        if outside := next((file for file in where.iterdir() if not folder.holds(file)), None):
+            raise InputError(f"{outside} leads out of the sweep's folder: put the file there, or take the link away")
         return where
     why = f" ({trial.reason})" if trial.reason else ""
     status = trial.status.value.replace("_", " ")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from orchestrator.config.sweep_config import LOGGED_METRICS, is_score
 from orchestrator.config.trial_config import TrialConfig
@@ -60,8 +61,17 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="strings", use_attribute_docstrings=True)
 
 
+LARGEST_FLOAT32 = 3.4028235e38
+
+
+def _as_float32(value: float) -> float:
+    """What no training can have measured is infinite: sums of such numbers would overflow."""
+    return math.copysign(math.inf, value) if abs(value) > LARGEST_FLOAT32 else value
+
+
+Measured = Annotated[float, AfterValidator(_as_float32)]
 Bytes = Annotated[int, Field(ge=0, lt=2**63)]
-Seconds = Annotated[float, Field(allow_inf_nan=False)]
+Seconds = Annotated[float, Field(allow_inf_nan=False, gt=-1e12, lt=1e12)]
 
 
 class MetricPoint(_Record):
@@ -72,15 +82,15 @@ class MetricPoint(_Record):
     """Tokens trained on so far, over all workers, padding left out."""
     seconds: float
     """Seconds of training so far: evaluation and saving left out."""
-    loss: float | None = None
+    loss: Measured | None = None
     """Mean over the label tokens of the step's global batch."""
-    eval_loss: float | None = None
+    eval_loss: Measured | None = None
     """Mean over the label tokens of the evaluation data; only at the steps that evaluate."""
     learning_rate: float
-    grad_norm: float | None = None
-    tokens_per_s: float | None = None
+    grad_norm: Measured | None = None
+    tokens_per_s: Measured | None = None
     """Over the steps so far, without the warm-up steps."""
-    step_time_s: float | None = None
+    step_time_s: Measured | None = None
     """Median seconds of the steps so far, without the warm-up steps."""
     peak_memory_bytes: int | None = None
     """The largest of all workers."""
@@ -171,9 +181,9 @@ class TrialResult(_Record):
     last: MetricPoint | None = None
     steps: int = 0
     tokens: int = 0
-    tokens_per_s: float | None = None
-    step_time_s: float | None = None
-    predicted_step_time_s: float | None = None
+    tokens_per_s: Measured | None = None
+    step_time_s: Measured | None = None
+    predicted_step_time_s: Measured | None = None
     """Before anything measured corrects it: by what both are apart, later plans are."""
     trainable_parameters: int | None = None
     peak_memory: PeakMemory | None = None
@@ -183,7 +193,7 @@ class TrialResult(_Record):
     mlflow_run_id: str | None = None
     adapter: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")] | None = None
     """Folder of the best adapter, relative to the trial's own."""
-    scores: dict[str, float] = {}
+    scores: dict[str, Measured] = {}
     """What `evaluate.tasks` gave its best adapter, by `TASK/METRIC`."""
     versions: dict[str, str] = {}
     git: GitState | None = None

@@ -24,6 +24,8 @@ from orchestrator.errors import FolderError, StorageError
 from orchestrator.results.records import MetricPoint, SweepResult, TrialResult, upgrade
 
 _STORAGE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN)
+LARGEST_BYTES = 2**30
+"""Of a file that is read whole; the records of 100,000 trials have less."""
 _CHECKPOINT = re.compile(r"\.?checkpoint-([1-9][0-9]{0,17})")
 
 
@@ -153,6 +155,10 @@ class SweepFolder:
         """A path in the folder as every node finds it: the same path, or an address."""
         return f"{self.remote}/{self.inside(path)}" if self.remote else str(path)
 
+    def holds(self, path: Path) -> bool:
+        """Whether something is there, and in this folder, not behind a link that leads out of it."""
+        return path.exists() and path.resolve().is_relative_to(self.root.resolve())
+
     def inside(self, path: Path) -> str:
         """A path as it is named within the folder."""
         return path.relative_to(self.root).as_posix()
@@ -237,16 +243,19 @@ class DamagedRecord:
 
 @contextmanager
 def opened(file: Path) -> Iterator[BinaryIO]:
-    """The file, open for reading, and nothing that never ends: a pipe, a device.
+    """The file, open for reading, and nothing that never ends: a pipe, a device, a file of holes.
 
     Raises:
-        OSError: it cannot be opened, or is no regular file.
+        OSError: it cannot be opened, is no regular file, or larger than any of ours.
     """
     # To open a pipe would wait for whoever writes to it.
     descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
     with open(descriptor, "rb") as stream:  # noqa: PTH123
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(file))
+        if found.st_size > LARGEST_BYTES:
+            raise OSError(errno.EFBIG, f"larger than {LARGEST_BYTES // 2**20:,} MiB", str(file))
         yield stream
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
-from orchestrator.errors import FolderError
+from orchestrator.errors import FolderError, StorageError
 from orchestrator.results.records import TrialStatus
+from orchestrator.results.remote import cache_folder
 from orchestrator.results.storage import SweepFolder, is_at_work, read_record, read_sweep, write_atomically
+
+MOST_SERVERS = 100
 
 
 class TrialDelivery(BaseModel):
@@ -51,6 +57,32 @@ def told_server(folder: SweepFolder) -> str | None:
     """The server that the sweep was tracked by."""
     found = _read(folder)
     return found.server if found else None
+
+
+def remember_server(server: str) -> None:
+    """Note that this account tracks sweeps by this server, for `is_known`; where it cannot be noted it is not known."""
+    with contextlib.suppress(StorageError):
+        # The newest ones: a server on a port of its own is another each time.
+        write_atomically(_servers(), json.dumps([*(one for one in _known() if one != server), server][-MOST_SERVERS:]))
+
+
+def is_known(server: str) -> bool:
+    """Whether this account has tracked a sweep by this server.
+
+    A folder that came from elsewhere names one too, and is not to send logs and a password there.
+    """
+    return server in _known()
+
+
+def _servers() -> Path:
+    return cache_folder() / "tracking-servers.json"
+
+
+def _known() -> list[str]:
+    try:
+        return TypeAdapter(list[str]).validate_json(read_record(_servers()))
+    except (OSError, ValidationError):
+        return []
 
 
 def is_owed(folder: SweepFolder) -> bool:

@@ -14,7 +14,7 @@ from orchestrator.results.records import SweepResult, TrialResult
 from orchestrator.results.secrets import without_secret
 from orchestrator.results.storage import SweepFolder, read_sweep, write_result, write_sweep
 from orchestrator.sweep import evaluation, logged_model
-from orchestrator.sweep.delivered import told_server
+from orchestrator.sweep.delivered import is_known, told_server
 from orchestrator.sweep.folder_lock import only_one
 from orchestrator.sweep.tracking import Tracker, tracking_uri
 
@@ -69,6 +69,11 @@ def deliver_late(folder: SweepFolder, say: Callable[[str], None]) -> None:
             if (now := without_secret(tracking_uri(sweep))) != (server := told_server(folder)):
                 raise TrackingUnreachableError(
                     f"it went to {server}, and not to {now}: set MLFLOW_TRACKING_URI to that"
+                )
+            if not is_known(now) and now != without_secret(os.environ.get("MLFLOW_TRACKING_URI", "")):
+                raise TrackingUnreachableError(
+                    f"its folder names {now}, where this account has tracked no sweep, so nothing was sent there: set "
+                    "MLFLOW_TRACKING_URI to it if it is yours"
                 )
             for name, value in ONE_SHORT_TRY.items():
                 os.environ.setdefault(name, value)

@@ -14,7 +14,7 @@ from orchestrator.results.records import TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder, is_storage_failure
 from orchestrator.sweep.generations import Generations, last_step
 from orchestrator.sweep.preparation import Prepared
-from orchestrator.sweep.recorder import Recorder
+from orchestrator.sweep.recorder import ForgetResults, Recorder
 from orchestrator.sweep.scheduler import RuleScheduler
 from orchestrator.sweep.stopper import Stopper
 from orchestrator.sweep.suggestions import NewRecord, Suggestions
@@ -78,7 +78,7 @@ def launch(
             trial_name_creator=_name,
             trial_dirname_creator=_name,
         ),
-        run_config=_run_config(folder, callbacks, stopper),
+        run_config=_run_config(folder, [*callbacks, ForgetResults()], stopper),
     )
     try:
         tuner.fit()

@@ -24,6 +24,7 @@ from orchestrator.training.task import TrialProgress
 
 log = logging.getLogger(__name__)
 LITTLE_SPACE_BYTES = 2**30
+KEPT_BY_TUNE = frozenset(("done", "training_iteration", "trial_id", "node_ip", "pid"))
 STORAGE_LIMIT_S = 120.0
 """So long a disk that is full or away is waited for."""
 
@@ -222,6 +223,20 @@ class Recorder(tune.Callback):
             total_s = record.timing.total_s + time.time() - launched_at
             update["timing"] = record.timing.model_copy(update={"total_s": total_s})
         return record.model_copy(update=update)
+
+
+class ForgetResults(tune.Callback):
+    """Takes out of a result what nobody reads any more, as the last callback.
+
+    Tune keeps every trial's last one for as long as the sweep lasts, with statistics of each number in it (ray 2.60.0).
+    """
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Recorded, and heard by the scheduler, by now."""
+        for name in result.keys() - KEPT_BY_TUNE:
+            del result[name]
 
 
 def _each(notes: tuple[str, ...]) -> tuple[str, ...]:

@@ -82,9 +82,6 @@ def changes(before: SweepConfig, now: SweepConfig, knows_hardware: bool) -> Iter
     if before.scheduler.pbt != now.scheduler.pbt:
         # Its members began with each other's checkpoints: what they came to belongs to that population.
         yield f"scheduler.pbt was {before.scheduler.pbt}, now {now.scheduler.pbt}"
-    # Scores come after training: they may be asked for, and decide, once the trials are there.
-    if before.training_objectives != now.training_objectives:
-        yield f"objective was {before.objective}, now {now.objective}"
     searched = {*before.domains, *now.domains}
     for name in TrialConfig.model_fields:
         follows = name == "precision" and name not in now.trial.model_fields_set

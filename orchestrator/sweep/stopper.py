@@ -16,6 +16,9 @@ from orchestrator.config.sweep_config import BudgetConfig
 from orchestrator.errors import UnreachableError
 from orchestrator.planning.budget import exhausted
 
+LOOK_S = 0.5
+"""So often the budget is looked at: what is spent is counted over all trials, and Tune asks many times a trial."""
+
 
 class Stopper(tune.Stopper):
     """Ends the whole sweep cleanly: on Ctrl-C, on SIGTERM, or when a limit of the budget is reached."""
@@ -29,6 +32,7 @@ class Stopper(tune.Stopper):
     ) -> None:
         self._board, self._budget, self._gpu_hours_spent, self.broken = board, budget, gpu_hours_spent, broken
         self._started = time.monotonic()
+        self._looked_at_s = -LOOK_S
         self.reason: str | None = None
         self.interrupted = False
         self._told = False
@@ -58,6 +62,9 @@ class Stopper(tune.Stopper):
         return self.reason is not None
 
     def _limit_reached(self) -> str | None:
+        if time.monotonic() - self._looked_at_s < LOOK_S:
+            return None
+        self._looked_at_s = time.monotonic()
         return exhausted(self._budget, (time.monotonic() - self._started) / 3600, self._gpu_hours_spent())
 
 

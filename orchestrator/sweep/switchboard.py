@@ -43,12 +43,25 @@ class _Group:
     store_host: str
     store_port: int
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
-    turns: list[_Turn] = field(default_factory=list)
+    begun: int = 0
+    """How many trials the group has been given."""
+    turns: dict[int, _Turn] = field(default_factory=dict)
+    """By number, from 1: the newest, and what is not over of those before. A group may serve thousands."""
     nodes: dict[int, WorkerNode] = field(default_factory=dict)
     """Where each worker lies, once it has come up."""
     closed: bool = False
     lost: TrialEnd | None = None
     """Its workers are gone: how a trial ends there."""
+
+    @property
+    def newest(self) -> _Turn | None:
+        return self.turns.get(self.begun)
+
+    def begin(self, turn: _Turn) -> None:
+        """Make it the newest."""
+        self.turns = {number: before for number, before in self.turns.items() if not before.over.is_set()}
+        self.begun += 1
+        self.turns[self.begun] = turn
 
 
 class Switchboard:
@@ -69,10 +82,7 @@ class Switchboard:
         """Hand the next trial to all workers of a group."""
         group = self._groups[group_id]
         turn = _Turn(task)
-        if group.turns:
-            # Ended turns hold nothing that is asked for again, and a group may serve thousands.
-            group.turns[-1].events = asyncio.Queue()
-        group.turns.append(turn)
+        group.begin(turn)
         self._running[task.trial_id] = turn
         if self._all_stopped:
             # A slot that waited before another attempt comes too late.
@@ -115,7 +125,7 @@ class Switchboard:
         Returns once the trial's processes are gone: nobody else may write into its folder before.
         """
         for group_id, group in list(self._groups.items()):
-            if group_id != but and group.turns and group.turns[-1].task.trial_id == trial_id:
+            if group_id != but and group.newest and group.newest.task.trial_id == trial_id:
                 await self.stop(trial_id, limit_s)
                 await self.close_group(group_id)
 
@@ -125,8 +135,8 @@ class Switchboard:
         if group is None:
             return
         group.closed = True
-        for turn in group.turns[-1:]:
-            turn.stop.set()
+        if group.newest:
+            group.newest.stop.set()
         async with group.changed:
             group.changed.notify_all()
 
@@ -140,9 +150,8 @@ class Switchboard:
             return
         nodes = [node for rank, node in group.nodes.items() if rank in ranks or len(group.nodes) == 1]
         group.lost = TrialEnd(TrialStatus.PREEMPTED, reason, None, node=next(iter(nodes), None))
-        for turn in group.turns[-1:]:
-            if not turn.over.is_set():
-                self._finish(turn, group.lost)
+        if group.newest and not group.newest.over.is_set():
+            self._finish(group.newest, group.lost)
 
     async def life(self) -> None:
         """Returns never: who waits for it hears of this actor's death."""
@@ -161,23 +170,24 @@ class Switchboard:
         if group is None:
             return None
         async with group.changed:
-            await group.changed.wait_for(lambda: group.closed or len(group.turns) > turn)
+            await group.changed.wait_for(lambda: group.closed or group.begun > turn)
         if group.closed:
             return None
-        meeting = f"{group_id}/{turn + 1}"
+        turn = min(number for number in group.turns if number > turn)
+        meeting = f"{group_id}/{turn}"
         place = WorkerPlace(rank, group.workers, local_rank, group.store_host, group.store_port, meeting)
-        return Assignment(turn + 1, group.turns[turn].task, place)
+        return Assignment(turn, group.turns[turn].task, place)
 
     async def wait_for_stop(self, group_id: str, turn: int) -> None:
         """Return when the workers of this turn must end it, or when it is over anyway."""
         group = self._groups.get(group_id)
-        if group is not None:
-            await group.turns[turn - 1].stop.wait()
+        if group and (waited_for := group.turns.get(turn)):
+            await waited_for.stop.wait()
 
     async def send(self, group_id: str, turn_number: int, rank: int, message: TrialProgress | TrialEnd) -> None:
         """A worker reports."""
         group = self._groups.get(group_id)
-        turn = group.turns[turn_number - 1] if group else None
+        turn = group.turns.get(turn_number) if group else None
         if group is None or turn is None or turn.over.is_set():
             return
         if isinstance(message, TrialProgress):

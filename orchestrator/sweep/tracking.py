@@ -24,7 +24,7 @@ from orchestrator.results.remote import local_storage
 from orchestrator.results.secrets import without_secret
 from orchestrator.results.storage import SweepFolder
 from orchestrator.sweep import failure_policy
-from orchestrator.sweep.delivered import TrialDelivery, read_delivered, write_delivered
+from orchestrator.sweep.delivered import TrialDelivery, read_delivered, remember_server, write_delivered
 from orchestrator.sweep.logged_data import dataset_inputs
 from orchestrator.training.data import read_summary
 
@@ -87,6 +87,7 @@ class Tracker:
                 f"the tracking server at {without_secret(uri)} does not answer ({_first_line(error)}): start it, "
                 "or leave tracking.uri out to track in a local database"
             ) from error
+        remember_server(without_secret(uri))
         self._trials: dict[str, _TrackedTrial] = {}
         self._delivered = read_delivered(folder, without_secret(uri), sweep_id)
         self._delivered.is_complete = False
@@ -135,7 +136,7 @@ class Tracker:
         run = self.parent_run_id
         own = self._folder
         for file in (own.sweep_file, own.plan, own.results_json, own.results_csv, own.report):
-            if file.exists():
+            if own.holds(file):
                 self._client.log_artifact(run, str(file))
         if best and best.best:
             value = objective_of(sweep, best)
@@ -287,9 +288,9 @@ class Tracker:
         self._log_searched_numbers(run_id, result)
         trial = self._folder.trial(result.trial_id)
         for file in (trial.deepspeed, trial.log, trial.result):
-            if file.exists():
+            if self._folder.holds(file):
                 self._client.log_artifact(run_id, str(file))
-        if trial.adapter.is_dir():
+        if trial.adapter.is_dir() and all(self._folder.holds(file) for file in trial.adapter.iterdir()):
             self._client.log_artifacts(run_id, str(trial.adapter), "adapter")
         self._client.set_terminated(run_id, RUN_STATUS.get(result.status, "FAILED"))
 

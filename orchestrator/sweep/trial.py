@@ -132,7 +132,5 @@ class TrialOnWorkers(tune.Trainable):
         if progress and progress.went_on_from is not None:
             event = f"went on from step {progress.went_on_from}"
             self._events += [event] * (event not in self._events)
-        point = progress.last if progress else None
-        metrics = point.model_dump(exclude_none=True, exclude={"time_ms"}) if point else {}
         about = {"launched_at": self._launched_at, "trial_config": self._task.config, "events": tuple(self._events)}
-        return {**metrics, "progress": progress, **about, **more}
+        return {"progress": progress, **about, **more}

@@ -23,8 +23,8 @@ from tests.tracking_servers import S3_KEYS, FragileServer, PostgreSQL
 from tests.training.test_tracking_outage import SWEEP_ID, a_sweep, assert_equal_to_disk, delivered
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.timeout(900)
-LIMIT_S = 200.0
+pytestmark = pytest.mark.timeout(1200)
+LIMIT_S = 400.0
 KUBERNETES_S = 30.0
 
 

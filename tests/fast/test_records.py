@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,10 @@ from pydantic import ValidationError
 
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import FolderError
+from orchestrator.reporting import report
 from orchestrator.results.records import MOVES, MetricPoint, TrialResult, TrialStatus, upgrade
 from orchestrator.results.storage import SweepFolder, read_sweep, read_trial_results, write_atomically, write_result
+from tests.made_up_sweep import made_up_sweep, made_up_trial, write_made_up
 
 S = TrialStatus
 ALLOWED = (
@@ -57,6 +60,30 @@ def test_damaged_records_are_named_and_the_rest_is_read(tmp_path: Path) -> None:
     results, damaged = read_trial_results(folder)
     assert set(results) == {"a-0"}
     assert {record.file.parent.name for record in damaged} == {"b-0", "c-0"}
+
+
+def test_a_file_of_holes_is_not_read(tmp_path: Path) -> None:
+    folder = SweepFolder(tmp_path)
+    write_atomically(folder.trial("a-0").result, trial().model_dump_json())
+    for file in (folder.trial("b-0").result, folder.trial("a-0").metrics, folder.results_json):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("wb") as opened:
+            opened.truncate(2**40)
+    results, damaged = read_trial_results(folder)
+    assert set(results) == {"a-0"}
+    assert "larger than 1,024 MiB" in damaged[0].why
+    assert folder.trial("a-0").read_metrics() == ()
+    with pytest.raises(FolderError, match="larger than"):
+        read_sweep(folder)
+
+
+def test_numbers_that_no_training_measures_spoil_no_report(tmp_path: Path) -> None:
+    sweep = made_up_sweep([made_up_trial({"rank": rank}, objective=1e308) for rank in (4, 8, 16)])
+    assert all(one.best and one.best.eval_loss == math.inf for one in sweep.trials)
+    built = report.build(write_made_up(tmp_path / "sweep", sweep))
+    assert "4" in report.render_text(built)
+    with pytest.raises(ValidationError, match="less than"):
+        trial(timing={"total_s": 1e308})
 
 
 @pytest.mark.parametrize("text", ["[]", "null", '"x"', "[" * 100_000, '{"schema_version": 1, "searched": ["colour"]}'])

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestrator.config import search_space
 from orchestrator.config.search_space import Space, configuration_id, domains, grid, make_trials, sample
 from orchestrator.config.trial_config import TrialConfig, micro_batches_per_step
 
@@ -68,6 +69,14 @@ def test_random_search_draws_distinct_values_in_their_ranges_and_the_same_for_th
 
 def test_random_search_over_a_small_space_ends() -> None:
     assert len(sample({}, space(dora=[True, False]), [], 10, 0)) == 2
+
+
+def test_random_search_ends_soon_where_nothing_new_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search_space, "MOST_IN_VAIN", 20)
+    searched = space(learning_rate={"log_uniform": [1e-5, 1e-3]}, rank={"int": [1, 3]})
+    # 100 million draws otherwise.
+    assert sample({}, searched, [{"rank": [1, 2, 3]}], 10**6, 0) == ()
+    assert len(sample({}, space(rank={"int": [1, 3]}), [], 10**6, 0)) == 3
 
 
 def test_repeats_share_their_seeds_over_configurations_and_come_after_all_first_runs() -> None:

@@ -8,7 +8,8 @@ from typer.testing import CliRunner
 from orchestrator.cli import app
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.sweep_file import to_yaml
-from orchestrator.errors import FolderError
+from orchestrator.errors import FolderError, InputError
+from orchestrator.export.trial_weights import weights_of
 from orchestrator.results.records import TrialStatus
 from orchestrator.results.remote import sweep_folder
 from orchestrator.results.secrets import without_secret
@@ -61,6 +62,20 @@ def test_an_adapter_outside_of_its_trial_is_no_record(tmp_path: Path, adapter: s
     results, (damaged,) = read_trial_results(folder)
     assert not results
     assert "adapter" in damaged.why
+
+
+def test_weights_behind_a_link_out_of_the_sweep_are_not_exported(tmp_path: Path) -> None:
+    trial = made_up_trial({"rank": 8})
+    folder = write_made_up(tmp_path / "sweep", made_up_sweep([trial]))
+    adapter = folder.trial(trial.trial_id).adapter
+    adapter.mkdir(exist_ok=True)
+    (adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    assert weights_of(folder, trial) == adapter
+    private = tmp_path / "private.json"
+    private.write_text("{}")
+    (adapter / "adapter_config.json").symlink_to(private)
+    with pytest.raises(InputError, match="leads out of the sweep's folder"):
+        weights_of(folder, trial)
 
 
 def test_a_planted_secret_is_in_nothing_that_a_sweep_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,6 +103,30 @@ def test_aliases_that_stand_for_billions_of_values_are_refused(tmp_path: Path) -
         load(write(tmp_path, "\n".join(lines)))
 
 
+@pytest.mark.parametrize("number", ["1" + ":59" * 250_000, "1" + ":59" * 300 + ".5", "0x" + "f" * 900_000])
+def test_a_number_that_would_take_minutes_to_read_or_cannot_be_is_refused(tmp_path: Path, number: str) -> None:
+    text = yaml.safe_dump(SMALL) + f"trial: {{max_steps: {number}}}\n"
+    assert list(problems(tmp_path, text).values()) == ["cannot be read (more than 400 characters, and no text)"]
+
+
+def test_thousands_of_problems_are_told_as_a_hundred_and_that_there_are_more(tmp_path: Path) -> None:
+    unknown = "".join(f"k{n}: 1\n" for n in range(3000))
+    told = problems(tmp_path, yaml.safe_dump(SMALL) + unknown)
+    assert len(told) == 101
+    assert list(told.items())[-1] == ("None: the rest of the file", "has more problems: mend these first")
+    twice = problems(tmp_path, yaml.safe_dump(SMALL) + "rank: 1\n" * 3000)
+    assert len(twice) == 101
+
+
+def test_more_exclusions_than_can_be_compared_in_time_are_refused(tmp_path: Path) -> None:
+    exclude = [{"rank": 1 + n % 300, "seed": n} for n in range(500)]
+    raw = SMALL | {"space": {"rank": list(range(1, 301)), "seed": list(range(300))}, "exclude": exclude}
+    with pytest.raises(SweepFileError, match="500 entries, too many for 90,000 trials"):
+        load(write(tmp_path, yaml.safe_dump(raw)))
+    with pytest.raises(SweepFileError, match="1,001 entries, of which 1,000 at most are taken"):
+        load(write(tmp_path, yaml.safe_dump(SMALL | {"exclude": [{"rank": 1}] * 1001})))
+
+
 def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
     assert problems(tmp_path, "name: a\nname: b\n") == {"2: name": "stands twice: keep one"}
 

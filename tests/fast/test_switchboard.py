@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
+from dataclasses import replace
 
 import pytest
 
@@ -64,6 +65,37 @@ def test_a_worker_that_fails_stops_the_others_which_wait_for_it() -> None:
         await board.send("g", 1, 1, FAILED)
         await other
         assert other.done()
+
+    play(scene())
+
+
+def test_a_group_that_has_served_many_trials_holds_none_of_them() -> None:
+    async def scene() -> None:
+        board = await a_group_at_work(1)
+        for number in range(1, 51):
+            assignment = await board.next_assignment("g", 0, 0, number - 1)
+            assert assignment is not None
+            assert assignment.turn == number
+            await board.send("g", number, 0, COMPLETED)
+            assert await board.next_event("t-0") == COMPLETED
+            await board.assign("g", TASK)
+        assert list(board._groups["g"].turns) == [51]
+        # Nobody waits for what is over.
+        await board.wait_for_stop("g", 7)
+
+    play(scene())
+
+
+def test_a_worker_that_is_late_finds_the_trial_that_it_has_not_ended() -> None:
+    async def scene() -> None:
+        board = await a_group_at_work(2)
+        await board.send("g", 1, 0, COMPLETED)
+        assert not await board.stop("t-0", 0.01)
+        await board.assign("g", replace(TASK, trial_id="t-1"))
+        late = await board.next_assignment("g", 1, 1, 0)
+        assert late is not None
+        assert (late.turn, late.task.trial_id) == (1, "t-0")
+        await board.wait_for_stop("g", 1)
 
     play(scene())
 

@@ -94,7 +94,24 @@ def start(storage: Path, *arguments: str, within: Sequence[str] = (), **keys: An
     command = [*within, sys.executable, "-m", "orchestrator", "run", str(file), *arguments]
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "NO_COLOR": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    _STARTED.append(process)
     return Run(process, SweepFolder(storage / raw["name"]))
+
+
+_STARTED: list[subprocess.Popen[str]] = []
+
+
+def end_all() -> None:
+    """End what a test that failed has left at work: it would hold the machine for all tests after it."""
+    while _STARTED:
+        process = _STARTED.pop()
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.communicate(timeout=30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
 
 
 def processes_of(run: Run) -> list[psutil.Process]:

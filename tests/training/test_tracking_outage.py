@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from orchestrator.errors import TrackingUnreachableError
 from orchestrator.results.records import SweepResult, TrialResult
 from orchestrator.results.secrets import without_secret
 from orchestrator.results.storage import SweepFolder, read_sweep, write_atomically, write_sweep
-from orchestrator.sweep.delivered import read_delivered
+from orchestrator.sweep.delivered import Delivered, read_delivered, write_delivered
 from orchestrator.sweep.tracking import Tracker
 from tests.made_up_sweep import made_up_sweep, made_up_trial, write_made_up
 from tests.tracking_servers import PASSWORD, FragileServer
@@ -149,6 +150,50 @@ def test_report_delivers_what_the_sweep_could_not(server: FragileServer, tmp_pat
     parent = MlflowClient(server.uri).get_run(tracker.parent_run_id)
     assert parent.info.status == "FINISHED"
     assert "MLflow" not in CliRunner().invoke(app, ["report", str(folder.root)]).stderr
+
+
+def test_report_sends_nothing_to_a_server_that_the_folder_alone_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
+    with socket.create_server(("127.0.0.1", 0)) as elsewhere:
+        uri = f"http://127.0.0.1:{elsewhere.getsockname()[1]}"
+        config, result, folder = a_sweep(tmp_path / "hostile", uri)
+        write_atomically(folder.sweep_file, to_yaml(config))
+        write_sweep(folder, result.model_copy(update={"ended_ms": 1, "sweep_id": SWEEP_ID}))
+        write_delivered(folder, Delivered(server=uri, sweep_id=SWEEP_ID, is_complete=False))
+        told = CliRunner().invoke(app, ["report", str(folder.root)])
+        assert told.exit_code == 0
+        assert "nothing was sent there" in told.stderr
+        elsewhere.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            elsewhere.accept()
+
+
+def test_a_link_that_leads_out_of_the_sweeps_folder_is_not_sent(server: FragileServer, tmp_path: Path) -> None:
+    config, result, folder = a_sweep(tmp_path / "links", server.uri)
+    private = tmp_path / "id_rsa"
+    private.write_text("private")
+    linked, honest, *_ = result.trials
+    for trial in (linked, honest):
+        own = folder.trial(trial.trial_id)
+        own.log.write_text("said\n")
+        own.adapter.mkdir(exist_ok=True)
+        (own.adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    folder.trial(linked.trial_id).log.unlink()
+    folder.trial(linked.trial_id).log.symlink_to(private)
+    (folder.trial(linked.trial_id).adapter / "key").symlink_to(private)
+    tracker = Tracker(config, SWEEP_ID, folder)
+    sent = {}
+    for trial in (linked, honest):
+        tracker.track(trial)
+        run_id = delivered(tracker, trial)
+        sent[trial.trial_id] = {file.path for file in MlflowClient(server.uri).list_artifacts(run_id)}
+    assert sent[honest.trial_id] == {"log.txt", "result.json", "adapter"}
+    assert sent[linked.trial_id] == {"result.json"}
 
 
 def test_what_mlflow_does_not_know_to_have_is_told_again_and_is_there_once(
