@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-CONSTRAINED = ("eval_loss", "loss", "tokens_per_s", "step_time_s", "peak_memory_bytes")
+CONSTRAINED = ("eval_loss", "loss", "tokens_per_s", "step_time_s", "peak_memory_bytes", "cost")
 """The logged metrics that are positive and can be bounded."""
 _FORM = re.compile(r"\s*(\w+)\s*(<=|>=)\s*(\S+)\s*")
 

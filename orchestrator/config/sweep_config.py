@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
@@ -18,6 +19,7 @@ from pydantic import (
 
 from orchestrator.config.axes import axes_of, complete
 from orchestrator.config.constraint import parse
+from orchestrator.config.known_good import KnownGood, known_good
 from orchestrator.config.names import nearest
 from orchestrator.config.search_space import (
     Choice,
@@ -34,7 +36,7 @@ from orchestrator.config.search_space import (
 )
 from orchestrator.config.trial_config import TrialConfig
 
-LOGGED_METRICS = ("eval_loss", "loss", "tokens_per_s", "step_time_s", "peak_memory_bytes", "grad_norm")
+LOGGED_METRICS = ("eval_loss", "loss", "tokens_per_s", "step_time_s", "peak_memory_bytes", "grad_norm", "cost")
 DEFAULT_SAMPLES = 10
 GraceUnit = Literal["steps", "tokens", "seconds", "cost"]
 GRACE_UNITS: dict[str, GraceUnit] = {
@@ -71,11 +73,12 @@ class SearchConfig(_Part):
     """Trials of every configuration, each with another seed."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of the random choices."""
-    points: tuple[dict[str, Any], ...] = ()
-    """Configurations to try first; what one leaves out stands in the middle of its range."""
+    points: tuple[dict[str, Any] | KnownGood, ...] = ()
+    """Configurations to try first; what one leaves out stands in the middle of its range. `known_good` is what the
+    field begins with: alpha twice the rank, a learning rate by rank, for a middle, a low and a high rank."""
     warm_start: str | None = None
     """Folder of an earlier sweep: an adaptive search tries its best configurations first, and learns from all of them
-    where model, data, objective and shared settings are the same."""
+    where data, objective and shared settings are the same; of another model's with less weight."""
 
     min_gain_per_hour: Annotated[float, Field(gt=0)] | None = None
     """An adaptive search ends by itself when another trial is expected to better the objective by less than this share
@@ -205,7 +208,8 @@ class ObjectiveConfig(_Part):
     """What makes one trial better than another."""
 
     metric: Metric = "eval_loss"
-    """A logged metric, or a score of `evaluate.tasks`, as hellaswag/acc_norm."""
+    """A logged metric, or a score of `evaluate.tasks`, as hellaswag/acc_norm. `cost` is what a trial's training took of
+    money, by `budget.price_per_gpu_hour`."""
     mode: Literal["min", "max"] = "min"
     """`max` for tokens_per_s, where nothing is said. A score needs it."""
 
@@ -399,9 +403,16 @@ class SweepConfig(_Part):
             configurations = tuple({configuration_id(one): one for one in (*self._points(), *drawn)}.values())[:count]
         return make_trials(configurations, self.search.repeats)
 
+    @property
+    def points(self) -> tuple[Settings, ...]:
+        """`search.points`, each as the settings that it names."""
+        axes = axes_of(self.domains)
+        named = ((point,) if isinstance(point, dict) else known_good(axes, self.base) for point in self.search.points)
+        return tuple(itertools.chain.from_iterable(named))
+
     def _points(self) -> Iterator[TrialConfig]:
         axes = axes_of(self.domains)
-        for point in self.search.points:
+        for point in self.points:
             config = TrialConfig(**{**self.base, **complete(axes, self.base, point)})
             if not is_excluded(config, self.exclude):
                 yield config

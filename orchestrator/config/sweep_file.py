@@ -11,6 +11,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from orchestrator.config.axes import axis_of
+from orchestrator.config.constraint import parse
+from orchestrator.config.known_good import GUIDED, KNOWN_GOOD
 from orchestrator.config.names import nearest
 from orchestrator.config.search_space import (
     DOMAIN_TAGS,
@@ -42,6 +44,13 @@ MOST_COMPARISONS = 10_000_000
 LARGEST_WHOLE_NUMBER = 2**63
 MOST_TRIALS = 100_000
 PBT_EXAMPLE = "pbt: {population: 8, interval_steps: 40}"
+MONEYLESS = {
+    "scheduler": "grace_seconds",
+    "search": "min_gain_per_hour",
+    "objective": "step_time_s",
+    "constraints": "step_time_s",
+}
+"""What to use where nothing is paid for, by the part of the file."""
 
 
 def load(file: Path, overrides: Sequence[str] = ()) -> SweepConfig:
@@ -273,6 +282,8 @@ def _sentence(detail: Any, path: Path_) -> str:
     if kind == "tuple_type":
         if len(path) > 2 and path[-1] in DOMAIN_TAGS:
             return "takes a list of values" if path[-1] == "choice" else "takes two bounds, as [1, 4]"
+        if path == ("constraints",):
+            return "takes a list, as `constraints: [peak_memory_bytes <= 24GiB]`"
         return "takes a list of values, `{choice: [...]}` or a range"
     if kind in ("model_type", "dict_type"):
         takes = "a rule with its keys, as `{asha: {grace_steps: 40}}`" if path == ("scheduler",) else "keys with values"
@@ -402,6 +413,11 @@ def _problems_of_search(sweep: SweepConfig) -> Iterator[Problem]:
     if search.points and search.algorithm == "grid":
         yield Problem("search.points", "a grid tries every point anyway: leave it out, or name another algorithm")
     for i, point in enumerate(search.points):
+        if isinstance(point, str):
+            if not set(GUIDED) & set(sweep.domains):
+                told = f"{KNOWN_GOOD} knows {' and '.join(GUIDED)}: search one of them, or name the point's settings"
+                yield Problem(f"search.points[{i}]", told)
+            continue
         for name, value in point.items():
             if name not in sweep.domains:
                 yield Problem(f"search.points[{i}].{name}", f"is not searched{nearest(name, sweep.domains)}")
@@ -412,6 +428,11 @@ def _problems_of_search(sweep: SweepConfig) -> Iterator[Problem]:
                 yield Problem(f"search.points[{i}].{name}", str(error))
     if search.warm_start and not search.is_adaptive:
         yield Problem("search.warm_start", f"teaches {search.algorithm} nothing: leave it out, or use tpe or gp")
+    metrics = [objective.metric for objective in sweep.objectives]
+    if twice := [metric for metric in metrics if metrics.count(metric) > 1]:
+        yield Problem("objective", f"names {twice[0]} twice: name each metric once")
+    if metrics[0] == "cost":
+        yield Problem("objective", "begins with cost, which is what a trial took: name it behind another objective")
     if search.algorithm == "cma_es" and len(sweep.objectives) > 1:
         yield Problem("search.algorithm", "cma_es knows one objective: use tpe or gp, or name one")
     if search.algorithm == "cma_es":
@@ -423,9 +444,11 @@ def _problems_of_search(sweep: SweepConfig) -> Iterator[Problem]:
 def _problems_of_cost(sweep: SweepConfig) -> Iterator[Problem]:
     counts = {f"scheduler.{name}.grace_cost": getattr(part, "grace_cost", None) for name, part in sweep.scheduler}
     counts["search.min_gain_per_cost"] = sweep.search.min_gain_per_cost
+    counts["objective"] = any(one.metric == "cost" for one in sweep.objectives)
+    counts |= {f"constraints[{i}]": parse(text).metric == "cost" for i, text in enumerate(sweep.constraints)}
     for path, value in counts.items():
         if value and not sweep.budget.price_per_gpu_hour:
-            instead = "min_gain_per_hour" if path.startswith("search") else "grace_seconds"
+            instead = MONEYLESS[path.partition(".")[0].partition("[")[0]]
             yield Problem(path, f"counts money: name budget.price_per_gpu_hour, or use {instead}")
     for name in ("min_gain_per_hour", "min_gain_per_cost"):
         if getattr(sweep.search, name) and sweep.search.algorithm in ("grid", "random", "pbt"):

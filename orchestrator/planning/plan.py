@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from orchestrator.config.constraint import parse
 from orchestrator.config.search_space import Trial
 from orchestrator.config.sweep_config import AshaConfig, BudgetConfig, ResourcesConfig, SweepConfig
 from orchestrator.config.trial_config import TrialConfig
@@ -281,6 +282,10 @@ def _require_no_money(sweep: SweepConfig) -> None:
     if counted:
         told = f"scheduler.{counted[0]}.grace_cost counts GPU-hours"
         raise InputError(f"{told}, and no trial holds a GPU here: use grace_seconds")
+    asked = [f"objective {one.metric}" for one in sweep.objectives if one.metric == "cost"]
+    asked += [f"constraint {text}" for text in sweep.constraints if parse(text).metric == "cost"]
+    if asked:
+        raise InputError(f"{asked[0]} counts GPU-hours, and no trial holds a GPU here: use step_time_s")
     if sweep.search.min_gain_per_cost:
         raise InputError(
             "search.min_gain_per_cost counts GPU-hours, and no trial holds a GPU here: use min_gain_per_hour"

@@ -61,6 +61,15 @@ def front(costs: Mapping[str, Costs]) -> tuple[str, ...]:
     return tuple(kept)
 
 
+def on_front(sweep: SweepResult, summaries: Sequence[ConfigurationSummary]) -> list[ConfigurationSummary]:
+    """Those that no other beats in all objectives; all of them where there is one objective, or nothing is known."""
+    costs = costs_of(sweep, summaries)
+    if len(sweep.objectives) < 2 or not costs:
+        return list(summaries)
+    kept = front(costs)
+    return [summary for summary in summaries if summary.configuration_id in kept]
+
+
 def hypervolume(costs: Sequence[Costs], reference: Costs) -> float:
     """The volume that the points dominate up to `reference`, exactly, slice by slice along the last objective."""
     inside = sorted({c for c in costs if all(a < b for a, b in zip(c, reference, strict=True))}, key=lambda c: c[-1])

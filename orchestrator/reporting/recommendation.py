@@ -30,7 +30,8 @@ RULE = (
     "Of the configurations whose objective is within the noise of the best (the 95 % interval of their difference, "
     "seed by seed, contains 0, corrected for the number of comparisons by Bonferroni; or it differs by less than "
     "0.01 %), take the one with the least peak memory; of those within 2 % of it, the fastest. Only completed trials "
-    "compete."
+    "compete; where several objectives are named, those on the Pareto front do, and the next objective takes the place "
+    "of memory."
 )
 SAME_MEMORY = 1.02
 CLOSE = 0.01
@@ -83,7 +84,8 @@ def recommend(sweep: SweepResult) -> Recommendation:
     kept = [summary for summary in completed if not objectives.broken(sweep, summary)]
     whole = [summary for summary in kept if not summary.is_broken] or kept
     wild = scattered({summary.configuration_id: summary.objective_by_repeat for summary in whole})
-    contenders = [summary for summary in whole if summary.configuration_id not in wild]
+    sound = [summary for summary in whole if summary.configuration_id not in wild]
+    contenders = objectives.on_front(sweep, sound)
     told = (*caveats(sweep, found, completed, contenders), *objectives.evidence(sweep, found))
     if completed and not kept:
         answer = "No configuration that has completed keeps the constraints: loosen them, or search more settings."
@@ -91,6 +93,9 @@ def recommend(sweep: SweepResult) -> Recommendation:
     if not contenders:
         return _without_completed(sweep, found, told)
     best = contenders[0]
+    if len(contenders) == 1 < len(sound):
+        names = " and ".join(metric for metric, _ in sweep.objectives)
+        return _make("best", best, f"Take {best.label}: no other configuration is better by any of {names}.", told)
     if len(contenders) == 1:
         open_ = sum(trial.status in NOT_ENDED for trial in sweep.trials)
         answer = (
@@ -144,12 +149,13 @@ def _by_rule(
     best = contenders[0]
     comparisons = _compare(sweep, contenders, noise)
     within = {comparison.configuration_id for comparison in comparisons if comparison.is_within_noise}
-    chosen = _cheapest([best, *(c for c in contenders[1:] if c.configuration_id in within)])
+    chosen = _preferred(sweep, [best, *(c for c in contenders[1:] if c.configuration_id in within)])
     metric = sweep.objective_metric
     if chosen is best:
         value = _value(best)
-        answer = f"Take {best.label}: it has the best {metric} ({value}), and nothing cheaper is within its noise."
-        rejected = _cheaper_but_worse(best, contenders, comparisons)
+        asked = f"better by {sweep.objectives[1][0]}" if len(sweep.objectives) > 1 else "cheaper"
+        answer = f"Take {best.label}: it has the best {metric} ({value}), and nothing {asked} is within its noise."
+        rejected = _cheaper_but_worse(sweep, best, contenders, comparisons)
         return _make("best", best, answer, [*rejected, *caveats], comparisons, noise, is_decided=True)
     against = next(c for c in comparisons if c.configuration_id == chosen.configuration_id)
     needed, doubt = _doubt(against, best, noise, len(contenders), metric)
@@ -191,6 +197,14 @@ def _compare(
 
 def _saved(memory_bytes: int | None, best_bytes: int | None) -> float | None:
     return 1 - memory_bytes / best_bytes if memory_bytes is not None and best_bytes else None
+
+
+def _preferred(sweep: SweepResult, candidates: Sequence[ConfigurationSummary]) -> ConfigurationSummary:
+    """Of those as good by the first objective the best by the others, in their order; without others the cheapest."""
+    if len(sweep.objectives) < 2:
+        return _cheapest(candidates)
+    costs = objectives.costs_of(sweep, candidates)
+    return min(candidates, key=lambda c: costs.get(c.configuration_id, (math.inf,) * 2)[1:])
 
 
 def _cheapest(candidates: Sequence[ConfigurationSummary]) -> ConfigurationSummary:
@@ -246,16 +260,20 @@ def _cost_words(comparison: Comparison) -> list[str]:
 
 
 def _cheaper_but_worse(
-    best: ConfigurationSummary, contenders: Sequence[ConfigurationSummary], comparisons: Sequence[Comparison]
+    sweep: SweepResult,
+    best: ConfigurationSummary,
+    contenders: Sequence[ConfigurationSummary],
+    comparisons: Sequence[Comparison],
 ) -> list[str]:
     words = []
     for other, comparison in zip(contenders[1:], comparisons, strict=True):
-        if _cheapest([best, other]) is best or comparison.difference is None:
+        saves = _cost_words(comparison)
+        if _preferred(sweep, [best, other]) is best or comparison.difference is None or not saves:
             continue
         apart = quantities.plus_minus(comparison.difference.mean, comparison.difference.half_width)
         near = comparison.difference.mean <= CLOSE * abs(best.objective.mean) if best.objective else False
         close = ", which is less than 1 % and may be little enough" if near else ""
-        words.append(f"{other.label} {' '.join(_cost_words(comparison))}, but is worse by {apart}{close}.")
+        words.append(f"{other.label} {' '.join(saves)}, but is worse by {apart}{close}.")
     return words[:5]
 
 
@@ -285,7 +303,7 @@ def _by_single_runs(
 ) -> Recommendation:
     level = _compare(sweep, contenders, None)
     same = [other for other, c in zip(contenders[1:], level, strict=True) if c.is_within_noise]
-    best = _cheapest([contenders[0], *same])
+    best = _preferred(sweep, [contenders[0], *same])
     contenders = [best, *(other for other in contenders if other is not best)]
     comparisons = _compare(sweep, contenders, None)
     metric = sweep.objective_metric
@@ -298,7 +316,7 @@ def _by_single_runs(
     close = []
     for other, comparison in zip(contenders[1:], comparisons, strict=True):
         difference = comparison.difference
-        cheaper = _cheapest([best, other]) is other
+        cheaper = _preferred(sweep, [best, other]) is other
         if difference and cheaper and best.objective and difference.mean <= CLOSE * abs(best.objective.mean):
             words = " and ".join(_cost_words(comparison)) or "costs the same"
             close.append(f"{other.label} is within {difference.mean:.2g} of it, less than 1 %, and {words}.")
@@ -315,6 +333,8 @@ def _by_cost(
     best = contenders[0]
     is_least = all(comparison.memory_saved is None or comparison.memory_saved <= 0 for comparison in comparisons)
     why = "takes the least memory" if is_least else "is the fastest of those within 2 % of the least memory"
+    if len(sweep.objectives) > 1:
+        why = f"is the best of them by {sweep.objectives[1][0]}"
     answer = (
         f"Take {best.label}: all {len(contenders)} configurations come to the same {sweep.objective_metric} "
         f"({_value(best)}), and it {why}."

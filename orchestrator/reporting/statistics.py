@@ -100,8 +100,12 @@ def objective_of(sweep: SweepResult, trial: TrialResult) -> float | None:
 
 
 def metric_of(trial: TrialResult, metric: str) -> float | None:
-    """A logged metric at the trial's best evaluation, or a score; None where it has none, or one that is no number."""
-    value = trial.scores.get(metric, getattr(trial.best, metric, None))
+    """A logged metric at the trial's best evaluation, or a score; None where it has none, or one that is no number.
+
+    What it cost is that of all its steps.
+    """
+    point = trial.last if metric == "cost" else trial.best
+    value = trial.scores.get(metric, getattr(point, metric, None))
     return float(value) if value is not None and math.isfinite(value) else None
 
 

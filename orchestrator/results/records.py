@@ -94,6 +94,8 @@ class MetricPoint(_Record):
     """Median seconds of the steps so far, without the warm-up steps."""
     peak_memory_bytes: int | None = None
     """The largest of all workers."""
+    cost: float | None = None
+    """Of `seconds`, in the unit of `budget.price_per_gpu_hour`; None where no GPU is paid for."""
     time_ms: int
     """Wall clock, milliseconds since 1970: what MLflow is given, so that a replay adds no second point."""
 

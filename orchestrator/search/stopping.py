@@ -124,6 +124,34 @@ class Median:
         return f"its best was worse than the median of {len(others)} others at {heard.at:g} {self._unit}"
 
 
+class Together:
+    """Lets a rule that judges trials judge configurations: the repeat that is ahead is judged, and the rest follow it.
+
+    So a finalist has all its seeds. Halving does so by itself.
+    """
+
+    def __init__(self, rule: StopRule) -> None:
+        self._rule = rule
+        self._passed: dict[str, float] = {}
+        self._stopped: dict[str, tuple[float, str]] = {}
+
+    def hear(self, heard: Heard) -> str | None:
+        """The rule's verdict, or the one on the repeat that was here before."""
+        verdict, configuration = self._rule.hear(heard), heard.configuration_id
+        if heard.value is None:
+            return verdict
+        if configuration in self._stopped:
+            at, reason = self._stopped[configuration]
+            return reason if heard.at >= at else None
+        if heard.at <= self._passed.get(configuration, -math.inf):
+            return None
+        if verdict:
+            self._stopped[configuration] = (heard.at, verdict)
+        else:
+            self._passed[configuration] = heard.at
+        return verdict
+
+
 def no_number(heard: Heard, unit: str) -> str:
     """Why a trial without an objective goes no further."""
     return f"its objective was no number at {heard.at:g} {unit}"

@@ -44,6 +44,7 @@ class Generations:
         self._axes, self._points = axes_of(prepared.sweep.domains), to_try_first(prepared.sweep)
         self._forgotten = 0
         self.ended_because: str | None = None
+        self.told_at_start: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # As the recorder's: Tune pickles what it is given, and its state is never read back.

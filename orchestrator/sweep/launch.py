@@ -10,6 +10,7 @@ import ray
 from ray import tune
 
 from orchestrator.errors import StorageError
+from orchestrator.planning import budget
 from orchestrator.results.records import TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder, is_storage_failure
 from orchestrator.sweep.generations import Generations, last_step
@@ -143,6 +144,7 @@ def _task(record: TrialResult, prepared: Prepared, folder: SweepFolder, *, halve
         gpu_memory_fraction=prepared.gpu_memory_fraction,
         memory_limit_bytes=prepared.sweep.resources.memory_per_worker,
         halves_micro_batch=halves_micro_batch,
+        cost_per_s=budget.cost(prepared.sweep.budget, prepared.shape.gpus / 3600) or None,
         time_limit_s=hours * 3600 if (hours := prepared.sweep.budget.trial_hours) else None,
         parent_folder=folder.location(folder.trial(parent.trial_id).root) if parent else None,
         first_step=parent.step if parent else 0,

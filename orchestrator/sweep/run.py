@@ -141,6 +141,8 @@ def _run_prepared(
         if record.status is not TrialStatus.PENDING:
             tracker.track(record)
     _say_start(records.values(), prepared, say)
+    if search.told_at_start:
+        say(search.told_at_start)
     with progress, signals_to(stopper), system_metrics.logged(tracking_uri(sweep), tracker.parent_run_id):
         launch(prepared, folder, recorder, search, scheduler, [recorder, progress], stopper, isolation)
     if stopper.interrupted:

@@ -13,7 +13,7 @@ from orchestrator.results.records import MetricPoint, TrialResult
 from orchestrator.results.storage import SweepFolder
 from orchestrator.search.extrapolation import Extrapolation
 from orchestrator.search.observation import Goal, evaluated
-from orchestrator.search.stopping import Halving, Heard, Hyperband, Median, StopRule, replay
+from orchestrator.search.stopping import Halving, Heard, Hyperband, Median, StopRule, Together, replay
 
 
 class RuleScheduler(FIFOScheduler):
@@ -90,7 +90,7 @@ def rules_of(sweep: SweepConfig) -> Iterator[tuple[str, StopRule, GraceUnit]]:
         yield f"hyperband ({grace:g} {unit} of grace)", rule, unit
     if found.median:
         grace, unit = found.median.grace
-        yield f"median ({grace:g} {unit} of grace)", Median(grace, found.median.min_trials, unit), unit
+        yield f"median ({grace:g} {unit} of grace)", Together(Median(grace, found.median.min_trials, unit)), unit
     if found.extrapolation:
         grace, unit = found.extrapolation.grace
-        yield "extrapolation", Extrapolation(grace, found.extrapolation.min_chance, unit), unit
+        yield "extrapolation", Together(Extrapolation(grace, found.extrapolation.min_chance, unit)), unit

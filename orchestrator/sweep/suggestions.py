@@ -17,10 +17,11 @@ from orchestrator.planning import budget
 from orchestrator.planning.plan import PlannedTrial
 from orchestrator.results.records import MetricPoint, StartedFrom, Suggestion, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder, read_sweep
-from orchestrator.search.observation import Goal, Limit, Observation, Standing, observe
+from orchestrator.search.observation import Goal, Limit, Observation, observe
 from orchestrator.search.payoff import expected_gain
 from orchestrator.search.suggest import FIRST, next_settings
 from orchestrator.search.warm_start import best_settings, learned
+from orchestrator.sweep.lesson import lesson_of
 from orchestrator.sweep.preparation import Prepared
 from orchestrator.sweep.recorder import Recorder
 
@@ -34,7 +35,9 @@ class Suggestions:
         self._prepared, self._sweep = prepared, prepared.sweep
         self._folder, self._recorder, self._new_record = folder, recorder, new_record
         self._ended_curves: dict[str, tuple[MetricPoint, ...]] = {}
-        self._warm, self._points = self._learned_elsewhere()
+        self._points = to_try_first(self._sweep) or FIRST
+        self._lesson = lesson_of(self._sweep, prepared.data_hash, goals(self._sweep), limits(self._sweep))
+        self.told_at_start = self._lesson.told
         self.ended_because: str | None = None
         """Where another trial would not have been worth it, with what is left."""
 
@@ -48,15 +51,16 @@ class Suggestions:
             if why := self._not_worth_it():
                 self.ended_because = why
                 break
+            known = self._known()
             settings = next_settings(
                 self._sweep.search.algorithm,
                 self._sweep.domains,
                 self._sweep.base,
                 self._sweep.exclude,
                 self._points,
-                self._known(),
+                known,
                 self._sweep.search.seed,
-                self._warm,
+                self._lesson.beside(known),
             )
             if settings is None:
                 break
@@ -76,7 +80,8 @@ class Suggestions:
         ended = [record for record in self._recorder.records.values() if record.timing.total_s and record.suggestion]
         if not (search.min_gain_per_hour or search.min_gain_per_cost) or not ended:
             return None
-        gain = expected_gain(axes_of(sweep.domains), (*self._warm, *self._known()), search.seed)
+        known = self._known()
+        gain = expected_gain(axes_of(sweep.domains), (*self._lesson.beside(known), *known), search.seed)
         if gain is None:
             return None
         shape, repeats = self._prepared.shape, search.repeats
@@ -108,20 +113,6 @@ class Suggestions:
         before = learned(others, sweep.domains, sweep.base, goals(sweep), self._curve, limits(sweep))
         return before + observe(records, goals(sweep), self._curve, limits(sweep))
 
-    def _learned_elsewhere(self) -> tuple[tuple[Observation, ...], tuple[Settings, ...]]:
-        """What `search.warm_start` teaches: observations, and what to try first."""
-        sweep, points = self._sweep, to_try_first(self._sweep) or FIRST
-        if sweep.search.warm_start is None:
-            return (), points
-        folder = SweepFolder(Path(sweep.search.warm_start).expanduser())
-        earlier, _ = read_sweep(folder)
-        same = earlier.model == sweep.model and earlier.data_hash == self._prepared.data_hash
-        if not same or earlier.objective_metric != sweep.primary.metric or len(goals(sweep)) > 1:
-            return (), points
-        curves = functools.cache(lambda trial_id: folder.trial(trial_id).read_metrics())
-        told = learned(earlier.trials, sweep.domains, sweep.base, goals(sweep), curves, limits(sweep))
-        return tuple(one for one in told if one.standing is not Standing.OPEN), points
-
     def _curve(self, trial_id: str) -> tuple[MetricPoint, ...]:
         """Read once where the trial has ended: a sweep may have thousands, and looks at each proposal."""
         if trial_id not in self._ended_curves:
@@ -135,9 +126,9 @@ class Suggestions:
 def to_try_first(sweep: SweepConfig) -> tuple[Settings, ...]:
     """`search.points`, then the best of `search.warm_start`."""
     if sweep.search.warm_start is None:
-        return sweep.search.points
+        return sweep.points
     earlier, _ = read_sweep(SweepFolder(Path(sweep.search.warm_start).expanduser()))
-    return sweep.search.points + best_settings(earlier.trials, sweep.domains, sweep.base, goals(sweep)[0])
+    return sweep.points + best_settings(earlier.trials, sweep.domains, sweep.base, goals(sweep)[0])
 
 
 def goals(sweep: SweepConfig) -> tuple[Goal, ...]:
@@ -156,6 +147,7 @@ def _excess(constraint: Constraint, record: TrialResult) -> float | None:
         "peak_memory_bytes": memory.measured_bytes if memory else None,
         "tokens_per_s": record.tokens_per_s,
         "step_time_s": record.step_time_s,
+        "cost": record.last.cost if record.last else None,
     }
     value = measured.get(constraint.metric, getattr(record.best, constraint.metric, None))
     return None if value is None else constraint.excess(value)

@@ -40,6 +40,7 @@ METRICS = (
     "tokens_per_s",
     "step_time_s",
     "peak_memory_bytes",
+    "cost",
 )
 RUN_STATUS = {
     TrialStatus.COMPLETED: "FINISHED",

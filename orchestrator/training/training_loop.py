@@ -203,6 +203,7 @@ def optimizer_step(run: Run, step: int, ledger: Ledger) -> MetricPoint:
         step=step + 1,
         tokens=ledger.tokens,
         seconds=ledger.seconds["training"],
+        cost=ledger.seconds["training"] * per_s if (per_s := run.task.cost_per_s) else None,
         loss=mean_loss,
         learning_rate=rate,
         grad_norm=grad_norm,

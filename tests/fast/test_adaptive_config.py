@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
+from orchestrator.config.axes import axes_of
+from orchestrator.config.known_good import known_good
+from orchestrator.config.search_space import Space, domains
 from orchestrator.config.sweep_file import load
 from orchestrator.errors import SweepFileError
 from orchestrator.planning.plan_table import render
@@ -42,6 +45,13 @@ def problems(tmp_path: Path, **keys: Any) -> str:
         ({"search": {"algorithm": "tpe", "points": [{"rnk": 8}]}}, "did you mean rank?"),
         ({"search": {"algorithm": "tpe", "points": [{"rank": 9}]}}, "9 is none of those searched: 8, 32"),
         ({"search": {"algorithm": "grid"}, "space": {"rank": {"int": [1, 9]}}}, "a grid cannot walk"),
+        ({"search": {"algorithm": "tpe", "points": ["known_good"]}}, "knows learning_rate and alpha: search one"),
+        ({"search": {"algorithm": "tpe", "points": ["knwn_good"]}}, "did you mean known_good?"),
+        ({"objective": [{"metric": "loss"}, {"metric": "loss", "mode": "max"}]}, "names loss twice"),
+        ({"objective": {"metric": "cost"}, "budget": {"price_per_gpu_hour": 2}}, "behind another objective"),
+        ({"objective": [{"metric": "loss"}, {"metric": "cost"}]}, "name budget.price_per_gpu_hour, or use step_time_s"),
+        ({"constraints": ["cost <= 3"]}, "name budget.price_per_gpu_hour, or use step_time_s"),
+        ({"constraints": "cost <= 3"}, "constraints: takes a list, as `constraints: [peak_memory_bytes <= 24GiB]`"),
     ],
     ids=str,
 )
@@ -49,6 +59,25 @@ def test_a_search_that_cannot_be_meant_is_refused_with_the_mend(
     tmp_path: Path, keys: dict[str, Any], told: str
 ) -> None:
     assert told in problems(tmp_path, **keys)
+
+
+def test_what_the_field_begins_with_is_tried_first_for_a_middle_a_low_and_a_high_rank(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    rates = [1e-5, 5e-5, 2e-4, 1e-3]
+    space = {"rank": [4, 16, 256], "alpha": ["2x", 8], "learning_rate": rates}
+    search = {"algorithm": "random", "points": ["known_good", {"rank": 4, "alpha": 8}]}
+    file.write_text(yaml.safe_dump(SWEEP | {"space": space, "search": search, "budget": {"trials": 6}}))
+    found = [(one.config.rank, one.config.alpha, one.config.learning_rate) for one in load(file).trials()]
+    assert found[:4] == [(16, "2x", 2e-4), (4, "2x", 2e-4), (256, "2x", 5e-5), (4, 8, 2e-4)]
+
+
+def test_known_good_values_keep_to_their_ranges() -> None:
+    space = {"rank": ["full", 8], "alpha": {"uniform": [1, 10]}, "learning_rate": {"log_uniform": [1e-4, 1e-3]}}
+    adapter, full = known_good(axes_of(domains(Space.model_validate(space))), {})
+    assert adapter == {"rank": 8, "alpha": 10, "learning_rate": pytest.approx(2e-4 * 2**0.5)}
+    assert (full["rank"], full["learning_rate"]) == ("full", 1e-4)
+    alone = known_good(axes_of(domains(Space.model_validate({"alpha": [8, 32, 128]}))), {"rank": 64})
+    assert alone == ({"alpha": 128},)
 
 
 def test_random_search_tries_its_points_first(tmp_path: Path) -> None:

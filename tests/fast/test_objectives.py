@@ -88,6 +88,48 @@ def test_the_front_of_several_objectives_stands_in_the_report() -> None:
     assert "hypervolume" in told
 
 
+def test_of_several_objectives_those_on_the_front_compete_and_the_next_one_decides_within_the_noise() -> None:
+    """rank=16 is as good as rank=8, heavier and faster; rank=4 is the lightest of all and beaten in both objectives."""
+    found = [(4, 2.01, 1, 0.9), (8, 2.0, 2, 0.5), (16, 2.0, 4, 0.25), (32, 1.5, 8, 2.0)]
+    made = [
+        made_up_trial({"rank": rank}, repeat, objective=loss + wobble, memory_bytes=gib * GIB, step_time_s=seconds)
+        for rank, loss, gib, seconds in found
+        for repeat, wobble in enumerate((0.0, 0.02 * (rank == 4), 0.01))
+    ]
+    sweep = made_up_sweep(made[:-3])
+    assert recommend(sweep).label == "rank=4", "one objective: memory decides within the noise"
+    objectives = (("eval_loss", "min"), ("tokens_per_s", "max"))
+    assert recommend(sweep.model_copy(update={"objectives": objectives})).label == "rank=16"
+    whole = made_up_sweep(made, objectives=objectives)
+    assert recommend(whole).label == "rank=32", "the first objective comes first"
+    assert "nothing better by tokens_per_s is within its noise" in recommend(whole).answer
+
+
+def test_who_is_best_in_everything_is_recommended_for_that() -> None:
+    objectives = (("eval_loss", "min"), ("peak_memory_bytes", "min"))
+    answer = recommend(made_up_sweep([trials()[0], made_up_trial({"rank": 2}, objective=9.0)], objectives=objectives))
+    assert answer.answer == ("Take rank=4: no other configuration is better by any of eval_loss and peak_memory_bytes.")
+
+
+def test_cost_is_that_of_all_steps_as_an_objective_and_as_a_constraint() -> None:
+    ran = [made_up_trial({"rank": rank}, objective=loss) for rank, loss in ((4, 2.0), (8, 1.9))]
+    priced = [
+        trial.model_copy(update={"last": trial.last and trial.last.model_copy(update={"cost": cost})})
+        for trial, cost in zip(ran, (1.0, 3.0), strict=True)
+    ]
+    objectives = (("eval_loss", "min"), ("cost", "min"))
+    told = recommend(made_up_sweep(priced, objectives=objectives)).evidence
+    assert any("Pareto front of eval_loss and cost: rank=8, rank=4" in line for line in told)
+    kept = recommend(made_up_sweep(priced, constraints=("cost <= 2",)))
+    assert kept.label == "rank=4"
+    assert any("rank=8 does not keep cost <= 2" in line for line in kept.evidence)
+    raw = {"name": "a", "model": "m", "data": {"train": "t"}, "constraints": ["cost <= 2"]}
+    assert [limits(SweepConfig.model_validate(raw))["cost <= 2"](one) for one in priced] == [
+        pytest.approx(-math.log(2)),
+        pytest.approx(math.log(1.5)),
+    ]
+
+
 def test_a_list_of_objectives_is_read_and_the_first_is_the_primary_one() -> None:
     raw = {"name": "a", "model": "m", "data": {"train": "t"}, "constraints": ["tokens_per_s  >= 1000"]}
     sweep = SweepConfig.model_validate(raw | {"objective": [{"metric": "eval_loss"}, {"metric": "tokens_per_s"}]})

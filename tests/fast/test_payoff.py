@@ -172,3 +172,8 @@ def test_the_plan_counts_grace_in_money_and_refuses_it_where_nothing_is_paid_for
     assert cheap.gpu_hours[1] < dear.gpu_hours[1]
     with pytest.raises(InputError, match="use grace_seconds"):
         plan(CPU, **keys, scheduler={"asha": {"grace_cost": 1}})
+    priced: dict[str, Any] = {"objective": [{"metric": "eval_loss"}, {"metric": "cost"}]}
+    assert plan(A100, **keys, **priced).runs == 3
+    for asked in (priced, {"constraints": ["cost <= 3"]}):
+        with pytest.raises(InputError, match=r"cost.* counts GPU-hours, and no trial holds a GPU here"):
+            plan(CPU, **keys, **asked)

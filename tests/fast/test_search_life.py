@@ -48,8 +48,10 @@ SWEEP: dict[str, Any] = {
 class Life:
     """A sweep of one trial at a time, with the real search, rules and records; only training is made up."""
 
-    def __init__(self, folder: Path, algorithm: str, scheduler: str, before: dict[str, TrialResult]) -> None:
-        raw = {**SWEEP, "search": {"algorithm": algorithm}, "scheduler": SCHEDULERS[scheduler]}
+    def __init__(
+        self, folder: Path, algorithm: str, scheduler: str, before: dict[str, TrialResult], repeats: int = 1
+    ) -> None:
+        raw = {**SWEEP, "search": {"algorithm": algorithm, "repeats": repeats}, "scheduler": SCHEDULERS[scheduler]}
         self.sweep, self.folder = SweepConfig.model_validate(raw), SweepFolder(folder)
         plan = SimpleNamespace(trials=[self.plan_trial(trial) for trial in self.sweep.trials()])
         prepared: Any = SimpleNamespace(sweep=self.sweep, plan_trial=self.plan_trial, plan=plan, data_hash="")
@@ -121,6 +123,26 @@ def test_a_sweep_keeps_its_budget_learns_from_every_end_and_goes_on_as_without_a
     cut.live(most=4)
     read = {i: TrialResult.model_validate_json(r.model_dump_json()) for i, r in cut.records.items()}
     again = Life(tmp_path / "cut", algorithm, scheduler, read)
+    again.live()
+    assert {i: (r.status, r.suggestion, r.steps) for i, r in again.records.items()} == {
+        i: (r.status, r.suggestion, r.steps) for i, r in whole.records.items()
+    }
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_repeats_end_together_and_a_sweep_that_is_cut_between_two_goes_on_as_without_that(
+    scheduler: str, tmp_path: Path
+) -> None:
+    whole = Life(tmp_path / "whole", "tpe", scheduler, {}, repeats=2)
+    whole.live()
+    ends: dict[str, set[tuple[TrialStatus, int]]] = {}
+    for record in whole.records.values():
+        ends.setdefault(record.configuration_id, set()).add((record.status, record.steps))
+    assert {len(found) for found in ends.values()} == {1}
+    cut = Life(tmp_path / "cut", "tpe", scheduler, {}, repeats=2)
+    cut.live(most=5)
+    read = {i: TrialResult.model_validate_json(r.model_dump_json()) for i, r in cut.records.items()}
+    again = Life(tmp_path / "cut", "tpe", scheduler, read, repeats=2)
     again.live()
     assert {i: (r.status, r.suggestion, r.steps) for i, r in again.records.items()} == {
         i: (r.status, r.suggestion, r.steps) for i, r in whole.records.items()

@@ -10,7 +10,7 @@ import pytest
 
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.search.extrapolation import Extrapolation, forecast
-from orchestrator.search.stopping import Halving, Heard, Hyperband, Median, StopRule, replay
+from orchestrator.search.stopping import Halving, Heard, Hyperband, Median, StopRule, Together, replay
 
 END = 81.0
 RULES: dict[str, Callable[[], StopRule]] = {
@@ -124,6 +124,25 @@ def test_the_repeats_of_a_configuration_go_on_together_or_not_at_all() -> None:
     rule.hear(heard("b-0", 9, 2.0, "b"))
     assert rule.hear(heard("a-1", 9, 5.0, "a")) is None
     assert rule.hear(heard("b-1", 9, 0.1, "b")) is not None
+
+
+class FirstWord:
+    """A rule that stops whoever is worse than 1."""
+
+    def hear(self, heard: Heard) -> str | None:
+        return "worse than 1" if heard.value is None or heard.value > 1 else None
+
+
+def test_repeats_follow_the_one_that_comes_first_under_rules_that_judge_trials_too() -> None:
+    rule = Together(FirstWord())
+    assert rule.hear(heard("a-0", 3, 0.5, "a")) is None
+    assert rule.hear(heard("a-1", 3, 2.0, "a")) is None, "its configuration has passed here"
+    assert rule.hear(heard("a-0", 6, 2.0, "a")) is not None
+    assert rule.hear(heard("a-1", 6, 0.5, "a")) is not None, "its configuration was stopped here"
+    assert rule.hear(heard("a-2", 3, 2.0, "a")) is None
+    assert rule.hear(heard("b-0", 3, 0.5, "b")) is None
+    assert rule.hear(heard("b-1", 3, None, "b")) is not None, "what is no number goes no further, whoever has passed"
+    assert rule.hear(heard("b-0", 6, 0.5, "b")) is None
 
 
 def test_each_bracket_of_hyperband_gets_fewer_configurations_than_the_one_before() -> None:

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
 from orchestrator.config.search_space import Space, domains
-from orchestrator.results.records import TrialStatus
+from orchestrator.config.sweep_config import SweepConfig
+from orchestrator.errors import FolderError
+from orchestrator.results.records import Timing, TrialStatus
 from orchestrator.search.observation import Goal, Observation, Standing
 from orchestrator.search.suggest import next_settings
-from orchestrator.search.warm_start import BEST, best_settings, learned
-from tests.made_up_sweep import made_up_trial
+from orchestrator.search.warm_start import BEST, LIGHTER, best_settings, learned, of_another_model
+from tests.made_up_sweep import made_up_sweep, made_up_trial, write_made_up
+
+pytest.importorskip("ray")
+
+from orchestrator.sweep.lesson import lesson_of
+from orchestrator.sweep.suggestions import goals, to_try_first
 
 SPACE = domains(Space.model_validate({"rank": [4, 8, 16, 32], "learning_rate": {"log_uniform": [1e-5, 1e-2]}}))
 BASE = {"max_steps": 100}
 GOAL = Goal("eval_loss", "min")
 
 
-def trial(rank: int, loss: float, rate: float = 1e-3, **settings: object):
-    return made_up_trial({**BASE, "rank": rank, "learning_rate": rate, **settings}, objective=loss)
+def trial(rank: int, loss: float, rate: float = 1e-3, step_time_s: float = 0.5, **settings: object):
+    settings = {**BASE, "rank": rank, "learning_rate": rate, **settings}
+    return made_up_trial(settings, objective=loss, step_time_s=step_time_s)
 
 
 def taught(records: list) -> tuple[Observation, ...]:
@@ -47,7 +61,72 @@ def test_a_search_that_was_taught_asks_its_model_at_once_and_may_try_the_best_ag
     assert next_settings("tpe", SPACE, BASE, [], (again,), (), 0, warm) == again
 
 
+def test_of_equal_configurations_the_cheapest_is_tried_first() -> None:
+    dear, cheap = (trial(rank, 2.0, step_time_s=seconds) for rank, seconds in ((4, 2.0), (32, 0.1)))
+    timed = [r.model_copy(update={"timing": Timing(total_s=100 * (r.step_time_s or 0))}) for r in (dear, cheap)]
+    assert [one["rank"] for one in best_settings(timed, SPACE, BASE, GOAL)] == [32, 4]
+
+
+def seen(number: int, rate: float, loss: float, standing: Standing = Standing.WHOLE) -> Observation:
+    curves = (((50, loss + 0.5), (100, loss)),) if standing is not Standing.REFUSED else ()
+    return Observation(number, {"rank": 8, "learning_rate": rate}, standing, curves)
+
+
+def test_another_models_results_count_less_and_are_told_on_this_models_scale() -> None:
+    foreign = [seen(-1 - n, 10.0**-n, 3.0 + (n - 5) ** 2) for n in range(2, 11)]
+    foreign.append(seen(-20, 0.5, 0.0, Standing.REFUSED))
+    alone = of_another_model(foreign, ())
+    assert len(alone) == len(foreign) // LIGHTER
+    assert alone[0].settings["learning_rate"] == 1e-5, "the best is among them"
+    assert all(one.standing is Standing.WHOLE for one in alone), "what did not fit there says nothing of here"
+    # The same settings came to 10 more here.
+    own = [seen(0, 1e-5, 13.0), seen(1, 3e-5, 12.5)]
+    shifted = of_another_model(foreign, own)
+    assert shifted[0].curves[0] == ((50, 13.5), (100, 13.0))
+    # Where nothing was tried in both, the best stand on each other.
+    assert of_another_model(foreign, own[1:])[0].curves[0][-1] == (100, 12.5)
+    much = [seen(n, 1.1e-5 * (n + 1), 14.0) for n in range(30)]
+    assert len(of_another_model(foreign, much)) < len(alone)
+
+
 def test_what_a_grid_ran_in_the_same_folder_is_not_proposed_again() -> None:
     known = taught([trial(8, 2.0)])
     again = {"rank": 8, "learning_rate": 1e-3}
     assert next_settings("tpe", SPACE, BASE, [], (again,), known, 0) != again
+
+
+@pytest.mark.parametrize(
+    ("model", "data_hash", "sweep_file", "known", "told"),
+    [
+        ("m", "h", True, 7, "warm start: 7 configurations of"),
+        ("m", "other", True, 0, "no more is learned: its data is other"),
+        # Another tokenizer has another hash: the sweep file says that the text was the same.
+        ("larger", "other", True, 7, "of which one of 3 counts: it trained larger"),
+        ("larger", "other", False, 0, "no more is learned: its data is other"),
+        ("larger", "h", False, 7, "of which one of 3 counts: it trained larger"),
+    ],
+)
+def test_what_is_learned_of_another_sweep_is_told(
+    tmp_path: Path, model: str, data_hash: str, sweep_file: bool, known: int, told: str
+) -> None:
+    rates = [10**-place for place in (1.5, 2, 2.5, 3, 3.5, 4, 4.5)]
+    trials = [trial(8, 2 + (math.log10(rate) + 3) ** 2, rate) for rate in rates]
+    folder = write_made_up(tmp_path / "earlier", made_up_sweep(trials, model=model, data_hash=data_hash))
+    raw = {"name": "a", "model": "m", "data": {"train": "t"}, "trial": BASE, "budget": {"trials": 4}}
+    if sweep_file:
+        folder.sweep_file.write_text(yaml.safe_dump({**raw, "model": model}))
+    search = {"algorithm": "tpe", "warm_start": str(folder.root)}
+    space = {"rank": [8, 16], "learning_rate": {"log_uniform": [1e-5, 1]}}
+    sweep = SweepConfig.model_validate({**raw, "search": search, "space": space})
+    lesson = lesson_of(sweep, "h", goals(sweep), {})
+    assert len(lesson.observations) == known
+    assert told in (lesson.told or "")
+    assert len(lesson.beside(())) == (known if model == "m" else -(-known // LIGHTER))
+    assert to_try_first(sweep)[0]["learning_rate"] == 1e-3, "the best is tried first whatever else is learned"
+
+
+def test_a_warm_start_from_what_is_no_sweep_is_refused(tmp_path: Path) -> None:
+    search = {"algorithm": "tpe", "warm_start": str(tmp_path)}
+    raw = {"name": "a", "model": "m", "data": {"train": "t"}, "search": search}
+    with pytest.raises(FolderError, match="holds no sweep: name a folder that"):
+        lesson_of(SweepConfig.model_validate(raw), "h", [GOAL], {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,14 @@ def test_an_evaluation_changes_nothing_of_the_training_after_it(
         outcome = _outcome(config, tiny_model, tiny_data, tmp_path / str(eval_every))
         curves.append([(point.loss, point.grad_norm) for point in outcome.points])
     assert curves[0] == curves[1] == curves[2]
+
+
+def test_what_its_gpus_cost_is_told_with_every_step(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    task = make_task(tiny(max_steps=2), tiny_model, tiny_data, tmp_path / "priced")
+    points = run_trial(replace(task, cost_per_s=0.5)).points
+    assert [point.cost for point in points] == [pytest.approx(0.5 * point.seconds) for point in points]
+    assert points[1].cost > points[0].cost > 0
+    assert {point.cost for point in run_trial(replace(task, trial_folder=str(tmp_path / "free"))).points} == {None}
 
 
 HALF = ["bf16", "amp_bf16"]
