@@ -307,7 +307,7 @@ def _step_bytes(config: TrialConfig, width: Widths, share: float) -> float:
     DeepSpeed's step takes gradients as one fp32 copy, made while they are there, flat, once more (deepspeed 0.19.8,
     stage_1_and_2.py, `step`; stage3.py, `_prepare_fp32_grad_for_sub_group`). torch's AdamW then has a root for each
     second moment: a GPU's kernels over many tensors hold all of them at once (torch 2.13, optim/adam.py,
-    `_multi_tensor_adam`); a CPU's go tensor by tensor, of which a partition is one, and hold each twice.
+    `_multi_tensor_adam`); a CPU's go tensor by tensor, of which a partition is one, and were measured to hold two for each (ZeRO-1 to 3).
     """
     each = width.adapter
     is_flat = config.engine == "deepspeed" and config.zero_stage > 0
@@ -352,7 +352,7 @@ def _moments(
 
     Gradients of earlier micro-batches are there from the start; those of an offloaded optimizer go to the host bucket
     by bucket (its documentation, "Memory requirements"). Where head and embedding are one, the gradient by way of the
-    head waits for the other, and autograd adds them to a third (torch 2.13, input_buffer.cpp, as its profiler tells).
+    head waits for the other, and autograd adds them to a third (measured with torch 2.13's profiler on a CPU).
     """
     tokens = _tokens(config)
     kept, at_work, alone = _layer_activations(config, shape, width)
