@@ -307,7 +307,8 @@ def _step_bytes(config: TrialConfig, width: Widths, share: float) -> float:
     DeepSpeed's step takes gradients as one fp32 copy, made while they are there, flat, once more (deepspeed 0.19.8,
     stage_1_and_2.py, `step`; stage3.py, `_prepare_fp32_grad_for_sub_group`). torch's AdamW then has a root for each
     second moment: a GPU's kernels over many tensors hold all of them at once (torch 2.13, optim/adam.py,
-    `_multi_tensor_adam`); a CPU's go tensor by tensor, of which a partition is one, and were measured to hold two for each (ZeRO-1 to 3).
+    `_multi_tensor_adam`); a CPU's go tensor by tensor, of which a partition is one,
+    and were measured to hold two for each (ZeRO-1 to 3).
     """
     each = width.adapter
     is_flat = config.engine == "deepspeed" and config.zero_stage > 0
