@@ -145,7 +145,7 @@ def _point(row: Row, told: Mapping[str, Any], kept: Point | None) -> Point:
     point = Point(
         row,
         measured=float(row["peak_gib"]) * GIB,
-        counted=told["allocated_bytes"] - parts["framework"],
+        counted=told["allocated_bytes"] - memory.WORKSPACE_BYTES,
         weights=parts["weights"],
         stays=parts["weights"] + parts["adapter"] + parts["optimizer"],
         rule_of_thumb=1.2 * weights,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.config.trial_config import Precision
 from orchestrator.planning.compatibility import Case, refusals
-from orchestrator.planning.memory import estimate_on
+from orchestrator.planning.memory import MemoryEstimate, estimate_on
 
+Taken = Callable[[MemoryEstimate], int]
 LOW_RANK = 8
 """Named where a higher rank does not fit."""
 
@@ -27,14 +28,29 @@ def what_fits(case: Case, memory_bytes: int, most_workers: int) -> str | None:
     """Each single change by which a worker takes no more than this, or the fewest together; None: not even all do.
 
     Those that alter the result least stand in front: a smaller micro-batch, checkpointing, more workers to share among.
+    What leaves the allocator room is named before what would run without.
     """
-    single = [change for change in _single(case, most_workers) if _fits(case, (change,), memory_bytes)]
+    return _what_fits(case, memory_bytes, most_workers, _with_room) or _what_fits(
+        case, memory_bytes, most_workers, _without_room
+    )
+
+
+def _with_room(memory: MemoryEstimate) -> int:
+    return memory.device_bytes
+
+
+def _without_room(memory: MemoryEstimate) -> int:
+    return memory.needed_bytes
+
+
+def _what_fits(case: Case, memory_bytes: int, most_workers: int, taken: Taken) -> str | None:
+    single = [change for change in _single(case, most_workers) if _fits(case, (change,), memory_bytes, taken)]
     if single:
         told = {change.told.split(" ")[0]: change.told for change in reversed(single)}
         return ", or ".join(reversed(told.values()))
     changes = _strongest(case)
     for count in range(2, len(changes) + 1):
-        if _fits(case, changes[:count], memory_bytes):
+        if _fits(case, changes[:count], memory_bytes, taken):
             return " and ".join(change.told for change in changes[:count])
     return None
 
@@ -69,7 +85,7 @@ def _strongest(case: Case) -> list[_Change]:
     return changes
 
 
-def _fits(case: Case, changes: Sequence[_Change], memory_bytes: int) -> bool:
+def _fits(case: Case, changes: Sequence[_Change], memory_bytes: int, taken: Taken) -> bool:
     config, workers = case.config, case.workers
     for change in changes:
         # Valid by themselves: to validate them again would take most of the time of a plan that refuses thousands.
@@ -77,4 +93,4 @@ def _fits(case: Case, changes: Sequence[_Change], memory_bytes: int) -> bool:
     changed = Case(config, case.shape, case.hardware, workers)
     if refusals(changed):
         return False
-    return estimate_on(changed.config, case.shape, workers, case.hardware).device_bytes <= memory_bytes
+    return taken(estimate_on(changed.config, case.shape, workers, case.hardware)) <= memory_bytes

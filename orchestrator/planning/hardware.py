@@ -66,6 +66,7 @@ class _Gpu:
 GPUS = {
     "T4": _Gpu(15, (7, 5), 65, 8.1, 300, 16),
     "V100": _Gpu(32, (7, 0), 112, 14, 900, 150),
+    "A10": _Gpu(22.5, (8, 6), 125, 31.2, 600, 32),
     "A10G": _Gpu(22.5, (8, 6), 70, 35, 600, 32),
     "A100-40GB": _Gpu(40, (8, 0), 312, 19.5, 1555, 300),
     "A100": _Gpu(80, (8, 0), 312, 19.5, 2039, 300),
@@ -79,6 +80,10 @@ GPUS = {
     "H200": _Gpu(141, (9, 0), 989, 67, 4800, 450),
     "B200": _Gpu(180, (10, 0), 2250, 80, 8000, 900),
 }
+
+
+OTHER_SIZES = frozenset({"laptop", "mobile", "nvl"})
+"""Words of a name by which a GPU has another memory than its namesake."""
 
 
 def hardware_for(gpu: str | None, gpus: int | None, memory: str | None) -> Hardware:
@@ -106,12 +111,17 @@ def named_gpu(name: str, count: int, memory_bytes: int | None = None) -> Hardwar
         InputError: the name is not known.
     """
     by_spelling = {_plain(known): known for known in GPUS}
+    if re.search(r"(?i)\b\d+ ?x\b|\bx ?\d+\b", name):
+        raise InputError(f"--gpu {name} names more than the GPU: name it alone, and say how many with --gpus")
     found = by_spelling.get(_plain(name)) or _meant(name)
     if found is None:
         near = get_close_matches(_plain(name), by_spelling, n=1)
         hint = f"; did you mean {by_spelling[near[0]]}?" if near else ""
         raise InputError(f"--gpu {name or repr(name)} is not known{hint}; known: {', '.join(GPUS)}")
     gpu = GPUS[found]
+    memory_bytes = memory_bytes or _named_bytes(name, gpu)
+    if memory_bytes is None:
+        raise InputError(f"--gpu {name} has another memory than the {found}: say how much, as --gpu-memory 16GiB")
     return Hardware(
         device="cuda",
         gpus=count,
@@ -121,13 +131,22 @@ def named_gpu(name: str, count: int, memory_bytes: int | None = None) -> Hardwar
         has_bf16=gpu.capability >= (8, 0),
         has_fp16=True,
         gpu_name=found,
-        gpu_memory_bytes=memory_bytes or int(gpu.memory_gib * GIB),
+        gpu_memory_bytes=memory_bytes,
         compute_capability=gpu.capability,
         half_flops=gpu.half_tflops * 1e12,
         fp32_flops=gpu.fp32_tflops * 1e12,
         bandwidth_bytes_per_s=gpu.bandwidth_gb_per_s * 1e9,
         interconnect_bytes_per_s=gpu.link_gb_per_s * 1e9,
     )
+
+
+def _named_bytes(name: str, gpu: _Gpu) -> int | None:
+    """The known size, or another that the name holds (V100-SXM2-16GB); None where it is known to be another."""
+    size = re.search(r"(?i)(\d+) ?GI?B", name)
+    # Drivers show up to a sixteenth less than is printed, for error correction.
+    if size and abs(int(size[1]) / gpu.memory_gib - 1) > 1 / 8:
+        return int(size[1]) * GIB or None
+    return None if not size and _words(name) & OTHER_SIZES else int(gpu.memory_gib * GIB)
 
 
 def _like(name: str) -> str:
@@ -139,7 +158,9 @@ def _like(name: str) -> str:
 def _meant(name: str) -> str | None:
     """A100 by NVIDIA A100-SXM4-80GB."""
     words = _words(name)
-    return max((known for known in GPUS if _words(known) <= words), key=lambda known: len(_words(known)), default=None)
+    named = [known for known in GPUS if _words(known) <= words]
+    most = [known for known in named if not any(_words(known) < _words(other) for other in named)]
+    return most[0] if len(most) == 1 else None
 
 
 def is_named(device: str, hardware: Hardware) -> bool:

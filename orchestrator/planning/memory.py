@@ -66,6 +66,8 @@ quarter less, one that computes attention without autocast a quarter more. Where
 0.2 wider each way for libraries that are not among them (benchmarks/memory_accuracy.py)."""
 ZERO_BUCKET_WEIGHTS = 50_000_000
 """Gradients of a bucket that ZeRO reduces at once; a tenth of DeepSpeed's default, since an adapter's fill no more."""
+ZERO3_STEP_WEIGHTS = 1_000_000_000
+"""Weights that ZeRO-3 steps at once: DeepSpeed's default of `sub_group_size`."""
 ZERO3_LIVE_LAYERS = 2
 """Layers whose weights ZeRO-3 holds gathered at least: the one at work and the one fetched ahead."""
 ZERO3_REUSED_WEIGHTS = 500_000_000
@@ -155,7 +157,8 @@ def estimate(
     if device == "cpu":
         parts = replace(parts, framework=parts.framework + CPU_IMPORTS_BYTES)
         return MemoryEstimate(None, None, parts.total, None, None, parts)
-    reserved = _reserved(config, shape, workers, width, parts)
+    # Loading may hold most and yet leave the allocator less to keep than training, of which more comes and goes.
+    reserved = max(_reserved(config, shape, workers, width, part) for part in phases)
     low, high = (
         max(part.weights + int((part.total - part.weights) * share) for part in phases)
         for share in (REST_LOW, REST_HIGH)
@@ -231,21 +234,26 @@ def _training(config: TrialConfig, shape: ModelShape, workers: int, width: Width
     weights = constants + (0.0 if host_parameters else (weights - constants) / shards[3])
     optimizer_bytes = 0 if config.offload != "none" else _optimizer_bytes(config, width) * trainable / shards[1]
     at_once = config.micro_batch_size * workers if config.micro_batch_size != "auto" else 0
-    gradient_bytes = 0.0 if config.offload != "none" else trainable * width.adapter / shards[2]
-    step_bytes = 4 * trainable / shards[2] if config.engine == "deepspeed" and config.offload == "none" else 0.0
-    activations, logits, gradients = max(
-        _moments(config, shape, width, gradient_bytes, step_bytes, accumulates=config.global_batch_size > at_once),
-        key=sum,
+    is_whole = shards[2] == 1 and config.offload == "none"
+    gradients = _Gradients(
+        kept=trainable * width.adapter / shards[2] if config.offload == "none" else 0.0,
+        stepped=0.0
+        if config.offload != "none"
+        else (4 if config.engine == "deepspeed" else width.adapter) * trainable / shards[1],
+        at_step=_step_bytes(config, width, trainable / shards[1]) if config.offload == "none" else 0.0,
+        of_a_table=float(shape.embedding_parameters * width.adapter) if config.trains_all_weights else 0.0,
+        is_added=not is_whole or config.global_batch_size > at_once,
     )
+    activations, logits, gradient_bytes, passing = max(_moments(config, shape, width, gradients), key=sum)
     return MemoryParts(
         weights=int(weights),
         adapter=0 if host_parameters else int(adapter_weights * width.adapter / shards[3]),
-        gradients=int(gradients),
+        gradients=int(gradient_bytes),
         optimizer=int(optimizer_bytes),
         activations=int(activations),
         logits=int(logits),
         communication=int(_communication(config, shape, width, trainable, workers)),
-        framework=WORKSPACE_BYTES,
+        framework=WORKSPACE_BYTES + int(passing),
     )
 
 
@@ -293,18 +301,59 @@ def _optimizer_bytes(config: TrialConfig, width: Widths) -> float:
     return moments + (4 if width.adapter == 2 or config.zero_stage else 0)
 
 
+def _step_bytes(config: TrialConfig, width: Widths, share: float) -> float:
+    """Gradients and what else is there for the `share` of weights that a worker steps.
+
+    DeepSpeed's step takes gradients as one fp32 copy, made while they are there, flat, once more (deepspeed 0.19.8,
+    stage_1_and_2.py, `step`; stage3.py, `_prepare_fp32_grad_for_sub_group`). torch's AdamW then has a root for each
+    second moment: a GPU's kernels over many tensors hold all of them at once (torch 2.13, optim/adam.py,
+    `_multi_tensor_adam`); a CPU's go tensor by tensor, of which a partition is one,
+    and were measured to hold two for each (ZeRO-1 to 3).
+    """
+    each = width.adapter
+    is_flat = config.engine == "deepspeed" and config.zero_stage > 0
+    roots = 0.0
+    if config.optimizer == "adamw" and (width.on_gpu or is_flat):
+        roots = 8.0 if not width.on_gpu else float(each if config.engine == "ddp" else 4)
+    if not is_flat:
+        # Without ZeRO half-precision gradients stay beside their fp32 copies (fp16/unfused_optimizer.py, `step`).
+        copies = 4 if config.engine == "deepspeed" and each < 4 else 0
+        return share * (each + copies + roots)
+    at_once = min(share, ZERO3_STEP_WEIGHTS) if config.zero_stage == 3 else share
+    flat = each + 4 if each < 4 else each
+    return share * each + at_once * max(flat, 4 + roots - each)
+
+
+@dataclass(frozen=True, slots=True)
+class _Gradients:
+    """Bytes of gradients on a worker's device."""
+
+    kept: float
+    """Of all weights that it keeps them of, after a backward pass."""
+    stepped: float
+    """Of those that it steps, as the optimizer takes them: in fp32 under DeepSpeed."""
+    at_step: float
+    """With what the optimizer's step takes besides."""
+    of_a_table: float
+    """Of the embedding or of the head, where they are trained: new, before they are added or shared out."""
+    is_added: bool
+    """A new gradient is beside what is kept: of an earlier micro-batch, or of a worker's share alone."""
+
+
 def _tokens(config: TrialConfig) -> int:
     assert isinstance(config.micro_batch_size, int)
     return config.micro_batch_size * config.sequence_length
 
 
 def _moments(
-    config: TrialConfig, shape: ModelShape, width: Widths, gradient_bytes: float, step_bytes: float, accumulates: bool
-) -> tuple[tuple[float, float, float], ...]:
-    """Activations, logits and gradients at the loss's backward, at the last layer's, the first layer's, and the step.
+    config: TrialConfig, shape: ModelShape, width: Widths, gradients: _Gradients
+) -> tuple[tuple[float, float, float, float], ...]:
+    """Activations, logits, gradients and what passes beside them: at the loss's backward, at the last layer's, the
+    first layer's, the embedding's, and the step.
 
-    Gradients of earlier micro-batches are there from the start. DeepSpeed's step takes half-precision ones as fp32, all
-    at once; those of an offloaded optimizer go to the host bucket by bucket (its documentation, "Memory requirements").
+    Gradients of earlier micro-batches are there from the start; those of an offloaded optimizer go to the host bucket
+    by bucket (its documentation, "Memory requirements"). Where head and embedding are one, the gradient by way of the
+    head waits for the other, and autograd adds them to a third (measured with torch 2.13's profiler on a CPU).
     """
     tokens = _tokens(config)
     kept, at_work, alone = _layer_activations(config, shape, width)
@@ -312,12 +361,16 @@ def _moments(
     at_loss = LOSS_COPIES_BYTES * shape.vocabulary * tokens + _held_at_loss(config, shape, width, held)
     last_norm = tokens * shape.hidden * (4 if shape.rms_norm else width.stream)
     # An adapter's are too small to tell the two apart: a larger micro-batch should not look like less memory.
-    earlier = gradient_bytes if accumulates or not config.trains_all_weights else 0.0
+    earlier = gradients.kept if gradients.is_added or not config.trains_all_weights else 0.0
+    table = gradients.of_a_table
+    waiting = table if shape.tied_embeddings else 0.0
+    added = table if gradients.is_added else 0.0
     return (
-        (kept + last_norm, at_loss, earlier),
-        (kept + at_work, held, earlier),
-        (alone, held, gradient_bytes),
-        (0.0, held, max(gradient_bytes, step_bytes)),
+        (kept + last_norm, at_loss, earlier, 0.0),
+        (kept + at_work, held, earlier, table),
+        (alone, held, gradients.kept, min(waiting, added)),
+        (0.0, held, gradients.kept, 2 * waiting + added),
+        (0.0, held, gradients.stepped, gradients.at_step - gradients.stepped),
     )
 
 

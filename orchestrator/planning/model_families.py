@@ -174,6 +174,19 @@ _FAMILIES = {
         **_BIASED,
     ),
 }
+UNCOUNTED_PARTS = {
+    "kv_lora_rank": "latent attention (DeepSeek's)",
+    "n_routed_experts": "experts beside shared ones (DeepSeek's)",
+    "interleave_moe_layer_step": "layers with and without experts in turn (Llama 4's)",
+    "linear_num_value_heads": "layers of linear attention (Qwen3-Next's)",
+    "num_kv_shared_layers": "layers that share keys and values (Gemma 3n's)",
+    "state_size": "state-space layers (Mamba's)",
+    "mamba_d_state": "state-space layers (Mamba's)",
+    "ssm_state_size": "state-space layers (Mamba's)",
+    "is_encoder_decoder": "an encoder",
+}
+"""Fields that tell of weights which a decoder such as Llama does not have: read as one, a model of 671 billion would
+look like one of 39."""
 _ALIASES = {"gemma3_text": "gemma3", "mistral3": "mistral"}
 SPELLINGS = {
     "hidden_size": ("n_embd", "d_model"),

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from orchestrator.errors import ModelError, shown
-from orchestrator.planning.model_families import SPELLINGS, Family, family_of
+from orchestrator.errors import ModelError, cut, shown
+from orchestrator.planning.model_families import SPELLINGS, UNCOUNTED_PARTS, Family, family_of
 
 LARGEST_FIELD = 2**31
 """No config means more than this by any of its fields."""
@@ -122,11 +122,13 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
     """Read the shape out of a transformers config; a family that is not known is read as if it were Llama's.
 
     Raises:
-        ModelError: the config lacks a field, or one makes no sense.
+        ModelError: the config lacks a field, or one makes no sense, or it has a part that is not counted here.
     """
     inner = config.get("text_config")
     config = inner if isinstance(inner, Mapping) else config
     name = str(config.get("model_type", ""))
+    if part := next((part for field, part in UNCOUNTED_PARTS.items() if config.get(field)), None):
+        raise ModelError(f"{cut(name) or 'the model'} has {part}, which no estimate counts yet: take another model")
     family = family_of(name)
     return _Reader({**family.defaults, **{k: v for k, v in config.items() if v is not None}}, family, name).shape()
 
@@ -156,7 +158,7 @@ class _Reader:
             intermediate=intermediate,
             vocabulary=self.need("vocab_size"),
             max_positions=self._positions(),
-            tied_embeddings=bool(self.config.get("tie_word_embeddings", self.family.tied)),
+            tied_embeddings=self._is_tied(),
             experts=experts,
             experts_per_token=self.whole("num_experts_per_tok") or 1,
             shared_intermediate=(self.whole("shared_expert_intermediate_size") or 0) if experts else 0,
@@ -207,6 +209,12 @@ class _Reader:
                 "that transformers writes"
             )
         return value
+
+    def _is_tied(self) -> bool:
+        tied = self.config.get("tie_word_embeddings", self.family.tied)
+        if tied not in (True, False):
+            raise ModelError(f"the model's config has {shown(tied)} as `tie_word_embeddings`: it must be true or false")
+        return bool(tied)
 
     def _layers(self) -> int:
         layers = self.need("num_hidden_layers")
@@ -289,6 +297,8 @@ class _Reader:
     def _dense_layers(self, layers: int) -> int:
         """Layers of a mixture that have one feed-forward part all the same (Qwen's fields)."""
         only = self.config.get("mlp_only_layers") or ()
+        if not isinstance(only, list | tuple):
+            raise ModelError(f"the model's config has {shown(only)} as `mlp_only_layers`: it must be a list of layers")
         every = self.whole("decoder_sparse_step") or 1
         return sum(1 for layer in range(layers) if layer in only or (layer + 1) % every)
 

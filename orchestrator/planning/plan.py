@@ -35,7 +35,7 @@ SPARE = 0.97
 
 TIGHT = (
     "fits with little to spare: torch's allocator has to give memory back again and again, which takes time; "
-    "a smaller micro_batch_size or gradient_checkpointing gives it room"
+    "any cheaper setting gives it room"
 )
 
 

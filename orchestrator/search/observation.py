@@ -13,7 +13,7 @@ from orchestrator.config.search_space import Settings
 from orchestrator.results.records import MetricPoint, TrialResult, TrialStatus
 
 LEAST_EXCESS = 0.05
-"""By how much a trial that ran out of memory needs more than there is, at least: nobody knows how much more."""
+"""By how much a trial that ran out of memory, or was refused for it, needs more than there is, at least."""
 CONSTRAINTS = ("runs", "fits", "converges")
 """What every configuration must do; a value above 0 is a violation."""
 OPEN = frozenset({TrialStatus.PENDING, TrialStatus.RUNNING, TrialStatus.PREEMPTED, TrialStatus.CANCELLED})
@@ -177,7 +177,8 @@ def _excess(record: TrialResult) -> float:
     if memory and memory.available_bytes and known:
         needed = memory.measured_bytes or memory.predicted_bytes or memory.available_bytes
         ratio = math.log(needed / memory.available_bytes)
-    if record.status is TrialStatus.OUT_OF_MEMORY:
+    # A refusal that has an estimate is one by memory, though on a GPU the record's leaves context and gaps out.
+    if record.status is TrialStatus.OUT_OF_MEMORY or (record.status is TrialStatus.INFEASIBLE and known):
         return max(ratio, LEAST_EXCESS)
-    # A trial that ran did fit, whatever was predicted; one that was refused is told by its estimate.
-    return ratio if record.status is TrialStatus.INFEASIBLE else min(ratio, 0.0)
+    # A trial that ran did fit, whatever was predicted.
+    return min(ratio, 0.0)

@@ -53,6 +53,29 @@ def test_a_gpu_is_known_by_the_drivers_name(driver: str, ours: str) -> None:
     assert named_gpu(driver, 1).gpu_name == ours
 
 
+@pytest.mark.parametrize(
+    ("name", "gib"),
+    [("Tesla V100-SXM2-16GB", 16), ("V100", 32), ("H100 NVL 94GB", 94), ("L4 24GB", 22.5), ("A10", 22.5)],
+)
+def test_a_name_that_tells_its_memory_has_that(name: str, gib: float) -> None:
+    # A card that the driver shows with a little less is not taken for another.
+    assert named_gpu(name, 1).gpu_memory_bytes == gib * 2**30
+
+
+@pytest.mark.parametrize("name", ["H100 NVL", "RTX 4090 Laptop GPU"])
+def test_a_namesake_with_another_memory_is_asked_for_it(name: str) -> None:
+    with pytest.raises(InputError, match="say how much, as --gpu-memory"):
+        named_gpu(name, 1)
+    assert named_gpu(name, 1, 16 * 2**30).gpu_memory_bytes == 16 * 2**30
+
+
+def test_one_gpu_is_named_and_not_two_or_how_many() -> None:
+    with pytest.raises(InputError, match="say how many with --gpus"):
+        named_gpu("2x H100", 1)
+    with pytest.raises(InputError, match="is not known"):
+        named_gpu("H100,A100", 1)
+
+
 def test_a_gpu_without_a_name_or_of_80_bytes_is_refused() -> None:
     with pytest.raises(InputError, match="--gpu '' is not known"):
         hardware_for("", None, None)

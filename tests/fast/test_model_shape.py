@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from orchestrator.errors import ModelError
+from orchestrator.planning.model_families import UNCOUNTED_PARTS
 from orchestrator.planning.model_shape import lora_parameters, shape_of, targeted
 
 LLAMA_2_7B: dict[str, Any] = {
@@ -86,6 +87,19 @@ def test_the_text_part_of_a_larger_model_is_read() -> None:
 
 def test_an_unknown_family_with_llamas_fields_is_read_as_llama() -> None:
     assert shape_of(LLAMA_2_7B | {"model_type": "newcomer"}).parameters == 6_738_415_616
+
+
+@pytest.mark.parametrize("part", UNCOUNTED_PARTS)
+def test_a_model_with_weights_that_nobody_counts_is_refused_and_not_read_as_llama(part: str) -> None:
+    with pytest.raises(ModelError, match=r"deepseek_v3 has .* no estimate counts"):
+        shape_of(LLAMA_2_7B | {"model_type": "deepseek_v3", part: 8})
+    assert shape_of(LLAMA_2_7B | {part: None}).parameters == 6_738_415_616
+
+
+@pytest.mark.parametrize("value", ["false", 2, []])
+def test_embeddings_are_tied_or_not(value: object) -> None:
+    with pytest.raises(ModelError, match="`tie_word_embeddings`: it must be true or false"):
+        shape_of(LLAMA_2_7B | {"tie_word_embeddings": value})
 
 
 @pytest.mark.parametrize("field", sorted(set(LLAMA_2_7B) - {"model_type"}))

@@ -10,13 +10,14 @@ from pydantic import ValidationError
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import InputError, ModelError
+from orchestrator.planning.cheaper import what_fits
 from orchestrator.planning.hardware import Hardware, cpu_half_precision, named_gpu, parse_memory
 from orchestrator.planning.memory import CONTEXT_BYTES, estimate, estimate_on, memory_parts, trainable_parameters
 from orchestrator.planning.model_shape import shape_of
 from orchestrator.planning.plan import TIGHT, SweepPlan, gpu_memory_fraction, plan_sweep
 from orchestrator.planning.plan_table import render
 from orchestrator.planning.step_time import step_seconds
-from tests.fast.cases import A100, CPU, LLAMA_2_7B, LLAMA_32_3B
+from tests.fast.cases import A100, CPU, LLAMA_2_7B, LLAMA_32_3B, case
 
 SEVEN_B, THREE_B = shape_of(LLAMA_2_7B), shape_of(LLAMA_32_3B)
 
@@ -125,6 +126,14 @@ def test_a_trial_for_which_no_single_change_is_enough_is_told_the_fewest_togethe
     settings = {"precision": "fp32", "micro_batch_size": 16, "sequence_length": 4096}
     (reason,) = plan(named_gpu("T4", 1), trial=settings).trials[0].reasons
     assert reason.endswith("fits with micro_batch_size 1 and gradient_checkpointing and precision nf4")
+
+
+def test_where_no_change_leaves_room_one_that_fits_without_is_named() -> None:
+    settings = {"precision": "nf4", "micro_batch_size": 2, "gradient_checkpointing": True, "rank": 8}
+    asked = case(named_gpu("T4", 1), **settings, sequence_length=4096)
+    one = estimate_on(asked.config.model_copy(update={"micro_batch_size": 1}), SEVEN_B, 1, asked.hardware)
+    assert what_fits(asked, one.device_bytes - 1, 1) == "micro_batch_size 1"
+    assert what_fits(asked, one.needed_bytes - 1, 1) is None
 
 
 def test_resources_that_the_machine_does_not_have_are_warned_of() -> None:

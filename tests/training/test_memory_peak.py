@@ -7,7 +7,9 @@ storage is freed. So a model of any size is counted in a second, without a GPU.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from orchestrator.config.trial_config import TrialConfig
-from orchestrator.planning.memory import MemoryParts, _bytes_of, memory_parts
+from orchestrator.planning.memory import WORKSPACE_BYTES, MemoryParts, _bytes_of, memory_parts
 from orchestrator.planning.model_shape import shape_of
 
 HALF, FULL = torch.bfloat16, torch.float32
@@ -262,3 +264,41 @@ def test_checkpointing_really_keeps_what_an_int8_product_was_given() -> None:
     out = torch.utils.checkpoint.checkpoint(block, torch.randn(4, 64, requires_grad=True), use_reentrant=False)
     assert seen[0]() is not None, "bitsandbytes lets go now: drop memory._escaping_bytes"
     del out
+
+
+def profiled_peak(work: Callable[[], None]) -> int:
+    """Bytes that torch allocated at most beyond those before, as its own profiler tells: no mode is in the way of
+    gradients that are added in place."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("tied", [False, True], ids=["own head", "head is the embedding"])
+def test_a_whole_step_of_all_weights_takes_what_is_predicted(tied: bool, optimizer: Any, micro_batches: int) -> None:
+    narrow = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "tie_word_embeddings": tied}
+    settings = LARGE_VOCABULARY | narrow
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", use_cache=False, **settings)).train()
+    # As it is on a GPU, where torch computes many tensors at once.
+    optim = torch.optim.AdamW if optimizer == "adamw" else torch.optim.SGD
+    stepping = optim(model.parameters(), foreach=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    stepping.step()
+    stepping.zero_grad(set_to_none=True)
+
+    def step() -> None:
+        ids = torch.zeros((1, 16), dtype=torch.long)
+        for _ in range(micro_batches):
+            logits = model(input_ids=ids).logits
+            torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+        stepping.step()
+
+    trial = {"rank": "full", "precision": "fp32", "engine": "ddp", "optimizer": optimizer, "sequence_length": 16}
+    batch = {"micro_batch_size": 1, "global_batch_size": micro_batches}
+    parts = predicted(TrialConfig.model_validate(trial | batch), settings)
+    counted = parts.activations + parts.logits + parts.gradients + parts.framework - WORKSPACE_BYTES
+    assert counted == pytest.approx(profiled_peak(step), rel=0.05)

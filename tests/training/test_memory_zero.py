@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
+from orchestrator.planning.memory import _bytes_of, _step_bytes
 from orchestrator.training.task import TrialTask, WorkerPlace
 from tests.training.conftest import tiny
 from tests.training.launch import in_workers, make_task
 from tests.training.test_memory_parts import parts_of, shape_in
+from tests.training.test_memory_peak import AliveBytes
 
 
 def count_states(place: WorkerPlace, pipe: Connection, task: TrialTask) -> None:
@@ -33,6 +36,40 @@ def count_states(place: WorkerPlace, pipe: Connection, task: TrialTask) -> None:
     pipe.send((_bytes([*copies, *states]), _bytes(held)))
 
 
+def count_step(place: WorkerPlace, pipe: Connection, task: TrialTask) -> None:
+    """Send the bytes of gradients and of what the second optimizer step takes besides, at its peak."""
+    import torch
+
+    from orchestrator.training import training_loop, worker_process
+    from orchestrator.training.ledger import Ledger
+
+    device = torch.device("cpu")
+    worker_process._join(place, device)
+    ledger = Ledger(device, 0.0)
+    run = training_loop.set_up(task, place, ledger)
+    training_loop.optimizer_step(run, 0, ledger)
+    engine, step, counted = run.engine._engine, run.engine._engine.step, []
+
+    def count() -> None:
+        own = [parameter.grad for parameter in run.model.parameters()]
+        for gradients in engine.optimizer.averaged_gradients.values():
+            own += gradients or ()
+        storages = {g.untyped_storage()._cdata: g.untyped_storage().nbytes() for g in own if g is not None}
+        alive = AliveBytes()
+        for tensor in gc.get_objects():
+            if isinstance(tensor, torch.Tensor):
+                alive.add(tensor)
+        without_gradients = alive.now - sum(storages.values())
+        del own, gradients, tensor
+        with alive:
+            step()
+        counted.append(alive.peak - without_gradients)
+
+    engine.step = count
+    training_loop.optimizer_step(run, 1, ledger)
+    pipe.send(counted[0])
+
+
 def _bytes(tensors: list) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -50,3 +87,15 @@ def test_each_worker_holds_the_share_that_is_predicted(
         # Partitions are padded to whole elements of every worker: the tiny adapter shows it, a real one does not.
         assert optimizer_bytes == pytest.approx(parts.optimizer, rel=0.02)
         assert weight_bytes == pytest.approx(parts.weights + parts.adapter, rel=0.02)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_step_takes_what_is_predicted_with_its_gradients(
+    stage: int, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    workers, config = 2, tiny(zero_stage=stage, precision="bf16", micro_batch_size=4, rank="full")
+    task = make_task(config, tiny_model, tiny_data, tmp_path / "trial")
+    width, weights = _bytes_of(config, "cpu", has_bf16=True), shape_in(tiny_model).parameters
+    for (peak,) in in_workers(workers, count_step, task):
+        # A partition ends within a tiny model's embedding: the whole of its gradient is there.
+        assert peak == pytest.approx(_step_bytes(config, width, weights / workers), rel=0.1)
