@@ -406,6 +406,7 @@ def _problems_of_search(sweep: SweepConfig) -> Iterator[Problem]:
     search = sweep.search
     yield from _problems_of_pbt(sweep)
     yield from _problems_of_cost(sweep)
+    yield from _problems_of_constraints(sweep)
     if search.is_adaptive and search.algorithm != "pbt" and sweep.budget.trials is None:
         yield Problem("search.algorithm", f"{search.algorithm} goes on until budget.trials: write how many to try")
     if search.is_adaptive and not sweep.domains:
@@ -454,6 +455,16 @@ def _problems_of_cost(sweep: SweepConfig) -> Iterator[Problem]:
         if getattr(sweep.search, name) and sweep.search.algorithm in ("grid", "random", "pbt"):
             told = f"ends searches that choose one by one, and {sweep.search.algorithm} does not: use tpe, gp or cma_es"
             yield Problem(f"search.{name}", told)
+
+
+def _problems_of_constraints(sweep: SweepConfig) -> Iterator[Problem]:
+    """Bounds of one metric between which nothing lies."""
+    bounds = [(i, parse(text)) for i, text in enumerate(sweep.constraints)]
+    for i, lower in bounds:
+        above = [upper for _, upper in bounds if upper.is_upper and upper.metric == lower.metric]
+        if not lower.is_upper and any(upper.bound < lower.bound for upper in above):
+            told = f"leaves no {lower.metric} between it and the bound from above: loosen one of them"
+            yield Problem(f"constraints[{i}]", told)
 
 
 def _problems_of_pbt(sweep: SweepConfig) -> Iterator[Problem]:

@@ -25,7 +25,8 @@ def expected_gain(axes: Sequence[Axis], known: Sequence[Observation], seed: int)
     """
     step = common_step(known, len(axes)) if any(o.standing in (Standing.WHOLE, Standing.PARTIAL) for o in known) else 0
     told = [(o, found[0]) for o in known if step and (found := values_at(known, o, step)) is not None]
-    best = min((value for _, value in told), default=0.0)
+    # What breaks a constraint is no result to be bettered.
+    best = min((value for observation, value in told if not observation.violation), default=0.0)
     if len(told) < max(MIN_KNOWN, len(axes) + 1) or best == 0:
         return None
     import numpy as np
@@ -39,7 +40,7 @@ def expected_gain(axes: Sequence[Axis], known: Sequence[Observation], seed: int)
     values = np.array([value for _, value in told])
     kernel = Matern(np.full(len(axes), 0.5), (0.05, 20.0), nu=2.5) + WhiteKernel(1e-2, (LEAST_NOISE, 1.0))
     # One that ran away would hide all others' differences.
-    capped = np.minimum(values, np.median(values) + 3 * (np.median(values) - best))
+    capped = np.minimum(values, np.median(values) + 3 * (np.median(values) - values.min()))
     model = GaussianProcessRegressor(kernel, normalize_y=True, n_restarts_optimizer=1, random_state=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)

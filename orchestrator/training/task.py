@@ -29,8 +29,6 @@ class TrialTask:
     """More than this a worker may not take; None: what there is."""
     halves_micro_batch: bool = False
     """Whether it is started again with a smaller micro-batch when memory runs out (`micro_batch_size: auto`)."""
-    cost_per_s: float | None = None
-    """Of all its workers' GPUs, in the unit of `budget.price_per_gpu_hour`; None: nothing is paid for."""
     time_limit_s: float | None = None
     """Its processes are killed after so long; None: never."""
     parent_folder: str | None = None
@@ -40,6 +38,8 @@ class TrialTask:
     last_step: int | None = None
     """The step after which it leaves a checkpoint for others and ends, in the middle of its schedule; None: its last.
     """
+    cost_per_s: float | None = None
+    """Of all its workers' GPUs, in the unit of `budget.price_per_gpu_hour`; None: nothing is paid for."""
 
     @property
     def until_step(self) -> int:

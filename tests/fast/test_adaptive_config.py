@@ -51,6 +51,7 @@ def problems(tmp_path: Path, **keys: Any) -> str:
         ({"objective": {"metric": "cost"}, "budget": {"price_per_gpu_hour": 2}}, "behind another objective"),
         ({"objective": [{"metric": "loss"}, {"metric": "cost"}]}, "name budget.price_per_gpu_hour, or use step_time_s"),
         ({"constraints": ["cost <= 3"]}, "name budget.price_per_gpu_hour, or use step_time_s"),
+        ({"constraints": ["eval_loss <= 1", "eval_loss >= 2"]}, "constraints[1]: leaves no eval_loss between"),
         ({"constraints": "cost <= 3"}, "constraints: takes a list, as `constraints: [peak_memory_bytes <= 24GiB]`"),
     ],
     ids=str,

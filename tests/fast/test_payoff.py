@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -63,6 +64,16 @@ def test_little_is_expected_once_the_best_is_found_and_much_while_all_lie_on_one
     assert found is not None
     assert far > 0.05
     assert found < 0.005
+
+
+def test_what_breaks_a_constraint_is_no_result_to_be_bettered() -> None:
+    found = observed(-5, -4, -3.5, -3.2, -3.01, -2.8, -2.5, -2, -1.2)
+    broken = [replace(one, constraints=(("tokens_per_s >= 9", 1.0),)) for one in found]
+    assert expected_gain(AXES, broken, 0) is None, "nothing keeps the constraint: the search goes on"
+    # The one that keeps it is far from what could be had.
+    gain = expected_gain(AXES, [*broken[1:], found[0]], 0)
+    assert gain is not None
+    assert gain > 0.5
 
 
 def test_of_few_configurations_nothing_is_expected() -> None:
