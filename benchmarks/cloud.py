@@ -1,12 +1,14 @@
 """Two sweeps at once on a cloud of two types of GPU that are not there: are the GPUs kept busy, and only one's own?
 
     python -m benchmarks.cloud                                        # 8 nodes × 8 GPUs: 2 minutes on 2 cores
-    python -m benchmarks.cloud --nodes 64 --trials 96 --steps 45      # not run yet
+    python -m benchmarks.cloud --nodes 64 --trials 96 --steps 100     # not run yet; wants the cores for itself
 
 `orchestrator run` itself, twice, on a cluster simulated on this machine (`ray.cluster_utils.Cluster`): half of the
 nodes say that they have T4s, half A100s, and every trial takes all GPUs of a node, one a worker. One sweep asks for
-A100; the other names no type, and is to take the smaller one, since its trials run on either. All but the workers is
-real; `absent_gpus.py` says what stands in their place. A trial takes `--steps` seconds, all of them the same.
+A100; the other names no type, and is to take the smaller one, since its trials run on either. All but the workers and
+the nodes' own agents is real; `absent_gpus.py` and `absent_agent.py` say what stands in their place. So a node takes 10
+MiB before it has work; a slot is a process, and its imports seconds of a core. A trial takes `--steps` seconds, all of
+them the same.
 
 - busy: of what all GPUs of the cloud could have worked from the first trial's start to the last one's end, the share
   that trials did. Filling the slots, which takes this machine longer than a trial, and the end, when fewer trials are

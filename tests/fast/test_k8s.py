@@ -182,6 +182,11 @@ REFUSED_IN: list[tuple[str, Callable[[list[Manifest]], object], str]] = [
     (PRODUCTION, lambda m: policy(m, "ray")["ingress"][1].pop("ports"), "reach every port of Ray"),
     (PRODUCTION, lambda m: policy(m, "prometheus")["ingress"][0]["ports"].append({"port": 10001}), "of Ray"),
     (PRODUCTION, lambda m: policy(m, "ray")["ingress"].pop(1), "no policy lets RayJob/sweep submitter in, port 8265"),
+    (
+        PRODUCTION,
+        lambda m: policy(m, "ray")["ingress"][1]["from"].pop(),
+        "lets KubeRay's operator in from kuberay-system",
+    ),
     (PRODUCTION, lambda m: policy(m, "mlflow").pop("ingress"), "no policy lets RayJob/sweep head in, port 5000"),
     (
         PRODUCTION,

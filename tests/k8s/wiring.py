@@ -132,6 +132,24 @@ def rays_ports_are_closed(manifests: list[Manifest]) -> Iterator[str]:
                     yield f"{name_of(policy)}: lets {labels or peer} reach {named} of Ray"
 
 
+def kuberay_reaches_the_heads(manifests: list[Manifest]) -> Iterator[str]:
+    """From the namespace in which README.md installs it: it asks the dashboard how a job stands."""
+    (namespace,) = re.findall(r"helm install kuberay-operator .*--namespace ([\w-]+)", (K8S / "README.md").read_text())
+    inside = {"matchLabels": {"kubernetes.io/metadata.name": namespace}}
+    operator = {"namespaceSelector": inside, "podSelector": {"matchLabels": OPERATOR}}
+    for pod in pods(manifests):
+        let_in = [
+            port["port"]
+            for policy in of_kind(manifests, "NetworkPolicy")
+            if _selects(policy["spec"]["podSelector"], pod.labels)
+            for rule in policy["spec"].get("ingress", [])
+            if operator in rule.get("from", [])
+            for port in rule.get("ports", [])
+        ]
+        if pod.labels.get("ray.io/node-type") == "head" and DASHBOARD_PORT not in let_in:
+            yield f"{pod.owner}: no policy lets KubeRay's operator in from {namespace}"
+
+
 def who_names_a_service_may_reach_it(manifests: list[Manifest]) -> Iterator[str]:
     """By the policies of both sides; a submitter reaches the heads."""
     policies, every_pod = of_kind(manifests, "NetworkPolicy"), list(pods(manifests))
@@ -205,5 +223,6 @@ RULES: tuple[Callable[[list[Manifest]], Iterator[str]], ...] = (
     secrets_have_the_keys_that_are_asked_for,
     ports_have_names_that_are_there,
     rays_ports_are_closed,
+    kuberay_reaches_the_heads,
     who_names_a_service_may_reach_it,
 )
