@@ -101,11 +101,11 @@ def test_a_planted_secret_is_in_nothing_that_a_sweep_leaves(tmp_path: Path, monk
         }
     )
     folder = sweep_folder(sweep.storage, sweep.name)
+    write_atomically(folder.sweep_file, without_secret(to_yaml(sweep)))
     recorder = Recorder(folder, {}, 0.0, None, {}, lambda config: 0, lambda trial_id: True, ())
     failed = made_up_trial({"rank": 8}, status=TrialStatus.FAILED, reason=said)
     recorder.save(failed.model_copy(update={"notes": (said,)}))
     write_sweep(folder, made_up_sweep(list(recorder.records.values())))
-    write_atomically(folder.sweep_file, without_secret(to_yaml(sweep)))
     for command in (["report"], ["report", "--json"], ["status"]):
         result = CliRunner().invoke(app, [command[0], str(folder.root), *command[1:]])
         assert result.exit_code == 0
