@@ -74,6 +74,10 @@ Bytes = Annotated[int, Field(ge=0, lt=2**63)]
 Seconds = Annotated[float, Field(allow_inf_nan=False, gt=-1e12, lt=1e12)]
 
 
+SweepId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
+"""Stands in the conditions that MLflow is asked with, and so holds no quote."""
+
+
 class MetricPoint(_Record):
     """One line of metrics.jsonl: the state after an optimizer step."""
 
@@ -224,7 +228,7 @@ class SweepResult(_Record):
     schema_version: Literal[1] = 1
     name: str
     question: str | None = None
-    sweep_id: str
+    sweep_id: SweepId
     model: str
     objective_metric: str
     objective_mode: Literal["min", "max"]

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from orchestrator.errors import FolderError, StorageError
-from orchestrator.results.records import TrialStatus
+from orchestrator.results.records import SweepId, TrialStatus
 from orchestrator.results.remote import cache_folder
 from orchestrator.results.storage import SweepFolder, is_at_work, read_record, read_sweep, write_atomically
 
@@ -33,7 +33,7 @@ class Delivered(BaseModel):
     schema_version: Literal[1] = 1
     server: str
     """Its address; another one has nothing of this."""
-    sweep_id: str
+    sweep_id: SweepId
     trials: dict[str, TrialDelivery] = {}
     is_complete: bool | None = None
     """Whether the sweep's own files have arrived too, after all trials; None: an older release did not keep it."""

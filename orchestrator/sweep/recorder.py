@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -135,6 +136,7 @@ class Recorder(tune.Callback):
         until_s = time.monotonic() + STORAGE_LIMIT_S
         for failures in itertools.count(1):
             try:
+                self._require_folder()
                 write_result(self._folder, record)
                 return
             except StorageError as error:
@@ -145,6 +147,14 @@ class Recorder(tune.Callback):
                 if failures == 1:
                     log.warning("%s; waiting for it for %.0f s", error, STORAGE_LIMIT_S)
                 time.sleep(min(pause_s(failures), left_s))
+
+    def _require_folder(self) -> None:
+        """Where a mount has gone away, another folder of this name would be begun in its place."""
+        if not os.path.exists(self._folder.sweep_file):  # noqa: PTH110
+            raise StorageError(
+                f"{self._folder.root} has lost its {self._folder.sweep_file.name}, as where a mount goes away or the "
+                "folder is removed: bring it back"
+            )
 
     def _watch_disk(self) -> None:
         """Say once that it is about to be full, while that can still be mended."""

@@ -17,9 +17,9 @@ from mlflow import MlflowClient
 from orchestrator.results.records import TrialStatus
 from orchestrator.sweep.tracking import Tracker
 from tests import tracking_servers
-from tests.ray.sweeps import processes_of, start, trial_processes
+from tests.ray.sweeps import command_of, processes_of, start, trial_processes
 from tests.ray.test_nodes import CAN_MOUNT
-from tests.tracking_servers import S3_KEYS, FragileServer, PostgreSQL
+from tests.tracking_servers import PASSWORD, S3_KEYS, FragileServer, PostgreSQL
 from tests.training.test_tracking_outage import SWEEP_ID, a_sweep, assert_equal_to_disk, delivered
 from tests.waiting import wait_until
 
@@ -91,6 +91,8 @@ def test_sigterm_ends_a_sweep_that_trains_within_kubernetes_thirty_seconds(tmp_p
         wait_until(lambda: [trial.checkpoint_steps() for trial in run.folder.trials()], any, LIMIT_S)
         assert trial_processes(run)
         below = processes_of(run)
+        # The tracking server's address in the sweep file has it, and everybody may list the processes of a machine.
+        assert [command for command in map(command_of, below) if PASSWORD in command] == []
         if mlflow == "is silent":
             server.signal(signal.SIGSTOP)
         started_s = time.monotonic()

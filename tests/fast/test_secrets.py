@@ -64,6 +64,13 @@ def test_an_adapter_outside_of_its_trial_is_no_record(tmp_path: Path, adapter: s
     assert "adapter" in damaged.why
 
 
+def test_a_sweeps_id_that_would_change_what_mlflow_is_asked_is_no_record(tmp_path: Path) -> None:
+    folder = write_made_up(tmp_path / "sweep", made_up_sweep([made_up_trial({"rank": 8})]))
+    write_atomically(folder.results_json, folder.results_json.read_text().replace("abc123", "x' or tags.a = 'b"))
+    with pytest.raises(FolderError, match="cannot be read"):
+        read_sweep(folder)
+
+
 def test_weights_behind_a_link_out_of_the_sweep_are_not_exported(tmp_path: Path) -> None:
     trial = made_up_trial({"rank": 8})
     folder = write_made_up(tmp_path / "sweep", made_up_sweep([trial]))
@@ -94,11 +101,11 @@ def test_a_planted_secret_is_in_nothing_that_a_sweep_leaves(tmp_path: Path, monk
         }
     )
     folder = sweep_folder(sweep.storage, sweep.name)
+    write_atomically(folder.sweep_file, without_secret(to_yaml(sweep)))
     recorder = Recorder(folder, {}, 0.0, None, {}, lambda config: 0, lambda trial_id: True, ())
     failed = made_up_trial({"rank": 8}, status=TrialStatus.FAILED, reason=said)
     recorder.save(failed.model_copy(update={"notes": (said,)}))
     write_sweep(folder, made_up_sweep(list(recorder.records.values())))
-    write_atomically(folder.sweep_file, without_secret(to_yaml(sweep)))
     for command in (["report"], ["report", "--json"], ["status"]):
         result = CliRunner().invoke(app, [command[0], str(folder.root), *command[1:]])
         assert result.exit_code == 0
