@@ -43,6 +43,8 @@ ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     # Nobody reads Tune's own state back: it is written at the start and the end, and not all of it every ten seconds.
     "TUNE_GLOBAL_CHECKPOINT_S": "inf",
+    # A trial is two dozen tasks for Ray, of which a cluster of our own would keep the story: 2 KB each, of 100,000.
+    "RAY_task_events_max_num_task_in_gcs": "10000",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # In a job whose environment sets one of the variables that we hand on, Ray would refuse to start (ray 2.60.0).
