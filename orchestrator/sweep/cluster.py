@@ -43,6 +43,8 @@ ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     # Nobody reads Tune's own state back: it is written at the start and the end, and not all of it every ten seconds.
     "TUNE_GLOBAL_CHECKPOINT_S": "inf",
+    # A trial is many tasks for Ray, and a cluster of our own kept 46 KiB of their story, up to 100,000 tasks.
+    "RAY_task_events_max_num_task_in_gcs": "10000",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # In a job whose environment sets one of the variables that we hand on, Ray would refuse to start (ray 2.60.0).

@@ -25,7 +25,8 @@ from orchestrator.training.task import TrialProgress
 
 log = logging.getLogger(__name__)
 LITTLE_SPACE_BYTES = 2**30
-KEPT_BY_TUNE = frozenset(("done", "training_iteration", "trial_id", "node_ip", "pid"))
+KEPT_BY_TUNE = frozenset(("done", "trial_id", "node_ip", "pid"))
+"""Without `done` it would tell of each trial on stdout, as of one that it had not heard of the end of."""
 STORAGE_LIMIT_S = 120.0
 """So long a disk that is full or away is waited for."""
 
@@ -236,9 +237,10 @@ class Recorder(tune.Callback):
 
 
 class ForgetResults(tune.Callback):
-    """Takes out of a result what nobody reads any more, as the last callback.
+    """The last callback: takes from Tune what nobody reads any more.
 
-    Tune keeps every trial's last one for as long as the sweep lasts, with statistics of each number in it (ray 2.60.0).
+    Tune keeps every trial while the sweep lasts, with its last result, statistics of each number in it, a copy of
+    its settings and an answer of its actor (ray 2.60.0).
     """
 
     def on_trial_result(
@@ -247,6 +249,11 @@ class ForgetResults(tune.Callback):
         """Recorded, and heard by the scheduler, by now."""
         for name in result.keys() - KEPT_BY_TUNE:
             del result[name]
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Its slot is not told of it again."""
+        trial.config = {"trial_id": trial.config["trial_id"]}
+        trial._default_result_or_future = None
 
 
 def _each(notes: tuple[str, ...]) -> tuple[str, ...]:
