@@ -1,9 +1,10 @@
 """Worker groups on GPUs that are not there: they take their room on the cluster, and start no process in it.
 
-Where ENVIRONMENT is that of nodes and drivers, every Ray worker calls `replace_trainer` before its first task: the
-sweep's worker groups then find `TorchTrainer` below in place of Ray Train's. It asks for the placement group that Ray
-Train would ask for; its workers are coroutines that speak with the switchboard as `sweep.worker.serve` does, and train
-by waiting. Ray Tune, slots, switchboard, groups, records, MLflow and report are real.
+Ray calls `runtime_env_hook` in the driver where RAY_RUNTIME_ENV_HOOK names it. From that, every Ray worker of the job
+calls `replace_trainer` before its first task: the sweep's worker groups then find `TorchTrainer` below in place of Ray
+Train's. It asks for the placement group that Ray Train would ask for; its workers are coroutines that speak with the
+switchboard as `sweep.worker.serve` does, and train by waiting. Ray Tune, slots, switchboard, groups, records, MLflow
+and report are real.
 """
 
 from __future__ import annotations
@@ -17,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray._private.ray_constants import RAY_RUNTIME_ENV_HOOK, WORKER_PROCESS_SETUP_HOOK_ENV_VAR
-
 from benchmarks.trivial_training import point_at
 
 if TYPE_CHECKING:
@@ -26,16 +25,12 @@ if TYPE_CHECKING:
     from orchestrator.training.task import TrialProgress, TrialTask
 
 STEP_S = 1.0
-ENVIRONMENT = {
-    # Workers read it as they start, where Ray would otherwise put it by the job's runtime environment (ray 2.60.0).
-    WORKER_PROCESS_SETUP_HOOK_ENV_VAR: f"{__name__}.replace_trainer",
-    RAY_RUNTIME_ENV_HOOK: f"{__name__}.without_runtime_env",
-}
 ROOM_LIMIT_S = 300.0
 
 
-def without_runtime_env(runtime_env: dict[str, Any] | None) -> None:
-    """What `ray.init` makes of the job's runtime environment: these nodes have no agent that could set it up."""
+def runtime_env_hook(runtime_env: dict[str, Any] | None) -> dict[str, Any]:
+    """What `ray.init` makes of the job's runtime environment."""
+    return {**(runtime_env or {}), "worker_process_setup_hook": f"{__name__}.replace_trainer"}
 
 
 def replace_trainer() -> None:

@@ -1,14 +1,12 @@
 """Two sweeps at once on a cloud of two types of GPU that are not there: are the GPUs kept busy, and only one's own?
 
     python -m benchmarks.cloud                                        # 8 nodes × 8 GPUs: 2 minutes on 2 cores
-    python -m benchmarks.cloud --nodes 64 --trials 96 --steps 100     # not run yet; wants the cores for itself
+    python -m benchmarks.cloud --nodes 64 --trials 96 --steps 45      # not run yet
 
 `orchestrator run` itself, twice, on a cluster simulated on this machine (`ray.cluster_utils.Cluster`): half of the
 nodes say that they have T4s, half A100s, and every trial takes all GPUs of a node, one a worker. One sweep asks for
-A100; the other names no type, and is to take the smaller one, since its trials run on either. All but the workers and
-the nodes' own agents is real; `absent_gpus.py` and `absent_agent.py` say what stands in their place. So a node takes 10
-MiB before it has work; a slot is a process, and its imports seconds of a core. A trial takes `--steps` seconds, all of
-them the same.
+A100; the other names no type, and is to take the smaller one, since its trials run on either. All but the workers is
+real; `absent_gpus.py` says what stands in their place. A trial takes `--steps` seconds, all of them the same.
 
 - busy: of what all GPUs of the cloud could have worked from the first trial's start to the last one's end, the share
   that trials did. Filling the slots, which takes this machine longer than a trial, and the end, when fewer trials are
@@ -22,7 +20,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,31 +27,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import absent_agent, absent_gpus
 from benchmarks.sweeps import Ran, Work, describe, environ, machine, measure_and_tell, run_sweep, say, table
-from orchestrator.results.storage import SweepFolder
-from orchestrator.sweep.cluster import ENVIRONMENT
 
 TYPES = ("T4", "A100")
 NODES_LIMIT_S = 300.0
 SWEEPS: Mapping[str, dict[str, str]] = {"names-none": {}, "asks-for-a100": {"accelerator": "A100"}}
 QUIET = {
-    # Nothing that the sweeps did not ask for: no worker before its task, none kept after it, no figures about itself.
+    # Nothing that the sweeps did not ask for: no worker before its task, none kept after it.
     "RAY_prestart_worker_first_driver": "0",
-    "RAY_enable_worker_prestart": "0",
     "RAY_num_workers_soft_limit": "0",
-    "RAY_enable_metrics_collection": "0",
-    "RAY_task_events_report_interval_ms": "0",
-    "RAY_event_stats": "0",
-    "RAY_memory_monitor_refresh_ms": "0",
-    "RAY_event_stats_print_interval_ms": "0",
-    "RAY_debug_dump_period_milliseconds": "0",
-    # What every raylet does several times a second, whether there is work or not.
-    "RAY_raylet_report_resources_period_milliseconds": "500",
-    "RAY_kill_idle_workers_interval_ms": "1000",
-    "RAY_local_fs_monitor_interval_ms": "10000",
-    "RAY_num_server_call_thread": "1",
-    "RAY_object_manager_rpc_threads_num": "1",
     # Some hundred processes start on few cores, in which a node may be silent for longer than Ray would wait.
     "RAY_health_check_timeout_ms": "60000",
     "RAY_health_check_failure_threshold": "20",
@@ -91,13 +72,11 @@ class Cloud:
 @contextlib.contextmanager
 def cloud_of(nodes: int, gpus: int) -> Iterator[Cloud]:
     """A head without CPUs, and nodes with so many GPUs of either type in turn."""
-    # Nodes hand it on to their workers: those have no runtime environment of the job.
-    os.environ.update(environ() | ENVIRONMENT | absent_gpus.ENVIRONMENT | QUIET)
+    os.environ.update(environ() | QUIET)
     # A node that has no GPU by this variable may not say that it has.
     del os.environ["CUDA_VISIBLE_DEVICES"]
     from ray.cluster_utils import Cluster
 
-    absent_agent.replace_agents()
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
         for number in range(nodes):
@@ -129,23 +108,15 @@ def full_span(works: Sequence[Work], slots: int) -> tuple[float, float]:
 
 
 def run_both(cloud: Cloud, arguments: argparse.Namespace, folder: Path) -> dict[str, Ran]:
-    """The two sweeps beside each other, with a storage each.
-
-    The second starts when the first has its plan: a sweep asks every node whether it sees the storage, which starts a
-    process on each, and all of them share this machine's cores.
-    """
+    """The two sweeps beside each other, with a storage each."""
+    hook = {"RAY_RUNTIME_ENV_HOOK": "benchmarks.absent_gpus.runtime_env_hook"}
 
     def one(name: str) -> Ran:
         raw = sweep_of(name, arguments.trials, arguments.gpus, arguments.steps)
-        return run_sweep(folder / name, raw, "--address", cloud.address)
+        return run_sweep(folder / name, raw, "--address", cloud.address, environment=hook)
 
     with ThreadPoolExecutor(len(SWEEPS)) as pool:
-        running = {}
-        for name in SWEEPS:
-            running[name] = pool.submit(one, name)
-            while not (running[name].done() or SweepFolder(folder / name / name).plan.exists()):
-                time.sleep(0.5)
-        return {name: sweep.result() for name, sweep in running.items()}
+        return dict(zip(SWEEPS, pool.map(one, SWEEPS), strict=True))
 
 
 def told_of(ran: Ran, slots: int, types: Mapping[str, str]) -> dict[str, Any]:
