@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,8 +17,8 @@ from tests.training.test_memory_parts import parts_of, shape_in
 from tests.training.test_memory_peak import AliveBytes
 
 
-def count_states(place: WorkerPlace, pipe: Connection, task: TrialTask) -> None:
-    """Send the bytes of this worker's optimizer states with fp32 copies after a step, and of its weights."""
+def stepped(place: WorkerPlace, task: TrialTask) -> tuple[Any, Any]:
+    """This worker's run and its ledger, after the first optimizer step."""
     import torch
 
     from orchestrator.training import training_loop, worker_process
@@ -28,6 +29,12 @@ def count_states(place: WorkerPlace, pipe: Connection, task: TrialTask) -> None:
     ledger = Ledger(device, 0.0)
     run = training_loop.set_up(task, place, ledger)
     training_loop.optimizer_step(run, 0, ledger)
+    return run, ledger
+
+
+def count_states(place: WorkerPlace, pipe: Connection, task: TrialTask) -> None:
+    """Send the bytes of this worker's optimizer states with fp32 copies after a step, and of its weights."""
+    run, _ = stepped(place, task)
     optimizer = run.engine._engine.optimizer
     stage = task.config.zero_stage
     copies = optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
@@ -40,14 +47,9 @@ def count_step(place: WorkerPlace, pipe: Connection, task: TrialTask) -> None:
     """Send the bytes of gradients and of what the second optimizer step takes besides, at its peak."""
     import torch
 
-    from orchestrator.training import training_loop, worker_process
-    from orchestrator.training.ledger import Ledger
+    from orchestrator.training import training_loop
 
-    device = torch.device("cpu")
-    worker_process._join(place, device)
-    ledger = Ledger(device, 0.0)
-    run = training_loop.set_up(task, place, ledger)
-    training_loop.optimizer_step(run, 0, ledger)
+    run, ledger = stepped(place, task)
     engine, step, counted = run.engine._engine, run.engine._engine.step, []
 
     def count() -> None:
