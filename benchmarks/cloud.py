@@ -1,12 +1,13 @@
 """Two sweeps at once on a cloud of two types of GPU that are not there: are the GPUs kept busy, and only one's own?
 
     python -m benchmarks.cloud                                        # 8 nodes × 8 GPUs: 2 minutes on 2 cores
-    python -m benchmarks.cloud --nodes 64 --trials 96 --steps 45      # not run yet
+    python -m benchmarks.cloud --nodes 64 --nodes-a-trial 4 --trials 24 --steps 45
 
 `orchestrator run` itself, twice, on a cluster simulated on this machine (`ray.cluster_utils.Cluster`): half of the
 nodes say that they have T4s, half A100s, and every trial takes all GPUs of a node, one a worker. One sweep asks for
 A100; the other names no type, and is to take the smaller one, since its trials run on either. All but the workers is
-real; `absent_gpus.py` says what stands in their place. A trial takes `--steps` seconds, all of them the same.
+real; `absent_gpus.py` says what stands in their place. A trial takes `--steps` seconds, all of them the same. With
+`--nodes-a-trial` it takes all GPUs of so many nodes: fewer slots, whose processes fit on one machine.
 
 - busy: of what all GPUs of the cloud could have worked from the first trial's start to the last one's end, the share
   that trials did. Filling the slots, which takes this machine longer than a trial, and the end, when fewer trials are
@@ -42,21 +43,21 @@ QUIET = {
 }
 
 
-def sweep_of(name: str, trials: int, gpus: int, steps: int) -> dict[str, Any]:
-    """The sweep file: a trial takes a node."""
+def sweep_of(name: str, trials: int, workers: int, steps: int) -> dict[str, Any]:
+    """The sweep file: a trial takes so many GPUs, one a worker."""
     return {
         "name": name,
         "model": "builtin:tiny-llama",
         "data": {"train": "builtin:python-docstrings", "eval": 0.01, "format": "prompt_completion"},
         "trial": {
             "precision": "fp32",
-            "global_batch_size": gpus,
+            "global_batch_size": workers,
             "micro_batch_size": 1,
             "max_steps": steps,
             "eval_every": steps,
         },
         "space": {"learning_rate": [round(1e-5 * 1.001**number, 12) for number in range(trials)]},
-        "resources": {"workers_per_trial": gpus, "gpus_per_worker": 1, "cpus_per_worker": 1, **SWEEPS[name]},
+        "resources": {"workers_per_trial": workers, "gpus_per_worker": 1, "cpus_per_worker": 1, **SWEEPS[name]},
     }
 
 
@@ -112,7 +113,7 @@ def run_both(cloud: Cloud, arguments: argparse.Namespace, folder: Path) -> dict[
     hook = {"RAY_RUNTIME_ENV_HOOK": "benchmarks.absent_gpus.runtime_env_hook"}
 
     def one(name: str) -> Ran:
-        raw = sweep_of(name, arguments.trials, arguments.gpus, arguments.steps)
+        raw = sweep_of(name, arguments.trials, arguments.gpus * arguments.nodes_a_trial, arguments.steps)
         return run_sweep(folder / name, raw, "--address", cloud.address, environment=hook)
 
     with ThreadPoolExecutor(len(SWEEPS)) as pool:
@@ -129,8 +130,13 @@ def told_of(ran: Ran, slots: int, types: Mapping[str, str]) -> dict[str, Any]:
         "start_s": min(work.started for work in works) - ran.launched,
         "fill_s": full_span(works, slots)[0] - ran.launched,
         "command_s": ran.command_s,
-        "placed": dict(Counter(types.get(host, "several nodes") for trial in ran.sweep.trials for host in trial.hosts)),
+        "placed": dict(Counter(_types_of(host, types) for trial in ran.sweep.trials for host in trial.hosts)),
     }
+
+
+def _types_of(nodes: str, types: Mapping[str, str]) -> str:
+    """Of all nodes that a trial ran on: more than one type would be wrong."""
+    return " and ".join(sorted({types[node] for node in nodes.split(",")}))
 
 
 def run_all(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -140,15 +146,17 @@ def run_all(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     with cloud_of(arguments.nodes, arguments.gpus) as cloud:
         say(f"{len(cloud.types) - 1} nodes are there")
         ran = run_both(cloud, arguments, folder)
+    slots = arguments.nodes // arguments.nodes_a_trial
     works = [work for one in ran.values() for work in one.works()]
     whole = min(work.started for work in works), max(work.ended for work in works)
     return {
         "machine": about,
         "nodes": arguments.nodes,
         "gpus_a_node": arguments.gpus,
+        "nodes_a_trial": arguments.nodes_a_trial,
         "trial_s": sum(work.seconds for work in works) / len(works),
-        "busy_share": busy_share(works, arguments.nodes, *whole),
-        "sweeps": {name: told_of(one, arguments.nodes // 2, cloud.types) for name, one in ran.items()},
+        "busy_share": busy_share(works, slots, *whole),
+        "sweeps": {name: told_of(one, slots // 2, cloud.types) for name, one in ran.items()},
     }
 
 
@@ -160,21 +168,26 @@ def render(result: dict[str, Any]) -> str:
         [name, *(one[key] for key in names), ", ".join(f"{count} on {kind}" for kind, count in one["placed"].items())]
         for name, one in result["sweeps"].items()
     ]
-    where = f"{result['nodes']} simulated nodes × {result['gpus_a_node']} GPUs, half T4, half A100; "
+    where = (
+        f"{result['nodes']} simulated nodes × {result['gpus_a_node']} GPUs, half T4, half A100, "
+        f"{result['nodes_a_trial']} node(s) a trial; {describe(result['machine'])}"
+    )
     busy = f"GPUs busy from the first trial to the last: {result['busy_share']:.1%}; a trial: {result['trial_s']:.1f} s"
-    return "\n".join([where + describe(result["machine"]), "", table([*header, "placed"], rows), "", busy])
+    return "\n".join([where, "", table([*header, "placed"], rows), "", busy])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, default=8, help="an even number (default: %(default)s)")
     parser.add_argument("--gpus", type=int, default=8, help="of each node (default: %(default)s)")
+    parser.add_argument("--nodes-a-trial", type=int, default=1, help="all GPUs of so many (default: %(default)s)")
     parser.add_argument("--trials", type=int, default=12, help="of each sweep (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=10, help="of a trial, a second each (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured there")
     arguments = parser.parse_args()
-    if arguments.nodes % 2 or arguments.trials <= arguments.nodes // 2:
-        parser.error("--nodes is to be even, and --trials more than half of it: a sweep has a slot for each node")
+    slots, rest = divmod(arguments.nodes, 2 * arguments.nodes_a_trial)
+    if rest or arguments.trials <= slots:
+        parser.error("both types are to have nodes for whole trials, and --trials is to be more than they hold at once")
     measure_and_tell("cloud", arguments, run_all, render)
 
 

@@ -31,6 +31,7 @@ from orchestrator.planning.compatibility import Case, refusals
 from orchestrator.planning.hardware import Hardware, this_machine
 from orchestrator.planning.model_shape import shape_of
 from orchestrator.planning.notes import notes
+from orchestrator.planning.nvidia_smi import Gpu, local_gpus
 from orchestrator.reporting import quantities
 from orchestrator.results import provenance, remote, shared_storage
 from orchestrator.results.secrets import without_secret
@@ -71,15 +72,6 @@ class Answer(_Part):
     reasons: tuple[str, ...] = ()
     """Why it does not run, each with what to change: the words in which `plan` refuses a trial."""
     notes: tuple[str, ...] = ()
-
-
-class Gpu(_Part):
-    """One GPU, as nvidia-smi names it."""
-
-    name: str
-    memory_bytes: int | None
-    compute_capability: str
-    driver: str
 
 
 class Space(_Part):
@@ -207,7 +199,7 @@ def _with_settings(nodes: Sequence[Node]) -> Iterator[Node]:
 
 def look(storage: str, token: str | None) -> Node:
     """The facts of the machine that this runs on; `token` marks a storage that the asker has written to."""
-    gpus, problem = _ask_nvidia()
+    gpus, problem = local_gpus()
     problems = [problem] if problem else []
     versions = provenance.versions()
     torch: Mapping[str, Any] = {}
@@ -219,7 +211,7 @@ def look(storage: str, token: str | None) -> Node:
     return Node(
         host=platform.node(),
         hardware=this_machine(),
-        gpus=tuple(gpus),
+        gpus=gpus,
         cuda=torch.get("cuda"),
         nccl=torch.get("nccl"),
         nccl_settings={name: value for name, value in sorted(os.environ.items()) if name.startswith("NCCL_")},
@@ -228,31 +220,6 @@ def look(storage: str, token: str | None) -> Node:
         problems=tuple(problems),
         storage=_space(storage, token),
     )
-
-
-def _ask_nvidia() -> tuple[list[Gpu], str | None]:
-    """The GPUs, or why a driver that is there does not answer."""
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap,driver_version", "--format=csv,noheader,nounits"]
-    if shutil.which(query[0]) is None:
-        return [], None
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.SubprocessError) as error:
-        return [], f"nvidia-smi does not answer ({error}): check the driver"
-    if done.returncode:
-        return [], f"nvidia-smi: {' '.join((done.stdout + done.stderr).split())}: check the driver"
-    return parse_gpus(done.stdout), None
-
-
-def parse_gpus(text: str) -> list[Gpu]:
-    """nvidia-smi's lines: name, MiB, compute capability, driver."""
-    found = []
-    for line in text.splitlines():
-        name, mebibytes, capability, driver = (part.strip() for part in line.split(","))
-        # GPUs that share the host's memory say [N/A].
-        memory_bytes = int(mebibytes) * 2**20 if mebibytes.isdecimal() else None
-        found.append(Gpu(name=name, memory_bytes=memory_bytes, compute_capability=capability, driver=driver))
-    return found
 
 
 def _ask_torch() -> tuple[dict[str, Any], str | None]:

@@ -23,9 +23,11 @@ from orchestrator.export.trial_weights import Kind, choose_trial, weights_of
 from orchestrator.results.records import TrialResult
 from orchestrator.results.storage import SweepFolder, read_sweep
 from orchestrator.training import model_source
+from orchestrator.training.tokenizer import load_tokenizer
 
 # Pickles, PEFT's own model card and what a training tool left there stay behind.
-COPIED = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "config.json", "generation_config.json")
+GENERATION = "generation_config.json"
+COPIED = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "config.json", GENERATION)
 CARD = "README.md"
 
 
@@ -163,21 +165,17 @@ def _point_at_base(to: Path, base: _Base, kind: Kind) -> None:
 
 def _add_tokenizer_and_generation(base: _Base, to: Path) -> None:
     """Tokenizer, chat template and generation config; what the base does not have is left out."""
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+    from transformers.utils import cached_file
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base.source)
-        try:
-            generation = GenerationConfig.from_pretrained(base.source)
-        except OSError:
-            # Without a file of its own, the model's config says how it generates.
-            generation = GenerationConfig.from_model_config(AutoConfig.from_pretrained(base.source))
+        load_tokenizer(base.source).save_pretrained(to)
+        generation = cached_file(base.source, GENERATION, _raise_exceptions_for_missing_entries=False)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"the tokenizer of {base.model} cannot be read ({error}); write it beside the model with save_pretrained"
         ) from error
-    tokenizer.save_pretrained(to)
-    generation.save_pretrained(to)
+    if generation:
+        shutil.copyfile(generation, to / GENERATION)
 
 
 def _config_of(folder: SweepFolder) -> SweepConfig | None:

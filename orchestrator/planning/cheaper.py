@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
-from orchestrator.config.trial_config import Precision
+from orchestrator.config.trial_config import Precision, TrialConfig
 from orchestrator.planning.compatibility import Case, refusals
 from orchestrator.planning.memory import MemoryEstimate, estimate_on
 
 Taken = Callable[[MemoryEstimate], int]
 LOW_RANK = 8
 """Named where a higher rank does not fit."""
+_OF_NO_MEMORY = {
+    name: TrialConfig.model_fields[name].default
+    for name in (
+        "learning_rate",
+        "lr_schedule",
+        "warmup_steps",
+        "weight_decay",
+        "max_grad_norm",
+        "max_steps",
+        "eval_every",
+        "seed",
+    )
+}
+"""Settings that neither memory nor a refusal depends on: trials that differ in these alone are told the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +45,12 @@ def what_fits(case: Case, memory_bytes: int, most_workers: int) -> str | None:
     Those that alter the result least stand in front: a smaller micro-batch, checkpointing, more workers to share among.
     What leaves the allocator room is named before what would run without.
     """
+    alike = replace(case, config=case.config.model_copy(update=_OF_NO_MEMORY))
+    return _first_that_fits(alike, memory_bytes, most_workers)
+
+
+@lru_cache(maxsize=1024)
+def _first_that_fits(case: Case, memory_bytes: int, most_workers: int) -> str | None:
     return _what_fits(case, memory_bytes, most_workers, _with_room) or _what_fits(
         case, memory_bytes, most_workers, _without_room
     )

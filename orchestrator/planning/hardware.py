@@ -6,7 +6,6 @@ import importlib.util
 import os
 import platform
 import re
-import subprocess
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -16,6 +15,7 @@ from typing import Literal
 import psutil
 
 from orchestrator.errors import InputError, shown
+from orchestrator.planning.nvidia_smi import Gpu, local_gpus
 
 GIB = 2**30
 CGROUP = Path("/sys/fs/cgroup")
@@ -151,13 +151,16 @@ def _named_bytes(name: str, gpu: _Gpu) -> int | None:
 
 def _like(name: str) -> str:
     """The known GPU whose speed stands for that of a driver's name: the one that is meant, or the nearest."""
+    name = name.partition(" MIG ")[0]
     near = get_close_matches(_plain(name), [_plain(known) for known in GPUS], n=1, cutoff=0.3)
     return _meant(name) or next((known for known in GPUS if near and _plain(known) == near[0]), "A10G")
 
 
 def _meant(name: str) -> str | None:
-    """A100 by NVIDIA A100-SXM4-80GB."""
+    """A100 by NVIDIA A100-SXM4-80GB; a MIG instance is another device than its GPU."""
     words = _words(name)
+    if "mig" in words:
+        return None
     named = [known for known in GPUS if _words(known) <= words]
     most = [known for known in named if not any(_words(known) < _words(other) for other in named)]
     return most[0] if len(most) == 1 else None
@@ -198,28 +201,36 @@ def this_machine() -> Hardware:
     """What is here, asked without loading torch."""
     cpus, memory = os.cpu_count() or 1, min(psutil.virtual_memory().total, container_limit_bytes(CGROUP))
     has_bitsandbytes = importlib.util.find_spec("bitsandbytes") is not None
-    gpus = _local_gpus()
+    gpus, _ = local_gpus()
     if not gpus:
         has_bf16, has_fp16 = cpu_half_precision(cpu_flags())
         return Hardware(
             "cpu", 0, cpus, 1, memory, has_bf16, has_fp16, cpu_name=cpu_name(), has_bitsandbytes=has_bitsandbytes
         )
-    name, memory_bytes, capability = gpus[0]
-    like = GPUS[_like(name)]
+    return _driven(gpus[0], len(gpus), cpus, memory, has_bitsandbytes)
+
+
+def _driven(gpu: Gpu, count: int, cpus: int, host_memory_bytes: int, has_bitsandbytes: bool) -> Hardware:
+    """A node with so many of them; the data sheet of the GPU that is meant tells their speed."""
+    like = GPUS[_like(gpu.name)]
+    capability = gpu.capability or like.capability
+    memory_bytes = host_memory_bytes if gpu.memory_bytes is None else gpu.memory_bytes
+    # An instance has a part of the memory's channels, as of the memory.
+    channels = min(1.0, memory_bytes / (like.memory_gib * GIB)) if gpu.compute_share < 1 else 1.0
     return Hardware(
         device="cuda",
-        gpus=len(gpus),
+        gpus=count,
         cpus=cpus,
         nodes=1,
-        host_memory_bytes=memory,
+        host_memory_bytes=host_memory_bytes,
         has_bf16=capability >= (8, 0),
         has_fp16=True,
-        gpu_name=name,
+        gpu_name=gpu.name,
         gpu_memory_bytes=memory_bytes,
         compute_capability=capability,
-        half_flops=like.half_tflops * 1e12,
-        fp32_flops=like.fp32_tflops * 1e12,
-        bandwidth_bytes_per_s=like.bandwidth_gb_per_s * 1e9,
+        half_flops=like.half_tflops * gpu.compute_share * 1e12,
+        fp32_flops=like.fp32_tflops * gpu.compute_share * 1e12,
+        bandwidth_bytes_per_s=like.bandwidth_gb_per_s * channels * 1e9,
         interconnect_bytes_per_s=like.link_gb_per_s * 1e9,
         has_flash_attention=importlib.util.find_spec("flash_attn") is not None,
         has_bitsandbytes=has_bitsandbytes,
@@ -236,21 +247,6 @@ def container_limit_bytes(cgroup: Path) -> int:
             continue
         return min(LARGEST_MEMORY, int(text)) if text.isdigit() else LARGEST_MEMORY
     return LARGEST_MEMORY
-
-
-def _local_gpus() -> list[tuple[str, int, tuple[int, int]]]:
-    """Name, bytes and compute capability of every GPU."""
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
-    try:
-        text = subprocess.run(query, capture_output=True, text=True, check=True, timeout=10).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    found = []
-    for line in text.splitlines():
-        name, mebibytes, capability = (part.strip() for part in line.split(","))
-        major, _, minor = capability.partition(".")
-        found.append((name, int(mebibytes) * 2**20, (int(major), int(minor))))
-    return found
 
 
 @cache

@@ -232,15 +232,14 @@ def _training(config: TrialConfig, shape: ModelShape, workers: int, width: Width
     constants = shape.quantisable_parameters * NF4_CONSTANT_BYTES if config.precision is Precision.NF4 else 0.0
     weights = _linear_bytes(shape, width) + (shape.parameters - shape.linear_parameters) * width.rest
     weights = constants + (0.0 if host_parameters else (weights - constants) / shards[3])
-    optimizer_bytes = 0 if config.offload != "none" else _optimizer_bytes(config, width) * trainable / shards[1]
+    # What is stepped in host memory has neither gradients nor optimizer states on the device.
+    stepped = 0.0 if config.offload != "none" else float(trainable)
     at_once = config.micro_batch_size * workers if config.micro_batch_size != "auto" else 0
     is_whole = shards[2] == 1 and config.offload == "none"
     gradients = _Gradients(
-        kept=trainable * width.adapter / shards[2] if config.offload == "none" else 0.0,
-        stepped=0.0
-        if config.offload != "none"
-        else (4 if config.engine == "deepspeed" else width.adapter) * trainable / shards[1],
-        at_step=_step_bytes(config, width, trainable / shards[1]) if config.offload == "none" else 0.0,
+        kept=stepped * width.adapter / shards[2],
+        stepped=(4 if config.engine == "deepspeed" else width.adapter) * stepped / shards[1],
+        at_step=_step_bytes(config, width, stepped / shards[1]),
         of_a_table=float(shape.embedding_parameters * width.adapter) if config.trains_all_weights else 0.0,
         is_added=not is_whole or config.global_batch_size > at_once,
     )
@@ -249,7 +248,7 @@ def _training(config: TrialConfig, shape: ModelShape, workers: int, width: Width
         weights=int(weights),
         adapter=0 if host_parameters else int(adapter_weights * width.adapter / shards[3]),
         gradients=int(gradient_bytes),
-        optimizer=int(optimizer_bytes),
+        optimizer=int(_optimizer_bytes(config, width) * stepped / shards[1]),
         activations=int(activations),
         logits=int(logits),
         communication=int(_communication(config, shape, width, trainable, workers)),

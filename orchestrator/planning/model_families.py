@@ -184,6 +184,8 @@ UNCOUNTED_PARTS = {
     "mamba_d_state": "state-space layers (Mamba's)",
     "ssm_state_size": "state-space layers (Mamba's)",
     "is_encoder_decoder": "an encoder",
+    "type_vocab_size": "an encoder's segments (BERT's)",
+    "classifier_pooling": "an encoder's pooling (ModernBERT's)",
 }
 """Fields that tell of weights which a decoder such as Llama does not have: read as one, a model of 671 billion would
 look like one of 39."""

@@ -26,7 +26,6 @@ NODE_LIMIT_S = 180.0
 """A node that starts its first worker may take minutes."""
 LOCAL = "local"
 SCALE_UP_LOOK_S = 2.0
-NO_DASHBOARD = "http://127.0.0.1:9"  # the discard port: refused at once
 # Read by Ray in this process and handed on to its workers; each is our need, and a user's own value wins.
 ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -74,14 +73,6 @@ def connect(address: str | None) -> None:
     _check_reachable(address)
     # The processes of a cluster of our own inherit our environment; those of another are told.
     told = {name: os.environ[name] for name in ENVIRONMENT if name.startswith("RAY_TRAIN_")}
-    if address == LOCAL:
-        # Ray Train's placement group cleaner asks a dashboard whether its controller lives, and without one of its own
-        # finds that of any other cluster on this machine, which does not know the controller: the cleaner then takes
-        # our workers away (seen in ray 2.60.0). Where nothing answers, it leaves them alone.
-        os.environ["RAY_API_SERVER_ADDRESS"] = NO_DASHBOARD
-    elif ":" in address and "://" not in address:
-        # The same question, asked on a cluster that shares its machines with another.
-        told["RAY_ADDRESS"] = address
     try:
         ray.init(
             address=address,

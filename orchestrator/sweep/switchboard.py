@@ -49,6 +49,8 @@ class _Group:
     """By number, from 1: the newest, and what is not over of those before. A group may serve thousands."""
     nodes: dict[int, WorkerNode] = field(default_factory=dict)
     """Where each worker lies, once it has come up."""
+    room: object = None
+    """Ray's placement group of all its workers, likewise."""
     closed: bool = False
     lost: TrialEnd | None = None
     """Its workers are gone: how a trial ends there."""
@@ -140,18 +142,20 @@ class Switchboard:
         async with group.changed:
             group.changed.notify_all()
 
-    async def lose_group(self, group_id: str, reason: str, ranks: Collection[int]) -> None:
+    async def lose_group(self, group_id: str, reason: str, ranks: Collection[int]) -> object:
         """A worker or its node died: the trial of that group will hear no more from it.
 
         ranks: the workers that died, where that is known.
+        Returns the room that it came up in, None where it is not known.
         """
         group = self._groups.get(group_id)
         if group is None:
-            return
+            return None
         nodes = [node for rank, node in group.nodes.items() if rank in ranks or len(group.nodes) == 1]
         group.lost = TrialEnd(TrialStatus.PREEMPTED, reason, None, node=next(iter(nodes), None))
         if group.newest and not group.newest.over.is_set():
             self._finish(group.newest, group.lost)
+        return group.room
 
     async def life(self) -> None:
         """Returns never: who waits for it hears of this actor's death."""
@@ -159,10 +163,11 @@ class Switchboard:
 
     # --- the worker's side ---
 
-    async def come_up(self, group_id: str, rank: int, node: WorkerNode) -> None:
-        """A worker is there, before all else that could fail."""
+    async def come_up(self, group_id: str, rank: int, node: WorkerNode, room: object = None) -> None:
+        """A worker is there, before all else that could fail; `room` is Ray's placement group."""
         if group := self._groups.get(group_id):
             group.nodes[rank] = node
+            group.room = room
 
     async def next_assignment(self, group_id: str, rank: int, local_rank: int, turn: int) -> Assignment | None:
         """Wait for the trial after number `turn`; None: the group is closed."""

@@ -23,6 +23,7 @@ from typing import Any
 import ray
 import ray.train
 from ray.train.backend import Backend, BackendConfig
+from ray.util import get_current_placement_group
 
 from orchestrator.errors import StorageError
 from orchestrator.results.records import TrialStatus
@@ -95,7 +96,7 @@ def serve(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, local_rank = context.get_world_rank(), context.get_local_rank()
     node = WorkerNode(ray.get_runtime_context().get_node_id(), socket.gethostname())
-    ray.get(board.come_up.remote(group_id, rank, node))
+    ray.get(board.come_up.remote(group_id, rank, node, get_current_placement_group()))
     os.environ["OMP_NUM_THREADS"] = str(max(1, int(shape.cpus_per_worker)))
     template = multiprocessing.get_context("forkserver")
     template.set_forkserver_preload([TEMPLATE])

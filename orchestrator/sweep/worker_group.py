@@ -14,12 +14,16 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
+from ray.util import remove_placement_group
 from ray.util.placement_group import NODE_ID_LABEL_KEY
 
 from orchestrator.sweep.worker import GroupShape, WorkerConfig, serve
 
 log = logging.getLogger(__name__)
 CLOSE_LIMIT_S = 20.0
+UNUSED = frozenset({"DatasetsCallback", "PlacementGroupCleanerCallback"})
+"""Parts of Ray Train's controller that start a process each for every group (ray 2.60.0): one for Ray Data's datasets,
+of which there are none, and one that removes a dead controller's placement group, which `_fit` does."""
 
 
 class WorkerGroups:
@@ -94,8 +98,15 @@ class WorkerGroups:
         from ray.train import RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
 
+        class LeanTrainer(TorchTrainer):
+            """Where another Ray calls it otherwise, the processes are started and do no harm."""
+
+            def _create_default_callbacks(self) -> list[Any]:
+                parts = super()._create_default_callbacks()  # type: ignore[misc]
+                return [part for part in parts if type(part).__name__ not in UNUSED]
+
         shape = self._shape
-        trainer = TorchTrainer(
+        trainer = LeanTrainer(
             serve,
             train_loop_config={"board": self._board, "group_id": group_id, "model": self._model, "shape": shape},
             torch_config=WorkerConfig(),  # type: ignore[arg-type]
@@ -116,7 +127,10 @@ class WorkerGroups:
             log.warning("worker group %s is gone: %s", group_id, error)
             reason = f"a worker or its node died ({type(error).__name__}: {_first_line(error)})"
             ranks = tuple(getattr(error, "worker_failures", ()))
-            ray.get(self._board.lose_group.remote(group_id, reason, ranks))
+            room: Any = ray.get(self._board.lose_group.remote(group_id, reason, ranks))
+            if room is not None:
+                # A controller that was killed leaves it behind, and with it what the next group would need.
+                remove_placement_group(room)
 
 
 def _first_line(error: Exception) -> str:

@@ -20,6 +20,7 @@ from orchestrator.errors import DataError
 from orchestrator.results.storage import read_record
 from orchestrator.training.data_rows import Row, fingerprint, missing_columns, read_rows
 from orchestrator.training.data_tokens import tokenize
+from orchestrator.training.tokenizer import load_tokenizer
 
 Split = Literal["train", "eval"]
 Ints = npt.NDArray[np.int64]
@@ -76,10 +77,8 @@ def prepare(data: DataConfig, model_folder: Path, out: Path) -> DataSummary:
     inputs_hash = _inputs_hash(data, model_folder)
     if (present := read_summary(out)) and present.inputs_hash == inputs_hash:
         return present
-    from transformers import AutoTokenizer
-
     # Rows are cut to sequence_length when they are loaded: a longer one is no matter to warn of.
-    tokenizer = AutoTokenizer.from_pretrained(model_folder, model_max_length=10**9)
+    tokenizer = load_tokenizer(model_folder, model_max_length=10**9)
     skipped: list[Row] = []
     train = _collect(data.train, "train", data, tokenizer, skipped)
     if isinstance(data.eval, str):

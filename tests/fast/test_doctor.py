@@ -18,6 +18,7 @@ from orchestrator.cli import app
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.doctor import Answer, Check, Diagnosis, Node, Space
+from orchestrator.planning import nvidia_smi
 from orchestrator.planning.hardware import Hardware, named_gpu
 from orchestrator.planning.model_shape import shape_of
 from orchestrator.planning.plan import plan_sweep
@@ -27,7 +28,7 @@ from tests.fast.cases import A100, CPU, CPU_WITH_HALF, V100
 H100 = replace(named_gpu("H100", 8), has_flash_attention=True, has_bitsandbytes=True)
 BARE = replace(H100, has_flash_attention=False, has_bitsandbytes=False)
 MACHINES = {"cpu": CPU, "cpu-with-half": CPU_WITH_HALF, "v100": V100, "a100": A100, "h100": H100, "bare-h100": BARE}
-NVIDIA_SMI = "NVIDIA H100 80GB HBM3, 81559, 9.0, 570.86.15\nNVIDIA H100 80GB HBM3, 81559, 9.0, 570.86.15\n"
+NVIDIA_SMI = "NVIDIA H100 80GB HBM3, 81559, 9.0, 570.86.15, Disabled\n" * 2
 
 
 def answer_of(hardware: Hardware, setting: str, value: str | int) -> Answer:
@@ -88,13 +89,6 @@ def test_what_runs_slowly_or_with_another_setting_says_so() -> None:
     assert answer_of(H100, "precision", "bf16").notes == ()
 
 
-def test_gpus_are_read_from_nvidia_smi() -> None:
-    first, _ = doctor.parse_gpus(NVIDIA_SMI)
-    assert (first.name, first.memory_bytes) == ("NVIDIA H100 80GB HBM3", 81559 * 2**20)
-    assert (first.compute_capability, first.driver) == ("9.0", "570.86.15")
-    assert doctor.parse_gpus("NVIDIA GB10, [N/A], 12.1, 580.1\n")[0].memory_bytes is None
-
-
 @pytest.mark.parametrize(
     ("torch", "told"),
     [
@@ -105,7 +99,7 @@ def test_gpus_are_read_from_nvidia_smi() -> None:
     ids=["cpu-build", "old-driver", "broken-package"],
 )
 def test_a_torch_that_does_not_fit_the_machine_is_named(torch: dict[str, Any], told: str) -> None:
-    (problem,) = doctor.torch_problems(torch, {"torch": "2.13.0"}, doctor.parse_gpus(NVIDIA_SMI))
+    (problem,) = doctor.torch_problems(torch, {"torch": "2.13.0"}, tuple(nvidia_smi.parse(NVIDIA_SMI)))
     assert told in problem
 
 
@@ -124,7 +118,7 @@ def test_other_packages_on_a_node_are_told() -> None:
 
 
 def test_alike_nodes_are_told_once_and_a_head_without_work_says_so() -> None:
-    gpus = tuple(doctor.parse_gpus(NVIDIA_SMI))
+    gpus = tuple(nvidia_smi.parse(NVIDIA_SMI))
     h100 = replace(H100, gpus=2)
     workers = [a_node(f"worker-{i}", replace(h100, host_memory_bytes=2**36 + i), gpus=gpus) for i in (1, 2)]
     nodes = tuple(doctor._with_settings([*workers, a_node("head", replace(CPU, cpus=0))]))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import InputError, ModelError
 from orchestrator.planning.cheaper import what_fits
+from orchestrator.planning.compatibility import refusals
 from orchestrator.planning.hardware import Hardware, cpu_half_precision, named_gpu, parse_memory
 from orchestrator.planning.memory import CONTEXT_BYTES, estimate, estimate_on, memory_parts, trainable_parameters
 from orchestrator.planning.model_shape import shape_of
@@ -126,6 +128,38 @@ def test_a_trial_for_which_no_single_change_is_enough_is_told_the_fewest_togethe
     settings = {"precision": "fp32", "micro_batch_size": 16, "sequence_length": 4096}
     (reason,) = plan(named_gpu("T4", 1), trial=settings).trials[0].reasons
     assert reason.endswith("fits with micro_batch_size 1 and gradient_checkpointing and precision nf4")
+
+
+OF_NO_MEMORY = {
+    "learning_rate": 1e-3,
+    "lr_schedule": "cosine",
+    "warmup_steps": 7,
+    "weight_decay": 0.1,
+    "max_grad_norm": 0.5,
+    "max_steps": 333,
+    "eval_every": 3,
+    "seed": 99,
+}
+
+
+@pytest.mark.parametrize("setting", OF_NO_MEMORY)
+def test_what_memory_does_not_depend_on_changes_no_estimate_refusal_or_hint(setting: str) -> None:
+    settings = {"precision": "fp32", "micro_batch_size": 16, "global_batch_size": 16, "sequence_length": 4096}
+    asked = case(named_gpu("T4", 1), **settings)
+    other = replace(asked, config=asked.config.model_copy(update={setting: OF_NO_MEMORY[setting]}))
+    assert other.config != asked.config
+    assert estimate_on(other.config, SEVEN_B, 1, other.hardware) == estimate_on(
+        asked.config, SEVEN_B, 1, asked.hardware
+    )
+    assert refusals(other) == refusals(asked)
+    assert what_fits(other, 2**34, 1) == what_fits(asked, 2**34, 1)
+
+
+def test_a_hint_is_of_the_trial_that_asks() -> None:
+    def hint(**settings: Any) -> str | None:
+        return what_fits(case(named_gpu("T4", 1), precision="fp32", sequence_length=4096, **settings), 2**34, 1)
+
+    assert len({hint(micro_batch_size=1), hint(micro_batch_size=4), hint(micro_batch_size=4, rank=2048)}) == 3
 
 
 def test_where_no_change_leaves_room_one_that_fits_without_is_named() -> None:

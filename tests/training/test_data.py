@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from orchestrator.errors import DataError
 from orchestrator.training import data
 from orchestrator.training.data_rows import Row, read_rows
 from orchestrator.training.data_tokens import tokenize
+from orchestrator.training.tokenizer import load_tokenizer
 
 ROWS = [{"text": f"row {number} of a small file"} for number in range(20)]
 
@@ -52,6 +56,50 @@ def test_every_kind_of_file_gives_the_same_tokens(
     summary = data.prepare(DataConfig(train=str(tmp_path / f"rows.{suffix}")), tiny_model, tmp_path / "out")
     assert (summary.train_rows, summary.eval_rows, summary.skipped_count) == (19, 1, 0)
     assert summary.hash == plain.hash
+
+
+def test_a_tokenizer_without_a_class_of_its_own_is_the_one_that_autotokenizer_loads(
+    tiny_model: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    ours = load_tokenizer(tiny_model)
+    assert type(ours) is type(tokenizer)
+    texts = ["def f(x):", "Zoë <|end|> naïve\n\n  tabs\t"]
+    assert ours(texts)["input_ids"] == tokenizer(texts)["input_ids"]
+    for number, one in enumerate((ours, tokenizer)):
+        one.save_pretrained(tmp_path / str(number))
+    first, second = ({f.name: f.read_text() for f in (tmp_path / n).iterdir()} for n in "01")
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    "changed", [{"tokenizer_class": "GPT2Tokenizer"}, {"auto_map": {"AutoTokenizer": "x.Y"}}, None]
+)
+def test_a_tokenizer_of_another_class_is_left_to_autotokenizer(
+    changed: dict[str, Any] | None, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model")
+    file = tmp_path / "model" / "tokenizer_config.json"
+    if changed is None:
+        file.unlink()
+    else:
+        file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    asked: list[Path] = []
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda folder, **_: asked.append(folder))
+    load_tokenizer(tmp_path / "model")
+    assert asked == [tmp_path / "model"]
+
+
+def test_tokenising_loads_no_torch_which_the_driver_has_no_use_for(tiny_model: Path, tmp_path: Path) -> None:
+    _write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    script = (
+        "import sys; from pathlib import Path; from orchestrator.config.sweep_config import DataConfig; "
+        "from orchestrator.training import data; "
+        "data.prepare(DataConfig(train=sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])); "
+        "print('torch' in sys.modules)"
+    )
+    arguments = [str(tmp_path / "rows.jsonl"), str(tiny_model), str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_a_folder_is_all_its_files_and_text_files_are_cut_in_documents(tmp_path: Path) -> None:
