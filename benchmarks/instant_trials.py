@@ -82,7 +82,7 @@ class InstantGroups:
     async def close(self, group_id: str) -> None:
         await self._board.close_group.remote(group_id)
 
-    async def close_all(self) -> None:
+    async def close_all(self, limit_s: float = 0.0) -> None:
         pass
 
     async def life(self) -> None:

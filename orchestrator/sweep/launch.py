@@ -21,6 +21,7 @@ from orchestrator.sweep.stopper import Stopper
 from orchestrator.sweep.suggestions import NewRecord, Suggestions
 from orchestrator.sweep.trial import TrialOnWorkers
 from orchestrator.sweep.trial_queue import TrialQueue
+from orchestrator.sweep.worker_group import CLOSE_LIMIT_S, HURRIED_CLOSE_LIMIT_S
 from orchestrator.training.task import TrialTask
 
 Isolation = Literal["warm", "fresh"]
@@ -90,7 +91,7 @@ def launch(
         if stopper.broken() is None:
             recorder.storage_error = StorageError(f"cannot write to {folder.root} ({error})")
     with contextlib.suppress(ray.exceptions.RayActorError):
-        ray.get(prepared.groups.close_all.remote())
+        ray.get(prepared.groups.close_all.remote(HURRIED_CLOSE_LIMIT_S if stopper.interrupted else CLOSE_LIMIT_S))
 
 
 def _name(trial: Any) -> str:

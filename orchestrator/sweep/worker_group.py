@@ -21,6 +21,8 @@ from orchestrator.sweep.worker import GroupShape, WorkerConfig, serve
 
 log = logging.getLogger(__name__)
 CLOSE_LIMIT_S = 20.0
+HURRIED_CLOSE_LIMIT_S = 5.0
+"""Where the sweep was interrupted: its workers may wait for a store that is away."""
 UNUSED = frozenset({"DatasetsCallback", "PlacementGroupCleanerCallback"})
 """Parts of Ray Train's controller that start a process each for every group (ray 2.60.0): one for Ray Data's datasets,
 of which there are none, and one that removes a dead controller's placement group, which `_fit` does."""
@@ -72,17 +74,17 @@ class WorkerGroups:
         """Whether its workers can take another trial."""
         return group_id in self._open and not self._open[group_id].done()
 
-    async def close(self, group_id: str) -> None:
-        """Let the workers end; returns when the trainer gave its resources back."""
+    async def close(self, group_id: str, limit_s: float = CLOSE_LIMIT_S) -> None:
+        """Let the workers end; returns when the trainer gave its resources back, or after `limit_s`."""
         await self._board.close_group.remote(group_id)
         if trainer := self._open.pop(group_id, None):
-            await asyncio.wait([trainer], timeout=CLOSE_LIMIT_S)
+            await asyncio.wait([trainer], timeout=limit_s)
 
-    async def close_all(self) -> None:
+    async def close_all(self, limit_s: float = CLOSE_LIMIT_S) -> None:
         """The sweep is over."""
         self._to_start = 0
         await asyncio.gather(*self._ahead)
-        await asyncio.gather(*map(self.close, list(self._open)))
+        await asyncio.gather(*(self.close(group_id, limit_s) for group_id in list(self._open)))
 
     async def life(self) -> None:
         """Returns never: who waits for it hears of this actor's death."""
