@@ -26,10 +26,15 @@ if TYPE_CHECKING:
 
 STEP_S = 1.0
 ROOM_LIMIT_S = 300.0
+NODE_LIMIT_S = 900.0
 
 
 def runtime_env_hook(runtime_env: dict[str, Any] | None) -> dict[str, Any]:
     """What `ray.init` makes of the job's runtime environment."""
+    from orchestrator.sweep import cluster
+
+    # Every node is asked for the storage by a first worker of its own, and here all of them start on a few cores.
+    cluster.NODE_LIMIT_S = NODE_LIMIT_S
     return {**(runtime_env or {}), "worker_process_setup_hook": f"{__name__}.replace_trainer"}
 
 
