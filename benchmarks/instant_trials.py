@@ -14,13 +14,13 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.trivial_training import point_at
+from benchmarks.trivial_training import point_at, progress_at
 from orchestrator.cli import app
 from orchestrator.results.records import TrialStatus
 from orchestrator.results.storage import TrialFolder
 from orchestrator.sweep import cluster, preparation
 from orchestrator.sweep.switchboard import Switchboard
-from orchestrator.training.task import TrialEnd, TrialProgress, TrialTask
+from orchestrator.training.task import TrialEnd, TrialTask
 
 TRIAL_S = 0.05
 GROUP_START_S = 40.0
@@ -40,23 +40,7 @@ class InstantBoard(Switchboard):
         folder.root.mkdir(parents=True, exist_ok=True)
         folder.metrics.write_text("".join(point.model_dump_json(exclude_none=True) + "\n" for point in points))
         for reported in points[1::2]:
-            progress = TrialProgress(
-                last=reported,
-                best=reported,
-                trainable_parameters=1000,
-                startup_s=0.1,
-                data_s=0.1,
-                model_s=0.1,
-                training_s=reported.seconds,
-                evaluation_s=0.0,
-                saving_s=0.0,
-                peak_memory_bytes=2**28,
-                reserved_bytes=None,
-                memory_kind="resident",
-                device="cpu",
-                host="here",
-                has_adapter=False,
-            )
+            progress = progress_at(reported)
             await self.send(group_id, turn, 0, progress)
         await self.send(group_id, turn, 0, TrialEnd(TrialStatus.COMPLETED, None, progress))
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.sweeps import describe, environ, machine, measure_and_tell, table
-from benchmarks.trivial_training import point_at
+from benchmarks.trivial_training import point_at, progress_at
 from orchestrator.results.records import MetricPoint
 from orchestrator.sweep.trial_messages import messages
 from orchestrator.sweep.worker import TEMPLATE
@@ -45,13 +45,6 @@ def timed(reports: int, work_s: float, report: Callable[[MetricPoint], None]) ->
         report(point)
         found.append(time.perf_counter() - started)
     return found
-
-
-def progress_at(point: MetricPoint) -> TrialProgress:
-    """As an evaluation tells it."""
-    return TrialProgress(
-        point, point, 1000, 0.1, 0.1, 0.1, point.seconds, 0.0, 0.0, 2**28, None, "resident", "cpu", "here", False
-    )
 
 
 def loop_of_ours(reports: int, work_s: float, curve: str, out: str, pipe: Connection) -> None:

@@ -85,3 +85,24 @@ def point_at(step: int, learning_rate: float, seconds: float, evaluated: bool) -
         peak_memory_bytes=2**28 if evaluated else None,
         time_ms=int(time.time() * 1000),
     )
+
+
+def progress_at(point: MetricPoint) -> TrialProgress:
+    """As an evaluation tells it."""
+    return TrialProgress(
+        last=point,
+        best=point,
+        trainable_parameters=1000,
+        startup_s=0.1,
+        data_s=0.1,
+        model_s=0.1,
+        training_s=point.seconds,
+        evaluation_s=0.0,
+        saving_s=0.0,
+        peak_memory_bytes=2**28,
+        reserved_bytes=None,
+        memory_kind="resident",
+        device="cpu",
+        host="here",
+        has_adapter=False,
+    )

@@ -48,6 +48,7 @@ def test_a_machine_with_gpus_is_planned_for_them(driver: Driver) -> None:
 
 def test_a_gpu_without_memory_of_its_own_has_the_hosts(driver: Driver) -> None:
     driver("NVIDIA GB10, [N/A], 12.1, 580.1, [N/A]\n")
+    assert nvidia_smi.local_gpus()[0][0].memory_bytes is None
     here = this_machine()
     assert here.gpu_memory_bytes == here.host_memory_bytes
     assert here.compute_capability == (12, 1)
