@@ -146,7 +146,8 @@ class Cluster:
         except (requests.RequestException, ValueError):
             return set()
         nodes = told["data"]["summary"]
-        return {node["hostname"] for node in nodes if node.get("raylet", {}).get("state") == "ALIVE"}
+        # Of a node that has just joined the head knows the raylet before it knows the name.
+        return {node.get("hostname", "") for node in nodes if node.get("raylet", {}).get("state") == "ALIVE"}
 
 
 @contextmanager

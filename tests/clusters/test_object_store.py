@@ -16,7 +16,7 @@ pytest.importorskip("moto")
 
 from orchestrator.results import lease, remote
 from orchestrator.results.records import SweepResult, TrialStatus
-from orchestrator.results.storage import SweepFolder, is_at_work, read_sweep
+from orchestrator.results.storage import SweepFolder, is_at_work, read_sweep, read_trial_results
 from tests.object_store import BUCKET, started_store
 from tests.ray.clusters import joined_node, started_head
 from tests.ray.sweeps import Run, start
@@ -116,6 +116,10 @@ def test_all_trials_end_though_a_node_was_lost(seen: Seen) -> None:
 
 def test_the_store_has_everything_of_every_trial_and_each_step_once(seen: Seen) -> None:
     folder = in_store()
+    # Their own records, from which the sweep goes on, and not only those of the sweep's table.
+    records, damaged = read_trial_results(folder)
+    assert not damaged
+    assert [record.status for record in records.values()] == [TrialStatus.COMPLETED] * 3
     for trial in sweep().trials:
         points = folder.trial(trial.trial_id).read_metrics()
         assert [point.step for point in points] == list(range(1, STEPS + 1))
@@ -143,7 +147,7 @@ def test_the_same_command_on_a_machine_that_has_nothing_runs_nothing_twice(seen:
     shutil.rmtree(seen.folder / "cache" / "copies")
     exit_code, _, err = start_sweep(seen.folder).wait()
     assert exit_code == 0, err
-    assert "3 done before" in err
+    assert "3 done before" in err, err
     assert sweep().sweep_id == before.sweep_id
     assert [trial.last for trial in sweep().trials] == [trial.last for trial in before.trials]
 
