@@ -49,7 +49,21 @@ def read_earlier(folder: SweepFolder) -> Earlier | None:
     except FolderError:
         result = None
     sweep_id = result.sweep_id if result else kept_sweep_id(folder)
-    return Earlier(load(folder.sweep_file), result, read_trial_results(folder)[0], sweep_id)
+    trials = read_trial_results(folder)[0]
+    return Earlier(load(folder.sweep_file), result, {**_known_by_the_table(folder, result), **trials}, sweep_id)
+
+
+def _known_by_the_table(folder: SweepFolder, result: SweepResult | None) -> Mapping[str, TrialResult]:
+    """Trials that had ended, as results.json has them: their own record may be lost or damaged since.
+
+    Of a trial whose whole folder is gone nothing counts: it is run again.
+    """
+    told = result.trials if result else ()
+    return {
+        trial.trial_id: trial
+        for trial in told
+        if trial.status.is_final and folder.trial(trial.trial_id).root.is_dir()
+    }
 
 
 def require_same_question(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,23 @@ def test_a_folder_whose_summary_is_lost_goes_on_from_the_trials_records(tmp_path
     assert earlier is not None
     assert earlier.result is None
     assert set(earlier.trials) == {trial.trial_id for trial in made_up.trials}
+
+
+@pytest.mark.parametrize("left", ["", "{", None], ids=["empty", "cut", "gone"])
+def test_a_trial_that_had_ended_is_not_run_again_though_its_record_is_lost(tmp_path: Path, left: str | None) -> None:
+    statuses = [TrialStatus.COMPLETED, TrialStatus.COMPLETED, TrialStatus.RUNNING, TrialStatus.COMPLETED]
+    made_up = simulated([2.0, 2.1, 2.2, 2.3], 1, 0, status_of=lambda place, _: statuses[place])
+    folder = write_made_up(tmp_path, made_up)
+    write_atomically(folder.sweep_file, to_yaml(sweep()))
+    lost, whole, running, removed = made_up.trials
+    for trial in (lost, running):
+        folder.trial(trial.trial_id).result.unlink()
+        if left is not None:
+            folder.trial(trial.trial_id).result.write_text(left)
+    shutil.rmtree(folder.trial(removed.trial_id).root)
+    earlier = read_earlier(folder)
+    assert earlier is not None
+    assert dict(earlier.trials) == {lost.trial_id: lost, whole.trial_id: whole}
 
 
 def test_a_trial_that_was_cut_off_keeps_what_it_had_where_it_left_a_checkpoint(tmp_path: Path) -> None:
