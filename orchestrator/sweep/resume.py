@@ -60,9 +60,7 @@ def _known_by_the_table(folder: SweepFolder, result: SweepResult | None) -> Mapp
     """
     told = result.trials if result else ()
     return {
-        trial.trial_id: trial
-        for trial in told
-        if trial.status.is_final and folder.trial(trial.trial_id).root.is_dir()
+        trial.trial_id: trial for trial in told if trial.status.is_final and folder.trial(trial.trial_id).root.is_dir()
     }
 
 
