@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from orchestrator.errors import InputError
-from orchestrator.reporting.recommendation import trial_to_take
+from orchestrator.reporting.recommendation import recommend, trial_to_take
 from orchestrator.results import remote
 from orchestrator.results.records import SweepResult, TrialResult
 from orchestrator.results.storage import SweepFolder
@@ -20,15 +20,12 @@ def choose_trial(sweep: SweepResult, trial_id: str | None) -> TrialResult:
     """The named trial, or the one that the report recommends.
 
     Raises:
-        InputError: there is no such trial, or none was evaluated.
+        InputError: there is no such trial, or the report recommends none.
     """
     if trial_id is None:
         best = trial_to_take(sweep)
         if best is None:
-            raise InputError(
-                f"no trial of {sweep.name} has been evaluated, so none is the best: run the sweep to its end, "
-                "or name a trial with --trial"
-            )
+            raise InputError(f"{sweep.name}: {recommend(sweep).answer} A trial that is named with --trial is exported")
         return best
     known = {trial.trial_id: trial for trial in sweep.trials}
     if trial_id not in known:

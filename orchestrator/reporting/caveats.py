@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from orchestrator.config.sweep_config import is_score
 from orchestrator.reporting.statistics import ConfigurationSummary, objective_of
@@ -16,8 +16,12 @@ def caveats(
     found: Sequence[ConfigurationSummary],
     completed: Sequence[ConfigurationSummary],
     contenders: Sequence[ConfigurationSummary],
+    wild: Collection[str],
 ) -> list[str]:
-    """What else a reader has to know before trusting the answer."""
+    """What else a reader has to know before trusting the answer.
+
+    wild: ids of the configurations that were left out for the scatter of their repeats.
+    """
     told = []
     open_ = sum(trial.status in (TrialStatus.PENDING, TrialStatus.RUNNING) for trial in sweep.trials)
     if open_:
@@ -31,10 +35,8 @@ def caveats(
         told.append(f"{len(unscored)} completed trials have no {sweep.objective_metric}, and do not compete: {have}.")
     ran = [trial for trial in sweep.trials if trial.status is TrialStatus.COMPLETED]
     steps_of = {trial.configuration_id: trial.steps_trained for trial in ran}
-    competing = {summary.configuration_id for summary in contenders}
-    wild = [s.label for s in completed if s.configuration_id not in competing and not s.is_broken]
-    if wild:
-        told.append(f"Left out, since their repeats scatter ten times as far as the others': {_some(wild)}.")
+    if scattered := [summary.label for summary in completed if summary.configuration_id in wild]:
+        told.append(f"Left out, since their repeats scatter ten times as far as the others': {_some(scattered)}.")
     broken = [summary.label for summary in completed if summary.is_broken]
     if broken and not any(summary.is_broken for summary in contenders):
         told.append(f"Left out, since a repeat of theirs diverged or ran out of memory: {_some(broken)}.")

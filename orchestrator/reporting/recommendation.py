@@ -15,7 +15,6 @@ from orchestrator.reporting.statistics import (
     ConfigurationSummary,
     Estimate,
     Noise,
-    best_trial,
     noise_of,
     paired_difference,
     repeats_to_tell,
@@ -86,7 +85,7 @@ def recommend(sweep: SweepResult) -> Recommendation:
     wild = scattered({summary.configuration_id: summary.objective_by_repeat for summary in whole})
     sound = [summary for summary in whole if summary.configuration_id not in wild]
     contenders = objectives.on_front(sweep, sound)
-    told = (*caveats(sweep, found, completed, contenders), *objectives.evidence(sweep, found))
+    told = (*caveats(sweep, found, completed, contenders, wild), *objectives.evidence(sweep, found))
     if completed and not kept:
         answer = "No configuration that has completed keeps the constraints: loosen them, or search more settings."
         return _make("nothing", None, answer, told)
@@ -102,8 +101,8 @@ def recommend(sweep: SweepResult) -> Recommendation:
             f"Too early to tell: {best.label} alone has completed, and {open_} of {len(sweep.trials)} trials have not "
             "ended."
             if open_
-            else f"Take {best.label}: no other configuration has completed soundly, so there is nothing to compare it "
-            "with."
+            else f"Take {best.label}: no other configuration has completed soundly{_and_keeps(sweep)}, so there is "
+            "nothing to compare it with."
         )
         return _make("only_one", best, answer, told)
     noise = noise_of({summary.configuration_id: summary.objective_by_repeat for summary in contenders})
@@ -112,10 +111,14 @@ def recommend(sweep: SweepResult) -> Recommendation:
     return _by_rule(sweep, contenders, noise, told)
 
 
+def _and_keeps(sweep: SweepResult) -> str:
+    return " and keeps the constraints" if sweep.constraints else ""
+
+
 def trial_to_take(sweep: SweepResult) -> TrialResult | None:
-    """Whose adapter is the answer: the recommended configuration's best repeat; without a recommendation the best."""
+    """Whose adapter is the answer: the recommended configuration's best repeat; None where nothing is recommended."""
     trial_id = recommend(sweep).trial_id
-    return next((trial for trial in sweep.trials if trial.trial_id == trial_id), None) or best_trial(sweep)
+    return next((trial for trial in sweep.trials if trial.trial_id == trial_id), None)
 
 
 def _make(
@@ -349,7 +352,7 @@ def _without_completed(
     ran = [summary for summary in found if summary.provisional_objective is not None and not summary.is_broken]
     if not ran:
         evaluated = any(trial.best for trial in sweep.trials)
-        why = f"no trial has a {sweep.objective_metric}" if evaluated else "no trial has completed an evaluation"
+        why = f"no trial that went well has its {sweep.objective_metric}" if evaluated else "no trial has completed an evaluation"
         return _make("nothing", None, f"No answer yet: {why}.", caveats)
     best = ran[0]
     value = quantities.number(best.provisional_objective)

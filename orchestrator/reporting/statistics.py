@@ -114,15 +114,6 @@ def sign_of(sweep: SweepResult) -> int:
     return 1 if sweep.objective_mode == "min" else -1
 
 
-def best_trial(sweep: SweepResult) -> TrialResult | None:
-    """The completed trial with the best objective; without one, the best of those that ran without breaking."""
-    for statuses in (frozenset({TrialStatus.COMPLETED}), PROVISIONAL):
-        found = _best(sweep, (trial for trial in sweep.trials if trial.status in statuses))
-        if found:
-            return found
-    return None
-
-
 def _best(sweep: SweepResult, trials: Iterable[TrialResult]) -> TrialResult | None:
     """Of those that differ by less than SAME_OBJECTIVE the one with the least memory."""
     known = [(sign_of(sweep) * value, trial) for trial in trials if (value := objective_of(sweep, trial)) is not None]

@@ -9,7 +9,7 @@ from typing import Any
 
 from orchestrator.planning.pace import OPEN, left_s
 from orchestrator.reporting import quantities
-from orchestrator.reporting.recommendation import trial_to_take
+from orchestrator.reporting.recommendation import recommend, trial_to_take
 from orchestrator.reporting.statistics import label, objective_of
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder, is_at_work, read_record, read_sweep
@@ -56,7 +56,7 @@ def _trouble(sweep: SweepResult, trial: TrialResult) -> str:
 def _best(sweep: SweepResult) -> str:
     trial = trial_to_take(sweep)
     if trial is None:
-        return "best so far: no trial has been evaluated"
+        return f"best so far: none. {recommend(sweep).answer}"
     value = quantities.number(objective_of(sweep, trial))
     return f"best so far: {sweep.objective_metric} {value}, {_named(sweep, trial)}, {trial.status.value}"
 

@@ -52,6 +52,8 @@ class Recorder(tune.Callback):
         self._why_stopped, self._predicted_bytes, self._listeners = why_stopped, predicted_bytes, listeners
         self._fetch = fetch
         self._launched_at: dict[str, float] = {}
+        self._startup_s: dict[str, float] = {}
+        """Of trials that have told something in this run: of all their launches."""
         self.storage_error: StorageError | None = None
         """Why the records can no longer be kept."""
         self._told_of_disk = False
@@ -167,13 +169,15 @@ class Recorder(tune.Callback):
 
     def _with_config(self, record: TrialResult, config: TrialConfig, events: tuple[str, ...]) -> TrialResult:
         """The micro-batch may have become smaller than planned, and the notes say why."""
-        notes = tuple(dict.fromkeys((*record.notes, *events)))
+        record = record.model_copy(update={"notes": tuple(dict.fromkeys((*record.notes, *events)))})
+        if config == record.config:
+            # Of equal ones the record keeps its own: a sweep of thousands would keep as many that came by message.
+            return record
         memory = record.peak_memory
-        if memory and config != record.config:
+        if memory:
             memory = memory.model_copy(update={"predicted_bytes": self._predicted_bytes(config)})
-            # It was told of another micro-batch.
-            record = record.model_copy(update={"predicted_step_time_s": None})
-        return record.model_copy(update={"config": config, "notes": notes, "peak_memory": memory})
+        # The step time was told of another micro-batch.
+        return record.model_copy(update={"config": config, "peak_memory": memory, "predicted_step_time_s": None})
 
     def _with_progress(self, record: TrialResult, progress: TrialProgress | None) -> TrialResult:
         if progress is None:
@@ -186,8 +190,12 @@ class Recorder(tune.Callback):
             saving_s=progress.saving_s,
         )
         launched_at = self._launched_at[record.trial_id]
-        known_s = sum(timing.model_dump().values())
-        startup_s = record.timing.startup_s or max(0.0, time.time() - launched_at - known_s)
+        if record.trial_id not in self._startup_s:
+            # One that went on from a checkpoint tells of the runs before it too.
+            before = record.timing.model_dump(exclude={"queued_s", "startup_s", "total_s", "earlier_s"})
+            known_s = max(0.0, sum(timing.model_dump().values()) - sum(before.values()))
+            new_s = max(0.0, time.time() - launched_at - known_s)
+            self._startup_s[record.trial_id] = record.timing.startup_s + new_s
         planned = record.peak_memory
         last = progress.last
         return record.model_copy(
@@ -208,7 +216,7 @@ class Recorder(tune.Callback):
                 ),
                 "timing": timing.model_copy(
                     update={
-                        "startup_s": startup_s,
+                        "startup_s": self._startup_s[record.trial_id],
                         "queued_s": max(0.0, launched_at - self.started_at),
                         # Of the runs before this one, until the trial has ended.
                         "total_s": record.timing.total_s,

@@ -12,7 +12,7 @@ from orchestrator.config.constraint import parse
 from orchestrator.config.search_space import Space, domains
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.reporting.objectives import front, hypervolume
-from orchestrator.reporting.recommendation import recommend
+from orchestrator.reporting.recommendation import recommend, trial_to_take
 from orchestrator.results.records import TrialStatus
 from orchestrator.search.observation import Goal, Observation, Standing, observe
 from orchestrator.search.suggest import next_settings
@@ -70,6 +70,12 @@ def test_who_breaks_a_constraint_is_not_recommended_and_the_report_says_so() -> 
     answer = recommend(sweep)
     assert answer.label == "rank=8"
     assert any("rank=16 does not keep peak_memory_bytes <= 3GiB" in line for line in answer.evidence)
+    assert not any("scatter" in line for line in answer.evidence)
+
+
+def test_who_is_left_alone_by_the_constraints_is_said_to_be() -> None:
+    sweep = made_up_sweep(trials()).model_copy(update={"constraints": ("peak_memory_bytes <= 1GiB",)})
+    assert "no other configuration has completed soundly and keeps the constraints" in recommend(sweep).answer
 
 
 def test_where_nobody_keeps_the_constraints_the_report_says_that() -> None:
@@ -77,6 +83,13 @@ def test_where_nobody_keeps_the_constraints_the_report_says_that() -> None:
     answer = recommend(sweep)
     assert answer.label is None
     assert "loosen them" in answer.answer
+    assert trial_to_take(sweep) is None
+
+
+def test_who_is_beaten_in_every_objective_is_not_said_to_scatter() -> None:
+    objectives = (("eval_loss", "min"), ("peak_memory_bytes", "min"))
+    sweep = made_up_sweep(trials()).model_copy(update={"objectives": objectives})
+    assert not any("scatter" in line for line in recommend(sweep).evidence)
 
 
 def test_the_front_of_several_objectives_stands_in_the_report() -> None:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import pickle
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -8,7 +11,11 @@ pytest.importorskip("ray")
 
 from ray.tune.experiment import Trial
 
-from orchestrator.sweep.recorder import ForgetResults
+from orchestrator.results.records import Timing, TrialStatus
+from orchestrator.results.storage import SweepFolder, write_atomically
+from orchestrator.sweep.recorder import ForgetResults, Recorder
+from orchestrator.training.task import TrialProgress
+from tests.made_up_sweep import made_up_point, made_up_trial
 
 
 def test_tune_keeps_of_a_trials_results_only_where_they_came_from() -> None:
@@ -35,3 +42,42 @@ def test_tune_keeps_of_a_trials_results_only_where_they_came_from() -> None:
     trial.config = {"trial_id": "t-0", "task": ["settings"] * 1000}
     ForgetResults().on_trial_complete(40, [trial], trial)
     assert trial.config == {"trial_id": "t-0"}
+
+
+def test_a_trial_that_goes_on_has_waited_for_both_of_its_starts(tmp_path: Path) -> None:
+    before = {"startup_s": 20.0, "training_s": 30.0, "total_s": 50.0}
+    waiting = made_up_trial({"rank": 4}, status=TrialStatus.PENDING).model_copy(update={"timing": Timing(**before)})
+    folder = SweepFolder(tmp_path)
+    write_atomically(folder.sweep_file, "")
+    records = {waiting.trial_id: waiting}
+    recorder = Recorder(folder, records, 0.0, None, {}, lambda config: 0, lambda trial_id: True, ())
+    trial = Trial("sweep", stub=True)
+    trial.config = {"trial_id": waiting.trial_id, "task": SimpleNamespace(config=waiting.config)}
+    recorder.on_trial_start(1, [trial], trial)
+    progress = TrialProgress(
+        last=made_up_point(8, 2.0),
+        best=None,
+        trainable_parameters=1,
+        startup_s=0.0,
+        data_s=1.0,
+        model_s=2.0,
+        training_s=30.0 + 4.0,
+        evaluation_s=0.0,
+        saving_s=0.0,
+        peak_memory_bytes=2**30,
+        reserved_bytes=None,
+        memory_kind="resident",
+        device="a CPU",
+        host="a",
+        has_adapter=True,
+        went_on_from=4,
+    )
+    told = {"trial_config": waiting.config, "events": (), "progress": progress, "launched_at": time.time() - 22.0}
+    for _ in range(2):
+        recorder.on_trial_result(1, [trial], trial, told)
+    timing = recorder.records[waiting.trial_id].timing
+    assert timing.startup_s == pytest.approx(20.0 + 22.0 - 1.0 - 2.0 - 4.0, abs=1.0)
+    recorder.on_trial_result(1, [trial], trial, told | {"status": "completed"})
+    timing = recorder.records[waiting.trial_id].timing
+    parts_s = sum(timing.model_dump(exclude={"queued_s", "total_s", "earlier_s"}).values())
+    assert timing.total_s == pytest.approx(parts_s, abs=1.0)

@@ -85,7 +85,7 @@ def test_where_a_score_is_the_objective_all_that_completed_are_evaluated_and_it_
     assert list(wanted(asked, sweep)) == list(sweep.trials)
     early = recommend(sweep)
     assert early.basis == "nothing"
-    assert "no trial has a tiny/acc" in early.answer
+    assert "no trial that went well has its tiny/acc" in early.answer
 
     folder = write_made_up(tmp_path / "sweep", sweep)
     for trial in sweep.trials:

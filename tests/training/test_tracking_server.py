@@ -16,7 +16,8 @@ import torch
 
 from orchestrator.config.sweep_config import DataConfig, SweepConfig, TrackingConfig
 from orchestrator.config.sweep_file import to_yaml
-from orchestrator.reporting import report, statistics
+from orchestrator.reporting import report
+from orchestrator.reporting.recommendation import trial_to_take
 from orchestrator.results.records import SweepResult, TrialResult
 from orchestrator.results.storage import SweepFolder, read_sweep, write_atomically
 from orchestrator.sweep import logged_model, system_metrics
@@ -110,7 +111,7 @@ def _track(server: Server, root: Path, tiny_model: Path) -> Tracked:
         ids = {trial.trial_id: tracker.run_id(trial.trial_id) for trial in result.trials}
         trials = tuple(t.model_copy(update={"mlflow_run_id": ids[t.trial_id]}) for t in result.trials)
         result = result.model_copy(update={"trials": trials, "mlflow_run_id": tracker.parent_run_id})
-        best = statistics.best_trial(result)
+        best = trial_to_take(result)
         assert best is not None
         tracker.close_parent(result, best)
         logged_model.log_best(sweep, result, best, folder, said.append)
