@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from orchestrator.planning.step_time import Range
 
-FIRST_START_S = 20.0
-"""Seconds from the command to a slot's first step: Ray, worker groups, imports, once a slot (2 CPU cores)."""
+FIRST_START_S = Range(15.0, 25.0, 60.0)
+"""From the command to a slot's first step: Ray, worker groups, imports, once a slot. On 2 CPU cores, idle to busy."""
 DRAWS = 5
 """So many orders of the trials from the worst to the best: nobody knows which it will be."""
 
@@ -49,9 +49,12 @@ def simulate(works: Sequence[Work], slots: int, factor: int | None) -> Simulated
     if not works:
         return Simulated(Range(0.0, 0.0, 0.0), Range(0.0, 0.0, 0.0))
     orders = [random.Random(draw).sample(range(len(works)), len(works)) for draw in range(DRAWS if factor else 1)]
-    low = [_once(works, [work.step_s.low for work in works], order, slots, factor) for order in orders]
-    expected = [_once(works, [work.step_s.expected for work in works], order, slots, factor) for order in orders]
-    high = _once(works, [work.step_s.high for work in works], orders[0], slots, None)
+    start = FIRST_START_S
+    low = [_once(works, [work.step_s.low for work in works], start.low, order, slots, factor) for order in orders]
+    expected = [
+        _once(works, [work.step_s.expected for work in works], start.expected, order, slots, factor) for order in orders
+    ]
+    high = _once(works, [work.step_s.high for work in works], start.high, orders[0], slots, None)
     ranges = (
         Range(min(run[i] for run in low), sum(run[i] for run in expected) / len(expected), high[i]) for i in (0, 1)
     )
@@ -59,7 +62,12 @@ def simulate(works: Sequence[Work], slots: int, factor: int | None) -> Simulated
 
 
 def _once(
-    works: Sequence[Work], step_s: Sequence[float], quality: Sequence[int], slots: int, factor: int | None
+    works: Sequence[Work],
+    step_s: Sequence[float],
+    start_s: float,
+    quality: Sequence[int],
+    slots: int,
+    factor: int | None,
 ) -> tuple[float, float]:
     """One run: when its last trial ends, and the seconds of all."""
     waiting = deque(range(len(works)))
@@ -73,7 +81,7 @@ def _once(
 
     for _ in range(min(slots, len(works))):
         first = waiting.popleft()
-        go_on(FIRST_START_S + works[first].besides_s, first, 0)
+        go_on(start_s + works[first].besides_s, first, 0)
     while events:
         now_s, trial, rung, step = heapq.heappop(events)
         if step < works[trial].steps and factor and _goes_on(rungs[rung], quality[trial], factor):

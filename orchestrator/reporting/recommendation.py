@@ -352,7 +352,11 @@ def _without_completed(
     ran = [summary for summary in found if summary.provisional_objective is not None and not summary.is_broken]
     if not ran:
         evaluated = any(trial.best for trial in sweep.trials)
-        why = f"no trial that went well has its {sweep.objective_metric}" if evaluated else "no trial has completed an evaluation"
+        why = (
+            f"no trial that went well has its {sweep.objective_metric}"
+            if evaluated
+            else "no trial has completed an evaluation"
+        )
         return _make("nothing", None, f"No answer yet: {why}.", caveats)
     best = ran[0]
     value = quantities.number(best.provisional_objective)

@@ -138,7 +138,7 @@ def _fetch(sweep: SweepConfig, model: FoundModel, folder: SweepFolder, say: Call
     say(f"data: {summary.train_rows} rows to train on, {summary.eval_rows} to evaluate on")
     if summary.skipped_count:
         told = "; ".join(f"{where}: {why}" for where, why in summary.skipped[:3])
-        say(f"data: {summary.skipped_count} rows could not be read and are left out ({told})")
+        say(f"data: {summary.skipped_count} of the rows could not be read, left out ({told})")
     return summary
 
 

@@ -192,7 +192,11 @@ def _say_start(records: Collection[TrialResult], prepared: Prepared, say: Callab
     pending = sum(record.status is TrialStatus.PENDING for record in records)
     refused = sum(record.status is TrialStatus.INFEASIBLE for record in records)
     done = len(records) - pending - refused
-    say(f"{pending} trials to run, {prepared.slots} at a time; {refused} refused; {done} done before")
+    to_run = f"{pending} trial{'' if pending == 1 else 's'} to run"
+    if prepared.sweep.search.is_adaptive:
+        # It proposes each in the moment a slot is free for it.
+        to_run = f"up to {prepared.sweep.budget.trials} configurations to try"
+    say(f"{to_run}, {prepared.slots} at a time; {refused} refused; {done} done before")
 
 
 def _finish(

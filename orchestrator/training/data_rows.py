@@ -107,7 +107,9 @@ def local_files(source: str) -> list[Path]:
     path = Path(source).expanduser()
     if path.exists():
         return _files(path)
-    if path.suffix.lower() in _READERS or not _HUB_ID.match(source):
+    # `data/rows` beside a folder `data` is a slip of the pen sooner than somebody's data set on the hub.
+    is_beside = "/" in source and path.parent.is_dir()
+    if path.suffix.lower() in _READERS or is_beside or not _HUB_ID.match(source):
         raise DataError(f"data {source}: no such file or folder; name one that exists (looked in {Path.cwd()})")
     return []
 

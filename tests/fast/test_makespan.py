@@ -14,7 +14,7 @@ def works(count: int, steps: int = 90, eval_every: int = 10, besides_s: float = 
 
 def test_without_a_scheduler_the_slots_take_one_trial_after_the_other() -> None:
     taken = simulate(works(5), 2, None)
-    assert taken.makespan_s.expected == FIRST_START_S + 3 * (5 + 90)
+    assert taken.makespan_s.expected == FIRST_START_S.expected + 3 * (5 + 90)
     assert taken.trials_s == Range(5 * 50, 5 * 95, 5 * 185)
     assert simulate([], 2, None).makespan_s.high == 0
 

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from orchestrator.config.sweep_config import DataConfig
 from orchestrator.errors import DataError
 from orchestrator.training import data
-from orchestrator.training.data_rows import Row, read_rows
+from orchestrator.training.data_rows import Row, check, read_rows
 from orchestrator.training.data_tokens import tokenize
 from orchestrator.training.tokenizer import load_tokenizer
 
@@ -154,6 +154,16 @@ def test_data_that_cannot_be_used_is_refused_with_what_was_seen(
 def test_a_source_that_does_not_exist_is_refused(source: str, tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no such file or folder|did you mean builtin:python-docs"):
         data.prepare(DataConfig(train=source), tiny_model, tmp_path / "out")
+
+
+def test_a_name_beside_which_there_is_a_folder_here_is_not_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="no such file or folder"):
+        check(DataConfig(train="data/rows"))
+    check(DataConfig(train="somebody/rows"))
 
 
 def test_prepared_data_is_found_again_and_made_anew_when_its_source_changes(tiny_model: Path, tmp_path: Path) -> None:
