@@ -25,7 +25,7 @@ FROM_BUILTIN = {
 
 def model_card(sweep: SweepResult, trial: TrialResult, kind: Kind, config: SweepConfig | None) -> str:
     """README.md: what was asked, trained and measured, on what data and with what; of a local base only its name."""
-    on_hub = not sweep.model.startswith("builtin:") and not Path(sweep.model).expanduser().exists()
+    on_hub = _is_on_hub(sweep.model)
     head = {
         "library_name": "peft" if kind == "adapter" else "transformers",
         "pipeline_tag": "text-generation",
@@ -60,10 +60,19 @@ def model_card(sweep: SweepResult, trial: TrialResult, kind: Kind, config: Sweep
     return "\n\n".join(parts) + "\n"
 
 
+def _is_on_hub(model: str) -> bool:
+    return not model.startswith("builtin:") and not Path(model).expanduser().exists()
+
+
 def _remarks(sweep: SweepResult, trial: TrialResult, kind: Kind) -> list[str]:
     found = []
     if note := FROM_BUILTIN.get(sweep.model):
         found.append(note)
+    if kind == "adapter" and not _is_on_hub(sweep.model):
+        found.append(
+            "The adapter names its base by a folder of the machine that exported it. Elsewhere put the base's folder "
+            "into `adapter_config.json` (`base_model_name_or_path`), or export the whole model with `--merge`."
+        )
     if kind == "merged" and trial.config.precision.is_quantized:
         found.append(
             f"The adapter was trained on the base in {trial.config.precision} and is merged into the unquantised base, "

@@ -134,6 +134,7 @@ def test_a_trained_trial_is_exported_with_a_card_that_tells_its_story(
     card = (done.folder / "README.md").read_text()
     for told in (
         "library_name: peft",
+        "names its base by a folder of the machine",
         "How high a LoRA rank pays for itself?",
         "| hash | d41d8cd98f00b204 |",
         "| train | builtin:python-docs |",
