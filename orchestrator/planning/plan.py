@@ -357,4 +357,20 @@ def _warnings(sweep: SweepConfig, running: Sequence[PlannedTrial], makespan: Ran
             f"{len(too_long)} trials are expected to run longer than budget.trial_hours ({sweep.budget.trial_hours:g}) "
             "and to be ended there; raise it, or lower max_steps",
         )
-    return told + budget.shortfalls(sweep.budget, makespan.times(1 / 3600), hours)
+    return told + _beyond_constraints(sweep, running) + budget.shortfalls(sweep.budget, makespan.times(1 / 3600), hours)
+
+
+def _beyond_constraints(sweep: SweepConfig, running: Sequence[PlannedTrial]) -> tuple[str, ...]:
+    """Of bounds of memory, which is estimated as it is measured: allocated on a GPU, resident on a CPU."""
+    told = []
+    for text in sweep.constraints:
+        constraint = parse(text)
+        if constraint.metric != "peak_memory_bytes":
+            continue
+        needs = [trial.memory.allocated_bytes or trial.memory.device_bytes for trial in running if trial.memory]
+        if beyond := [need for need in needs if constraint.excess(need) > 0]:
+            told.append(
+                f"{len(beyond)} of {len(needs)} trials are estimated not to keep {text} (the least of them "
+                f"{min(beyond) / GIB:.2f} GiB): they run, and are not recommended"
+            )
+    return tuple(told)

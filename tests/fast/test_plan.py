@@ -94,6 +94,20 @@ def test_what_the_budget_does_not_hold_is_said_before_the_start() -> None:
     assert plan(A100, trial={"max_steps": 10}, budget={"hours": 100}).warnings == ()
 
 
+@pytest.mark.parametrize(
+    ("hardware", "measured"),
+    [(A100, "allocated_bytes"), (replace(CPU, host_memory_bytes=2**38), "device_bytes")],
+    ids=["GPU", "CPU"],
+)
+def test_a_bound_of_memory_that_trials_are_estimated_to_break_is_told(hardware: Hardware, measured: str) -> None:
+    keys: dict[str, Any] = {"space": {"rank": [8, 256]}, "trial": {"max_steps": 10}}
+    lean, fat = (getattr(trial.memory, measured) for trial in plan(hardware, THREE_B, **keys).trials)
+    between = f"peak_memory_bytes <= {(lean + fat) // 2}"
+    (warning,) = plan(hardware, THREE_B, constraints=[between], **keys).warnings
+    assert warning.startswith(f"1 of 2 trials are estimated not to keep {between}")
+    assert plan(hardware, THREE_B, constraints=[f"peak_memory_bytes <= {fat}"], **keys).warnings == ()
+
+
 def test_a_trial_that_would_outrun_its_limit_is_warned_of() -> None:
     (warning,) = plan(A100, trial={"max_steps": 10**6}, budget={"trial_hours": 0.5}).warnings
     assert warning.startswith("1 trials are expected to run longer than budget.trial_hours (0.5)")
