@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import io
 import logging
 import os
 import sys
@@ -65,12 +66,20 @@ def main() -> None:
     app()
 
 
+TOLD_OF_PATHS = {
+    errno.ENAMETOOLONG: "is longer than a path can be: shorten it",
+    errno.EACCES: "may not be reached by this account: give it the right to, or name another",
+}
 BUG_EXIT_CODE = 70
 """EX_SOFTWARE of sysexits.h: not 1, which says that trials failed."""
 
 
 def _say(text: str) -> None:
-    print(printable(without_secret(text)), file=sys.stderr, flush=True)
+    try:
+        print(printable(without_secret(text)), file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        # Who listened has gone away, as a pager does: what is at work goes on, and says the rest to nobody.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _show(text: str) -> None:
@@ -91,8 +100,12 @@ def _write(text: str, end: str = "\n") -> None:
 @contextmanager
 def _told_errors() -> Iterator[None]:
     """Errors of ours end with their message and exit code; all others are bugs, with a code and their traceback."""
-    logging.basicConfig(level=os.environ.get("ORCHESTRATOR_LOG", "WARNING"), stream=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # In an encoding that lacks a sign of ours, as latin-1 may be, it is escaped.
+            stream.reconfigure(errors="backslashreplace")
     try:
+        _log_to_stderr()
         yield
     except OrchestratorError as error:
         _say(f"error: {error}")
@@ -107,12 +120,19 @@ def _told_errors() -> Iterator[None]:
     except typer.Exit:
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-            _say(f"error: {cut(str(error.filename))} is longer than a path can be: shorten it")
+        if isinstance(error, OSError) and error.filename is not None and error.errno in TOLD_OF_PATHS:
+            _say(f"error: {cut(str(error.filename))} {TOLD_OF_PATHS[error.errno]}")
             raise typer.Exit(2) from error
         story = "".join(traceback.format_exception(error))
         _say(f"{story}error: this is a bug of orchestrator: report it with what stands above")
         raise typer.Exit(BUG_EXIT_CODE) from error
+
+
+def _log_to_stderr() -> None:
+    level = os.environ.get("ORCHESTRATOR_LOG") or "WARNING"
+    if level.upper() not in logging.getLevelNamesMapping():
+        raise InputError(f"ORCHESTRATOR_LOG={cut(level)}: takes DEBUG, INFO, WARNING or ERROR")
+    logging.basicConfig(level=level.upper(), stream=sys.stderr)
 
 
 def _all_overrides(overrides: list[str] | None, name: str | None, storage: str | None) -> list[str]:
@@ -271,8 +291,12 @@ def report(
         where = [opened(folder) for folder in folders]
         built = [reporting.build(folder) for folder in where]
         for folder, made in zip(where, built, strict=True):
-            write_atomically(folder.report, reporting.render_html(made))
-            publish(folder, folder.report)
+            try:
+                write_atomically(folder.report, reporting.render_html(made))
+                publish(folder, folder.report)
+            except StorageError as error:
+                # What it says is printed all the same.
+                _say(f"{folder.report} could not be written: {error}")
         page = where[0].report
         if len(built) == 1:
             _show(reporting.render_json(built[0]) if json else reporting.render_text(built[0]))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.config.local_path import local_path
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.sweep_file import load
 from orchestrator.errors import InputError, ModelError, StorageError
@@ -69,7 +70,7 @@ def export(folder: SweepFolder, trial_id: str | None, to: Path, *, merge: bool, 
         ModelError: the base model cannot be had.
         StorageError: `to` cannot be written.
     """
-    to = Path(os.path.normpath(to.expanduser().absolute()))
+    to = Path(os.path.normpath(local_path(to).absolute()))
     sweep, _ = read_sweep(folder)
     if os.path.lexists(to) and not force:
         raise InputError(f"{to} exists already: name another folder with --to, or replace this one with --force")
@@ -111,7 +112,7 @@ def _refuse_to_destroy(to: Path, sweep: SweepFolder, base: _Base) -> None:
         return
     if to.is_symlink() or not to.is_dir():
         raise InputError(f"--force replaces a folder, and {to} is none: name another with --to")
-    kept = {"the sweep": sweep.root, "the current folder": Path.cwd(), "your home": Path.home()}
+    kept = {"the sweep": sweep.root, "the current folder": Path.cwd(), "your home": local_path("~")}
     if Path(base.source).is_dir():
         kept["the base model"] = Path(base.source)
     for what, where in kept.items():

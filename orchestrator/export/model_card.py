@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+from orchestrator.config.local_path import local_path
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.export.trial_weights import Kind
 from orchestrator.reporting import quantities
@@ -61,7 +62,7 @@ def model_card(sweep: SweepResult, trial: TrialResult, kind: Kind, config: Sweep
 
 
 def _is_on_hub(model: str) -> bool:
-    return not model.startswith("builtin:") and not Path(model).expanduser().exists()
+    return not model.startswith("builtin:") and not local_path(model).exists()
 
 
 def _remarks(sweep: SweepResult, trial: TrialResult, kind: Kind) -> list[str]:

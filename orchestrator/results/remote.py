@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.config.local_path import local_path
 from orchestrator.config.storage_address import SCHEME, is_remote, storage_problem
 from orchestrator.errors import FolderError, StorageError
 from orchestrator.results.storage import SweepFolder
@@ -39,7 +40,7 @@ Wanted = Callable[[PurePosixPath], bool]
 def cache_folder() -> Path:
     """Where this user's models and copies are kept."""
     named = os.environ.get("ORCHESTRATOR_CACHE")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "orchestrator"
+    return local_path(named or "~/.cache/orchestrator")
 
 
 def copy_of(uri: str, whose: str) -> Path:
@@ -49,7 +50,7 @@ def copy_of(uri: str, whose: str) -> Path:
 
 def local_storage(storage: str) -> Path:
     """The storage folder on the driver's own disk: itself, or its copy."""
-    return copy_of(storage, "driver") if is_remote(storage) else Path(storage).expanduser().absolute()
+    return copy_of(storage, "driver") if is_remote(storage) else local_path(storage).absolute()
 
 
 def sweep_folder(storage: str, name: str) -> SweepFolder:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import orchestrator
+from orchestrator.config.local_path import local_path
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.errors import InputError
 from orchestrator.training import data_rows, inputs, model_source
@@ -113,4 +114,4 @@ def _local_sources(sweep: SweepConfig) -> Iterator[tuple[str, str, list[Path]]]:
 
 def is_the_clusters(source: str) -> bool:
     """Whether a path is one that all nodes see, and not one of this machine."""
-    return Path(source).expanduser().is_absolute()
+    return local_path(source).is_absolute()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from orchestrator.config.local_path import local_path
 from orchestrator.config.sweep_config import DataConfig, SweepConfig
 from orchestrator.config.sweep_file import load
 from orchestrator.errors import InputError
@@ -34,7 +34,7 @@ def lesson_of(sweep: SweepConfig, data_hash: str, goals: Sequence[Goal], limits:
     """Read the folder that the sweep file names; without one there is nothing to learn."""
     if sweep.search.warm_start is None:
         return Lesson()
-    folder = SweepFolder(Path(sweep.search.warm_start).expanduser())
+    folder = SweepFolder(local_path(sweep.search.warm_start))
     earlier, _ = read_sweep(folder)
     is_other = earlier.model != sweep.model
     if why := _incomparable(sweep, folder, earlier, data_hash, is_other=is_other):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mlflow.entities import Dataset, DatasetInput, InputTag
 
+from orchestrator.config.local_path import local_path
 from orchestrator.config.sweep_config import DataConfig
 from orchestrator.training.data import DataSummary
 
@@ -41,13 +42,13 @@ def _input(data: DataConfig, source: str, context: str, profile: dict[str, int],
 
 
 def _name(source: str) -> str:
-    return source if source.startswith("builtin:") or not Path(source).expanduser().exists() else Path(source).name
+    return source if source.startswith("builtin:") or not local_path(source).exists() else Path(source).name
 
 
 def _source(source: str) -> tuple[str, dict[str, object]]:
     """MLflow's own kinds of source (mlflow 3.17.2, data/), with what each of them is found by."""
     if source.startswith("builtin:"):
         return "code", {"tags": {"mlflow.source.name": source}}
-    if (path := Path(source).expanduser()).exists():
+    if (path := local_path(source)).exists():
         return "local", {"uri": str(path.absolute())}
     return "hugging_face", {"path": source}

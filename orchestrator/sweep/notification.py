@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from orchestrator.config.local_path import local_path
 from orchestrator.errors import InputError
 from orchestrator.reporting.findings import Report
 from orchestrator.results.provenance import run_page
@@ -27,7 +28,7 @@ def address_of(given: str) -> str:
     url = given
     if given.startswith("@"):
         try:
-            url = Path(given[1:]).expanduser().read_text(encoding="utf-8").strip()
+            url = local_path(given[1:]).read_text(encoding="utf-8").strip()
         except (OSError, ValueError) as error:
             raise InputError(f"--notify {given}: the file cannot be read: write the address into it") from error
     try:

@@ -21,6 +21,7 @@ from orchestrator.results.storage import SweepFolder, newest_sweeps
 from orchestrator.sweep import cluster, gpu_choice
 from orchestrator.sweep.gpu_choice import Choice
 from orchestrator.sweep.worker import GroupShape
+from orchestrator.sweep.worker_group import HURRIED_CLOSE_LIMIT_S
 from orchestrator.training import data, model_source
 from orchestrator.training.inputs import FoundModel
 
@@ -125,7 +126,7 @@ def prepare(
         summary = _fetch(sweep, model, folder, say)
     except BaseException:
         # On a cluster that is not ours they would go on for a while, and write into a folder that is to go.
-        ray.get(groups.close_all.remote())
+        ray.get(groups.close_all.remote(HURRIED_CLOSE_LIMIT_S))
         raise
     return Prepared(choice, model.shape, shape, slots, summary.hash, board, groups)
 

@@ -24,6 +24,13 @@ QUIET_S = 60.0
 """So long without a line, and the steps of the running trials are told."""
 
 
+class _Stderr(Console):
+    """A sweep goes on though nobody listens any more, as where a pager was closed."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 class Progress(tune.Callback):
     """Hears of every record that changes, and of every round of Tune's loop."""
 
@@ -46,7 +53,7 @@ class Progress(tune.Callback):
         self._launched: dict[str, float] = {}
         self._warned = False
         self._steps, self._read_at = "", 0.0
-        self._console = Console(stderr=True, highlight=False)
+        self._console = _Stderr(stderr=True, highlight=False)
         live = sys.stderr.isatty() and "NO_COLOR" not in os.environ
         self._live = Live(get_renderable=self._panel, console=self._console, refresh_per_second=2) if live else None
 

@@ -82,6 +82,21 @@ def require_same_question(
         )
 
 
+def require_same_data(folder: SweepFolder, earlier: Earlier, data_hash: str) -> None:
+    """Refuse data whose rows are others than those that trials were trained on, though their source has the same name.
+
+    Raises:
+        FolderError: with both hashes.
+    """
+    before = earlier.result.data_hash if earlier.result else None
+    if before in (None, data_hash) or not any(trial.steps for trial in earlier.trials.values()):
+        return
+    raise FolderError(
+        f"{folder.shown} holds results on other data: the rows of {earlier.sweep.data.train} have changed since (hash "
+        f"{before}, now {data_hash}). Bring them back, or give this sweep another --name"
+    )
+
+
 def changes(before: SweepConfig, now: SweepConfig, knows_hardware: bool) -> Iterator[str]:
     """What makes the results of two sweep files incomparable."""
     for key in SAME_KEYS:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from pathlib import Path
 
+from orchestrator.config.local_path import local_path
 from orchestrator.config.storage_address import is_remote
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.reporting import report, statistics
@@ -35,7 +35,7 @@ from orchestrator.sweep.opening import (
 from orchestrator.sweep.preparation import Prepared, prepare
 from orchestrator.sweep.progress import Progress
 from orchestrator.sweep.recorder import Recorder
-from orchestrator.sweep.resume import Earlier, read_earlier, require_same_question
+from orchestrator.sweep.resume import Earlier, read_earlier, require_same_data, require_same_question
 from orchestrator.sweep.scheduler import RuleScheduler
 from orchestrator.sweep.stopper import Stopper, signals_to, sigterm_like_ctrl_c
 from orchestrator.sweep.tracking import Tracker, tracking_uri
@@ -78,9 +78,10 @@ def run(
     if cluster.runs_in_a_job():
         sweep = _lasting(sweep)
     folder = sweep_folder(sweep.storage, sweep.name)
+    tracking_uri(sweep)
     if sweep.search.warm_start:
         # What it teaches is read later; that it is there is known before anything starts.
-        read_sweep(SweepFolder(Path(sweep.search.warm_start).expanduser()))
+        read_sweep(SweepFolder(local_path(sweep.search.warm_start)))
     with only_one(folder), sigterm_like_ctrl_c(), carried(folder) as carrier:
         earlier = read_earlier(folder)
         if earlier:
@@ -97,7 +98,7 @@ def _lasting(sweep: SweepConfig) -> SweepConfig:
     """A relative storage stands in the home folder, where a resubmitted job finds it again."""
     if is_remote(sweep.storage):
         return sweep
-    return sweep.model_copy(update={"storage": str(Path.home() / Path(sweep.storage).expanduser())})
+    return sweep.model_copy(update={"storage": str(local_path("~") / local_path(sweep.storage))})
 
 
 def _run_prepared(
@@ -111,6 +112,7 @@ def _run_prepared(
     sweep = prepared.sweep
     if earlier:
         require_same_question(folder, earlier.sweep, sweep, knows_hardware=True)
+        require_same_data(folder, earlier, prepared.data_hash)
     started_at = time.time()
     new_record = record_maker(prepared)
     records = opening_records(prepared, folder, earlier, new_record)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from statistics import fmean
 
 from orchestrator.config.axes import axes_of
 from orchestrator.config.constraint import Constraint, parse
+from orchestrator.config.local_path import local_path
 from orchestrator.config.search_space import Settings, descendant, make_trials
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.trial_config import TrialConfig
@@ -127,7 +127,7 @@ def to_try_first(sweep: SweepConfig) -> tuple[Settings, ...]:
     """`search.points`, then the best of `search.warm_start`."""
     if sweep.search.warm_start is None:
         return sweep.points
-    earlier, _ = read_sweep(SweepFolder(Path(sweep.search.warm_start).expanduser()))
+    earlier, _ = read_sweep(SweepFolder(local_path(sweep.search.warm_start)))
     return sweep.points + best_settings(earlier.trials, sweep.domains, sweep.base, goals(sweep)[0])
 
 

@@ -17,7 +17,7 @@ from mlflow.entities import Metric, Param, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 
 from orchestrator.config.sweep_config import SweepConfig
-from orchestrator.errors import StorageError, TrackingUnreachableError
+from orchestrator.errors import InputError, StorageError, TrackingUnreachableError
 from orchestrator.reporting.statistics import objective_of
 from orchestrator.results.records import MetricPoint, SweepResult, TrialResult, TrialStatus
 from orchestrator.results.remote import local_storage
@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 INTERVAL_S = 1.0
 KEPT_EVERY_S = 5.0
 BATCH = 1000
+NO_PART_OF_AN_ADDRESS = frozenset("%?#")
+"""In a path within one they mean something else (mlflow 3.17, sqlalchemy 2)."""
 METRICS = (
     "loss",
     "eval_loss",
@@ -52,9 +54,20 @@ RUN_STATUS = {
 
 
 def tracking_uri(sweep: SweepConfig) -> str:
-    """The server that the sweep file names, or MLFLOW_TRACKING_URI, or a database in the storage folder."""
-    storage = local_storage(sweep.storage)
-    return sweep.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage / 'mlflow.db'}"
+    """The server that the sweep file names, or MLFLOW_TRACKING_URI, or a database in the storage folder.
+
+    Raises:
+        InputError: that database would have no address.
+    """
+    if named := sweep.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI"):
+        return named
+    database = local_storage(sweep.storage) / "mlflow.db"
+    if found := sorted(NO_PART_OF_AN_ADDRESS & set(str(database))):
+        raise InputError(
+            f"storage {sweep.storage}: MLflow's database there would have no address, since its path holds "
+            f"{' and '.join(found)}: name another folder, or a tracking server (tracking.uri)"
+        )
+    return f"sqlite:///{database}"
 
 
 class Tracker:

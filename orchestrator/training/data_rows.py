@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from orchestrator.config.local_path import local_path
 from orchestrator.config.sweep_config import DataConfig
 from orchestrator.errors import DataError
 
@@ -28,6 +29,7 @@ COLUMNS: dict[Format, tuple[str, ...]] = {
     "prompt_completion": ("prompt", "completion"),
     "messages": ("messages",),
 }
+_READ = frozenset(name for columns in COLUMNS.values() for name in columns)
 CHECKED_ROWS = 100
 DOCUMENT_CHARACTERS = 500
 """Paragraphs are joined to documents of about this length."""
@@ -104,7 +106,7 @@ def local_files(source: str) -> list[Path]:
     if source.startswith("builtin:"):
         _builtin(source)
         return []
-    path = Path(source).expanduser()
+    path = local_path(source)
     if path.exists():
         return _files(path)
     # `data/rows` beside a folder `data` is a slip of the pen sooner than somebody's data set on the hub.
@@ -116,7 +118,7 @@ def local_files(source: str) -> list[Path]:
 
 def fingerprint(source: str) -> str:
     """What tells that a source is still the same, without reading all of it."""
-    path = Path(source).expanduser()
+    path = local_path(source)
     if source.startswith("builtin:"):
         return f"{source} {platform.python_version()}"
     if not path.exists():
@@ -181,10 +183,21 @@ def _parquet(file: Path) -> Iterator[Row]:
 
     try:
         table = pyarrow.parquet.ParquetFile(file)
-        for batch in table.iter_batches():
-            yield from (Row(f"{file}: a row", columns) for columns in batch.to_pylist())
+        # The others may hold what is no value in Python, as years past 9999; their names are told.
+        others = dict.fromkeys(name for name in table.schema_arrow.names if name not in _READ)
+        for batch in table.iter_batches(columns=[name for name in table.schema_arrow.names if name in _READ]):
+            for number in range(batch.num_rows):
+                yield _parquet_row(f"{file}: a row", others, batch.slice(number, 1))
     except (OSError, pyarrow.lib.ArrowException) as error:
         raise DataError(f"data {file} is no readable parquet file ({error}): write it again") from error
+
+
+def _parquet_row(where: str, others: dict[str, Any], row: Any) -> Row:
+    try:
+        (columns,) = row.to_pylist()
+    except (ValueError, OverflowError) as error:
+        return Row(where, None, str(error))
+    return Row(where, others | columns)
 
 
 def _plain_text(file: Path) -> Iterator[Row]:

@@ -62,9 +62,19 @@ def _columns(row: Row, data_format: Format) -> dict[str, Any]:
         value = row.columns[name]
         if name != "messages" and not isinstance(value, str):
             raise UnusableRowError(f"{name} is no text but {type(value).__name__}")
+        if name != "messages" and not _is_unicode(value):
+            raise UnusableRowError(f"{name} holds half of a surrogate pair, as where a text was cut within an emoji")
         if name != "prompt" and not value:
             raise UnusableRowError(f"{name} is empty")
     return row.columns
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _tokenize_texts(chunk: Sequence[Row], tokenizer: Any) -> Iterator[tuple[Row, Tokens, Mask] | Row]:

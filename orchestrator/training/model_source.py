@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.config.local_path import local_path
 from orchestrator.errors import ModelError
 from orchestrator.results.remote import cache_folder
 from orchestrator.training import builtin_models
@@ -43,7 +44,7 @@ def resolve(model: str) -> ModelSource:
     """
     if model.startswith("builtin:"):
         return ModelSource(model, _builtin_config(model.removeprefix("builtin:")), None)
-    path = Path(model).expanduser()
+    path = local_path(model)
     folder = path.resolve() if path.is_dir() else None
     config = _read_config(folder / "config.json") if folder else _hub_config(model)
     _require_causal_lm(model, config)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,3 +49,19 @@ def test_a_budget_that_will_do_is_not_told_of(tmp_path: Path, capsys: pytest.Cap
     progress(trials_of(TrialStatus.COMPLETED)[0])
     assert "completed" in (told := capsys.readouterr().err)
     assert "budget.hours" not in told
+
+
+def test_a_sweep_goes_on_though_nobody_listens_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    broken = os.fdopen(writer, "w", buffering=1)
+    try:
+        monkeypatch.setattr(sys, "stderr", broken)
+        (record,) = records = [made_up_trial({"rank": 8}, status=TrialStatus.RUNNING)]
+        progress = progress_of(tmp_path, records, 1.0)
+        progress(record)
+        progress(record.model_copy(update={"status": TrialStatus.COMPLETED}))
+    finally:
+        monkeypatch.undo()
+        with contextlib.suppress(BrokenPipeError):
+            broken.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from orchestrator.sweep.resume import (
     gone_on_with,
     kept,
     read_earlier,
+    require_same_data,
     require_same_question,
     with_time_spent,
 )
@@ -216,3 +218,17 @@ def test_the_sweeps_id_is_found_again_where_results_json_is_lost(tmp_path: Path)
         earlier = read_earlier(folder)
         assert earlier
         assert earlier.sweep_id == "abc123"
+
+
+def test_data_whose_rows_have_changed_under_the_same_name_is_refused_once_a_trial_has_trained(tmp_path: Path) -> None:
+    made_up = simulated([2.0, 2.1], 1, 0)
+    folder = write_made_up(tmp_path, made_up)
+    write_atomically(folder.sweep_file, to_yaml(sweep()))
+    earlier = read_earlier(folder)
+    assert earlier is not None
+    assert made_up.data_hash is not None
+    require_same_data(folder, earlier, made_up.data_hash)
+    with pytest.raises(FolderError, match=f"builtin:python-docs have changed since .hash {made_up.data_hash}, now b"):
+        require_same_data(folder, earlier, "b")
+    waiting = {name: trial.model_copy(update={"steps": 0}) for name, trial in earlier.trials.items()}
+    require_same_data(folder, replace(earlier, trials=waiting), "b")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from orchestrator.cli import app
 from orchestrator.planning.plan import SweepPlan
+from tests.fast.cases import LLAMA_2_7B
 from tests.golden_files import commands, expected
 
 ROOT = Path(__file__).parent.parent.parent
@@ -140,3 +142,37 @@ def test_the_documented_import_order_is_the_enforced_one() -> None:
     table = re.findall(r"^\| (`[\w`, ]+`) \|", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
     # Modules of one row stand side by side: neither may import the other.
     assert [row.replace("`", "").replace(", ", " | ") for row in table] == layers
+
+
+@pytest.mark.parametrize(
+    ("variables", "words", "told"),
+    [
+        ({"ORCHESTRATOR_LOG": "loud"}, ["plan", "search_spaces/demo.yaml"], "error: ORCHESTRATOR_LOG=loud: takes"),
+        ({}, ["export", "~nobody-of-this-name/sweeps/a", "--to", "~nobody-of-this-name/b"], "no home folder is known"),
+        ({}, ["plan", "search_spaces/demo.yaml", "--set", "data.train=~nobody-of-this-name/x"], "no home folder"),
+    ],
+)
+def test_what_the_environment_lacks_is_told_and_is_no_bug(
+    variables: dict[str, str], words: list[str], told: str
+) -> None:
+    result = CliRunner().invoke(app, words, env=variables)
+    assert result.exit_code in (0, 2)
+    assert told in result.stderr
+    assert "this is a bug" not in result.stderr
+
+
+def test_an_answer_is_given_in_an_encoding_that_lacks_its_signs() -> None:
+    command = [sys.executable, "-m", "orchestrator", "plan", "search_spaces/full.yaml", "--gpu", "A100", "--gpus", "8"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, env=environment, cwd=ROOT, timeout=30)
+    assert done.returncode == 0, done.stderr
+    assert rb"8 \xd7 A100" in done.stdout
+
+
+def test_an_estimate_of_a_model_in_a_home_that_nobody_has_spoils_no_other(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_2_7B | {"architectures": ["LlamaForCausalLM"]}))
+    lines = [json.dumps({"id": n, "model": m}) for n, m in enumerate(["~nobody-of-this-name/m", str(tmp_path)])]
+    result = CliRunner().invoke(app, ["estimate"], input="\n".join(lines) + "\n")
+    first, second = (json.loads(line) for line in result.stdout.splitlines())
+    assert "no home folder is known" in first["error"]
+    assert second["allocated_bytes"] > 7e9

@@ -55,6 +55,12 @@ def test_a_setting_that_is_shared_and_searched_is_refused(tmp_path: Path) -> Non
     assert "not both" in " ".join(problems(tmp_path, text).values())
 
 
+def test_a_precision_that_follows_the_hardware_cannot_be_excluded_by_name(tmp_path: Path) -> None:
+    text = SMALL | {"space": {"rank": [4, 8]}, "exclude": [{"precision": "bf16"}]}
+    assert "follows the hardware" in " ".join(problems(tmp_path, yaml.safe_dump(text)).values())
+    load(write(tmp_path, yaml.safe_dump(text | {"trial": {"precision": "fp32"}})))
+
+
 @pytest.mark.parametrize("space", [{}, None, {"rank": []}])
 def test_an_empty_space_is_refused(tmp_path: Path, space: object) -> None:
     told = problems(tmp_path, yaml.safe_dump(SMALL | {"space": space}))

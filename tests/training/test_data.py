@@ -298,3 +298,40 @@ def test_the_builtin_instructions_are_signatures_and_their_docstrings() -> None:
     first = next(row.columns for row in rows if row.where.startswith("textwrap.py") and row.columns)
     assert first["prompt"].startswith("# textwrap\ndef ")
     assert first["messages"][1]["content"] == first["completion"]
+
+
+@pytest.mark.parametrize("data_format", ["text", "prompt_completion", "messages"])
+def test_a_row_with_half_of_a_surrogate_pair_is_left_out_and_named(
+    data_format: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    cut = "cut within \ud83d"
+    rows = [
+        {"text": text, "prompt": "a", "completion": text, "messages": [{"role": "user", "content": text}]}
+        for text in ("whole", cut, "whole too")
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = DataConfig(train=str(file), eval=0.5, format=data_format)
+    if data_format == "messages":
+        with pytest.raises(DataError):
+            data.prepare(config, tiny_model, tmp_path / "out")
+        return
+    summary = data.prepare(config, tiny_model, tmp_path / "out")
+    assert (summary.train_rows, summary.eval_rows, summary.skipped_count) == (1, 1, 1)
+    ((where, why),) = summary.skipped
+    assert where.endswith("rows.jsonl:2")
+    assert "surrogate" in why
+
+
+def test_of_a_parquet_file_only_the_columns_that_may_be_asked_for_are_read(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    far = pa.array([10**18, 10**18], pa.int64()).cast(pa.timestamp("ms"))
+    bad = pa.Array.from_buffers(pa.string(), 2, pa.array([b"good", b"\xff\xfe"]).buffers())
+    file = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pa.table({"text": bad, "when": far}), file)
+    good, broken = read_rows(str(file), "train")
+    assert good.columns == {"text": "good", "when": None}
+    assert broken.columns is None
+    assert "decode" in broken.why
