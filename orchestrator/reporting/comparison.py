@@ -77,7 +77,7 @@ def _differing(sweeps: Sequence[ComparedSweep]) -> tuple[tuple[str, ...], bool]:
         "commit": [", ".join(sorted({t.git.commit[:12] for t in own if t.git})) or "unknown" for own in trials],
     }
     told = {
-        name: f"their {name} differs ({'; '.join(f'{s.name}: {v}' for s, v in zip(sweeps, values, strict=True))})"
+        name: f"they differ in {name} ({'; '.join(f'{s.name}: {v}' for s, v in zip(sweeps, values, strict=True))})"
         for name, values in facts.items()
         if len(set(values)) > 1
     }

@@ -124,6 +124,8 @@ def prepare(
     groups = cluster.start_groups(board, shape, sweep.model, folder.tune / "worker_groups", min(slots, waiting))
     try:
         summary = _fetch(sweep, model, folder, say)
+        if not plan.proposed_by:
+            data.require_something_to_learn(summary, max(trial.config.sequence_length for trial in plan.trials))
     except BaseException:
         # On a cluster that is not ours they would go on for a while, and write into a folder that is to go.
         ray.get(groups.close_all.remote(HURRIED_CLOSE_LIMIT_S))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +46,8 @@ class DataSummary:
     hash: str
     """Of the tokens themselves: the same text under the same tokenizer has the same."""
     inputs_hash: str
+    least_tokens: dict[Split, int] = field(default_factory=dict)
+    """The shortest sequence in which a row of the split has something to learn; not known of older folders."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +96,30 @@ def prepare(data: DataConfig, model_folder: Path, out: Path) -> DataSummary:
         skipped_count=len(skipped),
         hash=_content_hash(train, held_out),
         inputs_hash=inputs_hash,
+        least_tokens={"train": _least_tokens(train), "eval": _least_tokens(held_out)},
     )
     _write(out, {"train": train, "eval": held_out}, summary)
     return summary
+
+
+def require_something_to_learn(summary: DataSummary, sequence_length: int) -> None:
+    """Refuse, before anything is launched, what no trial of this length or a shorter one could learn from.
+
+    Raises:
+        DataError: with the length that it takes.
+    """
+    for split, least in summary.least_tokens.items():
+        if least > sequence_length:
+            raise DataError(_nothing_within(split, sequence_length, f"raise sequence_length to {least} at least"))
+
+
+def _nothing_within(split: Split, sequence_length: int, mend: str) -> str:
+    what = {"train": "train", "eval": "evaluate"}[split]
+    return f"data: no row to {what} on has anything to learn within {sequence_length} tokens: {mend}"
+
+
+def _least_tokens(rows: _Rows) -> int:
+    return 1 + min(int(rows.labels[begin:end].argmax()) for begin, end in itertools.pairwise(rows.offsets))
 
 
 def read_summary(folder: Path) -> DataSummary | None:
@@ -215,7 +239,7 @@ def load(folder: Path, split: Split, sequence_length: int, packing: bool) -> Dat
     row_labels = counted[starts + lengths] - counted[starts]
     kept = np.flatnonzero(row_labels)
     if not len(kept):
-        raise DataError(f"no row has a label within {sequence_length} tokens: raise sequence_length")
+        raise DataError(_nothing_within(split, sequence_length, "raise sequence_length"))
     starts, lengths, row_labels = starts[kept], lengths[kept], row_labels[kept]
     bounds = _packed(lengths, sequence_length) if packing else np.arange(len(kept) + 1)
     first = bounds[:-1]

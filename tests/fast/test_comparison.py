@@ -45,7 +45,7 @@ def test_equal_sweeps_are_within_the_noise(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value", "words"),
-    [("model", "another", "their model differs"), ("data_hash", "0123456789abcdef", "their data differs")],
+    [("model", "another", "they differ in model"), ("data_hash", "0123456789abcdef", "they differ in data")],
 )
 def test_sweeps_of_another_model_or_data_are_not_ranked(tmp_path: Path, field: str, value: str, words: str) -> None:
     sweep = simulated([2.2, 2.0], 2, 1)

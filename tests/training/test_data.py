@@ -335,3 +335,23 @@ def test_of_a_parquet_file_only_the_columns_that_may_be_asked_for_are_read(tmp_p
     assert good.columns == {"text": "good", "when": None}
     assert broken.columns is None
     assert "decode" in broken.why
+
+
+def test_a_sequence_length_within_which_there_is_nothing_to_learn_is_refused_with_the_one_that_it_takes(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    rows = {"train": ("short", "answer"), "eval": ("a prompt that is far longer than all the others " * 4, "answer")}
+    for split, (prompt, completion) in rows.items():
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"prompt": prompt, "completion": completion}) + "\n")
+    files = {split: str(tmp_path / f"{split}.jsonl") for split in rows}
+    out = tmp_path / "out"
+    summary = data.prepare(DataConfig(**files, format="prompt_completion"), tiny_model, out)
+    least = summary.least_tokens["eval"]
+    assert summary.least_tokens["train"] < least
+    data.require_something_to_learn(summary, least)
+    assert len(data.load(out, "eval", least, packing=False)) == 1
+    with pytest.raises(DataError, match=f"no row to evaluate on .* raise sequence_length to {least} at least"):
+        data.require_something_to_learn(summary, least - 1)
+    with pytest.raises(DataError, match="no row to evaluate on"):
+        data.load(out, "eval", least - 1, packing=False)
+    assert data.read_summary(out) == summary
