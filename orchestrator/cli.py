@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from enum import StrEnum
 from json import dumps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -78,8 +78,12 @@ def _say(text: str) -> None:
     try:
         print(printable(without_secret(text)), file=sys.stderr, flush=True)
     except BrokenPipeError:
-        # Who listened has gone away, as a pager does: what is at work goes on, and says the rest to nobody.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+        # Who listened has gone away, as a pager does: what is at work goes on.
+        _say_the_rest_to_nobody(sys.stderr)
+
+
+def _say_the_rest_to_nobody(stream: TextIO) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _show(text: str) -> None:
@@ -93,7 +97,7 @@ def _write(text: str, end: str = "\n") -> None:
         raise
     except OSError as error:
         # What is still held back would be tried once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _say_the_rest_to_nobody(sys.stdout)
         raise StorageError(f"the output cannot be written ({error.strerror}): free some space there") from error
 
 
@@ -115,7 +119,7 @@ def _told_errors() -> Iterator[None]:
         raise typer.Exit(130) from error
     except BrokenPipeError as error:
         # The reader of our output went away, as `head` does: nothing is wrong.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _say_the_rest_to_nobody(sys.stdout)
         raise typer.Exit(0) from error
     except typer.Exit:
         raise

@@ -417,10 +417,15 @@ class SweepConfig(_Part):
             if not is_excluded(config, self.exclude):
                 yield config
 
+    @property
+    def precision_follows_hardware(self) -> bool:
+        """Whether the file neither names nor searches it."""
+        return "precision" not in {*self.trial.model_fields_set, *self.domains}
+
     def on_hardware(self, *, has_gpus: bool) -> SweepConfig:
         """Fill in the defaults that depend on the cluster: `precision` and `resources.gpus_per_worker`."""
         trial, resources = self.trial, self.resources
-        if not has_gpus and "precision" not in {*trial.model_fields_set, *self.domains}:
+        if not has_gpus and self.precision_follows_hardware:
             trial = TrialConfig(**{**self.shared_settings, "precision": "fp32"})
         if resources.gpus_per_worker is None:
             resources = resources.model_copy(update={"gpus_per_worker": 1.0 if has_gpus else 0.0})

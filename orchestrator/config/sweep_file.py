@@ -375,10 +375,9 @@ def _problems_of_scores(sweep: SweepConfig) -> Iterator[Problem]:
 
 
 def _problems_of_space(sweep: SweepConfig) -> Iterator[Problem]:
-    follows_hardware = "precision" not in {*sweep.trial.model_fields_set, *sweep.domains}
     for i, partial in enumerate(sweep.exclude):
         yield from _problems_of_condition(partial, f"exclude[{i}]")
-        if follows_hardware and "precision" in partial:
+        if sweep.precision_follows_hardware and "precision" in partial:
             yield Problem(f"exclude[{i}].precision", "follows the hardware: name it in `trial` or search it in `space`")
     for name, domain in sweep.domains.items():
         yield from _problems_of_condition(domain.when, f"space.{name}.when")

@@ -134,6 +134,12 @@ class Timing(_Record):
     earlier_s: Seconds = 0.0
     """Held by attempts in earlier runs of the sweep, of which the other figures know nothing: only the budget does."""
 
+    @property
+    def phases_s(self) -> float:
+        """All that has a name, from the start-up to saving."""
+        prepared_s = self.startup_s + self.data_s + self.model_s
+        return prepared_s + self.training_s + self.evaluation_s + self.saving_s
+
 
 class GitState(_Record):
     """The checkout that the sweep was run from."""

@@ -192,8 +192,8 @@ class Recorder(tune.Callback):
         launched_at = self._launched_at[record.trial_id]
         if record.trial_id not in self._startup_s:
             # One that went on from a checkpoint tells of the runs before it too.
-            before = record.timing.model_dump(exclude={"queued_s", "startup_s", "total_s", "earlier_s"})
-            known_s = max(0.0, sum(timing.model_dump().values()) - sum(before.values()))
+            before_s = record.timing.phases_s - record.timing.startup_s
+            known_s = max(0.0, timing.phases_s - before_s)
             new_s = max(0.0, time.time() - launched_at - known_s)
             self._startup_s[record.trial_id] = record.timing.startup_s + new_s
         planned = record.peak_memory

@@ -111,7 +111,7 @@ def changes(before: SweepConfig, now: SweepConfig, knows_hardware: bool) -> Iter
         yield f"scheduler.pbt was {before.scheduler.pbt}, now {now.scheduler.pbt}"
     searched = {*before.domains, *now.domains}
     for name in TrialConfig.model_fields:
-        follows = name == "precision" and name not in now.trial.model_fields_set
+        follows = name == "precision" and now.precision_follows_hardware
         if name in searched or (follows and not knows_hardware):
             continue
         old, new = getattr(before.trial, name), getattr(now.trial, name)
@@ -135,9 +135,8 @@ def kept(earlier: Earlier, planned: frozenset[str]) -> dict[str, TrialResult]:
 def with_time_spent(old: TrialResult, new: TrialResult) -> TrialResult:
     """`new`, which is run again, with the time that `old` held its resources and `new` does not count yet."""
     before = old.timing
-    phases_s = sum(before.model_dump(exclude={"queued_s", "total_s", "earlier_s"}).values())
     # One that was cut off by the end of its driver has no total.
-    spent_s = max(before.total_s, phases_s) + before.earlier_s
+    spent_s = max(before.total_s, before.phases_s) + before.earlier_s
     earlier_s = max(0.0, spent_s - new.timing.total_s)
     return new.model_copy(update={"timing": new.timing.model_copy(update={"earlier_s": earlier_s})})
 
@@ -151,7 +150,6 @@ def gone_on_with(old: TrialResult, new: TrialResult, folder: TrialFolder) -> Tri
         return new
     # Memory may have run out before: the micro-batch stays as small as it had to become.
     sizes = [size for size in (old.config.micro_batch_size, new.config.micro_batch_size) if size != "auto"]
-    spent = old.timing.model_dump(exclude={"queued_s", "total_s", "earlier_s"})
     return old.model_copy(
         update={
             "status": TrialStatus.PENDING,
@@ -159,7 +157,7 @@ def gone_on_with(old: TrialResult, new: TrialResult, folder: TrialFolder) -> Tri
             "config": new.config.model_copy(update={"micro_batch_size": min(sizes, default="auto")}),
             "notes": tuple(dict.fromkeys((*new.notes, *old.notes))),
             "peak_memory": new.peak_memory,
-            "timing": old.timing.model_copy(update={"total_s": sum(spent.values())}),
+            "timing": old.timing.model_copy(update={"total_s": old.timing.phases_s}),
             "mlflow_run_id": None,
         }
     )

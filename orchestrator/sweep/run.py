@@ -78,6 +78,7 @@ def run(
     if cluster.runs_in_a_job():
         sweep = _lasting(sweep)
     folder = sweep_folder(sweep.storage, sweep.name)
+    # An address that cannot be is told before anything starts.
     tracking_uri(sweep)
     if sweep.search.warm_start:
         # What it teaches is read later; that it is there is known before anything starts.
