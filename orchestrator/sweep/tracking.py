@@ -89,6 +89,8 @@ class Tracker:
         logging.getLogger("alembic").setLevel(logging.WARNING)
         # Of a model that is logged, each step of it.
         logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)
+        # Of a server that is away, each try that is made again: that it is away is told once, below.
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
         self._folder, self._sweep_id, self._sweep = folder, sweep_id, sweep
         uri = tracking_uri(sweep)
         try:
@@ -210,7 +212,7 @@ class Tracker:
         """Carry over until the server fails; what it refuses is left, and harms no other trial."""
         for trial in trials:
             try:
-                self._carry(trial)
+                was_asked = self._carry(trial)
             except (MlflowException, OSError) as error:
                 meaning = failure_policy.tracking_failure(getattr(error, "error_code", None))
                 if meaning == "gone" and trial.run_id:
@@ -226,9 +228,10 @@ class Tracker:
                         )
                     break
             else:
-                if self._failures:
+                # Where there was nothing to tell, the server was not asked, and may be away as before.
+                if was_asked and self._failures:
                     log.warning("MLflow answers again")
-                self._failures = 0
+                    self._failures = 0
         self._keep(trials)
 
     def _keep(self, trials: Sequence[_TrackedTrial]) -> None:
@@ -247,10 +250,12 @@ class Tracker:
             log.warning("%s", error)
         self._is_kept, self._kept_at_s = True, now_s
 
-    def _carry(self, trial: _TrackedTrial) -> None:
+    def _carry(self, trial: _TrackedTrial) -> bool:
+        """Whether the server was asked: of a running trial there may be nothing new."""
         with self._lock:
             result = trial.result
-        if not trial.is_open:
+        was_open = trial.is_open
+        if not was_open:
             trial.run_id = self._open_trial(result, trial.run_id)
             trial.is_open = True
         assert trial.run_id is not None
@@ -260,10 +265,12 @@ class Tracker:
             self._client.log_batch(trial.run_id, metrics=[m for point in some for m in metrics_of(point)])
         # Moved only once all of it has arrived: what is logged twice is still one point.
         trial.offset_bytes = offset_bytes
-        if result.status is not trial.carried:
+        is_new = result.status is not trial.carried
+        if is_new:
             if result.status is not TrialStatus.RUNNING:
                 self._close_trial(trial.run_id, result)
             trial.carried = result.status
+        return bool(points) or is_new or not was_open
 
     def _certain_points(self, result: TrialResult, offset_bytes: int) -> tuple[tuple[MetricPoint, ...], int]:
         """The points that no trial will make again: MLflow cannot take one back, and would have its step twice."""

@@ -16,7 +16,7 @@ from orchestrator.cli import app
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.sweep_file import to_yaml
 from orchestrator.errors import TrackingUnreachableError
-from orchestrator.results.records import SweepResult, TrialResult
+from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 from orchestrator.results.secrets import without_secret
 from orchestrator.results.storage import SweepFolder, read_sweep, write_atomically, write_sweep
 from orchestrator.sweep.delivered import Delivered, read_delivered, write_delivered
@@ -126,6 +126,27 @@ def test_an_outage_loses_nothing_adds_nothing_and_stops_nobody(
     assert_equal_to_disk(server, folder, runs)
     everything = MlflowClient(server.uri).search_runs([again._experiment_id])
     assert len(everything) == 1 + len(result.trials)
+
+
+def test_a_server_that_is_away_is_told_of_once_though_a_trial_has_nothing_new_to_tell_it(
+    server: FragileServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, result, folder = a_sweep(tmp_path / "quiet", server.uri)
+    running, ended, waits = result.trials[:3]
+    tracker = Tracker(config, SWEEP_ID, folder)
+    tracker.track(running.model_copy(update={"status": TrialStatus.RUNNING}))
+    tracker.track(ended)
+    delivered(tracker, ended)
+    server.kill()
+    tracker.track(waits)
+    away = "MLflow does not answer"
+    wait_until(lambda: (tracker._failures, caplog.text.count(away)), lambda seen: max(seen) >= 2, LIMIT_S)
+    assert caplog.text.count(away) == 1
+    assert "answers again" not in caplog.text
+    server.start()
+    delivered(tracker, waits)
+    assert caplog.text.count("answers again") == 1
+    assert tracker.finish(LIMIT_S)
 
 
 def test_report_delivers_what_the_sweep_could_not(server: FragileServer, tmp_path: Path) -> None:
