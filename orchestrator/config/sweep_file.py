@@ -356,8 +356,14 @@ def _problems_of_meaning(sweep: SweepConfig) -> Iterator[Problem]:
         yield Problem("space", str(error))
         return
     ranges = [domain for domain in sweep.domains.values() if not isinstance(domain, Choice)]
-    if (sweep.search.algorithm != "grid" or not ranges) and not sweep.trials():
+    if sweep.search.algorithm == "grid" and ranges:
+        return
+    pbt, there = sweep.scheduler.pbt, len(sweep.trials())
+    if not there:
         yield Problem("exclude", "leaves no configuration: take an entry away or search more values")
+    elif pbt and there < pbt.population:
+        told = f"is more than the {there} configurations that there are: search more values, or lower it"
+        yield Problem("scheduler.pbt.population", told)
 
 
 def _problems_of_scores(sweep: SweepConfig) -> Iterator[Problem]:

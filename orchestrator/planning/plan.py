@@ -354,8 +354,8 @@ def _warnings(sweep: SweepConfig, running: Sequence[PlannedTrial], makespan: Ran
     limit_s = (sweep.budget.trial_hours or math.inf) * 3600
     if too_long := [trial for trial in running if (trial.seconds or 0) > limit_s]:
         told += (
-            f"{len(too_long)} trials are expected to run longer than budget.trial_hours ({sweep.budget.trial_hours:g}) "
-            "and to be ended there; raise it, or lower max_steps",
+            f"expected to run longer than budget.trial_hours ({sweep.budget.trial_hours:g}) and to be ended there: "
+            f"{len(too_long)} of {len(running)} trials; raise it, or lower max_steps",
         )
     return told + _beyond_constraints(sweep, running) + budget.shortfalls(sweep.budget, makespan.times(1 / 3600), hours)
 
@@ -370,7 +370,7 @@ def _beyond_constraints(sweep: SweepConfig, running: Sequence[PlannedTrial]) -> 
         needs = [trial.memory.allocated_bytes or trial.memory.device_bytes for trial in running if trial.memory]
         if beyond := [need for need in needs if constraint.excess(need) > 0]:
             told.append(
-                f"{len(beyond)} of {len(needs)} trials are estimated not to keep {text} (the least of them "
-                f"{min(beyond) / GIB:.2f} GiB): they run, and are not recommended"
+                f"estimated not to keep {text}: {len(beyond)} of {len(needs)} trials (the least of them "
+                f"{min(beyond) / GIB:.2f} GiB), which run and are not recommended"
             )
     return tuple(told)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from orchestrator.config.sweep_config import is_score
+from orchestrator.reporting import quantities
 from orchestrator.reporting.statistics import ConfigurationSummary, objective_of
 from orchestrator.results.records import SweepResult, TrialStatus
 
@@ -33,6 +34,9 @@ def caveats(
         there = sorted({name for trial in unscored for name in trial.scores})
         have = f"they have {_some(there)}" if there else "they were not evaluated"
         told.append(f"{len(unscored)} completed trials have no {sweep.objective_metric}, and do not compete: {have}.")
+    if sweep.rows_left_out:
+        rows = quantities.counted(sweep.rows_left_out, "row")
+        told.append(f"{rows} of the data could not be used: data/summary.json says where and why.")
     ran = [trial for trial in sweep.trials if trial.status is TrialStatus.COMPLETED]
     steps_of = {trial.configuration_id: trial.steps_trained for trial in ran}
     if scattered := [summary.label for summary in completed if summary.configuration_id in wild]:
@@ -59,7 +63,8 @@ def caveats(
         told.append(f"{sweep.search_ended[0].upper()}{sweep.search_ended[1:]}.")
     earlier = sum(trial.leaves_checkpoint for trial in sweep.trials)
     if earlier:
-        told.append(f"The last generation competes; {earlier} trials of those before ended so that it could begin.")
+        before = quantities.counted(earlier, "trial")
+        told.append(f"The last generation competes; {before} of those before ended so that it could begin.")
     ended = _counts_of_ends(found, earlier)
     if ended:
         told.append(f"Not in the comparison: {ended}.")

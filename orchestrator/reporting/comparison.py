@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from orchestrator.errors import InputError
 from orchestrator.reporting import quantities
 from orchestrator.reporting.findings import Report
 from orchestrator.reporting.statistics import ConfigurationSummary, Estimate, estimate, label, sign_of
@@ -56,7 +57,13 @@ class Comparison:
 
 
 def compare(reports: Sequence[Report]) -> Comparison:
-    """Put sweeps side by side, in the order given."""
+    """Put sweeps side by side, in the order given.
+
+    Raises:
+        InputError: one of them is named twice.
+    """
+    if len({report.folder.resolve() for report in reports}) < len(reports):
+        raise InputError("report compares sweeps, and a folder was named twice: name each once")
     taken = Counter(report.sweep.name for report in reports)
     names = [r.sweep.name if taken[r.sweep.name] == 1 else str(r.folder) for r in reports]
     sweeps = tuple(ComparedSweep(name, report) for name, report in zip(names, reports, strict=True))

@@ -87,7 +87,8 @@ def _table(report: Report) -> list[str]:
 def _closing(report: Report) -> str:
     counts = ", ".join(f"{count} {status_words(status)}" for status, count in report.counts.items())
     times = report.times
-    told = f"{len(report.sweep.trials)} trials ({counts}), {report.state}, {quantities.duration(times.wall_s)}"
+    trials = quantities.counted(len(report.sweep.trials), "trial")
+    told = f"{trials} ({counts}), {report.state}, {quantities.duration(times.wall_s)}"
     if times.training_share is not None:
         told += f"; {quantities.share(times.training_share)} of the trials' time was training"
     return told

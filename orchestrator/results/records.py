@@ -251,6 +251,8 @@ class SweepResult(_Record):
     search_ended: str | None = None
     """Why an adaptive search ended by itself, and what it left."""
     data_hash: str | None = None
+    rows_left_out: int = 0
+    """Of the data, those that could not be used; data/summary.json names the first of them."""
     mlflow_run_id: str | None = None
     trials: tuple[TrialResult, ...]
 

@@ -96,6 +96,7 @@ def opening_result(
         searched=tuple(dict.fromkeys(searched)),
         started_ms=before.started_ms if before else int(started_at * 1000),
         data_hash=prepared.data_hash,
+        rows_left_out=prepared.rows_left_out,
         trials=tuple(records.values()),
     )
 

@@ -37,6 +37,7 @@ class Prepared:
     slots: int
     """Trials at a time."""
     data_hash: str
+    rows_left_out: int
     board: Any
     """The Ray actor `switchboard.Switchboard`."""
     groups: Any
@@ -130,7 +131,7 @@ def prepare(
         # On a cluster that is not ours they would go on for a while, and write into a folder that is to go.
         ray.get(groups.close_all.remote(HURRIED_CLOSE_LIMIT_S))
         raise
-    return Prepared(choice, model.shape, shape, slots, summary.hash, board, groups)
+    return Prepared(choice, model.shape, shape, slots, summary.hash, summary.skipped_count, board, groups)
 
 
 def _fetch(sweep: SweepConfig, model: FoundModel, folder: SweepFolder, say: Callable[[str], None]) -> data.DataSummary:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from orchestrator.config.local_path import local_path
 from orchestrator.config.storage_address import is_remote
 from orchestrator.config.sweep_config import SweepConfig
-from orchestrator.reporting import report, statistics
+from orchestrator.errors import InputError
+from orchestrator.reporting import quantities, report, statistics
 from orchestrator.reporting.findings import Report
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 from orchestrator.results.remote import sweep_folder
@@ -82,7 +83,13 @@ def run(
     tracking_uri(sweep)
     if sweep.search.warm_start:
         # What it teaches is read later; that it is there is known before anything starts.
-        read_sweep(SweepFolder(local_path(sweep.search.warm_start)))
+        earlier_sweep = local_path(sweep.search.warm_start)
+        if earlier_sweep.resolve() == folder.root.resolve():
+            raise InputError(
+                f"search.warm_start names this sweep's own folder, {folder.root}, of which it knows everything anyway: "
+                "name another sweep's, or leave it out"
+            )
+        read_sweep(SweepFolder(earlier_sweep))
     with only_one(folder), sigterm_like_ctrl_c(), carried(folder) as carrier:
         earlier = read_earlier(folder)
         if earlier:
@@ -195,7 +202,7 @@ def _say_start(records: Collection[TrialResult], prepared: Prepared, say: Callab
     pending = sum(record.status is TrialStatus.PENDING for record in records)
     refused = sum(record.status is TrialStatus.INFEASIBLE for record in records)
     done = len(records) - pending - refused
-    to_run = f"{pending} trial{'' if pending == 1 else 's'} to run"
+    to_run = f"{quantities.counted(pending, 'trial')} to run"
     if prepared.sweep.search.is_adaptive:
         # It proposes each in the moment a slot is free for it.
         to_run = f"up to {prepared.sweep.budget.trials} configurations to try"

@@ -98,21 +98,17 @@ def _hub_config(model: str) -> dict[str, Any]:
     if not is_hub_id(model):
         raise ModelError(f"model {model}: there is no such folder, and it is no hub id (owner/name); check the path")
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     # Its retries are told line by line, twice; ours is the one message.
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
     offline = _is_offline()
     try:
-        return _read_config(Path(hf_hub_download(model, "config.json", local_files_only=offline)))
-    except (HfHubHTTPError, OSError, ValueError) as error:
+        file = hf_hub_download(model, "config.json", local_files_only=offline)
+    except Exception as error:
+        # Its own kinds, and those of the HTTP library that it uses, which has changed (huggingface_hub 2.4: httpx2).
         why = "the hub is out of reach and its cache here has none" if offline else _hub_problem(error)
         raise ModelError(f"model {model} is no local folder, and {why}; {_OFFLINE_MEND}") from error
-    except Exception as error:
-        # httpx' own connection errors, which are of no built-in kind.
-        if type(error).__module__.partition(".")[0] not in ("httpx", "httpcore", "requests"):
-            raise
-        raise ModelError(f"model {model}: the hub does not answer ({error}); {_OFFLINE_MEND}") from error
+    return _read_config(Path(file))
 
 
 def _is_offline() -> bool:
@@ -131,8 +127,15 @@ def _is_offline() -> bool:
 
 
 def _hub_problem(error: Exception) -> str:
-    first_line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return f"the hub has none to give ({first_line[:200]})"
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if isinstance(error, LocalEntryNotFoundError) and error.__cause__:
+        return f"the hub does not answer ({_first_line(error.__cause__)})"
+    return f"the hub has none to give ({_first_line(error)})"
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
 
 
 def _fetch(name: str) -> Path:

@@ -25,6 +25,9 @@ SWEEP: dict[str, Any] = {
     "budget": {"trials": 10},
 }
 
+PBT = {"population": 8, "interval_steps": 10}
+EVALUATED = {"max_steps": 20, "eval_every": 10}
+
 
 def problems(tmp_path: Path, **keys: Any) -> str:
     file = tmp_path / "sweep.yaml"
@@ -52,6 +55,10 @@ def problems(tmp_path: Path, **keys: Any) -> str:
         ({"objective": [{"metric": "loss"}, {"metric": "cost"}]}, "name budget.price_per_gpu_hour, or use step_time_s"),
         ({"constraints": ["cost <= 3"]}, "name budget.price_per_gpu_hour, or use step_time_s"),
         ({"constraints": ["eval_loss <= 1", "eval_loss >= 2"]}, "constraints[1]: leaves no eval_loss between"),
+        (
+            {"space": {"learning_rate": [1e-4, 1e-3]}, "budget": {}, "scheduler": {"pbt": PBT}, "trial": EVALUATED},
+            "scheduler.pbt.population: is more than the 2 configurations that there are",
+        ),
         ({"constraints": "cost <= 3"}, "constraints: takes a list, as `constraints: [peak_memory_bytes <= 24GiB]`"),
     ],
     ids=str,

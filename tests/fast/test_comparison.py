@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from orchestrator.cli import app
+from orchestrator.errors import InputError
 from orchestrator.reporting import comparison_report, report
 from orchestrator.reporting.comparison import Comparison, compare
 from orchestrator.results.records import SweepResult
@@ -36,6 +37,12 @@ def test_the_better_sweep_is_named_with_how_sure_that_is(tmp_path: Path) -> None
     assert found.answer.startswith("new recommends the configuration with the best eval_loss: rank=8 (")
     assert "old's rank=8 comes to" in found.answer
     assert ", worse by 0.2" in found.answer
+
+
+def test_a_sweep_is_not_compared_with_itself(tmp_path: Path) -> None:
+    made = report.build(write_made_up(tmp_path, simulated([2.2, 2.1], 2, 1)))
+    with pytest.raises(InputError, match="named twice: name each once"):
+        compare([made, made])
 
 
 def test_equal_sweeps_are_within_the_noise(tmp_path: Path) -> None:

@@ -104,13 +104,15 @@ def test_a_bound_of_memory_that_trials_are_estimated_to_break_is_told(hardware: 
     lean, fat = (getattr(trial.memory, measured) for trial in plan(hardware, THREE_B, **keys).trials)
     between = f"peak_memory_bytes <= {(lean + fat) // 2}"
     (warning,) = plan(hardware, THREE_B, constraints=[between], **keys).warnings
-    assert warning.startswith(f"1 of 2 trials are estimated not to keep {between}")
+    assert warning.startswith(f"estimated not to keep {between}: 1 of 2 trials (the least ")
     assert plan(hardware, THREE_B, constraints=[f"peak_memory_bytes <= {fat}"], **keys).warnings == ()
 
 
 def test_a_trial_that_would_outrun_its_limit_is_warned_of() -> None:
     (warning,) = plan(A100, trial={"max_steps": 10**6}, budget={"trial_hours": 0.5}).warnings
-    assert warning.startswith("1 trials are expected to run longer than budget.trial_hours (0.5)")
+    assert warning.startswith(
+        "expected to run longer than budget.trial_hours (0.5) and to be ended there: 1 of 1 trials"
+    )
 
 
 def test_a_plan_as_text_names_every_trial_each_refusal_and_the_totals() -> None:

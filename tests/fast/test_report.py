@@ -107,6 +107,13 @@ def test_every_end_is_told_with_its_reason(tmp_path: Path) -> None:
     assert "have not ended yet" in text
 
 
+def test_rows_that_were_left_out_are_told_and_one_trial_is_one(tmp_path: Path) -> None:
+    sweep = simulated([2.0], 1, 0).model_copy(update={"rows_left_out": 3})
+    text = report.render_text(built(tmp_path, sweep))
+    assert "3 rows of the data could not be used: data/summary.json says where and why." in text
+    assert "\n1 trial (1 completed), ended" in text
+
+
 def test_the_page_is_well_formed_and_asks_for_nothing(tmp_path: Path) -> None:
     html = report.render_html(built(tmp_path, of_every_status()))
     page = Page(html)

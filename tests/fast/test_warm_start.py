@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from orchestrator.cli import app
 from orchestrator.config.search_space import Space, domains
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.errors import FolderError
@@ -123,6 +125,17 @@ def test_what_is_learned_of_another_sweep_is_told(
     assert told in (lesson.told or "")
     assert len(lesson.beside(())) == (known if model == "m" else -(-known // LIGHTER))
     assert to_try_first(sweep)[0]["learning_rate"] == 1e-3, "the best is tried first whatever else is learned"
+
+
+def test_a_sweep_that_would_warm_start_from_itself_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    search = {"algorithm": "tpe", "warm_start": str(tmp_path / "x" / ".." / "a")}
+    raw = {"name": "a", "model": "builtin:tiny-llama", "data": {"train": "builtin:python-docs"}, "search": search}
+    file.write_text(yaml.safe_dump({**raw, "space": {"rank": [8, 16]}, "budget": {"trials": 2}}))
+    ended = CliRunner().invoke(app, ["run", str(file), "--storage", str(tmp_path)])
+    assert ended.exit_code == 2
+    assert "names this sweep's own folder" in ended.stderr
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_warm_start_from_what_is_no_sweep_is_refused(tmp_path: Path) -> None:

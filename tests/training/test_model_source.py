@@ -99,6 +99,19 @@ def test_a_hub_model_is_refused_in_words_when_the_hub_is_off(monkeypatch: pytest
     assert "HF_HUB_OFFLINE" in said
 
 
+def test_a_hub_that_refuses_connections_is_said_not_to_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from huggingface_hub import file_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def refuses(*_: object, **__: object) -> None:
+        raise LocalEntryNotFoundError("check your connection") from ConnectionRefusedError("Connection refused")
+
+    monkeypatch.setattr(file_download, "_get_metadata_or_catch_error", refuses)
+    monkeypatch.setattr(model_source, "_is_offline", lambda: False)
+    with pytest.raises(ModelError, match=r"no local folder, and the hub does not answer \(Connection refused\)"):
+        model_source.resolve("nobody/nothing")
+
+
 def test_finding_a_builtin_model_imports_nothing_heavy() -> None:
     code = (
         "import sys\n"
