@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -116,20 +117,26 @@ def plain_curves(folder: SweepFolder, threads: int) -> dict[str, list[list[Any]]
     return curves
 
 
-def _train_plainly(folder: SweepFolder, out: Path) -> None:
+def _train_plainly(folder: SweepFolder, out: Path, threads: int) -> None:
     from orchestrator.training import model_source, template  # noqa: F401
 
     sweep = read_sweep(folder)[0]
     model = str(model_source.materialize(model_source.resolve(sweep.model)))
-    curves = {}
+    reference = SweepFolder(out.with_suffix(""))
+    processes = []
     for trial in sweep.trials:
-        reference = SweepFolder(out.with_suffix("")).trial(trial.trial_id)
-        task = TrialTask(trial.trial_id, trial.config, model, str(folder.data), str(reference.root), "eval_loss", "min")
+        root = str(reference.trial(trial.trial_id).root)
+        task = TrialTask(trial.trial_id, trial.config, model, str(folder.data), root, "eval_loss", "min")
         # A process each: DeepSpeed keeps the groups of the process group that is gone (0.19.8, utils/groups.py).
-        process = multiprocessing.get_context("fork").Process(target=_train_one, args=(task,))
-        process.start()
-        process.join()
-        curves[trial.trial_id] = [_figures(point) for point in reference.read_metrics()]
+        processes.append(multiprocessing.get_context("fork").Process(target=_train_one, args=(task,)))
+    at_once = max(1, (os.cpu_count() or 1) // threads)
+    for start in range(0, len(processes), at_once):
+        for process in processes[start : start + at_once]:
+            process.start()
+        for process in processes[start : start + at_once]:
+            process.join()
+    names = [trial.trial_id for trial in sweep.trials]
+    curves = {name: [_figures(point) for point in reference.trial(name).read_metrics()] for name in names}
     out.write_text(json.dumps(curves), encoding="utf-8")
 
 
@@ -186,4 +193,4 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
-    _train_plainly(SweepFolder(arguments.folder), arguments.out)
+    _train_plainly(SweepFolder(arguments.folder), arguments.out, int(os.environ["OMP_NUM_THREADS"]))

@@ -40,9 +40,9 @@ def test_a_trial_that_no_single_node_has_room_for_runs_on_both(head: Head, tmp_p
             tmp_path,
             "--address",
             head.address,
-            trial={"global_batch_size": 6, "micro_batch_size": 2, "max_steps": 2},
+            trial={"global_batch_size": 4, "micro_batch_size": 2, "max_steps": 2},
             space={"zero_stage": [0, 3]},
-            resources={"workers_per_trial": 3},
+            resources={"workers_per_trial": 2, "cpus_per_worker": 2},
         )
         exit_code, _, err = run.wait()
     assert exit_code == 0, err
