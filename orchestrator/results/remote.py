@@ -121,7 +121,7 @@ class Mirror:
         """Bring what the store has and this copy has not, all or what is `under` a folder of it.
 
         The folders of what is not wanted are made, so that their names tell. `exact` removes what the store does not
-        have.
+        have, and of trials what it has otherwise and is not wanted: an adapter of before would be put over a newer one.
 
         Raises:
             StorageError: the store cannot be read, or the copy not written.
@@ -129,7 +129,7 @@ class Mirror:
         with self._lock, _told(self.uri, "read"):
             there = self._there(under)
             if exact:
-                self._remove_all_but(frozenset(there))
+                self._compare(there, wanted)
             for folder in {(self.local / name).parent for name in there}:
                 folder.mkdir(parents=True, exist_ok=True)
             changed = [(name, info) for name, info in there.items() if wanted(PurePosixPath(name))]
@@ -214,9 +214,12 @@ class Mirror:
             store(self.uri).delete_file(f"{self._base}/{name}")
         self._same.pop(name, None)
 
-    def _remove_all_but(self, kept: frozenset[str]) -> None:
-        for name, _ in list(self._here()):
-            if name not in kept:
+    def _compare(self, there: dict[str, FileInfo], wanted: Wanted) -> None:
+        for name, state in list(self._here()):
+            info, path = there.get(name), PurePosixPath(name)
+            if info and state == (info.size, info.mtime_ns):
+                self._same[name] = state
+            elif info is None or (path.parts[0] == "trials" and not wanted(path)):
                 (self.local / name).unlink(missing_ok=True)
                 self._same.pop(name, None)
 

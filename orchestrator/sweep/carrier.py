@@ -6,11 +6,9 @@ A thread does it, so that no trial waits for the store; only a trial's end waits
 from __future__ import annotations
 
 import logging
-import os
-import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from orchestrator.errors import StorageError
@@ -18,6 +16,7 @@ from orchestrator.results import lease
 from orchestrator.results.records import TrialResult, TrialStatus
 from orchestrator.results.remote import Mirror, Wanted, is_checkpoint, is_record, is_result
 from orchestrator.results.storage import SweepFolder
+from orchestrator.sweep.folder_lock import Tenure
 
 log = logging.getLogger(__name__)
 RETRY_S = 5.0
@@ -33,13 +32,16 @@ INTERRUPTED_END_LIMIT_S = 5.0
 class Carrier:
     """Does nothing for a folder that all nodes share."""
 
-    def __init__(self, folder: SweepFolder) -> None:
-        self._folder = folder
+    def __init__(self, folder: SweepFolder, tenure: Tenure) -> None:
+        self._folder, self._tenure = folder, tenure
         self._mirror = Mirror(folder.root, folder.remote) if folder.remote else None
         self._running: set[str] = set()
         self._ended: set[str] = set()
         self._unfetched: set[str] = set()
         """Trials that ended while the store was away."""
+        self._untold: dict[str, tuple[Callable[[TrialResult], None], TrialResult]] = {}
+        """Of these, who is to hear of it once their files are here."""
+        self._lock = threading.Lock()
         self._away_since_s: float | None = None
         self._why_away: StorageError | None = None
         self._end_limit_s = END_LIMIT_S
@@ -86,6 +88,18 @@ class Carrier:
         self._unfetched.add(trial_id)
         return False
 
+    def once_here(self, tell: Callable[[TrialResult], None]) -> Callable[[TrialResult], None]:
+        """`tell`, but of a trial whose files are not here yet it is told when they are."""
+
+        def track(record: TrialResult) -> None:
+            with self._lock:
+                if record.trial_id in self._unfetched:
+                    self._untold[record.trial_id] = (tell, record)
+                    return
+            tell(record)
+
+        return track
+
     def away(self) -> StorageError | None:
         """Why the store does not answer, where it has not for longer than we wait."""
         since_s = self._away_since_s
@@ -101,7 +115,7 @@ class Carrier:
         Raises:
             StorageError: the store cannot be written.
         """
-        if self._mirror:
+        if self._mirror and not self._tenure.is_lost:
             self._mirror.push()
 
     def finish(self) -> None:
@@ -110,7 +124,7 @@ class Carrier:
         Raises:
             StorageError: it stayed away.
         """
-        if self._mirror is None:
+        if self._mirror is None or self._tenure.is_lost:
             return
         limit_s = 0.0 if self.away() else self._end_limit_s
         until_s = time.monotonic() + limit_s
@@ -151,10 +165,17 @@ class Carrier:
                 self._away_since_s = None
 
     def _carry(self) -> None:
+        if self._tenure.is_lost:
+            return
         self.push()
         for trial_id in tuple(self._unfetched):
             self._pull(trial_id, is_result)
-            self._unfetched.discard(trial_id)
+            with self._lock:
+                self._unfetched.discard(trial_id)
+                untold = self._untold.pop(trial_id, None)
+            if untold:
+                tell, record = untold
+                tell(record)
         for trial_id in tuple(self._running):
             self._pull(trial_id, is_record)
         self._forget_checkpoints()
@@ -176,26 +197,21 @@ class Carrier:
 
 
 @contextmanager
-def carried(folder: SweepFolder) -> Iterator[Carrier]:
+def carried(folder: SweepFolder, tenure: Tenure) -> Iterator[Carrier]:
     """Be the only one at work in the folder's store, if it has one, with what it holds at hand.
 
     Raises:
         FolderError: another run is at work there.
         StorageError: the store does not answer, or did not take everything at the end.
     """
-    carrier = Carrier(folder)
+    carrier = Carrier(folder, tenure)
     if folder.remote is None:
         yield carrier
         return
-    with lease.held(folder.remote, _stop_this_sweep):
+    with lease.held(folder.remote, tenure.lose):
         carrier.start()
         try:
             yield carrier
         finally:
             if folder.sweep_file.exists():
                 carrier.finish()
-
-
-def _stop_this_sweep() -> None:
-    log.error("another run has taken this sweep over, since this one was silent for long: it ends here")
-    os.kill(os.getpid(), signal.SIGTERM)

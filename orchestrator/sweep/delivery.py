@@ -45,7 +45,8 @@ def deliver(
     trials = []
     for trial in result.trials:
         run_id = tracker.run_id(trial.trial_id)
-        if run_id and trial.mlflow_run_id is None:
+        # Another server has another run for it.
+        if run_id and trial.mlflow_run_id != run_id:
             trial = trial.model_copy(update={"mlflow_run_id": run_id})
             save(trial)
         trials.append(trial)

@@ -6,11 +6,11 @@ A process of its own: memory and CUDA context are given back with it, whatever e
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import ray
 from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
 
 from orchestrator.config.sweep_config import SweepConfig, is_score
 from orchestrator.reporting.recommendation import trial_to_take
@@ -18,6 +18,7 @@ from orchestrator.results.evaluation import Evaluation, read_evaluation, write_e
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder
 from orchestrator.sweep.tracking import key_of
+from orchestrator.sweep.trial_files import weights_on_this_node
 from orchestrator.sweep.worker import GroupShape
 from orchestrator.training import evaluation, model_source
 from orchestrator.training.evaluation import EvaluationTask
@@ -25,13 +26,16 @@ from orchestrator.training.evaluation import EvaluationTask
 
 def evaluate(
     sweep: SweepConfig, result: SweepResult, shape: GroupShape, folder: SweepFolder, say: Callable[[str], None]
-) -> None:
-    """Write evaluation.json of the best trial, or of all that completed; what goes wrong is said."""
+) -> bool:
+    """Write evaluation.json of the best trial, or of all that completed; what goes wrong is said.
+
+    Returns whether it came to its end: False where it was interrupted.
+    """
     if not (sweep.evaluate.prompts or sweep.evaluate.tasks):
-        return
+        return True
     tasks = list(_tasks(sweep, result, folder))
     if not tasks:
-        return
+        return True
     say(f"evaluating {len(tasks)} trained model{'s' if len(tasks) > 1 else ''}")
     # One call a process, so that its memory is free for the next.
     remote = ray.remote(num_cpus=shape.cpus_per_worker, num_gpus=shape.gpus_per_worker, max_calls=1, max_retries=0)(
@@ -46,10 +50,14 @@ def evaluate(
         for left in waiting:
             ray.cancel(left, force=True)
         say("evaluation was interrupted: run the same command again to have the rest")
+        return False
+    return True
 
 
 def _evaluate(task: EvaluationTask, model: str) -> Evaluation:
-    return evaluation.evaluate(task, model_source.materialize(model_source.resolve(model)))
+    with weights_on_this_node(task.weights) as weights:
+        here = replace(task, weights=str(weights))
+        return evaluation.evaluate(here, model_source.materialize(model_source.resolve(model)))
 
 
 def _tasks(sweep: SweepConfig, result: SweepResult, folder: SweepFolder) -> Iterator[EvaluationTask]:
@@ -58,7 +66,7 @@ def _tasks(sweep: SweepConfig, result: SweepResult, folder: SweepFolder) -> Iter
         where = folder.trial(trial.trial_id)
         have = read_evaluation(where)
         if trial.adapter and (have is None or have.asked != sweep.evaluate):
-            weights = str(where.root / trial.adapter)
+            weights = folder.location(where.root / trial.adapter)
             chats = evaluation.chats(sweep.data)
             yield EvaluationTask(trial.trial_id, trial.config, sweep.evaluate, weights, chats)
 
@@ -98,5 +106,7 @@ def log(tracking_uri: str, result: SweepResult, folder: SweepFolder, say: Callab
                 client.log_artifact(trial.mlflow_run_id, str(where.evaluation))
                 for name, value in found.scores.items():
                     client.log_metric(trial.mlflow_run_id, key_of(name), value, timestamp=0)
-    except (MlflowException, OSError) as error:
-        say(f"MLflow lacks the evaluations ({str(error).splitlines()[0][:300]}): run the same command again")
+    except Exception as error:
+        # Its stores' clients raise kinds of their own.
+        why = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        say(f"MLflow lacks the evaluations ({why}): run the same command again")

@@ -6,6 +6,7 @@ that its parent has left. What is decided is read from the records, so a resumed
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -105,7 +106,10 @@ class Generations:
         parent_config = records[parent.trial_id].config if parent else None
         (planned,) = plan_suggestion(self._prepared, suggestion, parent, parent_config)
         if generation == 0 and not planned.reasons:
-            suggestion = suggestion.model_copy(update={"member": len(self._in(0))})
+            # Of a member whose record is lost the place is free, not the last one.
+            taken = {one.suggestion.member for one in self._in(0) if one.suggestion}
+            member = next(number for number in itertools.count() if number not in taken)
+            suggestion = suggestion.model_copy(update={"member": member})
         record = self._new_record(planned, suggestion, parent)
         self._recorder.save(record)
         return record

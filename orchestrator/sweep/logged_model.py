@@ -21,7 +21,6 @@ from mlflow.exceptions import MlflowException
 
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.trial_config import TrialConfig
-from orchestrator.errors import OrchestratorError
 from orchestrator.export.folder import Exported, export
 from orchestrator.export.merge import merged_dtype
 from orchestrator.reporting.statistics import objective_of
@@ -44,14 +43,14 @@ def log_best(
 ) -> None:
     """Log the best trial's weights as a model of its run, and register it where the sweep file says so.
 
-    What goes wrong is said: the sweep has ended, and its results do not hang on it.
+    What goes wrong is said, of whatever kind: the sweep has ended, and its results do not hang on it.
     """
     server = tracking_uri(sweep)
     try:
         # A registry in a database looks for the model there, whatever its client was told (3.17.2).
         mlflow.set_tracking_uri(server)
         uri = _logged(MlflowClient(server), sweep, result, best, folder)
-    except (MlflowException, OrchestratorError, OSError, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as error:
         why = (str(error).splitlines() or [type(error).__name__])[0][:300]
         say(f"the best adapter is not logged as an MLflow model ({why}): run the same command again to do it")
     else:

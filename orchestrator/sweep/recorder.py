@@ -21,6 +21,7 @@ from orchestrator.results.records import PeakMemory, Timing, TrialResult, TrialS
 from orchestrator.results.secrets import without_secret
 from orchestrator.results.storage import SweepFolder, write_result
 from orchestrator.sweep.failure_policy import STOP_LIMIT_S, pause_s
+from orchestrator.sweep.folder_lock import Tenure
 from orchestrator.training.task import TrialProgress
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class Recorder(tune.Callback):
         why_stopped: Mapping[str, str],
         predicted_bytes: Callable[[TrialConfig], int],
         fetch: Callable[[str], bool],
+        tenure: Tenure,
         listeners: tuple[Callable[[TrialResult], None], ...],
     ) -> None:
         self.records = dict(records)
@@ -50,7 +52,7 @@ class Recorder(tune.Callback):
         self.started_at = started_at
         """Of this run of the sweep, seconds since 1970."""
         self._why_stopped, self._predicted_bytes, self._listeners = why_stopped, predicted_bytes, listeners
-        self._fetch = fetch
+        self._fetch, self._tenure = fetch, tenure
         self._launched_at: dict[str, float] = {}
         self._startup_s: dict[str, float] = {}
         """Of trials that have told something in this run: of all their launches."""
@@ -128,9 +130,12 @@ class Recorder(tune.Callback):
         """Keep a record, on disk first."""
         hidden = {"reason": record.reason and without_secret(record.reason), "notes": _each(record.notes)}
         record = record.model_copy(update=hidden)
-        self._write(record)
-        self._watch_disk()
+        if not self._tenure.is_lost:
+            self._write(record)
+            self._watch_disk()
         self.records[record.trial_id] = record
+        if self._tenure.is_lost:
+            return
         for listener in self._listeners:
             listener(record)
 

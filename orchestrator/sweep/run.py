@@ -24,7 +24,7 @@ from orchestrator.sweep import cluster, evaluation, system_metrics
 from orchestrator.sweep.callbacks import Callbacks
 from orchestrator.sweep.carrier import Carrier, carried
 from orchestrator.sweep.delivery import deliver
-from orchestrator.sweep.folder_lock import only_one
+from orchestrator.sweep.folder_lock import Tenure, only_one
 from orchestrator.sweep.gauges import Gauges
 from orchestrator.sweep.launch import Isolation, launch, search_of
 from orchestrator.sweep.opening import (
@@ -90,28 +90,31 @@ def run(
                 "name another sweep's, or leave it out"
             )
         read_sweep(SweepFolder(earlier_sweep))
-    with only_one(folder), sigterm_like_ctrl_c(), carried(folder) as carrier:
+    with only_one(folder) as tenure, sigterm_like_ctrl_c(), carried(folder, tenure) as carrier:
         earlier = read_earlier(folder)
         if earlier:
             require_same_question(folder, earlier.sweep, sweep)
         try:
             ended = {name for name, trial in earlier.trials.items() if trial.status.is_final} if earlier else ()
             prepared = prepare(sweep, model, folder, address, ended, say)
-            return _run_prepared(prepared, folder, carrier, earlier, isolation, say)
+            return _run_prepared(prepared, folder, tenure, carrier, earlier, isolation, say)
         finally:
             cluster.disconnect()
 
 
 def _lasting(sweep: SweepConfig) -> SweepConfig:
-    """A relative storage stands in the home folder, where a resubmitted job finds it again."""
-    if is_remote(sweep.storage):
-        return sweep
-    return sweep.model_copy(update={"storage": str(local_path("~") / local_path(sweep.storage))})
+    """Relative paths to sweeps stand in the home folder, where a resubmitted job finds them again."""
+    home, search = local_path("~"), sweep.search
+    if search.warm_start and not is_remote(search.warm_start):
+        search = search.model_copy(update={"warm_start": str(home / local_path(search.warm_start))})
+    storage = sweep.storage if is_remote(sweep.storage) else str(home / local_path(sweep.storage))
+    return sweep.model_copy(update={"storage": storage, "search": search})
 
 
 def _run_prepared(
     prepared: Prepared,
     folder: SweepFolder,
+    tenure: Tenure,
     carrier: Carrier,
     earlier: Earlier | None,
     isolation: Isolation,
@@ -143,7 +146,8 @@ def _run_prepared(
         scheduler.reasons,
         prepared.predicted_bytes,
         carrier.fetch,
-        (carrier.track, tracker.track, gauges.track, progress, callbacks.track),
+        tenure,
+        (carrier.track, carrier.once_here(tracker.track), gauges.track, progress, callbacks.track),
     )
     search = search_of(prepared, folder, recorder, new_record, carrier.forget_checkpoints)
     stopper = _stopper(prepared, recorder, carrier)
@@ -155,6 +159,7 @@ def _run_prepared(
         say(search.told_at_start)
     with progress, signals_to(stopper), system_metrics.logged(tracking_uri(sweep), tracker.parent_run_id):
         launch(prepared, folder, recorder, search, scheduler, [recorder, progress], stopper, isolation)
+    tenure.require()
     if stopper.interrupted:
         carrier.hurry()
     recorder.cancel_rest(stopper.reason or "the sweep ended before it: run the same command again")
@@ -222,16 +227,17 @@ def _finish(
     sweep = prepared.sweep
     ended = {"ended_ms": int(time.time() * 1000), "interrupted": stopper.interrupted}
     result = result.model_copy(update={"trials": tuple(recorder.records.values()), **ended})
-    if not stopper.interrupted:
-        evaluation.evaluate(sweep, result, prepared.shape, folder, say)
+    if not result.interrupted:
+        is_evaluated = evaluation.evaluate(sweep, result, prepared.shape, folder, say)
         for record in evaluation.scored(result, folder):
             recorder.save(record)
-        result = result.model_copy(update={"trials": tuple(recorder.records.values())})
+        ended = {"trials": tuple(recorder.records.values()), "interrupted": not is_evaluated}
+        result = result.model_copy(update=ended)
     say("writing the report")
     # Before MLflow is waited for: what was measured is safe whatever happens then.
     write_sweep(folder, result)
     made = report.build(folder)
     write_atomically(folder.report, report.render_html(made))
-    limit_s = INTERRUPTED_TRACKING_LIMIT_S if stopper.interrupted else TRACKING_LIMIT_S
+    limit_s = INTERRUPTED_TRACKING_LIMIT_S if result.interrupted else TRACKING_LIMIT_S
     result, tracked = deliver(sweep, result, tracker, folder, limit_s, recorder.save, say)
     return Outcome(result, folder, made, tracked, tracking_uri(sweep))

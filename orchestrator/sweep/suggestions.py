@@ -13,6 +13,7 @@ from orchestrator.config.local_path import local_path
 from orchestrator.config.search_space import Settings, descendant, make_trials
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.trial_config import TrialConfig
+from orchestrator.errors import FolderError
 from orchestrator.planning import budget
 from orchestrator.planning.plan import PlannedTrial
 from orchestrator.results.records import MetricPoint, StartedFrom, Suggestion, TrialResult, TrialStatus
@@ -182,6 +183,11 @@ def known_at_start(
     }
     for number in sorted(made):
         suggestion, parent = made[number]
+        if parent and parent.trial_id not in before:
+            raise FolderError(
+                f"trial {parent.trial_id} has left no record, and others of this population began with its checkpoint: "
+                "put its folder back, or give this sweep another --name"
+            )
         ran = before[parent.trial_id].config if parent else None
         yield from ((planned, suggestion, parent) for planned in plan_suggestion(prepared, suggestion, parent, ran))
 

@@ -199,8 +199,9 @@ class Switchboard:
             turn.events.put_nowait(message)
             return
         turn.ends[rank] = replace(message, node=group.nodes.get(rank))
-        if message.status is not TrialStatus.COMPLETED:
-            # The others wait for this one in a collective operation: end them too.
+        if message.status not in (TrialStatus.COMPLETED, TrialStatus.STOPPED):
+            # The others wait for this one in a collective operation: end them too. One that stopped at its generation's
+            # end has none to come, and the first may still be writing the checkpoint that the next one begins with.
             turn.stop.set()
         if len(turn.ends) == group.workers:
             self._finish(turn, combined_end(turn.ends))

@@ -98,7 +98,9 @@ class Tracker:
             self._experiment_id = self._find_experiment(sweep, uri)
             self.parent_run_id = self._find_run(sweep.name, {})
             self._resume()
-        except (MlflowException, OSError) as error:
+        except Exception as error:
+            if not is_servers(error):
+                raise
             raise TrackingUnreachableError(
                 f"the tracking server at {without_secret(uri)} does not answer ({_first_line(error)}): start it, "
                 "or leave tracking.uri out to track in a local database"
@@ -107,6 +109,8 @@ class Tracker:
         self._trials: dict[str, _TrackedTrial] = {}
         self._delivered = read_delivered(folder, without_secret(uri), sweep_id)
         self._delivered.is_complete = False
+        # An older release kept no such file, but a run's id once all of the trial had arrived.
+        self._believes_records = not folder.tracking.exists()
         self._is_kept, self._kept_at_s = False, 0.0
         self._failures = 0
         """In a row, of the server."""
@@ -120,7 +124,10 @@ class Tracker:
         """Take note of a trial's newest state."""
         with self._lock:
             if result.trial_id not in self._trials:
-                self._trials[result.trial_id] = _TrackedTrial(self._delivered.trials.get(result.trial_id), result)
+                kept = self._delivered.trials.get(result.trial_id)
+                if kept is None and self._believes_records and result.mlflow_run_id:
+                    kept = TrialDelivery(run_id=result.mlflow_run_id, status=result.status)
+                self._trials[result.trial_id] = _TrackedTrial(kept or TrialDelivery(), result)
             self._trials[result.trial_id].result = result
         if result.status is not TrialStatus.RUNNING:
             self._wake.set()
@@ -143,7 +150,8 @@ class Tracker:
             self._close_parent(sweep, best)
             self._delivered.is_complete = True
             write_delivered(self._folder, self._delivered)
-        except (MlflowException, OSError, StorageError) as error:
+        except Exception as error:
+            # Its stores' clients raise kinds of their own, as boto3 does, and packages may be missing.
             log.warning("MLflow did not take the sweep's own files: %s", _first_line(error))
             return False
         return True
@@ -213,8 +221,9 @@ class Tracker:
         for trial in trials:
             try:
                 was_asked = self._carry(trial)
-            except (MlflowException, OSError) as error:
-                meaning = failure_policy.tracking_failure(getattr(error, "error_code", None))
+            except Exception as error:
+                # Of a store's client, or of a package that it lacks: the other trials' figures need it not.
+                meaning = _meaning(error)
                 if meaning == "gone" and trial.run_id:
                     trial.run_id, trial.offset_bytes, trial.is_open = None, 0, False
                 elif meaning != "away":
@@ -326,12 +335,8 @@ class Tracker:
 class _TrackedTrial:
     """How much of a trial MLflow has."""
 
-    def __init__(self, kept: TrialDelivery | None, result: TrialResult) -> None:
+    def __init__(self, kept: TrialDelivery, result: TrialResult) -> None:
         self.result = result
-        if kept is None and result.mlflow_run_id:
-            # A folder of a release that kept nothing: a run's id was written once all had arrived.
-            kept = TrialDelivery(run_id=result.mlflow_run_id, status=result.status)
-        kept = kept or TrialDelivery()
         self.run_id, self.offset_bytes, self.carried = kept.run_id, kept.offset_bytes, kept.status
         self.is_open = False
         """Whether this process has set its run going."""
@@ -348,6 +353,17 @@ class _TrackedTrial:
     @property
     def is_behind(self) -> bool:
         return self.carried is not self.result.status and not self.is_refused
+
+
+def is_servers(error: Exception) -> bool:
+    """Whether it tells of the server, or of the database or package that it needs, and is no slip of ours."""
+    return isinstance(error, MlflowException | OSError | ImportError) or type(error).__module__.startswith("sqlalchemy")
+
+
+def _meaning(error: Exception) -> failure_policy.TrackingFailure:
+    if isinstance(error, MlflowException | OSError):
+        return failure_policy.tracking_failure(getattr(error, "error_code", None))
+    return "refused"
 
 
 def _started_from(result: TrialResult) -> list[RunTag]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 import socket
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -56,6 +58,25 @@ def _parent_here(task: TrialTask, group_id: str) -> str | None:
     with FileLock(copy.with_name(f".{copy.name}.lock")):
         Mirror(copy, task.parent_folder).pull(partial(_is_under, TrialFolder(copy).checkpoint(task.first_step).name))
     return str(copy)
+
+
+@contextmanager
+def weights_on_this_node(where: str) -> Iterator[Path]:
+    """What a trial trained: its folder, or of one in a store a copy for as long as the block lasts.
+
+    Raises:
+        StorageError: the store does not answer.
+    """
+    if not is_remote(where):
+        yield Path(where)
+        return
+    whose = f"evaluation-{uuid.uuid4().hex}"
+    copy = copy_of(where, whose)
+    try:
+        Mirror(copy, where).pull()
+        yield copy
+    finally:
+        shutil.rmtree(copy_of("", whose), ignore_errors=True)
 
 
 def leave_nothing(task: TrialTask, group_id: str) -> None:

@@ -27,9 +27,11 @@ from ray.util import get_current_placement_group
 
 from orchestrator.errors import StorageError
 from orchestrator.results.records import TrialStatus
+from orchestrator.results.storage import TrialFolder
 from orchestrator.sweep.switchboard import STOPPED, Assignment
 from orchestrator.sweep.trial_files import Keep, leave_nothing, on_this_node
 from orchestrator.sweep.trial_messages import SilentError, messages
+from orchestrator.training import trial_log
 from orchestrator.training.child import run_child
 from orchestrator.training.task import TrialEnd, TrialProgress, WorkerNode
 
@@ -169,6 +171,8 @@ def _run_trial(board: Any, group_id: str, assignment: Assignment, keep: Keep) ->
     if not ended:
         may_be_memory = oom_kills is None or oom_kills != _oom_kills()
         end = STOPPED if stopped.is_set() else late or unexpected_end(process.exitcode, may_be_memory)
+        # It was killed before it could do so itself.
+        trial_log.hide_secrets(TrialFolder(Path(assignment.task.trial_folder)).worker_log(rank))
         _keep_before(end, keep)
         board.send.remote(group_id, assignment.turn, rank, end)
     process.close()

@@ -29,9 +29,10 @@ def redirect_output(log: Path, limit_bytes: int = LIMIT_BYTES, look_every_s: flo
 
 
 def hide_secrets(log: Path) -> None:
-    """Take out of a finished log what a library may have printed: tokens, passwords in addresses."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    """Take out of a finished log what a library may have printed: tokens, passwords in addresses.
+
+    To be called by who has the trial's environment, where the secrets are.
+    """
     for file in (log, _earlier(log)):
         with contextlib.suppress(OSError):
             text = file.read_text(encoding="utf-8", errors="surrogateescape")

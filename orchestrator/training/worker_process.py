@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -54,9 +56,14 @@ def run(task: TrialTask, place: WorkerPlace, send: Send) -> None:
             why = f"its generation ended at step {task.last_step}: trials that go on from there name it in started_from"
             end = TrialEnd(TrialStatus.STOPPED, why, progress)
     except BaseException as error:
-        # Whatever it is, the sweep must hear of it: this process has nobody else to tell.
-        traceback.print_exc()
+        # Whatever it is, the sweep must hear of it: this process has nobody else to tell, and a log on a full disk has
+        # no room for it.
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
         end = ended_by(error, task, ledger)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     trial_log.hide_secrets(log)
     send(end if place.rank == 0 else TrialEnd(end.status, end.reason, None))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -10,11 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from orchestrator.errors import FolderError
 from orchestrator.results.storage import SweepFolder
 from orchestrator.sweep import folder_lock
 from orchestrator.sweep.folder_lock import only_one
+from tests.waiting import wait_until
 
 
 @pytest.fixture
@@ -67,6 +70,7 @@ import os, signal
 from pathlib import Path
 from orchestrator.results.storage import SweepFolder
 from orchestrator.sweep.folder_lock import only_one
+from tests.waiting import wait_until
 with only_one(SweepFolder(Path({str(folder.root)!r}))):
     while not SweepFolder(Path({str(folder.root)!r})).lease.exists():
         pass
@@ -76,6 +80,53 @@ with only_one(SweepFolder(Path({str(folder.root)!r}))):
     assert folder.lease.exists()
     with only_one(folder):
         pass
+
+
+def test_a_run_that_was_given_up_notices_that_another_goes_on_and_leaves_its_lease_alone(
+    folder: SweepFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signals: list[int] = []
+    monkeypatch.setattr(folder_lock.os, "kill", lambda pid, number: signals.append(number))
+    theirs = json.dumps({"host": "two", "owner": "two 1", "renewals": 0})
+    with only_one(folder, host="one") as tenure:
+        tenure.require()
+        folder.lease.write_text(theirs)
+        wait_until(lambda: signals, bool, 10)
+        with pytest.raises(FolderError, match=r"another run has taken .* over"):
+            tenure.require()
+    assert signals == [signal.SIGTERM]
+    assert folder.lease.read_text() == theirs
+
+
+def test_a_lock_that_a_server_keeps_for_a_host_that_is_gone_is_no_hindrance_once_its_lease_stands_still(
+    folder: SweepFolder,
+) -> None:
+    with FileLock(folder.lock):
+        folder.lease.write_text(json.dumps({"host": "gone", "owner": "gone 1", "renewals": 7}))
+        with only_one(folder, host="here"):
+            assert json.loads(folder.lease.read_text())["host"] == "here"
+            # And it keeps others out as ever.
+            with pytest.raises(FolderError, match="another run is at work"), only_one(folder, host="here"):
+                pass
+
+
+def test_a_lock_of_another_host_whose_lease_is_renewed_is_respected(folder: SweepFolder) -> None:
+    with (
+        only_one(folder, host="one"),
+        pytest.raises(FolderError, match=r"at work .* on host one"),
+        only_one(folder, host="two"),
+    ):
+        pass
+
+
+def test_results_are_not_removed_though_their_sweep_file_has_gone(tmp_path: Path) -> None:
+    made = SweepFolder(tmp_path / "new")
+    with only_one(made):
+        made.results_json.write_text("{}")
+    assert made.results_json.exists()
+    with only_one(SweepFolder(tmp_path / "unused")):
+        pass
+    assert not (tmp_path / "unused").exists()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "null", '{"host": 3}'])

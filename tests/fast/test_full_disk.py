@@ -17,6 +17,7 @@ from pathlib import Path
 from orchestrator.results.records import TrialStatus
 from orchestrator.results.storage import SweepFolder, read_trial_results, write_atomically
 from orchestrator.sweep import recorder as recorders
+from orchestrator.sweep.folder_lock import Tenure
 from tests.made_up_sweep import made_up_trial
 
 first, second = made_up_trial({"rank": 2}), made_up_trial({"rank": 4})
@@ -28,7 +29,7 @@ for fault in ("full", "read-only", "freed", "vanished"):
     root.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(root)], check=True)
     folder = SweepFolder(root / "sweep")
-    recorder = recorders.Recorder(folder, {}, 0.0, None, {}, lambda config: 0, lambda trial_id: True, ())
+    recorder = recorders.Recorder(folder, {}, 0.0, None, {}, lambda config: 0, lambda trial_id: True, Tenure(""), ())
     write_atomically(folder.sweep_file, "name: sweep")
     recorder.save(first)
     if fault == "vanished":

@@ -17,7 +17,7 @@ from orchestrator.config.search_space import Space, Trial, domains
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.sweep_file import load, to_yaml
 from orchestrator.config.trial_config import CHANGEABLE
-from orchestrator.errors import SweepFileError
+from orchestrator.errors import FolderError, SweepFileError
 from orchestrator.planning.plan import PlannedTrial
 from orchestrator.reporting.lineage import lineage_words
 from orchestrator.results.records import TrialResult, TrialStatus
@@ -29,6 +29,7 @@ from tests.fast.test_suggest import point
 pytest.importorskip("ray")
 
 from orchestrator.sweep.generations import Generations, last_step
+from orchestrator.sweep.suggestions import known_at_start
 
 SPACE = {
     "rank": [8, 32],
@@ -166,6 +167,26 @@ def test_after_an_interruption_it_goes_on_as_without_one(whole: Population, ends
     again = Population(read)
     again.run(order=8)
     assert family(again.records) == family(whole.records)
+
+
+def test_a_founder_whose_record_is_lost_is_replaced_in_its_own_place() -> None:
+    cut = Population(breaks=False)
+    cut.run(order=0, most=2)
+    founders = [record for record in cut.records.values() if record.suggestion and record.suggestion.generation == 0]
+    lost = next(record for record in founders if record.status is TrialStatus.STOPPED)
+    again = Population([record for record in cut.records.values() if record is not lost], breaks=False)
+    again.run(order=0)
+    members = [one.member for r in again.records.values() if (one := r.suggestion) and one.generation == 0]
+    assert sorted(members) == list(range(6))
+
+
+def test_a_child_whose_parents_record_is_lost_is_told_of_and_not_guessed_at(whole: Population) -> None:
+    child = next(record for record in whole.records.values() if record.started_from)
+    assert child.started_from
+    left = {i: record for i, record in whole.records.items() if i != child.started_from.trial_id}
+    prepared: Any = SimpleNamespace(sweep=whole.sweep, plan_trial=whole.plan_trial)
+    with pytest.raises(FolderError, match=f"trial {child.started_from.trial_id} has left no record"):
+        list(known_at_start(prepared, left))
 
 
 def test_another_seed_has_another_population(whole: Population) -> None:

@@ -13,6 +13,7 @@ from ray.tune.experiment import Trial
 
 from orchestrator.results.records import Timing, TrialStatus
 from orchestrator.results.storage import SweepFolder, write_atomically
+from orchestrator.sweep.folder_lock import Tenure
 from orchestrator.sweep.recorder import ForgetResults, Recorder
 from orchestrator.training.task import TrialProgress
 from tests.made_up_sweep import made_up_point, made_up_trial
@@ -50,7 +51,7 @@ def test_a_trial_that_goes_on_has_waited_for_both_of_its_starts(tmp_path: Path) 
     folder = SweepFolder(tmp_path)
     write_atomically(folder.sweep_file, "")
     records = {waiting.trial_id: waiting}
-    recorder = Recorder(folder, records, 0.0, None, {}, lambda config: 0, lambda trial_id: True, ())
+    recorder = Recorder(folder, records, 0.0, None, {}, lambda config: 0, lambda trial_id: True, Tenure(""), ())
     trial = Trial("sweep", stub=True)
     trial.config = {"trial_id": waiting.trial_id, "task": SimpleNamespace(config=waiting.config)}
     recorder.on_trial_start(1, [trial], trial)

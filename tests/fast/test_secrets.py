@@ -86,6 +86,7 @@ def test_weights_behind_a_link_out_of_the_sweep_are_not_exported(tmp_path: Path)
 
 
 def test_a_planted_secret_is_in_nothing_that_a_sweep_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from orchestrator.sweep.folder_lock import Tenure
     from orchestrator.sweep.recorder import Recorder
 
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", SECRET)
@@ -102,7 +103,7 @@ def test_a_planted_secret_is_in_nothing_that_a_sweep_leaves(tmp_path: Path, monk
     )
     folder = sweep_folder(sweep.storage, sweep.name)
     write_atomically(folder.sweep_file, without_secret(to_yaml(sweep)))
-    recorder = Recorder(folder, {}, 0.0, None, {}, lambda config: 0, lambda trial_id: True, ())
+    recorder = Recorder(folder, {}, 0.0, None, {}, lambda config: 0, lambda trial_id: True, Tenure(""), ())
     failed = made_up_trial({"rank": 8}, status=TrialStatus.FAILED, reason=said)
     recorder.save(failed.model_copy(update={"notes": (said,)}))
     write_sweep(folder, made_up_sweep(list(recorder.records.values())))

@@ -69,6 +69,20 @@ def test_a_worker_that_fails_stops_the_others_which_wait_for_it() -> None:
     play(scene())
 
 
+def test_a_worker_that_stops_at_its_generations_end_lets_the_others_write_their_checkpoint() -> None:
+    async def scene() -> None:
+        board = await a_group_at_work(2)
+        other = asyncio.create_task(board.wait_for_stop("g", 1))
+        await board.send("g", 1, 1, TrialEnd(TrialStatus.STOPPED, "its generation ended", None))
+        await asyncio.sleep(0)
+        assert not other.done()
+        await board.send("g", 1, 0, TrialEnd(TrialStatus.PREEMPTED, "the storage failed", None))
+        assert (await board.next_event("t-0")).status is TrialStatus.PREEMPTED
+        await other
+
+    play(scene())
+
+
 def test_a_group_that_has_served_many_trials_holds_none_of_them() -> None:
     async def scene() -> None:
         board = await a_group_at_work(1)

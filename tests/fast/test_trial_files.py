@@ -15,8 +15,10 @@ from orchestrator.errors import FolderError, StorageError
 from orchestrator.results import remote
 from orchestrator.results.records import Suggestion, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder, TrialFolder, write_result
+from orchestrator.sweep import carrier as carriers
 from orchestrator.sweep.carrier import carried
-from orchestrator.sweep.trial_files import leave_nothing, on_this_node
+from orchestrator.sweep.folder_lock import Tenure
+from orchestrator.sweep.trial_files import leave_nothing, on_this_node, weights_on_this_node
 from orchestrator.training.task import TrialTask, WorkerPlace
 from tests.object_store import BUCKET, started_store
 from tests.waiting import wait_until
@@ -58,7 +60,7 @@ def place(rank: int) -> WorkerPlace:
 
 
 def test_what_a_worker_keeps_the_driver_has_at_the_trials_end(folder: SweepFolder, tmp_path: Path) -> None:
-    with carried(folder) as carrier:
+    with carried(folder, Tenure("")) as carrier:
         # The store had nothing of this sweep: what lay here is of another time.
         assert not folder.sweep_file.exists()
         folder.sweep_file.write_text("name: demo")
@@ -113,7 +115,7 @@ def test_workers_of_one_node_share_a_copy_and_carry_each_file_once(folder: Sweep
 def test_a_trial_that_begins_with_anothers_checkpoint_finds_it_on_its_node_until_nobody_needs_it(
     folder: SweepFolder,
 ) -> None:
-    with carried(folder) as carrier:
+    with carried(folder, Tenure("")) as carrier:
         folder.sweep_file.write_text("name: demo")
         folder.data.mkdir(exist_ok=True)
         (folder.data / "train.bin").write_text("tokens")
@@ -162,7 +164,7 @@ def test_a_worker_gives_up_a_store_that_stays_away_after_its_time(
 
 def test_nothing_is_put_into_the_store_by_a_sweep_that_did_not_start(folder: SweepFolder) -> None:
     def fail() -> None:
-        with carried(folder):
+        with carried(folder, Tenure("")):
             raise FolderError("no")
 
     with pytest.raises(FolderError):
@@ -170,9 +172,77 @@ def test_nothing_is_put_into_the_store_by_a_sweep_that_did_not_start(folder: Swe
     assert not list(remote.opened(folder.shown).root.rglob("*"))
 
 
+def test_what_a_worker_stored_since_is_not_put_back_by_a_driver_that_has_an_older_copy(folder: SweepFolder) -> None:
+    task, keep = on_this_node(task_in(folder), place(0), "group")
+    adapter = TrialFolder(Path(task.trial_folder)).adapter
+    adapter.mkdir()
+    (adapter / "weights").write_text("older")
+    keep(0.0)
+    with carried(folder, Tenure("")) as carrier:
+        folder.sweep_file.write_text("name: demo")
+        carrier.fetch("t")
+    assert (folder.trial("t").adapter / "weights").read_text() == "older"
+    # On another host the trial went on, and there its sweep has ended.
+    (adapter / "weights").write_text("newer")
+    keep(0.0)
+    with carried(folder, Tenure("")) as carrier:
+        carrier.push()
+        assert carrier.fetch("t")
+    assert (folder.trial("t").adapter / "weights").read_text() == "newer"
+
+
+def test_a_run_whose_sweep_was_taken_over_puts_nothing_into_the_store_any_more(folder: SweepFolder) -> None:
+    tenure = Tenure(folder.shown)
+    with carried(folder, tenure) as carrier:
+        folder.sweep_file.write_text("name: demo")
+        write_result(folder, record(TrialStatus.RUNNING))
+        carrier.push()
+        tenure.is_lost = True
+        write_result(folder, record(TrialStatus.CANCELLED))
+        carrier.track(record(TrialStatus.CANCELLED))
+        carrier.push()
+    assert b"running" in remote.opened(folder.shown).trial("t").result.read_bytes()
+
+
+def test_who_hears_of_a_trial_that_ended_while_the_store_was_away_hears_it_once_its_files_are_here(
+    folder: SweepFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(carriers, "RETRY_S", 0.1)
+    told: list[tuple[str, bool]] = []
+    metrics = folder.trial("t").metrics
+    with carried(folder, Tenure("")) as carrier:
+        folder.sweep_file.write_text("name: demo")
+        carrier.push()
+        track = carrier.once_here(lambda record: told.append((record.status.value, metrics.exists())))
+        task, keep = on_this_node(task_in(folder), place(0), "group")
+        TrialFolder(Path(task.trial_folder)).metrics.write_text("1")
+        keep(0.0)
+        track(record(TrialStatus.RUNNING))
+        with monkeypatch.context() as away:
+            away.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+            assert not carrier.fetch("t")
+            track(record(TrialStatus.FAILED))
+        assert told == [("running", False)]
+        carrier.track(record(TrialStatus.FAILED))
+        wait_until(lambda: len(told), lambda count: count == 2, LIMIT_S)
+    assert told[1] == ("failed", True)
+
+
+def test_weights_that_are_evaluated_are_brought_to_the_node_and_removed_again(folder: SweepFolder) -> None:
+    task, keep = on_this_node(task_in(folder), place(0), "group")
+    adapter = TrialFolder(Path(task.trial_folder)).adapter
+    adapter.mkdir()
+    (adapter / "weights").write_text("w")
+    keep(0.0)
+    with weights_on_this_node(folder.location(folder.trial("t").adapter)) as weights:
+        assert (weights / "weights").read_text() == "w"
+        assert weights != adapter
+    assert not weights.exists()
+
+
 def test_a_folder_that_all_share_needs_nobody_to_carry(tmp_path: Path) -> None:
     folder = SweepFolder(tmp_path)
-    with carried(folder) as carrier:
+    with carried(folder, Tenure("")) as carrier:
         carrier.push()
         carrier.track(record(TrialStatus.RUNNING))
         carrier.fetch("t")

@@ -20,6 +20,7 @@ from ray.util import placement_group_table
 from orchestrator.config.sweep_config import DataConfig
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.results.records import TrialStatus
+from orchestrator.results.storage import TrialFolder
 from orchestrator.sweep import cluster
 from orchestrator.sweep.trial import TrialOnWorkers
 from orchestrator.sweep.worker import GroupShape
@@ -31,6 +32,7 @@ from tests.waiting import wait_until
 pytestmark = pytest.mark.timeout(600)
 MODEL = "builtin:tiny-llama"
 LIMIT_S = 120.0
+SECRET = "hf_" + "A1b2C3d4" * 4
 
 
 @dataclass
@@ -149,11 +151,17 @@ def test_a_trial_that_ends_badly_is_told_and_the_next_one_is_as_ever(bench: Benc
     trial_id = bench.assign(
         max_steps=10_000, eval_every=10_000, micro_batch_size=64, global_batch_size=64, time_limit_s=15.0
     )
-    DEATHS[how](bench.trial_process())
+    process = bench.trial_process()
+    log = TrialFolder(bench.folder / trial_id).log
+    wait_until(log.exists, bool, LIMIT_S)
+    with log.open("a") as file:
+        file.write(f"a library prints {SECRET}\n")
+    DEATHS[how](process)
     end = bench.end_of(trial_id)
     assert end.status in (TrialStatus.FAILED, TrialStatus.OUT_OF_MEMORY)
     assert end.reason
     assert ("budget.trial_hours" in end.reason) is (how == "hung")
+    assert SECRET not in log.read_text()
     after = bench.run(seed=7)
     assert before.progress is not None
     assert after.progress is not None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import traceback
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,11 @@ import torch
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.results.records import TrialStatus
 from orchestrator.training import device as devices
+from orchestrator.training import trial_log
 from orchestrator.training.ledger import Ledger
-from orchestrator.training.task import TrialEnd
+from orchestrator.training.task import TrialEnd, WorkerPlace
 from orchestrator.training.training_loop import learning_rate
-from orchestrator.training.worker_process import ended_by
+from orchestrator.training.worker_process import ended_by, run
 from tests.training.conftest import tiny
 from tests.training.launch import make_task, run_trial
 
@@ -91,6 +94,22 @@ def test_another_error_fails_the_trial_and_its_traceback_is_in_the_log(tiny_mode
     assert [end.status for end in outcome.ends] == [TrialStatus.FAILED] * 2
     assert "FileNotFoundError" in (outcome.end.reason or "")
     assert "Traceback" in outcome.log
+
+
+def test_a_trial_whose_log_lies_on_a_full_disk_still_says_how_it_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(trial_log, "redirect_output", full)
+    monkeypatch.setattr(traceback, "print_exc", full)
+    sent: list[object] = []
+    task = make_task(tiny(), tmp_path, tmp_path, tmp_path / "trial")
+    run(task, WorkerPlace(0, 1, 0, "127.0.0.1", 0, "t"), sent.append)
+    (end,) = sent
+    assert isinstance(end, TrialEnd)
+    assert (end.status, "free some space" in (end.reason or "")) == (TrialStatus.PREEMPTED, True)
 
 
 def test_an_error_of_ours_is_told_in_its_own_words(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from typer.testing import CliRunner
 
 from orchestrator.cli import app
-from orchestrator.config.sweep_config import SweepConfig
+from orchestrator.config.sweep_config import SweepConfig, TrackingConfig
 from orchestrator.config.sweep_file import to_yaml
 from orchestrator.errors import TrackingUnreachableError
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
@@ -192,6 +192,53 @@ def test_report_sends_nothing_to_a_server_that_the_folder_alone_names(
         elsewhere.settimeout(0)
         with pytest.raises(BlockingIOError):
             elsewhere.accept()
+
+
+def test_another_server_gets_what_had_ended_before_too(server: FragileServer, tmp_path: Path) -> None:
+    config, result, folder = a_sweep(tmp_path / "moved", server.uri)
+    trial = result.trials[0]
+    first = Tracker(config, SWEEP_ID, folder)
+    first.track(trial)
+    there = delivered(first, trial)
+    assert first.finish(LIMIT_S)
+    elsewhere = config.model_copy(update={"tracking": TrackingConfig(uri=f"sqlite:///{tmp_path / 'other.db'}")})
+    second = Tracker(elsewhere, SWEEP_ID, folder)
+    second.track(trial.model_copy(update={"mlflow_run_id": there}))
+    run_id = delivered(second, trial)
+    assert run_id != there
+    assert second.finish(LIMIT_S)
+    client = MlflowClient(f"sqlite:///{tmp_path / 'other.db'}")
+    assert client.get_run(run_id).data.tags["status"] == "completed"
+
+
+def test_a_store_of_artifacts_that_cannot_be_used_keeps_no_figure_back(
+    server: FragileServer, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, result, folder = a_sweep(tmp_path / "artifacts", server.uri)
+    log_artifact = MlflowClient.log_artifact
+
+    def lacks_boto3(client: MlflowClient, run_id: str, file: str) -> None:
+        if result.trials[0].trial_id in file:
+            raise ModuleNotFoundError("No module named 'boto3'")
+        log_artifact(client, run_id, file)
+
+    monkeypatch.setattr(MlflowClient, "log_artifact", lacks_boto3)
+    tracker = Tracker(config, SWEEP_ID, folder)
+    for trial in result.trials[:2]:
+        tracker.track(trial)
+    runs = {trial.trial_id: delivered(tracker, trial) for trial in result.trials[1:2]}
+    assert tracker.finish(LIMIT_S)
+    assert f"MLflow refuses trial {result.trials[0].trial_id}: No module named 'boto3'" in caplog.text
+    refused = tracker.run_id(result.trials[0].trial_id)
+    assert refused
+    assert_equal_to_disk(server, folder, {**runs, result.trials[0].trial_id: refused})
+
+
+def test_a_database_that_is_none_is_told_as_a_server_that_does_not_answer(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("no database at all, and longer than a header of one would be")
+    config, _, folder = a_sweep(tmp_path / "broken", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    with pytest.raises(TrackingUnreachableError, match=r"mlflow.db does not answer .*not a database"):
+        Tracker(config, SWEEP_ID, folder)
 
 
 def test_a_link_that_leads_out_of_the_sweeps_folder_is_not_sent(server: FragileServer, tmp_path: Path) -> None:
