@@ -52,7 +52,9 @@ class Recorder(tune.Callback):
         self.started_at = started_at
         """Of this run of the sweep, seconds since 1970."""
         self._why_stopped, self._predicted_bytes, self._listeners = why_stopped, predicted_bytes, listeners
-        self._fetch, self._tenure = fetch, tenure
+        self._fetch = fetch
+        self.tenure = tenure
+        """Once it is lost nothing more is written."""
         self._launched_at: dict[str, float] = {}
         self._startup_s: dict[str, float] = {}
         """Of trials that have told something in this run: of all their launches."""
@@ -130,11 +132,11 @@ class Recorder(tune.Callback):
         """Keep a record, on disk first."""
         hidden = {"reason": record.reason and without_secret(record.reason), "notes": _each(record.notes)}
         record = record.model_copy(update=hidden)
-        if not self._tenure.is_lost:
+        if not self.tenure.is_lost:
             self._write(record)
             self._watch_disk()
         self.records[record.trial_id] = record
-        if self._tenure.is_lost:
+        if self.tenure.is_lost:
             return
         for listener in self._listeners:
             listener(record)

@@ -159,7 +159,7 @@ def _run_prepared(
         say(search.told_at_start)
     with progress, signals_to(stopper), system_metrics.logged(tracking_uri(sweep), tracker.parent_run_id):
         launch(prepared, folder, recorder, search, scheduler, [recorder, progress], stopper, isolation)
-    tenure.require()
+    recorder.tenure.require()
     if stopper.interrupted:
         carrier.hurry()
     recorder.cancel_rest(stopper.reason or "the sweep ended before it: run the same command again")
@@ -231,8 +231,9 @@ def _finish(
         is_evaluated = evaluation.evaluate(sweep, result, prepared.shape, folder, say)
         for record in evaluation.scored(result, folder):
             recorder.save(record)
-        ended = {"trials": tuple(recorder.records.values()), "interrupted": not is_evaluated}
-        result = result.model_copy(update=ended)
+        trials = tuple(recorder.records.values())
+        result = result.model_copy(update={"trials": trials, "interrupted": not is_evaluated})
+        recorder.tenure.require()
     say("writing the report")
     # Before MLflow is waited for: what was measured is safe whatever happens then.
     write_sweep(folder, result)
