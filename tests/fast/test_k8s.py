@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -140,6 +141,32 @@ REFUSED_BY_RULE: dict[str, tuple[Callable[[list[Manifest]], object], str]] = {
         "keeps its cluster",
     ),
     "no deadline": (lambda m: the(m, "RayJob/sweep")["spec"].pop("activeDeadlineSeconds"), "is not set"),
+    "submitter that gives up": (
+        lambda m: the(m, "RayJob/sweep")["spec"].pop("submitterConfig"),
+        "lost connections of its submitter",
+    ),
+    "submitter that is moved": (
+        lambda m: the(m, "RayJob/sweep")["spec"]["submitterPodTemplate"]["metadata"].pop("annotations"),
+        "RayJob/sweep submitter: an autoscaler may move it",
+    ),
+    "head that is moved": (
+        lambda m: the(m, "RayJob/sweep")["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["metadata"].pop(
+            "annotations"
+        ),
+        "RayJob/sweep head: an autoscaler may move it",
+    ),
+    "driver that is killed after 3 s": (
+        lambda m: head(m)["containers"][0].update(env=[]),
+        "Ray kills a job that is stopped after 3 s",
+    ),
+    "head that does not wait for its driver": (
+        lambda m: head(m)["containers"][0].pop("lifecycle"),
+        "goes before its driver has saved its state",
+    ),
+    "head that is killed while it waits": (
+        lambda m: head(m).update(terminationGracePeriodSeconds=60),
+        "is killed before its preStop of 90 s ends",
+    ),
     "shell in the entrypoint": (
         lambda m: the(m, "RayJob/sweep")["spec"].update(entrypoint="orchestrator run s.yaml || true"),
         "shell would act on",
@@ -210,6 +237,12 @@ REFUSED_IN: list[tuple[str, Callable[[list[Manifest]], object], str]] = [
     ),
     (PRODUCTION, lambda m: m.remove(the(m, "NetworkPolicy/prometheus")), "no policy lets Prometheus in"),
     (PRODUCTION, lambda m: cluster(m)["workerGroupSpecs"][0].update(minReplicas=1), "not from zero"),
+    (PRODUCTION, lambda m: cluster(m)["workerGroupSpecs"][0].update(replicas=4), "not from zero"),
+    (
+        PRODUCTION,
+        lambda m: cluster(m)["headGroupSpec"]["template"]["metadata"].pop("annotations"),
+        "RayCluster/ray head: an autoscaler may move it",
+    ),
     (PRODUCTION, lambda m: cluster(m)["autoscalerOptions"].pop("idleTimeoutSeconds"), "idle nodes go"),
     (PRODUCTION, lambda m: cluster(m)["headGroupSpec"]["rayStartParams"].pop("num-gpus"), "count GPUs"),
     (PRODUCTION, lambda m: worker(m).update(terminationGracePeriodSeconds=10), "before its preStop ends"),
@@ -273,6 +306,7 @@ PROMISES: dict[str, list[Callable[[list[Manifest]], object]]] = {
     "gpu-autoscaling": [
         lambda m: all(spec["enableInTreeAutoscaling"] for _, spec in ray_clusters(m)),
         lambda m: cluster(m)["workerGroupSpecs"][0]["minReplicas"] == 0,
+        lambda m: all(spec["workerGroupSpecs"][0]["maxReplicas"] == 8 for _, spec in ray_clusters(m)),
     ],
     "production": [
         lambda m: all(spec["enableInTreeAutoscaling"] for _, spec in ray_clusters(m)),
@@ -311,6 +345,45 @@ def test_redis_is_the_first_process_of_its_pod_and_reads_its_settings_whole(tmp_
     assert out.splitlines() == [f"{process.pid} -", "requirepass 0123abcd", "appendonly yes", "dir /data"]
 
 
+@pytest.mark.parametrize("told_already", [True, False])
+def test_a_head_that_goes_waits_for_its_driver_and_tells_one_that_nobody_has_told(
+    tmp_path: Path, told_already: bool
+) -> None:
+    hook = head(rendered(K8S / "overlays" / "gpu"))["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    # The driver as the image's entry point starts it: it saves its state for a second when it is told.
+    program = tmp_path / "orchestrator"
+    program.write_text(
+        f"#!{sys.executable}\n"
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), print('saved', flush=True), sys.exit(130)))\n"
+        "print('running', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    program.chmod(0o755)
+    driver = subprocess.Popen([program, "run", "sweep.yaml"], stdout=subprocess.PIPE, text=True)
+    assert driver.stdout is not None
+    assert driver.stdout.readline() == "running\n"
+    if told_already:
+        driver.terminate()
+    command = [sys.executable, hook[1], hook[2].replace("timeout=60", "timeout=" + ("30" if told_already else "0.5"))]
+    waiting = subprocess.Popen(command)
+    # Whoever does not wait for its child leaves it a zombie, which is not gone.
+    out, _ = driver.communicate(timeout=30)
+    assert (driver.returncode, out) == (130, "saved\n")
+    assert waiting.wait(timeout=30) == 0
+
+
+def test_a_demo_needs_no_more_than_its_overlay_says() -> None:
+    overlay = K8S / "overlays" / "cpu-demo"
+    requests = [c["resources"]["requests"] for pod in pods(rendered(overlay)) for c in pod.containers]
+    said = re.search(r"with (\d+) free cores and (\d+) GiB", (overlay / "kustomization.yaml").read_text())
+    assert said
+    cpus = sum(float(r["cpu"].replace("m", "e-3")) for r in requests)
+    memory = sum(policies.quantity_bytes(r["memory"]) for r in requests)
+    assert int(said[1]) - 1 < cpus <= int(said[1])
+    assert int(said[2]) - 1 < memory / 2**30 <= int(said[2])
+
+
 def test_a_kustomization_that_does_not_render_is_an_error_with_kustomizes_words(tmp_path: Path) -> None:
     (tmp_path / "kustomization.yaml").write_text("resources: [gone.yaml]\n")
     with pytest.raises(RenderError, match=r"gone\.yaml"):
@@ -347,8 +420,11 @@ def test_the_rayjob_runs_a_command_line_that_our_cli_knows_with_the_sweep_file_t
             assert mounts[parsed["storage"]] == "sweeps", "all nodes must see the storage"
 
 
+@pytest.mark.parametrize("gpu", ["T4", "A100-40GB"])
 @every_overlay
-def test_the_sweep_in_the_config_map_can_be_planned_on_the_pods_that_it_gets(overlay: Path, tmp_path: Path) -> None:
+def test_the_sweep_in_the_config_map_can_be_planned_on_the_pods_that_it_gets(
+    overlay: Path, gpu: str, tmp_path: Path
+) -> None:
     manifests = rendered(overlay)
     file = tmp_path / "sweep.yaml"
     file.write_text(the(manifests, "ConfigMap/sweep")["data"]["sweep.yaml"])
@@ -356,11 +432,17 @@ def test_the_sweep_in_the_config_map_can_be_planned_on_the_pods_that_it_gets(ove
     group = job["rayClusterSpec"]["workerGroupSpecs"][0]
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     gpus = int(limits.get("nvidia.com/gpu", 0))
-    hardware = ["--gpu", "A100-40GB", "--gpus", str(gpus * group["replicas"])] if gpus else []
+    hardware = ["--gpu", gpu, "--gpus", str(gpus * group["maxReplicas"])] if gpus else []
     result = CliRunner().invoke(app, ["plan", str(file), "--json", *hardware])
     assert result.exit_code == 0, result.stderr
-    assert json.loads(result.stdout)["runs"] > 0
+    plan = json.loads(result.stdout)
+    # The README lets a T4 in. What it refuses of a space is a result of that space.
+    assert plan["runs"] > 0
     sweep = yaml.safe_load(file.read_text())
+    resources = sweep["resources"]
+    assert resources["scale_up_minutes"] <= 60, "workers that are not there yet, or not yet again, are waited for"
+    at_a_time = (gpus or int(limits["cpu"])) * group["maxReplicas"]
+    assert resources["max_concurrent"] == at_a_time, "the sweep uses all that its cluster may have"
     assert sweep["resources"]["cpus_per_worker"] <= int(limits["cpu"])
     assert sweep["budget"]["hours"] * 3600 < job["activeDeadlineSeconds"], "a budget ends a sweep cleanly, KubeRay not"
 
@@ -408,6 +490,12 @@ def test_the_overlay_that_the_readme_shows_renders_and_is_valid(tmp_path: Path) 
     assert the(manifests, "PersistentVolumeClaim/sweeps")["spec"]["storageClassName"] == "my-rwx-class"
 
 
+def test_the_operator_that_the_readme_installs_gives_a_lost_head_an_hour_to_come_back() -> None:
+    (install,) = re.findall(r"helm install kuberay-operator (?:.*\\\n)*.*", (K8S / "README.md").read_text())
+    assert "--set 'env[0].name=RAYJOB_STATUS_CHECK_TIMEOUT_SECONDS'" in install
+    assert "--set-string 'env[0].value=3600'" in install
+
+
 def test_what_the_readmes_kubectl_commands_name_is_there() -> None:
     manifests = rendered(K8S / "overlays" / "production")
     ports = {m["metadata"]["name"]: m["spec"]["ports"][0]["port"] for m in of_kind(manifests, "Service")}
@@ -423,7 +511,7 @@ def test_what_the_readmes_kubectl_commands_name_is_there() -> None:
     assert {f"{kind} {name}" for kind, name in named} <= have
     (labels,) = re.findall(r"kubectl logs --follow -l ([\w./-]+)=(\w+)", readme)
     assert any(pod.labels.get(labels[0]) == labels[1] for pod in pods(manifests))
-    assert (len(forwarded), len(read), len(named)) == (2, 2, 6)
+    assert (len(forwarded), len(read), len(named)) == (2, 2, 7)
 
 
 def test_the_patch_for_a_registry_with_a_login_renders(tmp_path: Path) -> None:

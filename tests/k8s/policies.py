@@ -17,6 +17,8 @@ BINARY = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 # The cloud's metadata service, which hands out the node's credentials.
 METADATA_SERVICE = "169.254.0.0/16"
 KUBERNETES_GRACE_S = 30
+STAYS = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "karpenter.sh/do-not-disrupt": "true"}
+SUBMITTER_RETRIES = 100
 SPOT_NOTICE_S = 25
 """What Google's cloud gives a pod of the 30 s that it has; the others give more."""
 
@@ -169,7 +171,7 @@ def ray_is_set_up_for_sweeps(manifests: list[Manifest]) -> Iterator[str]:
         limit = pod.containers[0].get("resources", {}).get("limits", {}).get("memory")
         if shared.get("medium") != "Memory" or "sizeLimit" not in shared:
             yield f"{pod.owner}: /dev/shm is not memory of a given size"
-        elif limit and _bytes(shared["sizeLimit"]) > _bytes(limit) / 2:
+        elif limit and quantity_bytes(shared["sizeLimit"]) > quantity_bytes(limit) / 2:
             yield f"{pod.owner}: /dev/shm may take more than half of the container's memory"
 
 
@@ -184,8 +186,36 @@ def sweeps_end_and_resume(manifests: list[Manifest]) -> Iterator[str]:
             for key in ("ttlSecondsAfterFinished", "activeDeadlineSeconds", "preRunningDeadlineSeconds", "backoffLimit")
             if key not in spec
         )
+        if spec.get("submitterConfig", {}).get("backoffLimit", 0) < SUBMITTER_RETRIES:
+            yield f"{name_of(job)}: a few lost connections of its submitter would end a healthy sweep"
         if SHELL & set(spec.get("entrypoint", "")):
             yield f"{name_of(job)}: the entrypoint has characters that the submitter's shell would act on"
+
+
+def a_sweep_is_not_moved_to_tidy_up(manifests: list[Manifest]) -> Iterator[str]:
+    """Autoscalers empty nodes that are little used: the driver would start again, and the submitter counts it."""
+    for pod in pods(manifests):
+        if (pod.is_ray or wiring.SUBMITTER.items() <= pod.labels.items()) and not (
+            STAYS.items() <= pod.metadata.get("annotations", {}).items()
+        ):
+            yield f"{pod.owner}: an autoscaler may move it"
+
+
+def a_driver_may_save_its_state(manifests: list[Manifest]) -> Iterator[str]:
+    """Ray waits for a job that is stopped, and the head's pod for its driver, and neither is killed before."""
+    for pod in pods(manifests):
+        if pod.labels.get("ray.io/node-type") != "head":
+            continue
+        container = pod.containers[0]
+        limits = [int(v["value"]) for v in container.get("env", []) if v["name"] == "RAY_JOB_STOP_WAIT_TIME_S"]
+        hook = container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", [""])[-1]
+        waits_s = sum(map(int, re.findall(r"timeout=(\d+)", hook)))
+        if not limits:
+            yield f"{pod.owner}: Ray kills a job that is stopped after 3 s"
+        elif waits_s < limits[0]:
+            yield f"{pod.owner}: goes before its driver has saved its state"
+        if pod.spec.get("terminationGracePeriodSeconds", KUBERNETES_GRACE_S) <= waits_s:
+            yield f"{pod.owner}: is killed before its preStop of {waits_s} s ends"
 
 
 def nodes_come_from_zero_and_go(manifests: list[Manifest]) -> Iterator[str]:
@@ -196,10 +226,10 @@ def nodes_come_from_zero_and_go(manifests: list[Manifest]) -> Iterator[str]:
             if not cluster.get("enableInTreeAutoscaling"):
                 if not lowest == group["replicas"] == highest:
                     yield f"{name} {group['groupName']}: nobody scales between {lowest} and {highest}"
-            elif lowest or not highest:
+            elif lowest or group["replicas"] or not highest:
                 yield f"{name} {group['groupName']}: scales from {lowest} to {highest}, and not from zero"
         if cluster.get("enableInTreeAutoscaling") and "idleTimeoutSeconds" not in cluster.get("autoscalerOptions", {}):
-            yield f"{name}: idle nodes go after Ray's minute, in which a sweep's first node waits for the last"
+            yield f"{name}: idle nodes go after Ray's minute, in which a trial's first node waits for its last"
 
 
 def spot_nodes_are_left_in_time(manifests: list[Manifest]) -> Iterator[str]:
@@ -266,7 +296,8 @@ def _is_our_ray(version: str) -> bool:
     return version.split(".")[:2] == lowest.split(".")[:2]
 
 
-def _bytes(quantity: str) -> int:
+def quantity_bytes(quantity: str) -> int:
+    """Kubernetes' way to write memory, in bytes."""
     return int(quantity[:-2]) * BINARY[quantity[-2:]]
 
 
@@ -285,6 +316,8 @@ RULES: tuple[Callable[[list[Manifest]], Iterator[str]], ...] = (
     nothing_is_reached_from_outside,
     ray_is_set_up_for_sweeps,
     sweeps_end_and_resume,
+    a_sweep_is_not_moved_to_tidy_up,
+    a_driver_may_save_its_state,
     nodes_come_from_zero_and_go,
     spot_nodes_are_left_in_time,
     kueue_may_take_it,
