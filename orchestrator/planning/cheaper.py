@@ -30,6 +30,11 @@ _OF_NO_MEMORY = {
 """Settings that neither memory nor a refusal depends on: trials that differ in these alone are told the same."""
 
 
+def for_memory(config: TrialConfig) -> TrialConfig:
+    """The same for all that differ only in what memory does not depend on."""
+    return config.model_copy(update=_OF_NO_MEMORY)
+
+
 @dataclass(frozen=True, slots=True)
 class _Change:
     """A cheaper setting, as a hint names it."""
@@ -45,8 +50,7 @@ def what_fits(case: Case, memory_bytes: int, most_workers: int) -> str | None:
     Those that alter the result least stand in front: a smaller micro-batch, checkpointing, more workers to share among.
     What leaves the allocator room is named before what would run without.
     """
-    alike = replace(case, config=case.config.model_copy(update=_OF_NO_MEMORY))
-    return _first_that_fits(alike, memory_bytes, most_workers)
+    return _first_that_fits(replace(case, config=for_memory(case.config)), memory_bytes, most_workers)
 
 
 @lru_cache(maxsize=1024)

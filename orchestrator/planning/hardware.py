@@ -21,6 +21,8 @@ GIB = 2**30
 CGROUP = Path("/sys/fs/cgroup")
 LARGEST_MEMORY = 2**50
 """Bytes; more than any device has."""
+MOST_CPUS = 2**20
+"""More than any node has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +119,8 @@ def named_gpu(name: str, count: int, memory_bytes: int | None = None) -> Hardwar
     if found is None:
         near = get_close_matches(_plain(name), by_spelling, n=1)
         hint = f"; did you mean {by_spelling[near[0]]}?" if near else ""
-        raise InputError(f"--gpu {name or repr(name)} is not known{hint}; known: {', '.join(GPUS)}")
+        told = f"{name or repr(name)} (--gpu, or else resources.accelerator) is not known{hint}"
+        raise InputError(f"{told}; known: {', '.join(GPUS)}: name the nearest with --gpu")
     gpu = GPUS[found]
     memory_bytes = memory_bytes or _named_bytes(name, gpu)
     if memory_bytes is None:
@@ -199,7 +202,8 @@ def parse_memory(text: str) -> int:
 
 def this_machine() -> Hardware:
     """What is here, asked without loading torch."""
-    cpus, memory = os.cpu_count() or 1, min(psutil.virtual_memory().total, container_limit_bytes(CGROUP))
+    cpus = min(os.cpu_count() or 1, container_limit_cpus(CGROUP))
+    memory = min(psutil.virtual_memory().total, container_limit_bytes(CGROUP))
     has_bitsandbytes = importlib.util.find_spec("bitsandbytes") is not None
     gpus, _ = local_gpus()
     if not gpus:
@@ -247,6 +251,20 @@ def container_limit_bytes(cgroup: Path) -> int:
             continue
         return min(LARGEST_MEMORY, int(text)) if text.isdigit() else LARGEST_MEMORY
     return LARGEST_MEMORY
+
+
+def container_limit_cpus(cgroup: Path) -> int:
+    """CPUs that the container's control group may use (version 2, then 1), whole and one at least, as Ray counts them
+    (2.60.0, _private/utils.py, `get_num_cpus`); MOST_CPUS where there is no limit."""
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            quota, period = " ".join((cgroup / name).read_text(encoding="ascii") for name in names).split()
+        except (OSError, ValueError):
+            continue
+        # No limit is `max` in version 2, and -1 in version 1.
+        limited = quota.isdigit() and period.isdigit() and int(period) > 0
+        return max(1, int(quota) // int(period)) if limited else MOST_CPUS
+    return MOST_CPUS
 
 
 @cache

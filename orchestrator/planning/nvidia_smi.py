@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -36,8 +37,9 @@ class Gpu:
 
 
 def local_gpus() -> tuple[tuple[Gpu, ...], str | None]:
-    """The GPUs, and why a driver that is there does not answer."""
-    if shutil.which("nvidia-smi") is None:
+    """The GPUs, and why a driver that is there does not answer; none where CUDA_VISIBLE_DEVICES hides all."""
+    # The driver tells of all of them; Ray and torch see none.
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or shutil.which("nvidia-smi") is None:
         return (), None
     fields = "name,memory.total,compute_cap,driver_version,mig.mode.current"
     try:

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -16,7 +17,7 @@ from orchestrator.config.sweep_config import AshaConfig, BudgetConfig, Resources
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import InputError, ModelError
 from orchestrator.planning import budget
-from orchestrator.planning.cheaper import what_fits
+from orchestrator.planning.cheaper import for_memory, what_fits
 from orchestrator.planning.compatibility import Case, missing_targets, refusals
 from orchestrator.planning.hardware import GIB, Hardware
 from orchestrator.planning.makespan import Work, simulate
@@ -31,6 +32,8 @@ BESIDES_S = 3.0
 NO_PACE = Pace()
 SPARE = 0.97
 """Share of a GPU's memory that a trial may be planned to take: the driver keeps some for itself."""
+HOST_SHARE = 0.9
+"""Share of a host's memory that trials on its CPUs may be planned to take: Ray and the system have the rest."""
 
 
 TIGHT = (
@@ -97,14 +100,27 @@ class WorkerShape:
     workers: int
     gpus_per_worker: float
     cpus_per_worker: float
+    limit_bytes: int | None = None
+    """The most memory that a worker may take, whatever is there."""
 
 
 def worker_shape(resources: ResourcesConfig, hardware: Hardware) -> WorkerShape:
-    """The shape that the sweep file asks for on this hardware; `auto` is a whole GPU, until the trials are known."""
+    """The shape that the sweep file asks for on this hardware; `auto` is a whole GPU, until the trials are known.
+
+    Raises:
+        InputError: it asks for no GPU where there are some.
+    """
     gpus = resources.gpus_per_worker
+    if gpus == 0 and hardware.device == "cuda":
+        # A process to which Ray gives no GPU sees all of them, and would take the first.
+        raise InputError(
+            "resources.gpus_per_worker is 0 where there are GPUs, of which all trials would take the first: leave it "
+            "out for a whole GPU each, or name a share or auto; to train on CPUs hide the GPUs, by "
+            "CUDA_VISIBLE_DEVICES= before this command, or before `ray start` on every node"
+        )
     if not isinstance(gpus, float | int):
         gpus = 1.0 if hardware.device == "cuda" else 0.0
-    return WorkerShape(resources.workers_per_trial, float(gpus), resources.cpus_per_worker)
+    return WorkerShape(resources.workers_per_trial, float(gpus), resources.cpus_per_worker, resources.memory_per_worker)
 
 
 def packed_share(trials: Sequence[Trial], model: ModelShape, hardware: Hardware, whole: WorkerShape) -> float:
@@ -112,23 +128,84 @@ def packed_share(trials: Sequence[Trial], model: ModelShape, hardware: Hardware,
 
     `micro_batch_size: auto` takes what a whole GPU holds, so that only trials with a number are packed.
     """
-    memory_bytes = memory_for_a_worker(hardware, whole, 1, None)
+    memory_bytes = memory_for_a_worker(hardware, replace(whole, limit_bytes=None), 1)
     planned = [plan_trial(trial, model, hardware, whole, memory_bytes) for trial in trials]
     needed = [trial.memory.device_bytes for trial in planned if trial.memory and not trial.reasons]
     # Ray counts a GPU in ten-thousandths: rounded up, three thirds would not fit on it.
     return math.floor(10_000 / max(1, memory_bytes // max(needed, default=memory_bytes))) / 10_000
 
 
-def max_concurrent(resources: ResourcesConfig, shape: WorkerShape, hardware: Hardware) -> int:
-    """Trials at a time; at least one, since what cannot fit at all is told when the cluster is joined."""
-    room = max(1, _workers_that_fit(shape, hardware) // shape.workers)
-    return room if resources.max_concurrent == "auto" else min(room, resources.max_concurrent)
+def max_concurrent(
+    trials: Sequence[Trial], resources: ResourcesConfig, model: ModelShape, hardware: Hardware, shape: WorkerShape
+) -> int:
+    """Trials at a time; at least one, since what cannot fit at all is told when the cluster is joined.
+
+    On CPUs, whose trials share the host's memory, `auto` is no more than the trials that there are, nor than lets the
+    largest of them run that fits on a node alone.
+    """
+    rooms = _rooms(hardware, shape)
+    on_one_node = max(rooms) >= shape.workers
+    room = max(1, trials_that_fit(rooms, shape.workers, on_one_node=on_one_node))
+    if resources.max_concurrent != "auto":
+        return min(room, resources.max_concurrent)
+    if hardware.device == "cuda":
+        return room
+    alone_bytes = memory_for_a_worker(hardware, shape, 1)
+    needed = _needed_bytes(trials, model, hardware, shape.workers, alone_bytes)
+    if not needed:
+        return min(room, len(trials)) or 1
+    by_memory = int(hardware.host_memory_bytes * HOST_SHARE) // max(needed)
+    rooms = [min(has, by_memory) for has in rooms]
+    return max(1, min(len(needed), trials_that_fit(rooms, shape.workers, on_one_node=on_one_node)))
 
 
-def _workers_that_fit(shape: WorkerShape, hardware: Hardware) -> int:
-    by_cpu = hardware.cpus / shape.cpus_per_worker
-    by_gpu = hardware.gpus / shape.gpus_per_worker if shape.gpus_per_worker else math.inf
-    return int(min(by_cpu, by_gpu) + 1e-9)
+def _needed_bytes(
+    trials: Sequence[Trial], model: ModelShape, hardware: Hardware, workers: int, memory_bytes: int
+) -> list[int]:
+    """What a worker takes of each trial that runs in so much memory, with the smallest micro-batch of `auto`.
+
+    Estimated once for all that differ only in what memory does not depend on.
+    """
+
+    @cache
+    def needed(config: TrialConfig) -> int | None:
+        if config.micro_batch_size == "auto":
+            config = config.model_copy(update={"micro_batch_size": 1})
+        if refusals(Case(config, model, hardware, workers)):
+            return None
+        taken = estimate_on(config, model, workers, hardware).device_bytes
+        return taken if taken <= memory_bytes else None
+
+    return [taken for trial in trials if (taken := needed(for_memory(trial.config))) is not None]
+
+
+def _rooms(hardware: Hardware, shape: WorkerShape) -> list[int]:
+    """Workers that each node has room for, where CPUs and GPUs lie as evenly as they can."""
+    nodes = hardware.nodes
+    return [
+        workers_on(
+            hardware.cpus // nodes + (node < hardware.cpus % nodes),
+            hardware.gpus // nodes + (node < hardware.gpus % nodes),
+            shape.cpus_per_worker,
+            shape.gpus_per_worker,
+        )
+        for node in range(nodes)
+    ]
+
+
+def workers_on(cpus: float, gpus: float, cpus_per_worker: float, gpus_per_worker: float) -> int:
+    """Workers that a node has room for."""
+    by_cpu = int(cpus / cpus_per_worker + 1e-9)
+    if not gpus_per_worker:
+        return by_cpu
+    # A share of a GPU lies on one GPU: 0.4 fits twice on each, not 2.5 times.
+    per_gpu = int(1 / gpus_per_worker + 1e-9) if gpus_per_worker < 1 else 1 / gpus_per_worker
+    return min(by_cpu, int(gpus * per_gpu + 1e-9))
+
+
+def trials_that_fit(rooms: Sequence[int], workers: int, *, on_one_node: bool) -> int:
+    """Trials at a time on nodes that have room for so many workers each, a trial's on one of them or spread."""
+    return sum(room // workers for room in rooms) if on_one_node else sum(rooms) // workers
 
 
 def plan_trial(
@@ -185,25 +262,39 @@ def with_micro_batch(
 
 
 def _does_not_fit(case: Case, shape: WorkerShape, memory: MemoryEstimate, memory_bytes: int) -> str:
+    """Why, and what would: fewer at a time first, which changes nothing of the trial."""
     reason = (
         f"needs about {memory.needed_bytes / GIB:.1f} GiB of memory a worker, of which {memory.parts.biggest} takes "
         f"{getattr(memory.parts, memory.parts.biggest) / GIB:.1f} GiB, and {memory_bytes / GIB:.1f} GiB are there"
     )
     most_workers = int(case.hardware.gpus / shape.gpus_per_worker) if shape.gpus_per_worker else case.workers
-    fits = what_fits(case, memory_bytes, most_workers)
-    return f"{reason}; fits with {fits}" if fits else f"{reason}; use a smaller model"
+    fits = [_fewer_at_a_time(case.hardware, shape, memory), what_fits(case, memory_bytes, most_workers)]
+    told = ", or ".join(hint for hint in fits if hint)
+    return f"{reason}; fits with {told}" if told else f"{reason}; use a smaller model"
 
 
-def memory_for_a_worker(hardware: Hardware, shape: WorkerShape, concurrent: int, limit_bytes: int | None) -> int:
+def _fewer_at_a_time(hardware: Hardware, shape: WorkerShape, memory: MemoryEstimate) -> str | None:
+    """The most trials at a time, on CPUs, that leave a worker of this one enough memory; None: not even one does."""
+    if hardware.device == "cuda" or memory_for_a_worker(hardware, shape, 1) < memory.needed_bytes:
+        return None
+    most = 1
+    while memory_for_a_worker(hardware, shape, most + 1) >= memory.needed_bytes:
+        most += 1
+    return f"resources.max_concurrent {most}"
+
+
+def memory_for_a_worker(hardware: Hardware, shape: WorkerShape, concurrent: int) -> int:
     """Bytes that one worker may take: its share of a GPU, or of the host's memory, and no more than the limit."""
     if hardware.device == "cuda":
         assert hardware.gpu_memory_bytes is not None
         share = shape.gpus_per_worker if 0 < shape.gpus_per_worker < 1 else 1.0
         there = hardware.gpu_memory_bytes * share * SPARE
     else:
-        workers_a_node = max(1, math.ceil(concurrent * shape.workers / hardware.nodes))
-        there = hardware.host_memory_bytes * 0.9 / workers_a_node
-    return int(min(there, limit_bytes or there))
+        workers_a_node = math.ceil(concurrent * shape.workers / hardware.nodes)
+        if max(_rooms(hardware, shape)) >= shape.workers:
+            workers_a_node = math.ceil(concurrent / hardware.nodes) * shape.workers
+        there = hardware.host_memory_bytes * HOST_SHARE / workers_a_node
+    return int(min(there, shape.limit_bytes or there))
 
 
 def gpu_memory_fraction(plan: SweepPlan, hardware: Hardware) -> float | None:
@@ -231,18 +322,17 @@ def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware, pace: 
     """Plan all trials of a sweep whose hardware defaults are filled in; `pace` is what was measured before.
 
     Raises:
-        InputError: it counts money, and no trial holds a GPU that has a price.
+        InputError: it counts money, and no trial holds a GPU that has a price; or it asks for none of the GPUs there.
     """
-    shape = worker_shape(sweep.resources, hardware)
+    shape, wanted = worker_shape(sweep.resources, hardware), sweep.trials()
     if sweep.resources.gpus_per_worker == "auto" and hardware.device == "cuda" and shape.workers == 1:
-        shape = replace(shape, gpus_per_worker=packed_share(sweep.trials(), model, hardware, shape))
+        shape = replace(shape, gpus_per_worker=packed_share(wanted, model, hardware, shape))
     if not shape.gpus_per_worker:
         _require_no_money(sweep)
-    concurrent = max_concurrent(sweep.resources, shape, hardware)
-    memory_bytes = memory_for_a_worker(hardware, shape, concurrent, sweep.resources.memory_per_worker)
+    concurrent = max_concurrent(wanted, sweep.resources, model, hardware, shape)
+    memory_bytes = memory_for_a_worker(hardware, shape, concurrent)
     trials = tuple(
-        _with_cost(plan_trial(trial, model, hardware, shape, memory_bytes, pace), sweep.budget)
-        for trial in sweep.trials()
+        _with_cost(plan_trial(trial, model, hardware, shape, memory_bytes, pace), sweep.budget) for trial in wanted
     )
     running = [trial for trial in trials if not trial.reasons]
     proposes = sweep.search.is_adaptive
@@ -325,7 +415,7 @@ def _generations(work: Work, interval_steps: int) -> Iterator[Work]:
 
 
 def _too_few(shape: WorkerShape, hardware: Hardware) -> tuple[str, ...]:
-    if _workers_that_fit(shape, hardware) >= shape.workers:
+    if sum(_rooms(hardware, shape)) >= shape.workers:
         return ()
     each = f"{shape.cpus_per_worker:g} CPUs and {shape.gpus_per_worker:g} GPUs"
     return (

@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.config.sweep_config import ResourcesConfig
 from orchestrator.errors import ClusterUnreachableError, InputError, StorageError
+from orchestrator.planning.plan import trials_that_fit, workers_on
 from orchestrator.results import remote, shared_storage
 from orchestrator.results.storage import SweepFolder
 from orchestrator.sweep.worker import ACCELERATOR, GroupShape
@@ -255,20 +256,14 @@ def placed(shape: GroupShape, resources: Sequence[Mapping[str, float]]) -> Group
 
 
 def _room(shape: GroupShape, resources: Sequence[Mapping[str, float]]) -> int:
-    if shape.on_one_node:
-        return sum(_workers_on(node, shape) // shape.workers for node in resources)
-    return sum(_workers_on(node, shape) for node in resources) // shape.workers
+    rooms = [_workers_on(node, shape) for node in resources]
+    return trials_that_fit(rooms, shape.workers, on_one_node=shape.on_one_node)
 
 
 def _workers_on(node: Mapping[str, float], shape: GroupShape) -> int:
     if shape.accelerator and f"{ACCELERATOR}{shape.accelerator}" not in node:
         return 0
-    by_cpu = int(node.get("CPU", 0) / shape.cpus_per_worker + 1e-9)
-    if not shape.gpus_per_worker:
-        return by_cpu
-    # A share of a GPU lies on one GPU: 0.4 fits twice on each, not 2.5 times.
-    per_gpu = int(1 / shape.gpus_per_worker + 1e-9) if shape.gpus_per_worker < 1 else 1 / shape.gpus_per_worker
-    return min(by_cpu, int(node.get("GPU", 0) * per_gpu + 1e-9))
+    return workers_on(node.get("CPU", 0), node.get("GPU", 0), shape.cpus_per_worker, shape.gpus_per_worker)
 
 
 def disconnect() -> None:

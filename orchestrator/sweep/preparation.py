@@ -84,7 +84,12 @@ class Prepared:
             trial,
             self.model,
             self.choice.hardware,
-            WorkerShape(self.shape.workers, self.shape.gpus_per_worker, self.shape.cpus_per_worker),
+            WorkerShape(
+                self.shape.workers,
+                self.shape.gpus_per_worker,
+                self.shape.cpus_per_worker,
+                self.sweep.resources.memory_per_worker,
+            ),
             self.plan.worker_memory_bytes,
             self.choice.pace,
         )
@@ -116,7 +121,7 @@ def prepare(
         GroupShape(plan.workers_per_trial, plan.gpus_per_worker, sweep.resources.cpus_per_worker, choice.accelerator),
         cluster.nodes(),
     )
-    slots = slots_for(sweep, shape)
+    slots = slots_for(sweep, plan, shape)
     # Tune's own state is a cache that we never restore: what had ended is known from our records.
     shutil.rmtree(folder.tune, ignore_errors=True)
     board = cluster.start_switchboard()
@@ -146,7 +151,7 @@ def _fetch(sweep: SweepConfig, model: FoundModel, folder: SweepFolder, say: Call
     return summary
 
 
-def slots_for(sweep: SweepConfig, shape: GroupShape) -> int:
+def slots_for(sweep: SweepConfig, plan: SweepPlan, shape: GroupShape) -> int:
     """Trials at a time: as many as fit, and no more than the sweep file wants.
 
     Raises:
@@ -155,6 +160,7 @@ def slots_for(sweep: SweepConfig, shape: GroupShape) -> int:
     room = cluster.room_for(shape, cluster.nodes())
     wanted = sweep.resources.max_concurrent
     if wanted == "auto":
-        return room
+        # Trials without a GPU share the host's memory, among as many as the plan has at a time.
+        return room if shape.gpus_per_worker else min(room, plan.concurrent)
     # What does not fit yet waits in Ray's queue, and nodes are started for it.
     return wanted if sweep.resources.scale_up_minutes else min(room, wanted)

@@ -11,11 +11,14 @@ from orchestrator.planning.hardware import (
     GIB,
     GPUS,
     LARGEST_MEMORY,
+    MOST_CPUS,
     container_limit_bytes,
+    container_limit_cpus,
     cpu_half_precision,
     hardware_for,
     named_gpu,
     parse_memory,
+    this_machine,
 )
 
 
@@ -77,7 +80,7 @@ def test_one_gpu_is_named_and_not_two_or_how_many() -> None:
 
 
 def test_a_gpu_without_a_name_or_of_80_bytes_is_refused() -> None:
-    with pytest.raises(InputError, match="--gpu '' is not known"):
+    with pytest.raises(InputError, match=r"'' .--gpu.* is not known"):
         hardware_for("", None, None)
     with pytest.raises(InputError, match="80 bytes, less than any GPU has: write it as 80GiB"):
         hardware_for("H100", None, "80")
@@ -132,3 +135,35 @@ def test_a_containers_limit_is_its_memory(tmp_path: Path, file: str, text: str, 
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text(text)
     assert container_limit_bytes(tmp_path) == limit_bytes
+
+
+@pytest.mark.parametrize(
+    ("files", "limit"),
+    [
+        ({"cpu.max": "400000 100000\n"}, 4),
+        ({"cpu.max": "250000 100000\n"}, 2),
+        ({"cpu.max": "50000 100000\n"}, 1),
+        ({"cpu.max": "max 100000\n"}, MOST_CPUS),
+        ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, MOST_CPUS),
+        ({"cpu.max": "much\n"}, MOST_CPUS),
+        ({}, MOST_CPUS),
+    ],
+)
+def test_a_containers_limit_is_its_cpus(tmp_path: Path, files: dict[str, str], limit: int) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert container_limit_cpus(tmp_path) == limit
+
+
+def test_a_container_is_planned_for_the_cpus_that_it_may_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cpu.max").write_text("100000 100000\n")
+    monkeypatch.setattr("orchestrator.planning.hardware.CGROUP", tmp_path)
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    assert this_machine().cpus == 1
+
+
+def test_an_accelerator_that_is_not_known_is_told_as_what_the_sweep_file_calls_it() -> None:
+    with pytest.raises(InputError, match=r"MI250X \(--gpu, or else resources.accelerator\) is not known"):
+        hardware_for("MI250X", None, None)

@@ -93,3 +93,10 @@ def test_a_driver_that_does_not_answer_is_told_and_leaves_a_machine_of_cpus(driv
 def test_no_driver_is_no_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert nvidia_smi.local_gpus() == ((), None)
+
+
+def test_gpus_that_are_hidden_are_not_planned_for(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver(H100 * 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert nvidia_smi.local_gpus() == ((), None)
+    assert this_machine().device == "cpu"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,18 @@ from orchestrator.planning.plan_table import render
 from orchestrator.planning.step_time import step_seconds
 from tests.fast.cases import A100, CPU, LLAMA_2_7B, LLAMA_32_3B, case
 
+SMOL = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "intermediate_size": 1536,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+"""SmolLM2-135M's."""
 SEVEN_B, THREE_B = shape_of(LLAMA_2_7B), shape_of(LLAMA_32_3B)
 
 
@@ -202,6 +215,82 @@ def test_trials_at_a_time_follow_from_what_each_takes() -> None:
     assert plan(A100, resources=shape).concurrent == 4
     assert plan(A100, resources={**shape, "max_concurrent": 3}).concurrent == 3
     assert plan(CPU, resources={"workers_per_trial": 2}).concurrent == 1
+
+
+def cpus(count: int, gib: float, nodes: int = 1) -> Hardware:
+    return replace(CPU, cpus=count, host_memory_bytes=int(gib * 2**30), nodes=nodes)
+
+
+@pytest.mark.parametrize("hardware", [cpus(8, 8), cpus(64, 64), cpus(64, 16, nodes=4)], ids=["8", "64", "4 nodes"])
+def test_on_cpus_as_many_run_at_a_time_as_the_hosts_memory_lets(hardware: Hardware) -> None:
+    """Divided among as many as there are CPUs, memory would let none of them run."""
+    space = {"rank": [8, 16, 32, 64], "learning_rate": {"choice": [n * 1e-5 for n in range(1, 10)]}}
+    found = plan(hardware, shape_of(SMOL), space=space, trial={"sequence_length": 256})
+    assert found.refused == 0
+    one = {"micro_batch_size": 1, "rank": 64, "precision": "fp32", "sequence_length": 256}
+    largest = estimate_on(TrialConfig(**one), shape_of(SMOL), 1, hardware).device_bytes
+    on_each = int(hardware.host_memory_bytes * 0.9 / largest)
+    assert found.concurrent == min(36, hardware.nodes * min(on_each, hardware.cpus // hardware.nodes))
+    assert found.worker_memory_bytes >= largest
+
+
+def test_on_cpus_no_more_run_at_a_time_than_there_are_and_one_that_fits_nowhere_holds_up_nobody() -> None:
+    roomy = cpus(64, 512)
+    assert plan(roomy, shape_of(SMOL), space={"rank": [8, 16, 32]}, trial={"sequence_length": 64}).concurrent == 3
+    small = cpus(8, 12)
+    space = {"micro_batch_size": [1, 64], "rank": [8, 16]}
+    mixed = plan(small, shape_of(SMOL), space=space, trial={"sequence_length": 512, "global_batch_size": 64})
+    assert (mixed.runs, mixed.concurrent) == (2, 2)
+
+
+def test_a_trial_that_would_fit_with_fewer_at_a_time_is_told_so_first() -> None:
+    def reason(**resources: Any) -> str:
+        trial = {"sequence_length": 256, "micro_batch_size": 8, "global_batch_size": 8}
+        (told,) = plan(cpus(8, 16), shape_of(SMOL), trial=trial, resources=resources).trials[0].reasons
+        return told.partition("fits with ")[2]
+
+    told = reason(max_concurrent=8)
+    assert told.startswith("resources.max_concurrent ")
+    assert " or micro_batch_size " in told
+    most = int(told.split(",")[0].rpartition(" ")[2])
+    assert plan(
+        cpus(8, 16),
+        shape_of(SMOL),
+        trial={"sequence_length": 256, "micro_batch_size": 8, "global_batch_size": 8},
+        resources={"max_concurrent": most},
+    ).runs
+    assert "max_concurrent" not in reason(max_concurrent=8, memory_per_worker="1500MiB")
+
+
+def test_a_plan_of_a_thousand_trials_on_cpus_takes_no_two_seconds() -> None:
+    space = {"rank": [4, 8, 16, 32, 64, 128, 256, 512], "learning_rate": [n * 1e-5 for n in range(1, 126)]}
+    before = time.perf_counter()
+    assert len(plan(cpus(64, 64), shape_of(SMOL), space=space).trials) == 1000
+    assert time.perf_counter() - before < 2
+
+
+def test_no_gpus_are_asked_for_only_where_there_are_none() -> None:
+    with pytest.raises(InputError, match=r"gpus_per_worker is 0 where there are GPUs.*CUDA_VISIBLE_DEVICES="):
+        plan(A100, resources={"gpus_per_worker": 0})
+    assert plan(CPU, shape_of(SMOL), resources={"gpus_per_worker": 0}).concurrent
+
+
+@pytest.mark.parametrize(
+    ("hardware", "resources", "concurrent"),
+    [
+        (A100, {"gpus_per_worker": 0.4}, 16),
+        (replace(cpus(12, 512), nodes=2), {"cpus_per_worker": 4}, 2),
+        (replace(cpus(7, 512), nodes=2), {}, 7),
+        (replace(cpus(16, 512), nodes=2), {"workers_per_trial": 3}, 4),
+        (replace(cpus(16, 512), nodes=4), {"workers_per_trial": 5}, 3),
+    ],
+    ids=["shares", "node by node", "uneven", "kept on a node", "spread"],
+)
+def test_a_plan_counts_as_a_cluster_does(hardware: Hardware, resources: dict[str, Any], concurrent: int) -> None:
+    trial = {"sequence_length": 64, "micro_batch_size": 1, "global_batch_size": 15, "precision": "fp32"}
+    space = {"learning_rate": [n * 1e-5 for n in range(1, 11)]}
+    found = plan(hardware, shape_of(SMOL), trial=trial, space=space, resources=resources)
+    assert (found.refused, found.concurrent) == (0, concurrent)
 
 
 def test_trials_share_a_gpu_by_the_memory_of_the_largest() -> None:
