@@ -114,6 +114,7 @@ def exit_code_of(status: str, driver_exit_code: int | None) -> int | None:
     """The contract's exit code for a job that ended; None where its driver never came to an end of its own."""
     if status == "STOPPED":
         return 130
-    if status == "SUCCEEDED" or driver_exit_code is None:
-        return 0 if status == "SUCCEEDED" else None
-    return driver_exit_code if driver_exit_code in (1, 2, 3, 130) else 1
+    if status == "SUCCEEDED":
+        return 0
+    # Any other is not our own: a signal's (negative, or above 128 where a shell tells it), or the shell's.
+    return driver_exit_code if driver_exit_code in (1, 2, 3, 70, 130) else None

@@ -61,6 +61,12 @@ def pack(sweep: SweepConfig, text: str, webhook: str | None = None) -> Package:
     Raises:
         InputError: model or data cannot be found or used, or the package would be too large.
     """
+    tasks = sweep.evaluate.task_folder
+    if tasks and not is_the_clusters(tasks):
+        raise InputError(
+            f"evaluate.task_folder: {tasks} is relative, and a job has no such folder: name an absolute path that all "
+            "nodes see"
+        )
     files = [*_own_code()]
     for key, source, found in _local_sources(sweep):
         for file in found:

@@ -104,6 +104,15 @@ def test_a_job_that_the_cluster_could_not_run_is_told_with_its_reason(api: JobAp
         follow(JobServer(api.address), "j", lambda lines: None, print)
 
 
+@pytest.mark.parametrize("exit_code", [-9, 137])
+def test_a_driver_that_was_killed_is_told_as_a_job_that_the_cluster_ended(api: JobApi, exit_code: int) -> None:
+    message = f"Job entrypoint command failed with exit code {exit_code}"
+    api.end = {"status": "FAILED", "driver_exit_code": exit_code, "message": message}
+    with pytest.raises(ClusterUnreachableError, match=f"job j was ended by the cluster: {message}") as caught:
+        follow(JobServer(api.address), "j", lambda lines: None, print)
+    assert caught.value.exit_code == 3
+
+
 def test_packages_that_the_cluster_lacks_are_told_with_the_flag_that_installs_them(api: JobApi) -> None:
     api.end = {"status": "FAILED", "driver_exit_code": 1, "message": "ModuleNotFoundError: No module named 'peft'"}
     said: list[str] = []
