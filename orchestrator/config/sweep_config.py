@@ -231,7 +231,7 @@ class ResourcesConfig(_Part):
     memory_per_worker: Annotated[ByteSize, Field(ge=2**20)] | None = None
     """Most that a worker may take, of its GPU or, without one, of host memory, as 24GiB; none: what there is."""
     max_concurrent: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Trials at a time; `auto` is what the cluster has room for."""
+    """Trials at a time; `auto` is what the cluster has room for, on CPUs by the memory of the largest trial too."""
     accelerator: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] | None = None
     """The type of GPU that trials run on, as Ray names it (A100); none: of unlike nodes the smallest that most trials
     fit on."""
@@ -263,6 +263,7 @@ class BudgetConfig(_Part):
     """How many configurations a search tries; at most so many of a grid. An adaptive search needs it: what it proposes
     and is refused before launch costs nothing, up to as many again; from then on each refusal counts as a trial."""
     hours: Annotated[float, Field(gt=0)] | None = None
+    """Of each run of the command: what a sweep took before it was interrupted does not count."""
     trial_hours: Annotated[float, Field(gt=0)] | None = None
     """The longest that one trial may run; one that hangs would hold its GPUs for ever."""
     gpu_hours: Annotated[float, Field(gt=0)] | None = None

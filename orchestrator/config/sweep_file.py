@@ -419,6 +419,7 @@ def _problems_of_search(sweep: SweepConfig) -> Iterator[Problem]:
         yield Problem("search.algorithm", f"{search.algorithm} goes on until budget.trials: write how many to try")
     if search.is_adaptive and not sweep.domains:
         yield Problem("search.algorithm", f"{search.algorithm} has nothing to search: write `space:`, or leave it out")
+    yield from _problems_of_lengths(sweep)
     if search.points and search.algorithm == "grid":
         yield Problem("search.points", "a grid tries every point anyway: leave it out, or name another algorithm")
     for i, point in enumerate(search.points):
@@ -448,6 +449,17 @@ def _problems_of_search(sweep: SweepConfig) -> Iterator[Problem]:
         for name, domain in sweep.domains.items():
             if not axis_of(name, domain).is_ordered:
                 yield Problem(f"space.{name}", "has no order, which cma_es needs: use tpe or gp, or share the setting")
+
+
+def _problems_of_lengths(sweep: SweepConfig) -> Iterator[Problem]:
+    """How long trials train, and when they are looked at: adaptive searches compare them at a step that they share."""
+    algorithm = sweep.search.algorithm
+    if algorithm not in ("tpe", "gp", "cma_es"):
+        return
+    for name in ("max_steps", "eval_every"):
+        if name in sweep.domains:
+            told = f"{algorithm} compares trials at a step that all reach: put it under `trial:`, or use grid or random"
+            yield Problem(f"space.{name}", told)
 
 
 def _problems_of_cost(sweep: SweepConfig) -> Iterator[Problem]:

@@ -54,7 +54,7 @@ class Stopper(tune.Stopper):
         if self.reason is None and (error := self.broken()):
             self.reason = f"the sweep could not go on ({error}): run the same command again"
         if self.reason is None and (limit := self._limit_reached()):
-            self.reason = f"{limit} is used up: raise it and run the same command again to go on"
+            self.reason = f"{limit} is used up: {_mend(limit)}"
         if self.reason and not self._told:
             self._told = True
             # Slots that wait for a report would not hear Tune's stop before their trial ends.
@@ -66,6 +66,13 @@ class Stopper(tune.Stopper):
             return None
         self._looked_at_s = time.monotonic()
         return exhausted(self._budget, (time.monotonic() - self._started) / 3600, self._gpu_hours_spent())
+
+
+def _mend(limit: str) -> str:
+    """GPU-hours and money are counted over all runs of a sweep, hours anew in each."""
+    if limit == "budget.hours":
+        return "run the same command again to go on for as long, or raise it"
+    return "raise it and run the same command again to go on"
 
 
 @contextmanager

@@ -43,6 +43,11 @@ def problems(tmp_path: Path, **keys: Any) -> str:
         ({"search": {"algorithm": "tpee"}}, "did you mean tpe?"),
         ({"search": {"algorithm": "pbt"}}, "pbt needs its population"),
         ({"search": {"algorithm": "gp"}, "budget": {}}, "gp goes on until budget.trials"),
+        (
+            {"search": {"algorithm": "tpe"}, "space": {"max_steps": [10, 100], "rank": [4, 8]}},
+            "space.max_steps: tpe compares trials at a step that all reach: put it under `trial:`",
+        ),
+        ({"search": {"algorithm": "gp"}, "space": {"eval_every": [1, 5], "rank": [4, 8]}}, "space.eval_every: gp"),
         ({"search": {"algorithm": "cma_es"}}, "space.precision: has no order, which cma_es needs"),
         ({"search": {"algorithm": "grid", "points": [{"rank": 8}]}}, "a grid tries every point anyway"),
         ({"search": {"algorithm": "tpe", "points": [{"rnk": 8}]}}, "did you mean rank?"),
@@ -103,3 +108,10 @@ def test_the_plan_of_an_adaptive_search_says_that_its_trials_are_examples() -> N
     told = render(found)
     assert "tpe proposes one configuration after the other" in told
     assert "up to 4 trials" in told
+
+
+def test_lengths_may_be_searched_by_what_does_not_learn(tmp_path: Path) -> None:
+    for algorithm in ("grid", "random"):
+        file = tmp_path / f"{algorithm}.yaml"
+        file.write_text(yaml.safe_dump(SWEEP | {"search": {"algorithm": algorithm}, "space": {"max_steps": [10, 100]}}))
+        assert len(load(file).trials()) == 2

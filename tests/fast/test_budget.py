@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from unittest.mock import MagicMock
+
 import pytest
 from pydantic import ValidationError
 
@@ -46,3 +48,23 @@ def test_there_is_no_cost_without_a_price() -> None:
     assert cost(BudgetConfig(), 3.0) is None
     assert cost(BudgetConfig(price_per_gpu_hour=2.5), 3.0) == 7.5
     assert cost(BudgetConfig(price_per_gpu_hour=0), 3.0) == 0
+
+
+@pytest.mark.parametrize(
+    ("budget", "mend"),
+    [
+        (
+            {"hours": 1e-9},
+            "budget.hours is used up: run the same command again to go on for as long, or raise it first",
+        ),
+        ({"gpu_hours": 1}, "budget.gpu_hours is used up: raise it and run the same command again to go on"),
+    ],
+)
+def test_a_limit_that_ends_a_sweep_says_whether_it_must_be_raised(budget: dict[str, float], mend: str) -> None:
+    """Hours are counted anew in each run, GPU-hours over all of them."""
+    pytest.importorskip("ray")
+    from orchestrator.sweep.stopper import Stopper
+
+    stopper = Stopper(MagicMock(), BudgetConfig(**budget), lambda: 2.0, lambda: None)
+    assert stopper.stop_all()
+    assert stopper.reason == mend
