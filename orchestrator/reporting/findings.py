@@ -166,13 +166,13 @@ def levelling_words(setting: str, levelling: Levelling) -> str:
 
 
 def _curve_words(level: Plateau) -> str:
-    fall = quantities.plus_minus(level.late_fall.mean, level.late_fall.half_width)
+    change = quantities.plus_minus(abs(level.late_fall.mean), level.late_fall.half_width)
     if level.levelled_off_at_step is not None:
         return f"Its curve has levelled off: within 0.5 % of its end since step {level.levelled_off_at_step}."
     if level.late_fall.mean <= 0:
-        return f"Its curve has not settled: eval_loss changed by {fall} upwards in the last quarter of its steps."
+        return f"Its curve has not settled: eval_loss rose by {change} in the last quarter of its steps."
     return (
-        f"Its curve has not levelled off: eval_loss still fell by {fall} in the last quarter of its steps, "
+        f"Its curve has not levelled off: eval_loss still fell by {change} in the last quarter of its steps, "
         "so more of them (trial.max_steps) may change the answer."
     )
 

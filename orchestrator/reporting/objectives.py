@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from orchestrator.config.constraint import parse
 from orchestrator.reporting import quantities
 from orchestrator.reporting.statistics import ConfigurationSummary, metric_of
-from orchestrator.results.records import SweepResult
+from orchestrator.results.records import SweepResult, TrialStatus
 
 Costs = tuple[float, ...]
 
@@ -36,7 +36,8 @@ def value_of(sweep: SweepResult, summary: ConfigurationSummary, metric: str) -> 
     if metric in measured:
         return measured[metric]
     trials = [trial for trial in sweep.trials if trial.trial_id in summary.trial_ids]
-    values = [value for trial in trials if (value := metric_of(trial, metric)) is not None]
+    completed = [trial for trial in trials if trial.status is TrialStatus.COMPLETED]
+    values = [value for trial in completed if (value := metric_of(trial, metric)) is not None]
     return sum(values) / len(values) if values else None
 
 
@@ -84,16 +85,24 @@ def hypervolume(costs: Sequence[Costs], reference: Costs) -> float:
     )
 
 
-def evidence(sweep: SweepResult, summaries: Sequence[ConfigurationSummary]) -> tuple[str, ...]:
-    """What the report says of them; nothing where there is one objective and no constraint."""
+def evidence(
+    sweep: SweepResult, summaries: Sequence[ConfigurationSummary], sound: Sequence[ConfigurationSummary]
+) -> tuple[str, ...]:
+    """What the report says of them; nothing where there is one objective and no constraint.
+
+    Args:
+        sweep: its result.
+        summaries: all, of which some may break constraints.
+        sound: those that compete, whose front is told.
+    """
     told = []
     for summary in summaries:
         if texts := broken(sweep, summary):
             told.append(f"{summary.label} does not keep {', '.join(texts)}, and does not compete.")
-    costs = costs_of(sweep, summaries)
+    costs = costs_of(sweep, sound)
     if len(sweep.objectives) < 2 or not costs:
         return tuple(told)
-    labels = {summary.configuration_id: summary.label for summary in summaries}
+    labels = {summary.configuration_id: summary.label for summary in sound}
     names = " and ".join(metric for metric, _ in sweep.objectives)
     on_front = front(costs)
     worst = tuple(map(max, zip(*costs.values(), strict=True)))

@@ -58,7 +58,9 @@ def number(value: float | None) -> str:
         return UNKNOWN
     if abs(value) < NOTHING:
         return "0"
-    return (f"{value:.0f}" if abs(value) >= 10_000 else f"{value:#.4g}").replace("-", MINUS)
+    # From 9,999.5 on four digits round to 10,000, which would have an exponent; a whole number needs no point.
+    told = f"{value:.0f}" if abs(value) >= 9_999.5 else f"{value:#.4g}".removesuffix(".")
+    return told.replace("-", MINUS)
 
 
 def plus_minus(mean: float, half_width: float | None) -> str:

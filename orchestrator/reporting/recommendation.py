@@ -85,7 +85,7 @@ def recommend(sweep: SweepResult) -> Recommendation:
     wild = scattered({summary.configuration_id: summary.objective_by_repeat for summary in whole})
     sound = [summary for summary in whole if summary.configuration_id not in wild]
     contenders = objectives.on_front(sweep, sound)
-    told = (*caveats(sweep, found, completed, contenders, wild), *objectives.evidence(sweep, found))
+    told = (*caveats(sweep, found, completed, contenders, wild), *objectives.evidence(sweep, found, sound))
     if completed and not kept:
         answer = "No configuration that has completed keeps the constraints: loosen them, or search more settings."
         return _make("nothing", None, answer, told)

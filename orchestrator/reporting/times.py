@@ -56,7 +56,8 @@ def times_of(sweep: SweepResult, now_s: float) -> Times:
 def against_plan(
     sweep: SweepResult, plan: SweepPlan, times: Times, price_per_gpu_hour: float | None
 ) -> tuple[Outlay, ...]:
-    """Time, GPU-hours and money beside what the plan said of them; GPU-hours are those that trials held.
+    """Time, GPU-hours and money beside what the plan said of them; GPU-hours are those that trials held, in attempts
+    before the last one too, which the budget is charged with.
 
     Args:
         sweep: its result.
@@ -64,12 +65,13 @@ def against_plan(
         times: of the same sweep.
         price_per_gpu_hour: as the sweep file has it, in its own currency.
     """
-    hours = times.worker_s * plan.workers_per_trial * plan.gpus_per_worker / 3600
+    held_s = times.worker_s + sum(trial.timing.earlier_s for trial in sweep.trials)
+    hours = held_s * plan.workers_per_trial * plan.gpus_per_worker / 3600
     ran = sum(trial.status not in (TrialStatus.PENDING, TrialStatus.INFEASIBLE) for trial in sweep.trials)
-    found = [
-        Outlay("trials run", (plan.runs, plan.runs, plan.runs), ran, "trials"),
-        Outlay("from start to end", plan.makespan_s, times.wall_s, "s"),
-    ]
+    found = [Outlay("from start to end", plan.makespan_s, times.wall_s, "s")]
+    if not plan.proposed_by:
+        # The plan of what proposes its trials has examples, of which none may run.
+        found.insert(0, Outlay("trials run", (plan.runs, plan.runs, plan.runs), ran, "trials"))
     if plan.gpus_per_worker:
         found.append(Outlay("GPU-hours of the trials", plan.gpu_hours, hours, "gpu_hours"))
     if plan.cost is not None and price_per_gpu_hour is not None:

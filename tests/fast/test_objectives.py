@@ -143,6 +143,33 @@ def test_cost_is_that_of_all_steps_as_an_objective_and_as_a_constraint() -> None
     ]
 
 
+def test_a_repeat_that_was_stopped_does_not_make_a_configuration_cheaper() -> None:
+    def priced(repeat: int, status: TrialStatus, cost: float) -> Any:
+        trial = made_up_trial({"rank": 8}, repeat, status)
+        return trial.model_copy(update={"last": trial.last and trial.last.model_copy(update={"cost": cost})})
+
+    cheap = made_up_trial({"rank": 4}, objective=3.0)
+    cheap = cheap.model_copy(update={"last": cheap.last and cheap.last.model_copy(update={"cost": 1.0})})
+    repeats = [priced(0, TrialStatus.COMPLETED, 8.0), priced(1, TrialStatus.STOPPED, 1.0)]
+    answer = recommend(made_up_sweep([cheap, *repeats], constraints=("cost <= 6",)))
+    assert answer.label == "rank=4"
+    assert any("rank=8 does not keep cost <= 6" in line for line in answer.evidence)
+
+
+def test_the_front_that_is_told_is_of_those_that_compete() -> None:
+    """rank=2 is best in both, and one of its repeats diverged."""
+    objectives = (("eval_loss", "min"), ("peak_memory_bytes", "min"))
+    broken = [
+        made_up_trial({"rank": 2}, objective=1.0, memory_bytes=GIB // 2),
+        made_up_trial({"rank": 2}, 1, TrialStatus.DIVERGED),
+    ]
+    answer = recommend(made_up_sweep([*trials(), *broken], objectives=objectives))
+    (told,) = [line for line in answer.evidence if line.startswith("Pareto front of")]
+    assert "rank=2" not in told
+    assert answer.label is not None
+    assert answer.label in told
+
+
 def test_a_list_of_objectives_is_read_and_the_first_is_the_primary_one() -> None:
     raw = {"name": "a", "model": "m", "data": {"train": "t"}, "constraints": ["tokens_per_s  >= 1000"]}
     sweep = SweepConfig.model_validate(raw | {"objective": [{"metric": "eval_loss"}, {"metric": "tokens_per_s"}]})

@@ -13,11 +13,13 @@ from xml.etree import ElementTree
 import pytest
 
 from orchestrator.errors import FolderError
+from orchestrator.planning.plan import SweepPlan
 from orchestrator.reporting import charts, quantities, report
 from orchestrator.reporting.cost_charts import parts_of
 from orchestrator.reporting.curves import plateaus, value_curves
 from orchestrator.reporting.findings import trial_snippet
 from orchestrator.reporting.plot import Axis, Dot, Line, ticks, xy_plot
+from orchestrator.reporting.times import Outlay, against_plan, times_of
 from orchestrator.results.records import SweepResult, Timing, TrialStatus
 from orchestrator.results.storage import SweepFolder, write_atomically
 from tests.made_up_sweep import (
@@ -313,6 +315,24 @@ def test_time_and_money_stand_beside_the_plan(tmp_path: Path) -> None:
     assert "Against the plan" in report.render_html(made)
 
 
+def test_against_the_plan_attempts_before_the_last_count_and_examples_do_not(tmp_path: Path) -> None:
+    sweep = simulated([2.0, 2.1], 2, 0)
+    first = sweep.trials[0]
+    lost = first.model_copy(update={"timing": first.timing.model_copy(update={"earlier_s": 1800.0})})
+    resumed = sweep.model_copy(update={"trials": (lost, *sweep.trials[1:])})
+    plan = made_up_plan(sweep)
+
+    def outlays(plan: SweepPlan, sweep: SweepResult) -> dict[str, Outlay]:
+        return {one.what: one for one in against_plan(sweep, plan, times_of(sweep, 0), 3.0)}
+
+    before, after = outlays(plan, sweep), outlays(plan, resumed)
+    # Two GPUs for half an hour.
+    assert after["GPU-hours of the trials"].actual == pytest.approx(before["GPU-hours of the trials"].actual + 1)
+    assert after["cost of the trials"].actual == pytest.approx(before["cost of the trials"].actual + 3)
+    assert before["trials run"].actual == 4
+    assert "trials run" not in outlays(plan.model_copy(update={"proposed_by": "tpe"}), sweep)
+
+
 def test_a_plan_that_cannot_be_read_is_named_and_left_out(tmp_path: Path) -> None:
     folder = write_made_up(tmp_path / "sweep", simulated([2.0, 2.1], 1, 0))
     write_atomically(folder.plan, "{")
@@ -380,6 +400,24 @@ def test_a_curve_that_still_falls_has_not_levelled_off(tmp_path: Path) -> None:
     assert second.levelled_off_at_step is None
     assert second.late_fall.mean == pytest.approx(0.3)
     assert "has not levelled off" in report.render_text(built(tmp_path, sweep))
+
+
+def test_a_curve_that_rose_is_told_by_how_much_and_not_by_less_than_nothing(tmp_path: Path) -> None:
+    sweep = simulated([2.0, 2.0], 2, 0, noise_sd=0)
+    folder = write_made_up(tmp_path / "sweep", sweep)
+    for trial in sweep.trials:
+        rising = [made_up_point(step, 2.0 + (step / 100) ** 2).model_dump_json() for step in range(10, 101, 10)]
+        folder.trial(trial.trial_id).metrics.write_text("\n".join(rising) + "\n")
+    told = " ".join(report.render_text(report.build(folder)).split())
+    assert "Its curve has not settled: eval_loss rose by 0." in told
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(1234.0, "1234"), (9999.7, "10000"), (-9999.7, "−10000"), (999.96, "1000"), (123.45, "123.5"), (2.5, "2.500")],
+)
+def test_a_number_has_four_digits_and_no_bare_point_nor_exponent(value: float, words: str) -> None:
+    assert quantities.number(value) == words
 
 
 @pytest.mark.parametrize(
