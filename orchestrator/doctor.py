@@ -164,8 +164,8 @@ def _values() -> Iterator[tuple[str, Any]]:
 
 def _answer(setting: str, value: Any, usual: Mapping[str, Any], hardware: Hardware, workers: int) -> Answer:
     plain = _case({**usual, setting: value}, hardware, workers)
-    # Parameters are offloaded at ZeRO-3 only, which is no fault of this machine.
-    for more in ({}, {"zero_stage": 3}):
+    # Parameters are offloaded at ZeRO-3 only, and amp_fp16 runs without ZeRO, which is no fault of this machine.
+    for more in ({}, {"zero_stage": 3}, {"zero_stage": 0}):
         case = _case({**usual, **more, setting: value}, hardware, workers)
         if not refusals(case):
             return Answer(setting=setting, value=value, runs=True, together_with=more, notes=notes(case))
@@ -222,16 +222,20 @@ def look(storage: str, token: str | None) -> Node:
     )
 
 
+def look_from_a_task(storage: str, token: str | None) -> Node:
+    """The same in a Ray task: one without GPUs may be shown none, and the machine is asked about."""
+    if not os.environ.get("CUDA_VISIBLE_DEVICES"):
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    return look(storage, token)
+
+
 def _ask_torch() -> tuple[dict[str, Any], str | None]:
-    # A Ray task without GPUs may be shown none, and the machine is asked about.
-    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES" or value}
     try:
         done = subprocess.run(
             [sys.executable, "-c", _TORCH_PROBE],
             capture_output=True,
             text=True,
             timeout=PROBE_LIMIT_S,
-            env=environment,
         )
         found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     except (OSError, subprocess.SubprocessError) as error:
@@ -321,7 +325,7 @@ def _cluster_nodes(address: str, storage: str, token: str | None) -> tuple[list[
         return [], Check(what=what, ok=False, asked=True, detail=str(error))
     try:
         nodes, silent, resources = [], [], []
-        for node, found in cluster.ask_every_node(look, storage, token):
+        for node, found in cluster.ask_every_node(look_from_a_task, storage, token):
             if isinstance(found, Exception):
                 silent.append(f"{cluster.name_of(node)}: {_last_line(found)}")
                 continue
@@ -370,15 +374,19 @@ def tracking_check(named: str | None, storage: Path) -> Check:
     uri = named or os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
         return Check(what="tracking", ok=True, asked=False, detail=f"no server named: {storage / 'mlflow.db'}")
-    parts = urlsplit(uri)
     what = f"tracking {without_secret(uri)}"
-    problem = _connect_problem(parts.scheme, parts.hostname, parts.port) or _mlflow_problem(uri)
+    problem = _connect_problem(uri) or _mlflow_problem(uri)
     detail = f"cannot be used ({problem}): start it, or check its address and credentials" if problem else "answers"
     return Check(what=what, ok=problem is None, asked=named is not None, detail=detail)
 
 
-def _connect_problem(scheme: str, host: str | None, port: int | None) -> str | None:
+def _connect_problem(uri: str) -> str | None:
     """Told at once, where MLflow's client would try for long; behind a proxy only that client knows."""
+    try:
+        parts = urlsplit(uri)
+        scheme, host, port = parts.scheme, parts.hostname, parts.port
+    except ValueError as error:
+        return f"it is no address: {error}"
     if scheme not in ("http", "https") or host is None or urllib.request.getproxies().get(scheme):
         return None
     try:

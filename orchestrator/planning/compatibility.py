@@ -43,9 +43,7 @@ def bf16_needs_ampere(case: Case) -> str | None:
     """Source: bfloat16 tensor operations need compute capability 8.0 (CUDA programming guide, table of arithmetic)."""
     capability = case.hardware.compute_capability
     if case.config.precision in (Precision.BF16, Precision.AMP_BF16) and capability and capability < (8, 0):
-        return (
-            f"precision {case.config.precision}: {case.hardware.gpu_name} does not compute bf16; use fp16 or amp_fp16"
-        )
+        return f"precision {case.config.precision}: {case.hardware.gpu_name} does not compute bf16; use fp16"
     return None
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from orchestrator.planning.hardware import cpu_flags, cpu_name
+from orchestrator.planning.hardware import cpu_flags, cpu_half_precision, cpu_name
 from orchestrator.training.deepspeed_config import HalfPrecision
 
 _ALLOCATION_FAILED = re.compile(
@@ -64,10 +64,8 @@ def half_precision(device: torch.device) -> HalfPrecision:
     if device.type == "cuda":
         major, _ = torch.cuda.get_device_capability(device)
         return HalfPrecision(bf16=major >= 8, fp16=major >= 6)
-    flags = cpu_flags()
-    return HalfPrecision(
-        bf16=bool(flags & {"avx512_bf16", "amx_bf16", "bf16"}), fp16=bool(flags & {"avx512_fp16", "amx_fp16"})
-    )
+    bf16, fp16 = cpu_half_precision(cpu_flags())
+    return HalfPrecision(bf16=bf16, fp16=fp16)
 
 
 def describe(device: torch.device) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
@@ -87,6 +88,32 @@ def test_what_runs_slowly_or_with_another_setting_says_so() -> None:
     assert "emulated" in answer_of(CPU, "precision", "bf16").notes[0]
     assert answer_of(H100, "offload", "optimizer_and_parameters").together_with == {"zero_stage": 3}
     assert answer_of(H100, "precision", "bf16").notes == ()
+    assert answer_of(H100, "precision", "amp_fp16").together_with == {"zero_stage": 0}
+
+
+def test_what_replaces_bf16_on_an_old_gpu_runs_there_with_all_else_as_it_is() -> None:
+    (reason,) = answer_of(V100, "precision", "bf16").reasons
+    named = re.split(r", | or ", reason.rpartition("; use ")[2])
+    assert named
+    assert all(answer_of(V100, "precision", value).together_with == {} for value in named)
+
+
+@pytest.mark.parametrize("uri", ["http://localhost:5000x", "http://localhost:99999", "http://[::1"])
+def test_a_tracking_address_that_is_none_is_the_checks_problem(uri: str, tmp_path: Path) -> None:
+    check = doctor.tracking_check(uri, tmp_path)
+    assert not check.ok
+    assert "it is no address: " in check.detail
+
+
+def test_gpus_that_ray_hides_from_a_task_without_any_are_looked_at(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen = []
+    monkeypatch.setattr(doctor, "look", lambda *_: seen.append("CUDA_VISIBLE_DEVICES" in os.environ))
+    for value in ("", "0"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+        doctor.look_from_a_task(str(tmp_path), None)
+    assert seen == [False, True]
 
 
 @pytest.mark.parametrize(

@@ -167,3 +167,15 @@ def test_a_container_is_planned_for_the_cpus_that_it_may_use(tmp_path: Path, mon
 def test_an_accelerator_that_is_not_known_is_told_as_what_the_sweep_file_calls_it() -> None:
     with pytest.raises(InputError, match=r"MI250X \(--gpu, or else resources.accelerator\) is not known"):
         hardware_for("MI250X", None, None)
+
+
+@pytest.mark.parametrize("flags", [{"avx2"}, {"avx512_bf16"}, {"avx512_fp16"}, {"asimdhp"}])
+def test_a_worker_computes_what_the_plan_takes_its_cpu_to_compute(
+    flags: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = pytest.importorskip("torch")
+    from orchestrator.training import device
+
+    monkeypatch.setattr(device, "cpu_flags", lambda: frozenset(flags))
+    found = device.half_precision(torch.device("cpu"))
+    assert (found.bf16, found.fp16) == cpu_half_precision(frozenset(flags))
