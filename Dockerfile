@@ -3,8 +3,11 @@
 ARG PYTHON_IMAGE=python:3.11.14-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS base
+# Ray and MLflow would send statistics of their use to their makers.
 ENV PATH=/opt/venv/bin:$PATH \
-    PYTHONUNBUFFERED=1
+    PYTHONUNBUFFERED=1 \
+    RAY_USAGE_STATS_ENABLED=0 \
+    MLFLOW_DISABLE_TELEMETRY=true
 RUN groupadd --gid 1000 orchestrator \
     && useradd --uid 1000 --gid 1000 --create-home orchestrator
 

@@ -57,7 +57,10 @@ def flash_attention_needs_ampere(case: Case) -> str | None:
     if case.config.precision is Precision.FP32:
         return "attention flash_attention_2: it computes in half precision only; use precision bf16, or sdpa"
     if case.hardware.has_flash_attention is False:
-        return "attention flash_attention_2: flash-attn is not installed; install orchestrator[gpu], or use sdpa"
+        return (
+            "attention flash_attention_2: flash-attn is not installed; "
+            "pip install --no-build-isolation flash-attn, or use sdpa"
+        )
     if case.shape.head_dim > 256:
         return f"attention flash_attention_2: heads of {case.shape.head_dim} are wider than its 256; use sdpa"
     return None

