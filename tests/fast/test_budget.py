@@ -55,7 +55,7 @@ def test_there_is_no_cost_without_a_price() -> None:
     [
         (
             {"hours": 1e-9},
-            "budget.hours is used up: run the same command again to go on for as long, or raise it first",
+            "budget.hours is used up: run the same command again to go on for as long, or raise it",
         ),
         ({"gpu_hours": 1}, "budget.gpu_hours is used up: raise it and run the same command again to go on"),
     ],

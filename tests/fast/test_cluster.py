@@ -1,14 +1,19 @@
 from __future__ import annotations
 
 import socket
+from typing import Any
 
 import pytest
 
 pytest.importorskip("ray")
 
+from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.errors import ClusterUnreachableError, InputError
+from orchestrator.sweep import cluster
 from orchestrator.sweep.cluster import connect, not_joined, placed, room_for
+from orchestrator.sweep.preparation import slots_for
 from orchestrator.sweep.worker import GroupShape
+from tests.made_up_sweep import made_up_plan, made_up_sweep, made_up_trial
 
 TWO_GPU_NODES = [{"CPU": 16.0, "GPU": 4.0}, {"CPU": 16.0, "GPU": 4.0}]
 
@@ -44,6 +49,19 @@ def test_a_trial_stays_on_one_node_where_one_has_room_for_it(
     shape = placed(GroupShape(workers, 1, 1), nodes)
     assert shape.on_one_node is on_one_node
     assert room_for(shape, nodes) == groups
+
+
+@pytest.mark.parametrize(
+    ("max_concurrent", "gpus", "slots"), [("auto", 0, 2), (5, 0, 5), ("auto", 1, 4)], ids=["cpus", "asked for", "gpus"]
+)
+def test_trials_that_share_the_hosts_memory_run_as_many_at_a_time_as_it_was_planned_for(
+    monkeypatch: pytest.MonkeyPatch, max_concurrent: Any, gpus: int, slots: int
+) -> None:
+    monkeypatch.setattr(cluster, "nodes", lambda: [{"CPU": 8.0, "GPU": 4.0}])
+    made = made_up_sweep([made_up_trial({"rank": 8})])
+    planned = made_up_plan(made).model_copy(update={"concurrent": 2})
+    raw = {"name": "s", "model": "m", "data": {"train": "t"}, "resources": {"max_concurrent": max_concurrent}}
+    assert slots_for(SweepConfig.model_validate(raw), planned, GroupShape(1, gpus, 1)) == slots
 
 
 def test_a_trial_that_fits_nowhere_is_refused_with_what_the_cluster_has() -> None:
