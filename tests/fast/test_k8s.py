@@ -368,7 +368,7 @@ def test_a_head_that_goes_waits_for_its_driver_and_tells_one_that_nobody_has_tol
     assert driver.stdout.readline() == "running\n"
     if told_already:
         driver.terminate()
-    # This machine has no processes of its own for us, as a container has: the hook may find this one only, and no sweep.
+    # In its container the hook finds all that runs; here it must find this driver alone, and no sweep of somebody's.
     every, ours = 'psutil.process_iter(["cmdline"])', f'psutil.process_iter(["cmdline"]) if process.pid == {driver.pid}'
     assert f"{every} if is_driver(process)" in hook[2]
     script = hook[2].replace(f"{every} if", f"{ours} and")
