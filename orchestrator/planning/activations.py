@@ -65,7 +65,8 @@ def layer_bytes_per_token(config: TrialConfig, shape: ModelShape, width: Widths)
     if shape.experts:
         # A copy of the token for each expert that it goes to, and each expert's answer before it is weighted.
         kept += 2 * width.stream * hidden * shape.experts_per_token
-    return kept + linear_input_bytes(config, shape, width) + _adapter_inputs(config, shape, width)
+    kept += linear_input_bytes(config, shape, width) + _adapter_inputs(config, shape, width)
+    return kept + _dora_outputs(config, shape, width)
 
 
 def _feed_forward_width(shape: ModelShape) -> int:
@@ -105,7 +106,8 @@ def _adapter_inputs(config: TrialConfig, shape: ModelShape, width: Widths) -> fl
     tokens = [(matrix, _uses(matrix, shape)) for matrix in targeted(shape, config.target_modules)]
     middle = config.rank * width.adapter_input * sum(uses for _, uses in tokens)
     if config.lora_dropout:
-        each = width.adapter_input + _drawn(width.adapter_input, width)
+        # What was dropped out of has the adapter's type already.
+        each = width.adapter_input + _drawn(width.adapter, width)
         return middle + each * sum(m.columns * uses for m, uses in tokens)
     if width.adapter == width.stream == width.product == width.adapter_input:
         own_is_kept = config.precision is Precision.INT8
@@ -114,6 +116,22 @@ def _adapter_inputs(config: TrialConfig, shape: ModelShape, width: Widths) -> fl
         # Under autocast the attention's result has the right type already (peft 0.21.2, tuners/lora/bnb.py).
         tokens = [(matrix, uses) for matrix, uses in tokens if not _reads_attention(matrix, shape)]
     return middle + width.adapter_input * sum(m.columns * uses for m, uses in tokens)
+
+
+def _dora_outputs(config: TrialConfig, shape: ModelShape, width: Widths) -> float:
+    """Bytes a token that DoRA's magnitudes keep: they are trained, so that their gradient needs what they multiply,
+    which is what the matrix returned and what the adapter did (peft 0.21.2, tuners/lora/dora.py, forward).
+
+    With dropout the matrix multiplies the adapter's input once more, in the adapter's type.
+    """
+    if not config.dora or config.rank == "full":
+        return 0.0
+    kept = 0.0
+    for matrix in targeted(shape, config.target_modules):
+        returned = width.attention if _reads_attention(matrix, shape) else width.product
+        each = width.adapter_input + (width.adapter_input if config.lora_dropout else returned)
+        kept += each * matrix.rows * _uses(matrix, shape)
+    return kept
 
 
 def _drawn(each: int, width: Widths) -> int:
@@ -243,4 +261,38 @@ def backward_bytes(config: TrialConfig, shape: ModelShape, width: Widths, tokens
         attention = width.attention * 2 * q + shape.heads * config.sequence_length * (8.0 - gone)
         attention -= width.product * wide * (3 if shape.gated else 1)
     norm = 4 * 2 * shape.hidden if shape.rms_norm else 0
-    return width.stream * shape.hidden * tokens + max(feed_forward, tokens * max(attention, norm))
+    _, dora = dora_work_bytes(config, shape, width, tokens)
+    return width.stream * shape.hidden * tokens + max(feed_forward, tokens * max(attention, norm), dora)
+
+
+def dora_work_bytes(config: TrialConfig, shape: ModelShape, width: Widths, tokens: int) -> tuple[float, float]:
+    """Alive beside what a layer keeps where DoRA's forward pass takes most, and where its backward pass does.
+
+    Forward, until a matrix is done: what autograd does not keep of the input, of that in the adapter's type and of that
+    dropped out of; an identity as wide as the input, held for a gradient that is not asked for, and the adapter's
+    product with it; the weight, where it is not the parameter itself; and then the adapter's weight scaled and added to
+    it, of which the norm is taken, or three outputs. Backward: the gradients of the output, of the adapter's result
+    before and after it is scaled, and the magnitude's before it is summed over tokens (peft 0.21.2,
+    tuners/lora/dora.py, `forward`, `get_lora_weight`, `get_weight_norm`).
+    """
+    if not config.dora or config.rank == "full":
+        return 0.0, 0.0
+    each, product, is_dropped = width.adapter, width.adapter_input, config.lora_dropout > 0
+    is_cast = product < each
+    given = width.product * (is_cast or is_dropped) + each * ((width.product < each) + (is_cast and is_dropped))
+    weights = 1 + (width.dequantised > 0 or width.rest != each)
+    wide = width.product * _feed_forward_width(shape) * tokens
+    forward = backward = 0.0
+    for matrix in targeted(shape, config.target_modules):
+        identity, weight, out = matrix.columns**2, matrix.rows * matrix.columns, matrix.rows * tokens
+        reads_stream = matrix.columns == shape.hidden
+        # The feed-forward part keeps nothing yet, or no more. What gate and up returned is gone when they are at work.
+        absent = wide * (3 if shape.gated else 1) if matrix.is_attention else 0.0
+        gone = wide if shape.gated and reads_stream and not matrix.is_attention else absent
+        held = product * identity + given * matrix.columns * tokens + is_dropped * width.product * out
+        multiplied = each * identity * is_cast + product * weight
+        normed = each * weight * (weights + 2)
+        scaled = each * (weight * weights + 3 * out)
+        forward = max(forward, held + max(multiplied, normed, scaled) - absent)
+        backward = max(backward, out * (4 * each + (product + width.product) * is_cast) - gone)
+    return forward, backward

@@ -17,6 +17,7 @@ from orchestrator.config.trial_config import Precision, TrialConfig
 from orchestrator.planning.activations import (
     Widths,
     backward_bytes,
+    dora_work_bytes,
     layer_bytes_per_token,
     linear_input_bytes,
     mask_bytes,
@@ -59,6 +60,8 @@ The logits themselves come on top (`_held_at_loss`).
 """
 ADAM_8BIT_BYTES = 2 + 2 * 4 / 256
 """bitsandbytes' two moments: a byte each, and an fp32 constant for 256 of them (0.50, optim/optimizer.py)."""
+MOMENTS_BYTES = {"adamw": 8.0, "adamw_8bit": ADAM_8BIT_BYTES, "sgd": 0.0}
+"""An optimizer's states of a weight; AdamW's are fp32."""
 REST_LOW, REST_HIGH = 0.56, 1.30
 """The ends of the 90 % interval, over all that is predicted beside the weights: those are counted exactly, and the rest
 depends on the library, which no setting names. One that keeps a quantised model's activations in half precision takes a
@@ -202,6 +205,33 @@ def _bytes_of(config: TrialConfig, device: Literal["cuda", "cpu"], has_bf16: boo
     return Widths(2, 2, 2, 2, 2, 0, adapter, 2, 2, on_gpu)
 
 
+def host_bytes_on(config: TrialConfig, shape: ModelShape, workers: int, hardware: Hardware) -> int:
+    """Host memory that one worker's offloaded state takes here; 0 where nothing is offloaded."""
+    return offloaded_bytes(config, shape, workers, _bytes_of(config, hardware.device, hardware.has_bf16))
+
+
+def offloaded_bytes(config: TrialConfig, shape: ModelShape, workers: int, width: Widths) -> int:
+    """Bytes that a worker keeps in host memory from its first step to its last, as deepspeed 0.19.8 allocates them.
+
+    Of its share of what is trained: fp32 copies and their gradients, AdamW's moments, and gradients as they were
+    summed, which stage 3 has always (stage3.py, `grad_partitions_flat_buffer`) and stage 2 where a step has several
+    micro-batches (stage_1_and_2.py, `accumulated_grads_in_cpu`); stage 2 also the new weights on their way to the
+    device (`param_buffer_of_bit16_for_cpu_offload_groups`). With the parameters, its shard of all weights. What a step
+    takes besides, and the process itself, come on top.
+    """
+    if config.offload == "none":
+        return 0
+    trainable = trainable_parameters(config, shape)
+    at_once = config.global_batch_size if config.micro_batch_size == "auto" else config.micro_batch_size * workers
+    accumulates = config.zero_stage == 3 or config.global_batch_size > at_once
+    copies = (config.zero_stage < 3) + accumulates
+    kept = trainable * (4 + 4 + MOMENTS_BYTES[config.optimizer] + copies * width.adapter)
+    if config.offload == "optimizer_and_parameters":
+        adapter = 0 if config.trains_all_weights else trainable
+        kept += _weight_bytes(shape, width) - _constants_bytes(config, shape) + adapter * width.adapter
+    return int(kept / workers)
+
+
 def memory_parts(config: TrialConfig, shape: ModelShape, workers: int, width: Widths) -> MemoryParts:
     """The parts of the estimate, at the moment of the peak."""
     return _largest(_phases(config, shape, workers, width))
@@ -228,10 +258,8 @@ def _training(config: TrialConfig, shape: ModelShape, workers: int, width: Width
     trainable = trainable_parameters(config, shape)
     adapter_weights = 0 if config.trains_all_weights else trainable
     host_parameters = config.offload == "optimizer_and_parameters"
-    # bitsandbytes keeps the constants of 4-bit weights beside the parameter, where ZeRO-3 neither shards nor offloads.
-    constants = shape.quantisable_parameters * NF4_CONSTANT_BYTES if config.precision is Precision.NF4 else 0.0
-    weights = _linear_bytes(shape, width) + (shape.parameters - shape.linear_parameters) * width.rest
-    weights = constants + (0.0 if host_parameters else (weights - constants) / shards[3])
+    constants = _constants_bytes(config, shape)
+    weights = constants + (0.0 if host_parameters else (_weight_bytes(shape, width) - constants) / shards[3])
     # What is stepped in host memory has neither gradients nor optimizer states on the device.
     stepped = 0.0 if config.offload != "none" else float(trainable)
     at_once = config.micro_batch_size * workers if config.micro_batch_size != "auto" else 0
@@ -254,6 +282,15 @@ def _training(config: TrialConfig, shape: ModelShape, workers: int, width: Width
         communication=int(_communication(config, shape, width, trainable, workers)),
         framework=WORKSPACE_BYTES + int(passing),
     )
+
+
+def _constants_bytes(config: TrialConfig, shape: ModelShape) -> float:
+    """Of 4-bit weights: bitsandbytes keeps them beside the parameter, where ZeRO-3 neither shards nor offloads."""
+    return shape.quantisable_parameters * NF4_CONSTANT_BYTES if config.precision is Precision.NF4 else 0.0
+
+
+def _weight_bytes(shape: ModelShape, width: Widths) -> float:
+    return _linear_bytes(shape, width) + (shape.parameters - shape.linear_parameters) * width.rest
 
 
 def _linear_bytes(shape: ModelShape, width: Widths) -> float:
@@ -293,7 +330,7 @@ def trainable_parameters(config: TrialConfig, shape: ModelShape) -> int:
 
 def _optimizer_bytes(config: TrialConfig, width: Widths) -> float:
     """Bytes a trainable weight: AdamW's two fp32 moments, and DeepSpeed's fp32 copy of a half-precision weight."""
-    moments = {"adamw": 8.0, "adamw_8bit": ADAM_8BIT_BYTES, "sgd": 0.0}[config.optimizer]
+    moments = MOMENTS_BYTES[config.optimizer]
     if config.engine == "ddp":
         return moments / 2 if width.adapter == 2 and config.optimizer == "adamw" else moments
     # ZeRO partitions a flat fp32 copy, whatever the weights are (deepspeed 0.19.8, stage_1_and_2.py).
@@ -355,7 +392,7 @@ def _moments(
     head waits for the other, and autograd adds them to a third (measured with torch 2.13's profiler on a CPU).
     """
     tokens = _tokens(config)
-    kept, at_work, alone = _layer_activations(config, shape, width)
+    kept, at_work, alone, forward = _layer_activations(config, shape, width)
     held = float(shape.vocabulary * width.logits * (2 if shape.softcapped_logits else 1) * tokens)
     at_loss = LOSS_COPIES_BYTES * shape.vocabulary * tokens + _held_at_loss(config, shape, width, held)
     last_norm = tokens * shape.hidden * (4 if shape.rms_norm else width.stream)
@@ -365,6 +402,7 @@ def _moments(
     waiting = table if shape.tied_embeddings else 0.0
     added = table if gradients.is_added else 0.0
     return (
+        (kept + forward, 0.0, earlier, 0.0),
         (kept + last_norm, at_loss, earlier, 0.0),
         (kept + at_work, held, earlier, table),
         (alone, held, gradients.kept, min(waiting, added)),
@@ -373,20 +411,24 @@ def _moments(
     )
 
 
-def _layer_activations(config: TrialConfig, shape: ModelShape, width: Widths) -> tuple[float, float, float]:
-    """Bytes kept until the backward pass, bytes more while a layer's is at work, and bytes of the first layer alone."""
+def _layer_activations(config: TrialConfig, shape: ModelShape, width: Widths) -> tuple[float, float, float, float]:
+    """Bytes kept until the backward pass, bytes more while a layer's is at work, bytes of the first layer alone, and
+    bytes more while the forward pass is at work."""
     tokens, batch = _tokens(config), config.micro_batch_size
     assert isinstance(batch, int)
     layer = tokens * layer_bytes_per_token(config, shape, width)
     layer += batch * score_bytes(config, shape, width)
     at_work = backward_bytes(config, shape, width, tokens)
+    forward, _ = dora_work_bytes(config, shape, width, tokens)
     if config.gradient_checkpointing:
         # The layers' inputs, and one layer recomputed.
         own = shape.hidden * width.stream + _escaping_bytes(config, shape, width)
         mask = batch * mask_bytes(config, shape, width)
+        at_work = max(at_work, forward + width.stream * shape.hidden * tokens)
         recomputed = at_work + layer + _weight_copies(config, shape, width, 1)
-        return shape.layers * tokens * own + mask, recomputed, recomputed + mask
-    return shape.layers * layer + _weight_copies(config, shape, width, shape.layers), at_work, layer + at_work
+        return shape.layers * tokens * own + mask, recomputed, recomputed + mask, forward
+    kept = shape.layers * layer + _weight_copies(config, shape, width, shape.layers)
+    return kept, at_work, layer + at_work, forward
 
 
 def _held_at_loss(config: TrialConfig, shape: ModelShape, width: Widths, logits: float) -> float:
@@ -417,12 +459,20 @@ def _weight_copies(config: TrialConfig, shape: ModelShape, width: Widths, layers
 
     Autocast casts fp32 ones, frozen ones for each use: its cache is for weights that need a gradient (torch 2.13,
     autocast_mode.cpp). An adapter on a mixture's stacked experts is added to all of them at once (peft 0.21.2,
-    tuners/lora/layer.py, ParamWrapper).
+    tuners/lora/layer.py, ParamWrapper). DoRA keeps of each output the weight's norm, the magnitude over it, and that
+    less one; with dropout also the weight that it multiplies once more, unless that is the parameter itself
+    (tuners/lora/dora.py, forward).
     """
     share = layers / shape.layers
     if config.trains_all_weights:
         return 2.0 * shape.linear_parameters * share if config.precision.is_autocast else 0.0
-    cast = 2.0 * trainable_parameters(config, shape) if width.adapter_input < width.adapter else 0.0
+    is_cast = width.adapter_input < width.adapter
+    cast = 2.0 * trainable_parameters(config, shape) if is_cast else 0.0
+    if config.dora:
+        targets = targeted(shape, config.target_modules)
+        cast += 3.0 * width.adapter * sum(m.rows * m.count for m in targets)
+        if config.lora_dropout and (is_cast or width.dequantised):
+            cast += float(width.adapter_input * sum(m.parameters for m in targets))
     if config.precision.is_autocast:
         return (cast + 2.0 * shape.linear_parameters) * share
     if width.rest > width.attention:

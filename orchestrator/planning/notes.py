@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 from orchestrator.config.trial_config import Precision
 from orchestrator.planning.compatibility import Case, Rule
+from orchestrator.planning.hardware import GIB
+from orchestrator.planning.memory import host_bytes_on
 
 
 def notes(case: Case) -> tuple[str, ...]:
@@ -106,6 +110,23 @@ def offload_on_a_cpu(case: Case) -> str | None:
     return None
 
 
+def offload_exceeds_the_host(case: Case) -> str | None:
+    """Told and not refused, since the memory of a node with a GPU that is only named is assumed. Of this trial alone:
+    others beside it take as much again."""
+    config, hardware = case.config, case.hardware
+    if config.offload == "none" or hardware.device == "cpu":
+        return None
+    together = min(case.workers, math.ceil(hardware.gpus / hardware.nodes))
+    taken = together * host_bytes_on(config, case.shape, case.workers, hardware)
+    if taken <= hardware.host_memory_bytes:
+        return None
+    return (
+        f"offload {config.offload} keeps at least {taken / GIB:,.0f} GiB in the host memory of a node with {together} "
+        f"of its workers, and a node is taken to have {hardware.host_memory_bytes / GIB:,.0f} GiB: more workers on "
+        "more nodes hold less each"
+    )
+
+
 def int8_is_slow_before_turing(case: Case) -> str | None:
     """Source: bitsandbytes 0.50, diagnostics/cuda.py: "Only slow 8-bit matmul is supported" below 7.5."""
     capability = case.hardware.compute_capability
@@ -134,6 +155,7 @@ NOTES: tuple[Rule, ...] = (
     fp32_grouped_queries_write_scores,
     evaluated_only_at_the_end,
     offload_on_a_cpu,
+    offload_exceeds_the_host,
     int8_is_slow_before_turing,
     adapter_settings_without_an_adapter,
 )

@@ -103,6 +103,11 @@ NOTED: dict[str, tuple[Case, Case]] = {
         case(CPU, precision="fp32", zero_stage=2, offload="optimizer"),
         case(zero_stage=2, offload="optimizer"),
     ),
+    # A model of a billion weights whose state takes 22 bytes of each, and one worker's node of 128 GiB, or of 8.
+    "offload_exceeds_the_host": (
+        case(replace(H100, host_memory_bytes=2**33), rank="full", zero_stage=2, offload="optimizer"),
+        case(H100, rank="full", zero_stage=2, offload="optimizer"),
+    ),
     "int8_is_slow_before_turing": (case(V100, precision="int8"), case(T4, precision="int8")),
     "adapter_settings_without_an_adapter": (case(rank="full", lora_dropout=0.1), case(rank=8, lora_dropout=0.1)),
 }

@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 
 from orchestrator.config.trial_config import TrialConfig
-from orchestrator.planning.memory import MemoryParts, estimate
+from orchestrator.planning.compatibility import Case
+from orchestrator.planning.hardware import named_gpu
+from orchestrator.planning.memory import MemoryParts, estimate, host_bytes_on
 from orchestrator.planning.model_shape import shape_of
+from orchestrator.planning.notes import offload_exceeds_the_host
 from tests.fast.cases import LLAMA_2_7B, LLAMA_32_3B
 
 SEVEN_B, THREE_B = shape_of(LLAMA_2_7B), shape_of(LLAMA_32_3B)
@@ -73,3 +76,48 @@ def test_the_loss_is_the_largest_part_of_a_small_model_with_a_large_vocabulary()
     assert counted.biggest == "logits"
     # The logits in bf16, and log-softmax's result and two gradients in fp32.
     assert counted.logits == 4 * 2048 * THREE_B.vocabulary * 14
+
+
+LLAMA_3_8B = shape_of(
+    LLAMA_32_3B
+    | {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 14336}
+    | {"tie_word_embeddings": False}
+)
+
+
+def test_dora_keeps_two_tensors_of_each_matrixs_output() -> None:
+    tokens, shape = 2048, LLAMA_3_8B
+    settings = {"precision": "bf16", "engine": "deepspeed", "target_modules": "all-linear", "sequence_length": tokens}
+    plain, dora = (parts(shape, **settings, dora=dora).total for dora in (False, True))
+    outputs = sum(m.rows * m.count for m in shape.matrices)
+    assert dora - plain == pytest.approx(2 * 2 * outputs * tokens, rel=0.01)
+
+
+def test_dora_with_dropout_keeps_every_dequantised_weight() -> None:
+    settings = {"precision": "nf4", "engine": "deepspeed", "target_modules": "all-linear", "lora_dropout": 0.1}
+    plain, dora = (parts(LLAMA_3_8B, **settings, sequence_length=64, dora=dora).total for dora in (False, True))
+    assert dora - plain > 1.9 * LLAMA_3_8B.linear_parameters
+    spared = parts(LLAMA_3_8B, **settings, sequence_length=64, dora=True, gradient_checkpointing=True).total
+    assert dora - spared > 1.9 * LLAMA_3_8B.linear_parameters
+
+
+def test_offload_is_measured_against_the_memory_of_the_host() -> None:
+    seventy = shape_of(
+        LLAMA_2_7B
+        | {"hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8}
+        | {"intermediate_size": 28672}
+    )
+
+    def told(workers: int, **settings: Any) -> str | None:
+        offload = {"zero_stage": 3, "offload": "optimizer_and_parameters", "micro_batch_size": 1}
+        config = TrialConfig.model_validate(offload | settings)
+        return offload_exceeds_the_host(Case(config, seventy, named_gpu("H100", workers), workers))
+
+    # bf16 weights, their fp32 copies, two moments, fp32 gradients and those as they were summed: 20 bytes a weight.
+    config = TrialConfig(rank="full", zero_stage=3, offload="optimizer_and_parameters", micro_batch_size=1)
+    assert host_bytes_on(config, seventy, 1, named_gpu("H100", 1)) == 20 * seventy.parameters
+    assert host_bytes_on(config, seventy, 8, named_gpu("H100", 8)) == 20 * seventy.parameters // 8
+    assert "1,285 GiB in the host memory of a node with 8 of its workers" in (told(8, rank="full") or "")
+    assert told(16, rank="full") is None, "two nodes share it"
+    assert told(8, rank=16) is None, "an adapter's state is small, and the frozen weights are shared out"
+    assert told(8, rank=16, offload="optimizer") is None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.memory_accuracy import zero2_model_states, zero3_model_states
 from orchestrator.config.trial_config import TrialConfig
-from orchestrator.planning.activations import layer_bytes_per_token, score_bytes
+from orchestrator.planning.activations import Widths, layer_bytes_per_token, score_bytes
 from orchestrator.planning.memory import MemoryParts, _bytes_of, _weight_copies, memory_parts
 from orchestrator.planning.model_shape import ModelShape, shape_of
 from orchestrator.training import model as models
@@ -118,6 +120,13 @@ def built_config(kind: str, layers: int) -> Any:
     return getattr(transformers, f"{kind}Config")(num_hidden_layers=layers, **settings)
 
 
+class Kept:
+    """A tensor that autograd was given to keep, gone as soon as autograd lets go of it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
 def kept_bytes(kind: str, layers: int, config: TrialConfig, length: int = 64) -> int:
     """Bytes of all that autograd keeps of a forward pass of two sequences, besides the weights."""
     built = built_config(kind, layers)
@@ -125,25 +134,35 @@ def kept_bytes(kind: str, layers: int, config: TrialConfig, length: int = 64) ->
     model: Any = AutoModelForCausalLM.from_config(built, attn_implementation=config.attention).to(torch.bfloat16)
     models.fuse_activations(model)
     if not full:
-        lora = LoraConfig(r=8, target_modules=models.find_target_modules(model, config.target_modules))
+        targets = models.find_target_modules(model, config.target_modules)
+        # PEFT looks for all linear layers of what it is told is a decoder beside its head.
+        lora = LoraConfig(
+            r=8, target_modules=targets, lora_dropout=config.lora_dropout, use_dora=config.dora, task_type="CAUSAL_LM"
+        )
         model = get_peft_model(model, lora, autocast_adapter_dtype=False)
         adapter = torch.float32 if config.engine == "ddp" else torch.bfloat16
         for parameter in model.parameters():
             parameter.data = parameter.data.to(adapter if parameter.requires_grad else torch.bfloat16)
+    return kept_by(model, config, length)
+
+
+def kept_by(model: Any, config: TrialConfig, length: int = 64) -> int:
+    """The same of this model, which is built already."""
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, torch.UntypedStorage] = {}
+    kept: weakref.WeakSet[Kept] = weakref.WeakSet()
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage
-        return tensor
+    def pack(tensor: torch.Tensor) -> Kept:
+        kept.add(held := Kept(tensor))
+        return held
 
+    full = config.trains_all_weights
     inner: Any = model if full else model.get_base_model()
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.engine == "ddp" and not full)
-    with autocast, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        getattr(inner, inner.base_model_prefix)(input_ids=torch.ones(2, length, dtype=torch.long))
-        return sum(storage.nbytes() for storage in kept.values())
+    with autocast, torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
+        out = getattr(inner, inner.base_model_prefix)(input_ids=torch.ones(2, length, dtype=torch.long))
+    storages = {held.tensor.untyped_storage().data_ptr(): held.tensor.untyped_storage() for held in kept}
+    del out
+    return sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in own)
 
 
 @pytest.mark.parametrize("engine", ["ddp", "deepspeed"])
@@ -176,13 +195,43 @@ def test_a_layer_keeps_what_is_predicted_for_the_backward_pass(kind: str, tolera
     assert predicted_kept(kind, config) + copied == pytest.approx(measured_kept(kind, config), rel=tolerance)
 
 
+DORA = {"dora": True, "target_modules": "all-linear"}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["", "dropout"])
+@pytest.mark.parametrize("engine", ["ddp", "deepspeed"])
+@pytest.mark.parametrize("kind", ["Llama", "Qwen2"])
+def test_dora_keeps_what_its_magnitudes_are_multiplied_with(kind: str, engine: str, dropout: float) -> None:
+    config = tiny(precision="bf16", engine=engine, lora_dropout=dropout, **DORA)
+    width = replace(_bytes_of(config, "cuda", has_bf16=True), on_gpu=not dropout)
+    assert predicted_kept(kind, config, width) == pytest.approx(measured_kept(kind, config), rel=0.005)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["", "dropout"])
+@pytest.mark.parametrize("engine", ["ddp", "deepspeed"])
+def test_dora_with_dropout_keeps_the_dequantised_weights(engine: str, dropout: float, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    config = tiny(precision="nf4", engine=engine, lora_dropout=dropout, **DORA)
+    kept = []
+    for layers in (2, 3):
+        folder = tmp_path / str(layers)
+        AutoModelForCausalLM.from_config(built_config("Llama", layers), dtype=torch.bfloat16).save_pretrained(folder)
+        built = models.build(config, folder, "bf16", CPU, zero3=None)
+        if engine == "deepspeed":
+            built.to(torch.bfloat16)  # as its engine does
+        kept.append(kept_by(built, config))
+    width = replace(_bytes_of(config, "cuda", has_bf16=True), on_gpu=not dropout)
+    assert predicted_kept("Llama", config, width) == pytest.approx((kept[1] - kept[0]) / (2 * 64), rel=0.015)
+
+
 def measured_kept(kind: str, config: TrialConfig) -> float:
     """Bytes that a layer keeps, a token of two sequences of 64."""
     return (kept_bytes(kind, 3, config) - kept_bytes(kind, 2, config)) / (2 * 64)
 
 
-def predicted_kept(kind: str, config: TrialConfig) -> float:
-    shape, width = shape_of(built_config(kind, 3).to_dict()), _bytes_of(config, "cuda", has_bf16=True)
+def predicted_kept(kind: str, config: TrialConfig, width: Widths | None = None) -> float:
+    shape = shape_of(built_config(kind, 3).to_dict())
+    width = width or _bytes_of(config, "cuda", has_bf16=True)
     of_64 = config.model_copy(update={"sequence_length": 64})
     copies = _weight_copies(of_64, shape, width, 1) / (2 * 64)
     return layer_bytes_per_token(of_64, shape, width) + score_bytes(of_64, shape, width) / 64 + copies

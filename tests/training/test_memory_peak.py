@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -115,6 +116,13 @@ class QuantisedLinear(torch.nn.Linear):
         return FourBitProduct.apply(x.to(HALF), self.whole).to(x.dtype)
 
 
+def whole_weight(layer: torch.nn.Module) -> torch.Tensor:
+    """What peft 0.21.2's dequantize_module_weight returns: LLM.int8()'s in fp32."""
+    if not isinstance(layer, QuantisedLinear):
+        return layer.weight  # type: ignore[return-value]
+    return torch.empty(layer.whole, dtype=FULL if layer.kind == "int8" else HALF)
+
+
 def quantise(model: torch.nn.Module, config: TrialConfig) -> None:
     """As transformers does, and prepare_model_for_kbit_training, which DeepSpeed takes back."""
     for name, layer in model.named_modules():
@@ -140,7 +148,13 @@ def built(config: TrialConfig, settings: dict[str, Any]) -> torch.nn.Module:
         quantise(plain, config)
     if config.gradient_checkpointing:
         plain.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    lora = LoraConfig(r=config.rank, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    targets: Any = config.target_modules
+    lora = LoraConfig(
+        r=config.rank,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"] if targets == "attention" else targets,
+        lora_dropout=config.lora_dropout,
+        use_dora=config.dora,
+    )
     model = get_peft_model(plain, lora, autocast_adapter_dtype=False)
     for module in model.modules():
         if hasattr(module, "lora_A") and config.precision.is_quantized:
@@ -175,6 +189,7 @@ def counted_peak(config: TrialConfig, settings: dict[str, Any], monkeypatch: pyt
         "transformers.masking_utils.find_packed_sequence_indices",
         lambda position_ids: torch.zeros_like(position_ids) if config.packing else None,
     )
+    monkeypatch.setattr("peft.tuners.lora.dora.dequantize_module_weight", whole_weight)
     with torch.device("meta"):
         model = built(config, settings)
     alive, fake = AliveBytes(), FakeTensorMode(allow_non_fake_inputs=True)
@@ -197,7 +212,11 @@ def counted_peak(config: TrialConfig, settings: dict[str, Any], monkeypatch: pyt
 
 def predicted(config: TrialConfig, settings: dict[str, Any]) -> MemoryParts:
     shape = shape_of(AutoConfig.for_model(**({"model_type": "llama"} | settings)).to_dict())
-    return memory_parts(config, shape, 1, _bytes_of(config, "cuda", has_bf16=True))
+    width = _bytes_of(config, "cuda", has_bf16=True)
+    if config.lora_dropout:
+        # A CPU's dropout remembers numbers, where a GPU's keeps truth values.
+        width = replace(width, on_gpu=False)
+    return memory_parts(config, shape, 1, width)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["all kept", "checkpointed"])
@@ -247,6 +266,41 @@ def test_a_steps_peak_has_what_the_kernel_asks_for(
     settings: dict[str, Any], trial: dict[str, Any], checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert_peak_is_told(settings, trial | {"gradient_checkpointing": checkpointing}, monkeypatch)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["all kept", "checkpointed"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["", "dropout"])
+@pytest.mark.parametrize(
+    ("settings", "precision", "engine"),
+    [
+        (LLAMA, "bf16", "deepspeed"),
+        (GROUPED, "bf16", "ddp"),
+        (LLAMA, "fp32", "ddp"),
+        (LLAMA, "amp_bf16", "ddp"),
+        (GROUPED, "nf4", "deepspeed"),
+        (GROUPED, "nf4", "ddp"),
+        (LLAMA, "int8", "deepspeed"),
+    ],
+)
+def test_a_steps_peak_has_what_doras_magnitudes_and_norms_take(
+    settings: dict[str, Any],
+    precision: str,
+    engine: Any,
+    dropout: float,
+    checkpointing: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trial = {"precision": precision, "engine": engine, "gradient_checkpointing": checkpointing}
+    dora = {"dora": True, "lora_dropout": dropout, "target_modules": "all-linear"}
+    assert_peak_is_told(settings, trial | dora, monkeypatch)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["all kept", "checkpointed"])
+def test_doras_identity_as_wide_as_the_input_counts_where_tokens_are_few(
+    checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dora = {"dora": True, "target_modules": "all-linear", "sequence_length": 64}
+    assert_peak_is_told(LLAMA, dora | {"gradient_checkpointing": checkpointing}, monkeypatch)
 
 
 def test_checkpointing_really_keeps_what_an_int8_product_was_given() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.planning.memory import _bytes_of, _step_bytes
+from orchestrator.planning.memory import _bytes_of, _step_bytes, offloaded_bytes
 from orchestrator.training.task import TrialTask, WorkerPlace
 from tests.training.conftest import tiny
 from tests.training.launch import in_workers, make_task
@@ -41,6 +41,22 @@ def count_states(place: WorkerPlace, pipe: Connection, task: TrialTask) -> None:
     states = [v for state in optimizer.optimizer.state.values() for k, v in state.items() if k.startswith("exp_avg")]
     held = [p.ds_tensor if stage == 3 else p for p in run.model.parameters()]
     pipe.send((_bytes([*copies, *states]), _bytes(held)))
+
+
+def count_offloaded(place: WorkerPlace, pipe: Connection, task: TrialTask) -> None:
+    """Send the bytes of what this worker offloads, after a step."""
+    run, _ = stepped(place, task)
+    optimizer = run.engine._engine.optimizer
+    stage = task.config.zero_stage
+    copies = optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
+    held = [v for state in optimizer.optimizer.state.values() for k, v in state.items() if k.startswith("exp_avg")]
+    held += [*copies, *(copy.grad for copy in copies)]
+    if stage == 3:
+        held += [optimizer.grad_partitions_flat_buffer, *(p.ds_tensor for p in run.model.parameters())]
+    else:
+        held += optimizer.param_buffer_of_bit16_for_cpu_offload_groups
+        held += optimizer.accumulated_grads_in_cpu.values()
+    pipe.send(_bytes(held))
 
 
 def count_step(place: WorkerPlace, pipe: Connection, task: TrialTask) -> None:
@@ -89,6 +105,18 @@ def test_each_worker_holds_the_share_that_is_predicted(
         # Partitions are padded to whole elements of every worker: the tiny adapter shows it, a real one does not.
         assert optimizer_bytes == pytest.approx(parts.optimizer, rel=0.02)
         assert weight_bytes == pytest.approx(parts.weights + parts.adapter, rel=0.02)
+
+
+@pytest.mark.parametrize(("stage", "offload"), [(2, "optimizer"), (3, "optimizer_and_parameters")])
+@pytest.mark.parametrize("rank", [8, "full"])
+def test_a_worker_offloads_what_is_predicted(
+    rank: Any, stage: int, offload: str, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    config = tiny(zero_stage=stage, offload=offload, rank=rank, precision="bf16", micro_batch_size=4)
+    task = make_task(config, tiny_model, tiny_data, tmp_path / "trial")
+    width = _bytes_of(config, "cuda", has_bf16=True)
+    for (counted,) in in_workers(2, count_offloaded, task):
+        assert counted == pytest.approx(offloaded_bytes(config, shape_in(tiny_model), 2, width), rel=0.03)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
