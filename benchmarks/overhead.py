@@ -1,8 +1,8 @@
 """What a trial costs beside its training: four ways to run the same trials, side by side in one run.
 
-    python -m benchmarks.overhead                      # six trials, two at a time, once: about 5 minutes on 2 cores
-    python -m benchmarks.overhead --repeats 3 --json overhead.json
-    python -m benchmarks.overhead --trials 24 --variants warm plain    # where the first start counts for less
+    python -m benchmarks.overhead                      # 24 trials, two at a time, once: 36 minutes on 2 cores
+    python -m benchmarks.overhead --trials 6 --steps 120 --repeats 3    # where the first start counts for most
+    python -m benchmarks.overhead --variants warm plain --json overhead.json
 
 - guide: the pattern of Ray's guide (docs.ray.io, "Hyperparameter Tuning with Ray Tune"), in full below: a Tune function
   that starts a TorchTrainer of its own for every trial. Ray's settings are Ray's defaults.
@@ -404,8 +404,8 @@ def main() -> None:
         print(json.dumps(asdict(run(pickle.loads(Path(sys.argv[3]).read_bytes())))))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=120, help="optimizer steps of a trial (default: %(default)s)")
+    parser.add_argument("--trials", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=360, help="optimizer steps of a trial (default: %(default)s)")
     parser.add_argument("--slots", type=int, default=2, help="trials at a time (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="workers a trial, a CPU each (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=1)
