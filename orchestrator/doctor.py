@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict
 
 from orchestrator.config.storage_address import is_remote, storage_problem
 from orchestrator.config.trial_config import Precision, TrialConfig
-from orchestrator.errors import ClusterUnreachableError
+from orchestrator.errors import ClusterUnreachableError, first_line
 from orchestrator.planning.compatibility import Case, refusals
 from orchestrator.planning.hardware import Hardware, this_machine
 from orchestrator.planning.model_shape import shape_of
@@ -405,7 +405,7 @@ def _mlflow_problem(uri: str) -> str | None:
         MlflowClient(uri).search_experiments(max_results=1)
     except Exception as error:
         # A database's own kinds and missing drivers among them: whatever it is, it is what was asked for.
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        first = first_line(error)
         return f"{first[:200]}…" if len(first) > 200 else first
     return None
 

@@ -171,3 +171,9 @@ class TrialFailedError(TrialError):
 
     def __str__(self) -> str:
         return f"{self.what}; the whole story is in {self.log}: mend its cause there and run the sweep again"
+
+
+def first_line(error: BaseException, otherwise: str | None = None) -> str:
+    """The first line of its message that says something; where none does `otherwise`, or the name of its kind."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), otherwise or type(error).__name__)

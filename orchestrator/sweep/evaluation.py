@@ -13,6 +13,8 @@ import ray
 from mlflow import MlflowClient
 
 from orchestrator.config.sweep_config import SweepConfig, is_score
+from orchestrator.errors import first_line
+from orchestrator.reporting import quantities
 from orchestrator.reporting.recommendation import trial_to_take
 from orchestrator.results.evaluation import Evaluation, read_evaluation, write_evaluation
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
@@ -36,7 +38,7 @@ def evaluate(
     tasks = list(_tasks(sweep, result, folder))
     if not tasks:
         return True
-    say(f"evaluating {len(tasks)} trained model{'s' if len(tasks) > 1 else ''}")
+    say(f"evaluating {quantities.counted(len(tasks), 'trained model')}")
     # One call a process, so that its memory is free for the next.
     remote = ray.remote(num_cpus=shape.cpus_per_worker, num_gpus=shape.gpus_per_worker, max_calls=1, max_retries=0)(
         _evaluate
@@ -108,5 +110,4 @@ def log(tracking_uri: str, result: SweepResult, folder: SweepFolder, say: Callab
                     client.log_metric(trial.mlflow_run_id, key_of(name), value, timestamp=0)
     except Exception as error:
         # Its stores' clients raise kinds of their own.
-        why = (str(error).splitlines() or [type(error).__name__])[0][:300]
-        say(f"MLflow lacks the evaluations ({why}): run the same command again")
+        say(f"MLflow lacks the evaluations ({first_line(error)[:300]}): run the same command again")

@@ -125,14 +125,18 @@ def _lease(folder: SweepFolder, host: str) -> Iterator[Tenure]:
     def is_ours() -> bool:
         return _read(folder).get("owner") in (owner, None)
 
+    def write() -> None:
+        lease = {"host": host, "owner": owner, "renewals": next(renewals)}
+        write_atomically(folder.lease, json.dumps(lease) + "\n")
+
     def renew() -> bool:
         if not is_ours():
             tenure.lose()
             return False
-        _write(folder, {"host": host, "owner": owner, "renewals": next(renewals)})
+        write()
         return True
 
-    _write(folder, {"host": host, "owner": owner, "renewals": next(renewals)})
+    write()
     try:
         with beating(RENEWED_EVERY_S, renew):
             yield tenure
@@ -141,10 +145,6 @@ def _lease(folder: SweepFolder, host: str) -> Iterator[Tenure]:
         with contextlib.suppress(OSError):
             if is_ours():
                 folder.lease.unlink(missing_ok=True)
-
-
-def _write(folder: SweepFolder, lease: dict[str, object]) -> None:
-    write_atomically(folder.lease, json.dumps(lease) + "\n")
 
 
 def _wait_for_owner(folder: SweepFolder, host: str) -> None:

@@ -21,6 +21,7 @@ from mlflow.exceptions import MlflowException
 
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.trial_config import TrialConfig
+from orchestrator.errors import first_line
 from orchestrator.export.folder import Exported, export
 from orchestrator.export.merge import merged_dtype
 from orchestrator.reporting.statistics import objective_of
@@ -51,7 +52,7 @@ def log_best(
         mlflow.set_tracking_uri(server)
         uri = _logged(MlflowClient(server), sweep, result, best, folder)
     except (Exception, KeyboardInterrupt) as error:
-        why = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        why = first_line(error)[:300]
         say(f"the best adapter is not logged as an MLflow model ({why}): run the same command again to do it")
     else:
         say(f"MLflow model: {uri}")

@@ -132,13 +132,12 @@ class Recorder(tune.Callback):
         """Keep a record, on disk first."""
         hidden = {"reason": record.reason and without_secret(record.reason), "notes": _each(record.notes)}
         record = record.model_copy(update=hidden)
-        if not self.tenure.is_lost:
+        is_ours = not self.tenure.is_lost
+        if is_ours:
             self._write(record)
             self._watch_disk()
         self.records[record.trial_id] = record
-        if self.tenure.is_lost:
-            return
-        for listener in self._listeners:
+        for listener in self._listeners if is_ours else ():
             listener(record)
 
     def _write(self, record: TrialResult) -> None:

@@ -79,18 +79,7 @@ class Tracker:
         Raises:
             TrackingUnreachableError: the server does not answer.
         """
-        # MLflow itself would try for four minutes (3.17.2); what fails now is on disk and carried over later.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        # Every run that ends is told on stdout otherwise, where the sweep's answer goes alone.
-        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-        # A new database tells of its tables otherwise.
-        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        # Of a model that is logged, each step of it.
-        logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)
-        # Of a server that is away, each try that is made again: that it is away is told once, below.
-        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+        _keep_mlflow_short()
         self._folder, self._sweep_id, self._sweep = folder, sweep_id, sweep
         uri = tracking_uri(sweep)
         try:
@@ -99,7 +88,7 @@ class Tracker:
             self.parent_run_id = self._find_run(sweep.name, {})
             self._resume()
         except Exception as error:
-            if not is_servers(error):
+            if not _is_servers(error):
                 raise
             raise TrackingUnreachableError(
                 f"the tracking server at {without_secret(uri)} does not answer ({_first_line(error)}): start it, "
@@ -355,7 +344,23 @@ class _TrackedTrial:
         return self.carried is not self.result.status and not self.is_refused
 
 
-def is_servers(error: Exception) -> bool:
+def _keep_mlflow_short() -> None:
+    """In its tries and in what it says."""
+    # MLflow itself would try for four minutes (3.17.2); what fails now is on disk and carried over later.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    # Every run that ends is told on stdout otherwise, where the sweep's answer goes alone.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    # A new database tells of its tables otherwise.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    # Of a model that is logged, each step of it.
+    logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)
+    # Of a server that is away, each try that is made again: the Tracker tells once that it is away.
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+
+
+def _is_servers(error: Exception) -> bool:
     """Whether it tells of the server, or of the database or package that it needs, and is no slip of ours."""
     return isinstance(error, MlflowException | OSError | ImportError) or type(error).__module__.startswith("sqlalchemy")
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from orchestrator.config.local_path import local_path
 from orchestrator.config.sweep_config import DataConfig
-from orchestrator.errors import DataError
+from orchestrator.errors import DataError, first_line
 
 Role = Literal["train", "eval"]
 Format = Literal["text", "prompt_completion", "messages"]
@@ -291,9 +291,8 @@ def _hub_rows(source: str, role: Role) -> Iterator[Row]:
         dataset = load_dataset(source, split=split)
     except Exception as error:
         # datasets passes on whatever its hub client, its readers and its scripts raise.
-        first_line = next(iter(str(error).splitlines()), type(error).__name__)
         raise DataError(
-            f"data {source} is no local file, and the hub has none to give ({first_line[:200]}); "
+            f"data {source} is no local file, and the hub has none to give ({first_line(error)[:200]}); "
             "check the name, connect to the hub, or name a local file"
         ) from error
     for number, columns in enumerate(dataset):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.config.local_path import local_path
-from orchestrator.errors import ModelError
+from orchestrator.errors import ModelError, first_line
 from orchestrator.results.remote import cache_folder
 from orchestrator.training import builtin_models
 
@@ -130,12 +130,8 @@ def _hub_problem(error: Exception) -> str:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     if isinstance(error, LocalEntryNotFoundError) and error.__cause__:
-        return f"the hub does not answer ({_first_line(error.__cause__)})"
-    return f"the hub has none to give ({_first_line(error)})"
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+        return f"the hub does not answer ({first_line(error.__cause__)[:200]})"
+    return f"the hub has none to give ({first_line(error)[:200]})"
 
 
 def _fetch(name: str) -> Path:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
-from orchestrator.errors import OrchestratorError, TrialDivergedError, TrialOutOfMemoryError
+from orchestrator.errors import OrchestratorError, TrialDivergedError, TrialOutOfMemoryError, first_line
 from orchestrator.results.records import TrialStatus
 from orchestrator.results.secrets import without_secret
 from orchestrator.results.storage import TrialFolder, is_storage_failure, write_atomically
@@ -83,17 +83,14 @@ def ended_by(error: BaseException, task: TrialTask, ledger: Ledger | None) -> Tr
         held = devices.held_bytes(ledger.device) if ledger else 0
         full = TrialOutOfMemoryError(ledger.step if ledger else 0, held, devices.asked_bytes(error), micro_batch_size)
         return TrialEnd(TrialStatus.OUT_OF_MEMORY, str(full), progress)
+    why = first_line(error, "no message")[:500]
     if is_storage_failure(error):
-        told = f"the storage failed ({without_secret(_first_line(error))}): free some space, or mend the mount"
+        told = f"the storage failed ({without_secret(why)}): free some space, or mend the mount"
         return TrialEnd(TrialStatus.PREEMPTED, told, progress)
-    said = str(error) if isinstance(error, OrchestratorError) else f"{type(error).__name__}: {_first_line(error)}"
+    said = str(error) if isinstance(error, OrchestratorError) else f"{type(error).__name__}: {why}"
     where = "" if isinstance(error, OrchestratorError) else "; the whole story is in the trial's log.txt"
     # Here, where the secrets are: the sweep's own process may have others in its environment.
     return TrialEnd(TrialStatus.FAILED, without_secret(f"{said}{where}"), progress)
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")[:500]
 
 
 def _heartbeat(send: Send) -> Callable[[], None]:

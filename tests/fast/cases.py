@@ -34,6 +34,17 @@ LLAMA_32_3B: dict[str, Any] = {
     "max_position_embeddings": 131072,
     "tie_word_embeddings": True,
 }
+SMOLLM2_135M: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "intermediate_size": 1536,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
 CPU = Hardware("cpu", 0, 2, 1, 24 * 2**30, has_bf16=False, has_fp16=False, has_bitsandbytes=True)
 CPU_WITH_HALF = Hardware("cpu", 0, 2, 1, 24 * 2**30, has_bf16=True, has_fp16=True, has_bitsandbytes=True)
 A100 = named_gpu("A100", 8)

@@ -19,20 +19,8 @@ from orchestrator.planning.model_shape import shape_of
 from orchestrator.planning.plan import TIGHT, SweepPlan, gpu_memory_fraction, plan_sweep
 from orchestrator.planning.plan_table import render
 from orchestrator.planning.step_time import step_seconds
-from tests.fast.cases import A100, CPU, LLAMA_2_7B, LLAMA_32_3B, case
+from tests.fast.cases import A100, CPU, LLAMA_2_7B, LLAMA_32_3B, SMOLLM2_135M, case
 
-SMOL = {
-    "model_type": "llama",
-    "hidden_size": 576,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "intermediate_size": 1536,
-    "vocab_size": 49152,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": True,
-}
-"""SmolLM2-135M's."""
 SEVEN_B, THREE_B = shape_of(LLAMA_2_7B), shape_of(LLAMA_32_3B)
 
 
@@ -224,10 +212,10 @@ def cpus(count: int, gib: float, nodes: int = 1) -> Hardware:
 def test_on_cpus_as_many_run_at_a_time_as_the_hosts_memory_lets(hardware: Hardware) -> None:
     """Divided among as many as there are CPUs, memory would let none of them run."""
     space = {"rank": [8, 16, 32, 64], "learning_rate": {"choice": [n * 1e-5 for n in range(1, 10)]}}
-    found = plan(hardware, shape_of(SMOL), space=space, trial={"sequence_length": 256})
+    found = plan(hardware, shape_of(SMOLLM2_135M), space=space, trial={"sequence_length": 256})
     assert found.refused == 0
     one = {"micro_batch_size": 1, "rank": 64, "precision": "fp32", "sequence_length": 256}
-    largest = estimate_on(TrialConfig(**one), shape_of(SMOL), 1, hardware).device_bytes
+    largest = estimate_on(TrialConfig(**one), shape_of(SMOLLM2_135M), 1, hardware).device_bytes
     on_each = int(hardware.host_memory_bytes * 0.9 / largest)
     assert found.concurrent == min(36, hardware.nodes * min(on_each, hardware.cpus // hardware.nodes))
     assert found.worker_memory_bytes >= largest
@@ -235,17 +223,19 @@ def test_on_cpus_as_many_run_at_a_time_as_the_hosts_memory_lets(hardware: Hardwa
 
 def test_on_cpus_no_more_run_at_a_time_than_there_are_and_one_that_fits_nowhere_holds_up_nobody() -> None:
     roomy = cpus(64, 512)
-    assert plan(roomy, shape_of(SMOL), space={"rank": [8, 16, 32]}, trial={"sequence_length": 64}).concurrent == 3
+    assert (
+        plan(roomy, shape_of(SMOLLM2_135M), space={"rank": [8, 16, 32]}, trial={"sequence_length": 64}).concurrent == 3
+    )
     small = cpus(8, 12)
     space = {"micro_batch_size": [1, 64], "rank": [8, 16]}
-    mixed = plan(small, shape_of(SMOL), space=space, trial={"sequence_length": 512, "global_batch_size": 64})
+    mixed = plan(small, shape_of(SMOLLM2_135M), space=space, trial={"sequence_length": 512, "global_batch_size": 64})
     assert (mixed.runs, mixed.concurrent) == (2, 2)
 
 
 def test_a_trial_that_would_fit_with_fewer_at_a_time_is_told_so_first() -> None:
     def reason(**resources: Any) -> str:
         trial = {"sequence_length": 256, "micro_batch_size": 8, "global_batch_size": 8}
-        (told,) = plan(cpus(8, 16), shape_of(SMOL), trial=trial, resources=resources).trials[0].reasons
+        (told,) = plan(cpus(8, 16), shape_of(SMOLLM2_135M), trial=trial, resources=resources).trials[0].reasons
         return told.partition("fits with ")[2]
 
     told = reason(max_concurrent=8)
@@ -254,7 +244,7 @@ def test_a_trial_that_would_fit_with_fewer_at_a_time_is_told_so_first() -> None:
     most = int(told.split(",")[0].rpartition(" ")[2])
     assert plan(
         cpus(8, 16),
-        shape_of(SMOL),
+        shape_of(SMOLLM2_135M),
         trial={"sequence_length": 256, "micro_batch_size": 8, "global_batch_size": 8},
         resources={"max_concurrent": most},
     ).runs
@@ -271,7 +261,7 @@ def test_to_count_what_runs_at_a_time_each_memory_is_estimated_once(monkeypatch:
 
     monkeypatch.setattr("orchestrator.planning.plan.estimate_on", counted)
     space = {"rank": [4, 8, 16, 32, 64, 128, 256, 512], "learning_rate": [n * 1e-5 for n in range(1, 126)]}
-    found = plan(cpus(64, 64), shape_of(SMOL), space=space, trial={"micro_batch_size": 1})
+    found = plan(cpus(64, 64), shape_of(SMOLLM2_135M), space=space, trial={"micro_batch_size": 1})
     assert len(found.trials) == 1000
     # And once for each trial, whose record says it.
     assert len(asked) == 8 + 1000
@@ -280,7 +270,7 @@ def test_to_count_what_runs_at_a_time_each_memory_is_estimated_once(monkeypatch:
 def test_no_gpus_are_asked_for_only_where_there_are_none() -> None:
     with pytest.raises(InputError, match=r"gpus_per_worker is 0 where there are GPUs.*CUDA_VISIBLE_DEVICES="):
         plan(A100, resources={"gpus_per_worker": 0})
-    assert plan(CPU, shape_of(SMOL), resources={"gpus_per_worker": 0}).concurrent
+    assert plan(CPU, shape_of(SMOLLM2_135M), resources={"gpus_per_worker": 0}).concurrent
 
 
 @pytest.mark.parametrize(
@@ -297,7 +287,7 @@ def test_no_gpus_are_asked_for_only_where_there_are_none() -> None:
 def test_a_plan_counts_as_a_cluster_does(hardware: Hardware, resources: dict[str, Any], concurrent: int) -> None:
     trial = {"sequence_length": 64, "micro_batch_size": 1, "global_batch_size": 15, "precision": "fp32"}
     space = {"learning_rate": [n * 1e-5 for n in range(1, 11)]}
-    found = plan(hardware, shape_of(SMOL), trial=trial, space=space, resources=resources)
+    found = plan(hardware, shape_of(SMOLLM2_135M), trial=trial, space=space, resources=resources)
     assert (found.refused, found.concurrent) == (0, concurrent)
 
 

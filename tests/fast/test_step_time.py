@@ -8,21 +8,10 @@ from orchestrator.config.trial_config import TrialConfig
 from orchestrator.planning.hardware import GPUS, Hardware, named_gpu
 from orchestrator.planning.model_shape import ModelShape, shape_of
 from orchestrator.planning.step_time import SPREAD, UNMEASURED, Range, step_seconds
-from tests.fast.cases import CPU, LLAMA_2_7B
+from tests.fast.cases import CPU, LLAMA_2_7B, SMOLLM2_135M
 
 SEVEN_B = shape_of(LLAMA_2_7B)
-SMOLLM2_135M = shape_of(
-    {
-        "model_type": "llama",
-        "hidden_size": 576,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "intermediate_size": 1536,
-        "vocab_size": 49152,
-        "tie_word_embeddings": True,
-    }
-)
+SMALL = shape_of(SMOLLM2_135M)
 
 
 def seconds(
@@ -33,16 +22,14 @@ def seconds(
 
 
 def test_the_step_that_was_measured_on_two_cores_lies_within_the_range() -> None:
-    predicted = seconds(
-        CPU, SMOLLM2_135M, precision="fp32", sequence_length=128, global_batch_size=4, micro_batch_size=4
-    )
+    predicted = seconds(CPU, SMALL, precision="fp32", sequence_length=128, global_batch_size=4, micro_batch_size=4)
     assert predicted / SPREAD < 2.3 < predicted * SPREAD
 
 
 def test_a_small_micro_batch_waits_for_memory_or_for_its_kernels_and_a_large_one_for_arithmetic() -> None:
     h100 = named_gpu("H100", 1)
-    one_by_one = seconds(h100, SMOLLM2_135M, sequence_length=64, global_batch_size=64)
-    at_once = seconds(h100, SMOLLM2_135M, sequence_length=64, global_batch_size=64, micro_batch_size=64)
+    one_by_one = seconds(h100, SMALL, sequence_length=64, global_batch_size=64)
+    at_once = seconds(h100, SMALL, sequence_length=64, global_batch_size=64, micro_batch_size=64)
     assert one_by_one > 10 * at_once
     long = {"sequence_length": 4096, "global_batch_size": 8}
     assert seconds(h100, **long) == seconds(h100, **long, micro_batch_size=8)

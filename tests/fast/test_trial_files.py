@@ -55,6 +55,16 @@ def task_in(folder: SweepFolder) -> TrialTask:
     return TrialTask("t", config, "model", objective_metric="eval_loss", objective_mode="min", **places)
 
 
+def store_adapter(folder: SweepFolder, weights: str) -> Path:
+    """By a worker; its own copy."""
+    task, keep = on_this_node(task_in(folder), place(0), "group")
+    adapter = TrialFolder(Path(task.trial_folder)).adapter
+    adapter.mkdir(exist_ok=True)
+    (adapter / "weights").write_text(weights)
+    keep(0.0)
+    return adapter
+
+
 def place(rank: int) -> WorkerPlace:
     return WorkerPlace(rank, 2, rank, "host", 1, "meeting")
 
@@ -173,18 +183,13 @@ def test_nothing_is_put_into_the_store_by_a_sweep_that_did_not_start(folder: Swe
 
 
 def test_what_a_worker_stored_since_is_not_put_back_by_a_driver_that_has_an_older_copy(folder: SweepFolder) -> None:
-    task, keep = on_this_node(task_in(folder), place(0), "group")
-    adapter = TrialFolder(Path(task.trial_folder)).adapter
-    adapter.mkdir()
-    (adapter / "weights").write_text("older")
-    keep(0.0)
+    store_adapter(folder, "older")
     with carried(folder, Tenure("")) as carrier:
         folder.sweep_file.write_text("name: demo")
         carrier.fetch("t")
     assert (folder.trial("t").adapter / "weights").read_text() == "older"
     # On another host the trial went on, and there its sweep has ended.
-    (adapter / "weights").write_text("newer")
-    keep(0.0)
+    store_adapter(folder, "newer")
     with carried(folder, Tenure("")) as carrier:
         carrier.push()
         assert carrier.fetch("t")
@@ -229,11 +234,7 @@ def test_who_hears_of_a_trial_that_ended_while_the_store_was_away_hears_it_once_
 
 
 def test_weights_that_are_evaluated_are_brought_to_the_node_and_removed_again(folder: SweepFolder) -> None:
-    task, keep = on_this_node(task_in(folder), place(0), "group")
-    adapter = TrialFolder(Path(task.trial_folder)).adapter
-    adapter.mkdir()
-    (adapter / "weights").write_text("w")
-    keep(0.0)
+    adapter = store_adapter(folder, "w")
     with weights_on_this_node(folder.location(folder.trial("t").adapter)) as weights:
         assert (weights / "weights").read_text() == "w"
         assert weights != adapter

@@ -32,13 +32,18 @@ def stepped(place: WorkerPlace, task: TrialTask) -> tuple[Any, Any]:
     return run, ledger
 
 
+def copies_and_moments(optimizer: Any, stage: int) -> tuple[list[Any], list[Any]]:
+    """This worker's fp32 copies and AdamW's moments, of a ZeRO optimizer."""
+    copies = optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
+    states = optimizer.optimizer.state.values()
+    return copies, [v for state in states for k, v in state.items() if k.startswith("exp_avg")]
+
+
 def count_states(place: WorkerPlace, pipe: Connection, task: TrialTask) -> None:
     """Send the bytes of this worker's optimizer states with fp32 copies after a step, and of its weights."""
     run, _ = stepped(place, task)
-    optimizer = run.engine._engine.optimizer
     stage = task.config.zero_stage
-    copies = optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
-    states = [v for state in optimizer.optimizer.state.values() for k, v in state.items() if k.startswith("exp_avg")]
+    copies, states = copies_and_moments(run.engine._engine.optimizer, stage)
     held = [p.ds_tensor if stage == 3 else p for p in run.model.parameters()]
     pipe.send((_bytes([*copies, *states]), _bytes(held)))
 
@@ -46,10 +51,8 @@ def count_states(place: WorkerPlace, pipe: Connection, task: TrialTask) -> None:
 def count_offloaded(place: WorkerPlace, pipe: Connection, task: TrialTask) -> None:
     """Send the bytes of what this worker offloads, after a step."""
     run, _ = stepped(place, task)
-    optimizer = run.engine._engine.optimizer
-    stage = task.config.zero_stage
-    copies = optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
-    held = [v for state in optimizer.optimizer.state.values() for k, v in state.items() if k.startswith("exp_avg")]
+    optimizer, stage = run.engine._engine.optimizer, task.config.zero_stage
+    copies, held = copies_and_moments(optimizer, stage)
     held += [*copies, *(copy.grad for copy in copies)]
     if stage == 3:
         held += [optimizer.grad_partitions_flat_buffer, *(p.ds_tensor for p in run.model.parameters())]
