@@ -12,6 +12,8 @@ is in the file, or in the sweep's folder, already is not trained again.
   package, which the same command goes on with until all have trained; about a quarter of an hour on two CPU cores.
 - regressors: multilayer perceptrons of two layers, with other settings, on scikit-learn's diabetes data. Nothing in
   this package was chosen by them: they say how far what was seen on the other two carries.
+- adapters: low-rank adapters of a perceptron that has learned scikit-learn's digits and is to read them mirrored, over
+  five settings: a grid as large as those that searches are for. Committed before any search had seen a curve of it.
 """
 
 from __future__ import annotations
@@ -90,7 +92,18 @@ REGRESSORS = Table(
     },
     steps=27,
 )
-TABLES = {"perceptrons": PERCEPTRONS, "smollm2": SMOLLM2, "regressors": REGRESSORS}
+ADAPTERS = Table(
+    DATA / "search_curves_adapters.csv",
+    {
+        "rank": [1, 2, 4, 8, 16],
+        "alpha": [2.0, 8.0, 32.0, 128.0],
+        "dropout": [0.0, 0.2],
+        "global_batch_size": [8, 32, 128],
+        "learning_rate": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1],
+    },
+    steps=27,
+)
+TABLES = {"perceptrons": PERCEPTRONS, "smollm2": SMOLLM2, "regressors": REGRESSORS, "adapters": ADAPTERS}
 SMOLLM2_SWEEP: dict[str, Any] = {
     "name": "search-curves",
     "model": "builtin:smollm2-135m",
@@ -154,6 +167,64 @@ def train_regressor(
         yield step, float(mean_squared_error(eval_y, model.predict(eval_x)))
 
 
+@functools.cache
+def mirrored_digits() -> tuple[Any, tuple[Any, Any], tuple[Any, Any]]:
+    """A perceptron that reads digits; mirrored digits to train an adapter on, and those that are held back."""
+    import torch
+    from sklearn.datasets import load_digits
+    from torch import nn
+    from torch.nn.functional import cross_entropy
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    found, labels = load_digits(return_X_y=True)
+    rows, answers = torch.tensor(found / 16, dtype=torch.float32), torch.tensor(labels)
+    base = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
+    optimizer = torch.optim.AdamW(base.parameters(), lr=1e-3)
+    for _ in range(30):
+        for part in torch.randperm(800).split(32):
+            optimizer.zero_grad()
+            cross_entropy(base(rows[part]), answers[part]).backward()
+            optimizer.step()
+    mirrored = rows.view(-1, 8, 8).flip(2).flatten(1)
+    return (
+        base.requires_grad_(requires_grad=False),
+        (mirrored[800:1100], answers[800:1100]),
+        (mirrored[1100:], answers[1100:]),
+    )
+
+
+def train_adapter(
+    rank: int, alpha: float, dropout: float, global_batch_size: int, learning_rate: float
+) -> Iterator[tuple[int, float]]:
+    """Step and loss on the rows that are held back; an epoch is a step. LoRA (Hu et al. 2021) on every layer."""
+    import torch
+    from torch.nn.functional import cross_entropy, relu
+    from torch.nn.functional import dropout as dropped
+
+    base, (train_x, train_y), (eval_x, eval_y) = mirrored_digits()
+    torch.manual_seed(0)
+    layers = [base[number] for number in (0, 2, 4)]
+    downs = [torch.nn.Parameter(torch.randn(rank, layer.in_features) / layer.in_features**0.5) for layer in layers]
+    ups = [torch.nn.Parameter(torch.zeros(layer.out_features, rank)) for layer in layers]
+    optimizer = torch.optim.AdamW([*downs, *ups], lr=learning_rate, weight_decay=0.0)
+
+    def logits(rows: Any, *, training: bool) -> Any:
+        for number, (layer, down, up) in enumerate(zip(layers, downs, ups, strict=True)):
+            adapted = dropped(rows, dropout, training=training) @ down.T @ up.T * (alpha / rank)
+            rows = layer(rows) + adapted
+            rows = rows if number == len(layers) - 1 else relu(rows)
+        return rows
+
+    for step in range(1, ADAPTERS.steps + 1):
+        for part in torch.randperm(len(train_x)).split(global_batch_size):
+            optimizer.zero_grad()
+            cross_entropy(logits(train_x[part], training=True), train_y[part]).backward()
+            optimizer.step()
+        with torch.no_grad():
+            yield step, float(cross_entropy(logits(eval_x, training=False), eval_y))
+
+
 def make_small(table: Table, train: Callable[..., Iterator[tuple[int, float]]], limit_s: float) -> int:
     """Append the curves that are not there yet; how many are still missing when the time is over."""
     import sklearn.neural_network  # noqa: F401  # takes long, and is no training
@@ -195,6 +266,7 @@ def main() -> None:
     makers = {
         "perceptrons": functools.partial(make_small, PERCEPTRONS, train_perceptron),
         "regressors": functools.partial(make_small, REGRESSORS, train_regressor),
+        "adapters": functools.partial(make_small, ADAPTERS, train_adapter),
         "smollm2": functools.partial(make_smollm2, arguments.storage),
     }
     if missing := makers[arguments.table](arguments.limit_s):
