@@ -97,7 +97,7 @@ ADAPTERS = Table(
     {
         "rank": [1, 2, 4, 8, 16],
         "alpha": [2.0, 8.0, 32.0, 128.0],
-        "dropout": [0.0, 0.2],
+        "lora_dropout": [0.0, 0.2],
         "global_batch_size": [8, 32, 128],
         "learning_rate": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1],
     },
@@ -195,12 +195,11 @@ def mirrored_digits() -> tuple[Any, tuple[Any, Any], tuple[Any, Any]]:
 
 
 def train_adapter(
-    rank: int, alpha: float, dropout: float, global_batch_size: int, learning_rate: float
+    rank: int, alpha: float, lora_dropout: float, global_batch_size: int, learning_rate: float
 ) -> Iterator[tuple[int, float]]:
     """Step and loss on the rows that are held back; an epoch is a step. LoRA (Hu et al. 2021) on every layer."""
     import torch
-    from torch.nn.functional import cross_entropy, relu
-    from torch.nn.functional import dropout as dropped
+    from torch.nn.functional import cross_entropy, dropout, relu
 
     base, (train_x, train_y), (eval_x, eval_y) = mirrored_digits()
     torch.manual_seed(0)
@@ -211,7 +210,7 @@ def train_adapter(
 
     def logits(rows: Any, *, training: bool) -> Any:
         for number, (layer, down, up) in enumerate(zip(layers, downs, ups, strict=True)):
-            adapted = dropped(rows, dropout, training=training) @ down.T @ up.T * (alpha / rank)
+            adapted = dropout(rows, lora_dropout, training=training) @ down.T @ up.T * (alpha / rank)
             rows = layer(rows) + adapted
             rows = rows if number == len(layers) - 1 else relu(rows)
         return rows
