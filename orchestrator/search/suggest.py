@@ -7,7 +7,7 @@ it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from orchestrator.config.axes import Axis, Domain, active, axes_of, complete, places_of, settings_at
@@ -56,8 +56,9 @@ def next_settings(
         settings = complete(axes, base, point)
         if is_new(settings):
             return settings
+    propose = proposer(algorithm, axes, base, [*warm, *known], number, seed)
     for attempt in range(ATTEMPTS):
-        wanted = propose(algorithm, axes, base, [*warm, *known], number, seed, attempt)
+        wanted = propose(attempt)
         if is_new(wanted):
             return wanted
     drawn = sample(base, space, exclude, len(tried) + NEIGHBOURS, derived_seed(seed, number, ATTEMPTS))
@@ -65,31 +66,23 @@ def next_settings(
     return min(filter(is_new, others), key=lambda other: distance(axes, wanted, other), default=None)
 
 
-def propose(
-    algorithm: str,
-    axes: Sequence[Axis],
-    base: Settings,
-    known: Sequence[Observation],
-    number: int,
-    seed: int,
-    attempt: int = 0,
-) -> Settings:
-    """One proposal, which may have been made before: each attempt is another."""
+def proposer(
+    algorithm: str, axes: Sequence[Axis], base: Settings, known: Sequence[Observation], number: int, seed: int
+) -> Callable[[int], Settings]:
+    """What makes proposals, which may have been made before, by their attempt; the model is built once for all."""
     usable = [observation for observation in known if _is_on(axes, observation)]
     told = [observation for observation in usable if observation.standing in (Standing.WHOLE, Standing.PARTIAL)]
     if len(told) < max(MIN_KNOWN, len(axes) + 1):
         # One sequence a sweep: its points are spread out among each other.
-        return settings_at(axes, base, spread_out(len(axes), number, seed + attempt))
-    drawn = derived_seed(seed, number, attempt)
+        return lambda attempt: settings_at(axes, base, spread_out(len(axes), number, seed + attempt))
     if algorithm == "cma_es":
         from orchestrator.search.evolution import cma_es
 
-        return settings_at(axes, base, cma_es(axes, usable, drawn))
+        return lambda attempt: settings_at(axes, base, cma_es(axes, usable, derived_seed(seed, number, attempt)))
     from orchestrator.search import models
 
-    if algorithm == "gp":
-        return active(axes, base, models.gp(axes, usable, drawn))
-    return models.tpe(axes, base, usable, drawn)
+    ask = (models.gp if algorithm == "gp" else models.tpe)(axes, base, usable)
+    return lambda attempt: ask(derived_seed(seed, number, attempt))
 
 
 def spread_out(dimensions: int, number: int, seed: int) -> list[float]:
