@@ -267,6 +267,9 @@ class ForgetResults(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Its slot is not told of it again."""
         trial.config = {"trial_id": trial.config["trial_id"]}
+        trial.experiment_tag = ""
+        trial.metric_analysis.clear()
+        trial.metric_n_steps.clear()
         trial._default_result_or_future = None
 
 

@@ -43,6 +43,7 @@ def test_tune_keeps_of_a_trials_results_only_where_they_came_from() -> None:
     trial.config = {"trial_id": "t-0", "task": ["settings"] * 1000}
     ForgetResults().on_trial_complete(40, [trial], trial)
     assert trial.config == {"trial_id": "t-0"}
+    assert not trial.metric_analysis
 
 
 def test_a_trial_that_goes_on_has_waited_for_both_of_its_starts(tmp_path: Path) -> None:
