@@ -159,7 +159,7 @@ def test_where_nobody_says_what_to_try_first_it_is_the_middle_of_the_space() -> 
 def test_what_was_tried_already_gives_way_to_its_nearest_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
     space = domains(Space.model_validate({"rank": [2, 4, 8, 16, 32, 64], "lora_dropout": [0.0, 0.1, 0.2]}))
     wanted = {"rank": 16, "lora_dropout": 0.0}
-    monkeypatch.setattr(suggest, "propose", lambda *_: wanted)
+    monkeypatch.setattr(suggest, "proposer", lambda *_: lambda attempt: wanted)
     tried = [wanted, {"rank": 8, "lora_dropout": 0.0}]
     known = [Observation(number, settings, Standing.OPEN) for number, settings in enumerate(tried)]
     assert next_settings("tpe", space, {}, [], (), known, 0) == {"rank": 32, "lora_dropout": 0.0}
