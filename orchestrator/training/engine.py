@@ -72,6 +72,10 @@ class DeepSpeedEngine:
 
     def backward(self, loss: torch.Tensor) -> None:
         """See Engine."""
+        if not self._engine.zero_optimization():
+            # DeepSpeed 0.19.8 scales it under ZeRO and autocast alone (engine.py, backward), and divides the gradients
+            # by the scale all the same (fp16/unfused_optimizer.py, step); its pull request 8393 would mend it.
+            loss = loss * getattr(self._engine.optimizer, "loss_scale", 1.0)
         # The loss is a share of the global batch's already: nothing is left to divide by the accumulation.
         self._engine.backward(loss, scale_wrt_gas=False)
         if not self._engine.is_gradient_accumulation_boundary():
@@ -82,9 +86,10 @@ class DeepSpeedEngine:
         """See Engine."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        plain_norm = self._plain_norm()
+        # Without ZeRO DeepSpeed 0.19.8 tells the norm of scaled gradients, or none (engine.py, _take_model_step).
+        own_norm = None if self._engine.zero_optimization() else _norm(self._trained) / self._gradient_scale()
         self._engine.step()
-        norm = plain_norm if plain_norm is not None else self._engine.get_global_grad_norm()
+        norm = self._engine.get_global_grad_norm() if own_norm is None else own_norm
         if norm is None or not self._engine.was_step_applied():
             return None
         return _finite(norm)
@@ -128,15 +133,11 @@ class DeepSpeedEngine:
         for name, value in state["counters"].items():
             setattr(self._engine, name, value)
 
-    def _plain_norm(self) -> float | None:
-        # Without ZeRO and half precision DeepSpeed 0.19.8 clips and does not tell the norm (engine.py,
-        # _take_model_step).
-        if self._engine.zero_optimization() or hasattr(self._engine.optimizer, "_global_grad_norm"):
-            return None
-        if self._engine.fp16_enabled() or self._engine.bfloat16_enabled():
-            return None
-        scaler = self._engine.torch_autocast_z0_gradscaler
-        return _norm(self._trained) / (scaler.get_scale() if scaler else 1.0)
+    def _gradient_scale(self) -> float:
+        """Of the next step, without ZeRO."""
+        if scaler := self._engine.torch_autocast_z0_gradscaler:
+            return float(scaler.get_scale())
+        return float(getattr(self._engine.optimizer, "loss_scale", 1.0))
 
 
 # An object, which stands beside its plain values; and where DeepSpeed's universal checkpoints would find a weight.
@@ -255,7 +256,9 @@ def _adamw_8bit(trained: list[torch.nn.Parameter], config: TrialConfig) -> torch
 
 def _norm(parameters: list[torch.nn.Parameter]) -> float:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return float(torch.nn.utils.get_total_norm(gradients))
+    # In fp32, since that of fp16 ends at 65,504.
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+    return float(torch.linalg.vector_norm(torch.stack(norms)))
 
 
 def _finite(norm: torch.Tensor | float) -> float | None:
