@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import traceback
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import distributed_c10d
 
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.results.records import TrialStatus
 from orchestrator.training import device as devices
 from orchestrator.training import trial_log
 from orchestrator.training.ledger import Ledger
-from orchestrator.training.task import TrialEnd, WorkerPlace
+from orchestrator.training.task import START_LIMIT_S, TrialEnd, WorkerPlace
 from orchestrator.training.training_loop import learning_rate
 from orchestrator.training.worker_process import ended_by, run
 from tests.training.conftest import tiny
-from tests.training.launch import make_task, run_trial
+from tests.training.launch import in_workers, make_task, run_trial
 
 
 def test_a_trial_reports_every_evaluation_and_its_end(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
@@ -110,6 +113,25 @@ def test_a_trial_whose_log_lies_on_a_full_disk_still_says_how_it_ended(
     (end,) = sent
     assert isinstance(end, TrialEnd)
     assert (end.status, "free some space" in (end.reason or "")) == (TrialStatus.PREEMPTED, True)
+
+
+def _joined(place: WorkerPlace, pipe: Connection) -> None:
+    from orchestrator.training import worker_process
+
+    worker_process._join(place, torch.device("cpu"))
+    groups = torch.distributed.group.WORLD, torch.distributed.new_group()
+    limits = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+    pipe.send((os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"], limits, distributed_c10d.default_pg_nccl_timeout))
+
+
+def test_an_nccl_error_leaves_no_signal_that_later_trials_look_for() -> None:
+    assert [dump for ((dump, *_),) in in_workers(2, _joined)] == ["0"] * 2
+
+
+def test_a_worker_waits_for_the_others_as_long_as_a_trial_may_take_to_start() -> None:
+    for ((_, limits, nccl_limit),) in in_workers(2, _joined):
+        assert limits == [START_LIMIT_S] * 2
+        assert nccl_limit.total_seconds() == START_LIMIT_S
 
 
 def test_an_error_of_ours_is_told_in_its_own_words(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
