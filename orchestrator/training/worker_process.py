@@ -86,7 +86,11 @@ def ended_by(error: BaseException, task: TrialTask, ledger: Ledger | None) -> Tr
         full = TrialOutOfMemoryError(ledger.step if ledger else 0, held, devices.asked_bytes(error), micro_batch_size)
         return TrialEnd(TrialStatus.OUT_OF_MEMORY, str(full), progress)
     why = first_line(error, "no message")[:500]
-    if is_storage_failure(error):
+    # A network's failure reads as a storage's: "Host is down", or NCCL's "No space left on device", in shared memory.
+    is_of_network = isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+    if is_of_network and "/dev/shm" in str(error):
+        why = f"{str(error).splitlines()[-1]}: enlarge /dev/shm, as docker run --shm-size does"
+    if is_storage_failure(error) and not is_of_network:
         told = f"the storage failed ({without_secret(why)}): free some space, or mend the mount"
         return TrialEnd(TrialStatus.PREEMPTED, told, progress)
     said = str(error) if isinstance(error, OrchestratorError) else f"{type(error).__name__}: {why}"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed import distributed_c10d
+from torch.distributed import DistBackendError, DistNetworkError, distributed_c10d
 
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.results.records import TrialStatus
@@ -113,6 +113,27 @@ def test_a_trial_whose_log_lies_on_a_full_disk_still_says_how_it_ended(
     (end,) = sent
     assert isinstance(end, TrialEnd)
     assert (end.status, "free some space" in (end.reason or "")) == (TrialStatus.PREEMPTED, True)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            DistBackendError(
+                "NCCL error in: NCCLUtils.cpp:94, unhandled system error, NCCL version 2.28.9\nLast error:\n"
+                "Error while creating shared memory segment /dev/shm/nccl-A1 (size 9637888), error: "
+                "No space left on device (28)"
+            ),
+            "No space left on device (28): enlarge /dev/shm",
+        ),
+        (DistNetworkError("The client socket has failed to connect to node-1:29500: Host is down"), "node-1:29500"),
+        (RuntimeError("[/pytorch/gloo/gloo/transport/tcp/pair.cc:1] Host is down"), "Host is down"),
+    ],
+)
+def test_a_network_that_fails_is_not_told_as_the_storage(error: Exception, told: str, tmp_path: Path) -> None:
+    end = ended_by(error, make_task(tiny(), tmp_path, tmp_path, tmp_path), None)
+    assert end.status is TrialStatus.FAILED
+    assert told in (end.reason or "")
 
 
 def _joined(place: WorkerPlace, pipe: Connection) -> None:
