@@ -59,8 +59,11 @@ class DeepSpeedEngine:
         self.scales_loss = "fp16" in settings or config.precision is Precision.AMP_FP16
         if config.zero_stage == 0:
             # The half-precision optimizer without ZeRO makes a step on zero gradients to allocate its states, which
-            # shifts Adam's bias correction (deepspeed 0.19.8, fp16/unfused_optimizer.py, initialize_optimizer_states).
+            # shifts Adam's bias correction and decays the weights in fp32 (deepspeed 0.19.8, fp16/unfused_optimizer.py,
+            # initialize_optimizer_states).
             self._engine.basic_optimizer.state.clear()
+            if self._engine.optimizer is not self._engine.basic_optimizer:
+                self._engine.optimizer.refresh_fp32_params()
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
         """See Engine."""

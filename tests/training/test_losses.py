@@ -7,6 +7,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.results.storage import TrialFolder
@@ -149,6 +150,29 @@ def test_fp16_takes_the_steps_that_fp32_takes(stage: int, tiny_model: Path, tiny
     assert [point.loss for point in points] == pytest.approx(plain.losses, abs=5e-4)
     assert [point.grad_norm for point in points] == pytest.approx([p.grad_norm for p in plain.points], rel=1e-3)
     assert points[-1].loss < points[0].loss - 0.05
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_step_at_a_rate_of_zero_leaves_half_precision_weights_as_they_were(
+    optimizer: str, stage: int, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    config = tiny(
+        rank="full",
+        precision="bf16",
+        zero_stage=stage,
+        optimizer=optimizer,
+        learning_rate=0.1,
+        weight_decay=1.0,
+        warmup_steps=1,
+        max_steps=1,
+    )
+    outcome = _outcome(config, tiny_model, tiny_data, tmp_path / "trial")
+    before, after = (
+        load_file(folder / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+        for folder in (tiny_model, outcome.folder.adapter)
+    )
+    assert (after == before.bfloat16()).all()
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
