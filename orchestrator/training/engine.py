@@ -12,7 +12,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from orchestrator.config.trial_config import Precision, TrialConfig
-from orchestrator.training.deepspeed_config import ComputeDtype
+from orchestrator.training.deepspeed_config import ComputeDtype, scales_loss
 from orchestrator.training.model import DTYPES
 
 
@@ -21,9 +21,6 @@ class Engine(Protocol):
 
     Gradients are summed over micro-batches and averaged over workers.
     """
-
-    scales_loss: bool
-    """Whether gradients that overflow only mean that the loss was scaled too high for fp16."""
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
         """Logits: (sequences, longest, vocabulary)."""
@@ -56,7 +53,6 @@ class DeepSpeedEngine:
         self._weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self._engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, optimizer=own, config=settings)
         self._trained, self._weight_decay = trained, config.weight_decay
-        self.scales_loss = "fp16" in settings or config.precision is Precision.AMP_FP16
         if config.zero_stage == 0:
             # The half-precision optimizer without ZeRO makes a step on zero gradients to allocate its states, which
             # shifts Adam's bias correction and decays the weights in fp32 (deepspeed 0.19.8, fp16/unfused_optimizer.py,
@@ -183,8 +179,7 @@ class DdpEngine:
         self._optimizer = _optimizer(self._trained, config)
         self._max_grad_norm = config.max_grad_norm
         self._autocast = _autocast(config, dtype, device)
-        self.scales_loss = dtype == "fp16" or config.precision is Precision.AMP_FP16
-        self._scaler = torch.amp.GradScaler(device.type, enabled=self.scales_loss)
+        self._scaler = torch.amp.GradScaler(device.type, enabled=scales_loss(config.precision, dtype))
         self._model = model
         if workers > 1:
             self._model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)

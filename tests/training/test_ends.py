@@ -8,6 +8,7 @@ import os
 import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from orchestrator.results.records import TrialStatus
 from orchestrator.training import device as devices
 from orchestrator.training import trial_log
 from orchestrator.training.ledger import Ledger
-from orchestrator.training.task import START_LIMIT_S, TrialEnd, WorkerPlace
+from orchestrator.training.task import START_LIMIT_S, TrialEnd, TrialTask, WorkerPlace
 from orchestrator.training.training_loop import learning_rate
 from orchestrator.training.worker_process import ended_by, run
 from tests.training.conftest import tiny
@@ -60,6 +61,43 @@ def test_a_loss_that_is_no_number_ends_every_worker_as_diverged(
     assert [end.status for end in outcome.ends] == [TrialStatus.DIVERGED] * 2, outcome.log
     assert "lower learning_rate" in (outcome.end.reason or "")
     assert outcome.end.progress, "the steps before it are not lost"
+
+
+def _overflowing(place: WorkerPlace, pipe: Connection, task: TrialTask) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    from orchestrator.training import training_loop, worker_process
+
+    # DeepSpeed asks for AVX512-FP16; torch computes fp16 on any CPU, slowly.
+    get_accelerator().is_fp16_supported = lambda: True
+    summed_loss = training_loop.summed_loss
+
+    def with_infinite_gradients(*arguments: Any) -> torch.Tensor:
+        loss = summed_loss(*arguments)
+        loss.register_hook(lambda gradient: gradient * torch.inf)
+        return loss
+
+    training_loop.summed_loss = with_infinite_gradients
+    worker_process.run(task, place, pipe.send)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"engine": "ddp", "precision": "amp_fp16"},
+        {"zero_stage": 0, "precision": "amp_fp16"},
+        {"zero_stage": 0, "precision": "fp16"},
+        {"zero_stage": 2, "precision": "fp16"},
+    ],
+    ids=str,
+)
+def test_fp16_gradients_that_overflow_at_every_scale_end_as_diverged_under_every_engine(
+    changes: dict[str, object], tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    task = make_task(tiny(max_steps=40, eval_every=40, **changes), tiny_model, tiny_data, tmp_path / "trial")
+    ((*_, end),) = in_workers(1, _overflowing, task)
+    assert end.status is TrialStatus.DIVERGED, end.reason
+    assert "the gradient norm became inf at step" in end.reason
 
 
 def test_memory_that_runs_out_is_told_as_such(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
