@@ -145,7 +145,7 @@ def _join(place: WorkerPlace, device: torch.device) -> None:
     # One worker reads the model under ZeRO-3, and one saves, while the others wait in a collective operation: for 10
     # minutes, as torch has it. Its own defaults, which DeepSpeed's groups take (0.19.8, comm/torch.py, new_group).
     distributed_c10d.default_pg_timeout = timedelta(seconds=START_LIMIT_S)
-    distributed_c10d.default_pg_nccl_timeout = distributed_c10d.default_pg_timeout
+    distributed_c10d.default_pg_nccl_timeout = distributed_c10d.default_pg_timeout  # type: ignore[attr-defined]
     store: Store = (
         HashStore()
         if place.world_size == 1 and place.store_port == 0
