@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from orchestrator.results.records import TrialStatus
+from orchestrator.training.task import START_LIMIT_S
 
 MAX_ATTEMPTS = {TrialStatus.PREEMPTED: 3, TrialStatus.FAILED: 2}
 """Of one trial that end so; of failures only those that may pass are tried again."""
@@ -16,8 +17,6 @@ FAILURES_ON_A_NODE = 2
 LONGEST_PAUSE_S = 60.0
 STOP_LIMIT_S = 10.0
 """So long a trial may take to end once it is told to."""
-START_LIMIT_S = 3600.0
-"""A trial without any sign of life before its first step hangs: the largest models take most of this to load."""
 SILENCE_LIMIT_S = 600.0
 SILENCES = 10.0
 """So many times the longest silence that was seen, and at least SILENCE_LIMIT_S, is a hang."""

@@ -19,7 +19,7 @@ from orchestrator.search.population import Member, Successor, successors
 from orchestrator.search.suggest import next_settings
 from orchestrator.sweep.preparation import Prepared
 from orchestrator.sweep.recorder import Recorder
-from orchestrator.sweep.suggestions import NewRecord, goals, limits, plan_suggestion, to_try_first
+from orchestrator.sweep.suggestions import NewRecord, goals, limits, next_number, plan_suggestion, to_try_first
 
 GOING_ON = frozenset({TrialStatus.PENDING, TrialStatus.RUNNING})
 
@@ -101,7 +101,7 @@ class Generations:
         self, settings: Settings, *, generation: int, member: int | None = None, parent: StartedFrom | None = None
     ) -> TrialResult:
         records = self._recorder.records
-        number = 1 + max((r.suggestion.number for r in records.values() if r.suggestion), default=-1)
+        number = next_number(records.values())
         suggestion = Suggestion(number=number, settings=settings, generation=generation, member=member)
         parent_config = records[parent.trial_id].config if parent else None
         (planned,) = plan_suggestion(self._prepared, suggestion, parent, parent_config)

@@ -73,8 +73,9 @@ class RuleScheduler(FIFOScheduler):
             "cost": point.seconds * self._cost_per_s,
         }
         at = float(counted[unit])
-        # The last step's tokens, seconds or money are not known before: at the pace so far, exact at the end itself.
-        end = at * config.max_steps / point.step
+        # The last step's tokens, seconds or money are not known before: at the pace so far. At the end itself they are
+        # exact, which a product that is divided again is not.
+        end = at if point.step >= config.max_steps else at * config.max_steps / point.step
         return Heard(trial_id, configuration_id, at, self._goal.of(point), end)
 
 

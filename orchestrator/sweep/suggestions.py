@@ -65,7 +65,7 @@ class Suggestions:
             )
             if settings is None:
                 break
-            suggestion = Suggestion(number=1 + _last_number(records), settings=settings)
+            suggestion = Suggestion(number=next_number(records), settings=settings)
             made = [
                 self._new_record(planned, suggestion, None) for planned in plan_suggestion(self._prepared, suggestion)
             ]
@@ -204,5 +204,6 @@ def is_spent(sweep: SweepConfig, records: Iterable[TrialResult]) -> bool:
     return launched + max(0, sum(refused.values()) - free) >= trials
 
 
-def _last_number(records: Iterable[TrialResult]) -> int:
-    return max((record.suggestion.number for record in records if record.suggestion), default=-1)
+def next_number(records: Iterable[TrialResult]) -> int:
+    """Of the proposal after these records'."""
+    return 1 + max((record.suggestion.number for record in records if record.suggestion), default=-1)

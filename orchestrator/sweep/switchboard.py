@@ -215,17 +215,18 @@ class Switchboard:
 def combined_end(ends: dict[int, TrialEnd]) -> TrialEnd:
     """One end out of all workers' ends: a cause outweighs its consequences.
 
-    A worker that runs out of memory takes the others with it: they were stopped, or failed in a collective operation.
+    A worker that ends takes the others with it: they were stopped, or failed in a collective operation. So did those of
+    one that was killed, or whose storage failed, which may pass.
     """
     weight = [
         TrialStatus.OUT_OF_MEMORY,
         TrialStatus.DIVERGED,
-        TrialStatus.FAILED,
         TrialStatus.PREEMPTED,
+        TrialStatus.FAILED,
         TrialStatus.STOPPED,
         TrialStatus.COMPLETED,
     ]
-    rank = min(ends, key=lambda rank: (weight.index(ends[rank].status), rank))
+    rank = min(ends, key=lambda rank: (weight.index(ends[rank].status), not ends[rank].may_pass, rank))
     first = ends.get(0)
     end = ends[rank]
     return replace(end, progress=end.progress or (first.progress if first else None))

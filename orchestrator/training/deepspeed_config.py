@@ -32,6 +32,11 @@ def compute_dtype(precision: Precision, device: HalfPrecision) -> ComputeDtype:
     return "fp32"
 
 
+def scales_loss(precision: Precision, dtype: ComputeDtype) -> bool:
+    """Whether the loss is scaled for its gradients to be fp16: where they overflow, the scale may only be too high."""
+    return dtype == "fp16" or precision is Precision.AMP_FP16
+
+
 def deepspeed_config(config: TrialConfig, workers: int, dtype: ComputeDtype, on_gpu: bool) -> dict[str, Any]:
     """The exact configuration for `deepspeed.initialize`.
 

@@ -12,7 +12,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from orchestrator.config.trial_config import Precision, TrialConfig
-from orchestrator.training.deepspeed_config import ComputeDtype
+from orchestrator.training.deepspeed_config import ComputeDtype, scales_loss
 from orchestrator.training.model import DTYPES
 
 
@@ -21,9 +21,6 @@ class Engine(Protocol):
 
     Gradients are summed over micro-batches and averaged over workers.
     """
-
-    scales_loss: bool
-    """Whether gradients that overflow only mean that the loss was scaled too high for fp16."""
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
         """Logits: (sequences, longest, vocabulary)."""
@@ -56,11 +53,13 @@ class DeepSpeedEngine:
         self._weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self._engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, optimizer=own, config=settings)
         self._trained, self._weight_decay = trained, config.weight_decay
-        self.scales_loss = "fp16" in settings or config.precision is Precision.AMP_FP16
         if config.zero_stage == 0:
             # The half-precision optimizer without ZeRO makes a step on zero gradients to allocate its states, which
-            # shifts Adam's bias correction (deepspeed 0.19.8, fp16/unfused_optimizer.py, initialize_optimizer_states).
+            # shifts Adam's bias correction and decays the weights in fp32 (deepspeed 0.19.8, fp16/unfused_optimizer.py,
+            # initialize_optimizer_states).
             self._engine.basic_optimizer.state.clear()
+            if self._engine.optimizer is not self._engine.basic_optimizer:
+                self._engine.optimizer.refresh_fp32_params()
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
         """See Engine."""
@@ -72,6 +71,10 @@ class DeepSpeedEngine:
 
     def backward(self, loss: torch.Tensor) -> None:
         """See Engine."""
+        if not self._engine.zero_optimization():
+            # DeepSpeed 0.19.8 scales it under ZeRO and autocast alone (engine.py, backward), and divides the gradients
+            # by the scale all the same (fp16/unfused_optimizer.py, step); its pull request 8393 would mend it.
+            loss = loss * getattr(self._engine.optimizer, "loss_scale", 1.0)
         # The loss is a share of the global batch's already: nothing is left to divide by the accumulation.
         self._engine.backward(loss, scale_wrt_gas=False)
         if not self._engine.is_gradient_accumulation_boundary():
@@ -82,9 +85,10 @@ class DeepSpeedEngine:
         """See Engine."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        plain_norm = self._plain_norm()
+        # Without ZeRO DeepSpeed 0.19.8 tells the norm of scaled gradients, or none (engine.py, _take_model_step).
+        own_norm = None if self._engine.zero_optimization() else _norm(self._trained) / self._gradient_scale()
         self._engine.step()
-        norm = plain_norm if plain_norm is not None else self._engine.get_global_grad_norm()
+        norm = self._engine.get_global_grad_norm() if own_norm is None else own_norm
         if norm is None or not self._engine.was_step_applied():
             return None
         return _finite(norm)
@@ -128,15 +132,11 @@ class DeepSpeedEngine:
         for name, value in state["counters"].items():
             setattr(self._engine, name, value)
 
-    def _plain_norm(self) -> float | None:
-        # Without ZeRO and half precision DeepSpeed 0.19.8 clips and does not tell the norm (engine.py,
-        # _take_model_step).
-        if self._engine.zero_optimization() or hasattr(self._engine.optimizer, "_global_grad_norm"):
-            return None
-        if self._engine.fp16_enabled() or self._engine.bfloat16_enabled():
-            return None
-        scaler = self._engine.torch_autocast_z0_gradscaler
-        return _norm(self._trained) / (scaler.get_scale() if scaler else 1.0)
+    def _gradient_scale(self) -> float:
+        """Of the next step, without ZeRO."""
+        if scaler := self._engine.torch_autocast_z0_gradscaler:
+            return float(scaler.get_scale())
+        return float(getattr(self._engine.optimizer, "loss_scale", 1.0))
 
 
 # An object, which stands beside its plain values; and where DeepSpeed's universal checkpoints would find a weight.
@@ -179,8 +179,7 @@ class DdpEngine:
         self._optimizer = _optimizer(self._trained, config)
         self._max_grad_norm = config.max_grad_norm
         self._autocast = _autocast(config, dtype, device)
-        self.scales_loss = dtype == "fp16" or config.precision is Precision.AMP_FP16
-        self._scaler = torch.amp.GradScaler(device.type, enabled=self.scales_loss)
+        self._scaler = torch.amp.GradScaler(device.type, enabled=scales_loss(config.precision, dtype))
         self._model = model
         if workers > 1:
             self._model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
@@ -255,7 +254,9 @@ def _adamw_8bit(trained: list[torch.nn.Parameter], config: TrialConfig) -> torch
 
 def _norm(parameters: list[torch.nn.Parameter]) -> float:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return float(torch.nn.utils.get_total_norm(gradients))
+    # In fp32, since that of fp16 ends at 65,504.
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+    return float(torch.linalg.vector_norm(torch.stack(norms)))
 
 
 def _finite(norm: torch.Tensor | float) -> float | None:

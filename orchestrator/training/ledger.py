@@ -62,6 +62,8 @@ class Ledger:
         self.seconds: dict[Phase, float] = dict.fromkeys(("data", "model", "training", "evaluation", "saving"), 0.0)
         self.speed = Speed(WARM_UP_STEPS)
         self.step = 0
+        self.overflows = 0
+        """Steps in a row, up to now, whose gradients overflowed."""
         self.tokens = 0
         self.last: MetricPoint | None = None
         self.best: MetricPoint | None = None

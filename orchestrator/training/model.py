@@ -14,7 +14,7 @@ import deepspeed
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.activations import FastGELUActivation, GELUTanh, NewGELUActivation
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from transformers.pytorch_utils import Conv1D
@@ -169,20 +169,6 @@ def load_trained(
     if not config.trains_all_weights:
         loaded = PeftModel.from_pretrained(loaded, str(weights))
     return loaded.eval()
-
-
-def check_target_modules(folder: Path, target_modules: TargetModules) -> None:
-    """Check before any launch, on a model without weights.
-
-    Raises:
-        ModelError: the model has no module of such a name.
-    """
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"the model in {folder} cannot be read: {error}; write it with save_pretrained") from error
-    find_target_modules(model, target_modules)
 
 
 def find_target_modules(model: torch.nn.Module, target_modules: TargetModules) -> list[str] | str:

@@ -8,6 +8,9 @@ from typing import Literal
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.results.records import MetricPoint, TrialStatus
 
+START_LIMIT_S = 3600.0
+"""A trial without any sign of life before its first step hangs: the largest models take most of this to load."""
+
 
 @dataclass(frozen=True, slots=True)
 class TrialTask:

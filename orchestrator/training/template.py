@@ -12,6 +12,9 @@ import os
 import sys
 from collections.abc import Iterator
 
+import torch
+
+from orchestrator.planning.nvidia_smi import local_gpus
 from orchestrator.training import device
 
 
@@ -28,15 +31,29 @@ def _as_fast_as_can_be() -> Iterator[None]:
         del sys.modules["mlflow"]
 
 
-# Told, DeepSpeed does not look for itself, through CUDA.
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.has_gpu() else "cpu")
+@contextlib.contextmanager
+def _without_cuda() -> Iterator[None]:
+    """Answer what the libraries ask torch about the GPUs as they are imported, which it would make a context for."""
+    kept = torch.cuda.get_device_capability, torch.cuda.device_count
+    gpus, _ = local_gpus()
+    if capabilities := [gpu.capability for gpu in gpus if gpu.capability]:
+        # bitsandbytes asks, and takes its library for CPUs where nobody answers (0.50.2, cuda_specs.py).
+        torch.cuda.get_device_capability = lambda device=None: min(capabilities)  # noqa: ARG005
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("MIG-"):
+        # Of MIG instances torch asks the CUDA runtime (2.13.0, cuda/__init__.py, _device_count_nvml); a process sees
+        # one of them (NVIDIA's Multi-Instance GPU user guide, CUDA device enumeration).
+        torch.cuda.device_count = lambda: 1
+    yield
+    torch.cuda.get_device_capability, torch.cuda.device_count = kept
 
-with _as_fast_as_can_be():
+
+with _without_cuda(), _as_fast_as_can_be():
+    # Told, DeepSpeed does not look for itself, through CUDA.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.has_gpu() else "cpu")
     import deepspeed
     import deepspeed.runtime.zero.stage3
     import deepspeed.runtime.zero.stage_1_and_2  # noqa: F401
     import peft  # noqa: F401
-    import torch  # noqa: F401
     import transformers.integrations.bitsandbytes
     import transformers.integrations.deepspeed
     import transformers.models.llama.modeling_llama  # noqa: F401

@@ -23,13 +23,15 @@ from orchestrator.training import device as devices
 from orchestrator.training import model as models
 from orchestrator.training.agreement import largest, sum_over_workers, told_by_first
 from orchestrator.training.checkpoint import Checkpoints, random_states, set_random_states
-from orchestrator.training.deepspeed_config import compute_dtype, deepspeed_config
+from orchestrator.training.deepspeed_config import compute_dtype, deepspeed_config, scales_loss
 from orchestrator.training.engine import DdpEngine, DeepSpeedEngine, Engine
 from orchestrator.training.ledger import WARM_UP_STEPS, Ledger, Speed, open_metrics
 from orchestrator.training.task import TrialProgress, TrialTask, WorkerPlace
 
 log = logging.getLogger(__name__)
 Report = Callable[[TrialProgress], None]
+MAX_OVERFLOWS = 30
+"""Steps in a row whose gradients overflow in fp16: each halves the scale, 65,536 at first and by then far below 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,7 @@ class Run:
     train: trial_data.Dataset
     held_out: trial_data.Dataset
     pad_token: int
+    scales_loss: bool
     alive: Callable[[], None]
     """Called at every micro-batch: whoever watches the process sees that it works."""
 
@@ -167,8 +170,9 @@ def set_up(task: TrialTask, place: WorkerPlace, ledger: Ledger) -> Run:
             else DdpEngine(model, config, dtype, ledger.device, place.world_size)
         )
     ledger.speed = Speed(min(WARM_UP_STEPS, task.until_step - task.first_step - 1))
+    scales = scales_loss(config.precision, dtype)
     pad_token = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    return Run(task, place, ledger.device, model, engine, train_data, held_out, pad_token, ledger.alive)
+    return Run(task, place, ledger.device, model, engine, train_data, held_out, pad_token, scales, ledger.alive)
 
 
 def optimizer_step(run: Run, step: int, ledger: Ledger) -> MetricPoint:
@@ -193,7 +197,8 @@ def optimizer_step(run: Run, step: int, ledger: Ledger) -> MetricPoint:
         if not math.isfinite(mean_loss):
             raise TrialDivergedError(step + 1, mean_loss)
         grad_norm = run.engine.step(rate)
-        if grad_norm is None and not run.engine.scales_loss:
+        ledger.overflows = ledger.overflows + 1 if grad_norm is None else 0
+        if ledger.overflows > (MAX_OVERFLOWS if run.scales_loss else 0):
             # The engine skipped the step and would skip every one that follows: the loss would stand still.
             raise TrialDivergedError(step + 1, math.inf, "gradient norm")
     tokens = int(run.train.sequence_tokens[sequences].sum())

@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import deepspeed.ops
@@ -17,6 +18,7 @@ import psutil
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
+from torch.distributed import distributed_c10d
 
 from orchestrator.errors import OrchestratorError, TrialDivergedError, TrialOutOfMemoryError, first_line
 from orchestrator.results.records import TrialStatus
@@ -26,7 +28,7 @@ from orchestrator.training import device as devices
 from orchestrator.training import training_loop, trial_log
 from orchestrator.training.deepspeed_config import compute_dtype, deepspeed_config, to_json
 from orchestrator.training.ledger import Ledger, process_age_s
-from orchestrator.training.task import Alive, TrialEnd, TrialProgress, TrialTask, WorkerPlace
+from orchestrator.training.task import START_LIMIT_S, Alive, TrialEnd, TrialProgress, TrialTask, WorkerPlace
 
 Send = Callable[[TrialProgress | TrialEnd | Alive], None]
 HEARTBEAT_S = 5.0
@@ -84,7 +86,11 @@ def ended_by(error: BaseException, task: TrialTask, ledger: Ledger | None) -> Tr
         full = TrialOutOfMemoryError(ledger.step if ledger else 0, held, devices.asked_bytes(error), micro_batch_size)
         return TrialEnd(TrialStatus.OUT_OF_MEMORY, str(full), progress)
     why = first_line(error, "no message")[:500]
-    if is_storage_failure(error):
+    # A network's failure reads as a storage's: "Host is down", or NCCL's "No space left on device", in shared memory.
+    is_of_network = isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+    if is_of_network and "/dev/shm" in str(error):
+        why = f"{str(error).splitlines()[-1]}: enlarge /dev/shm, as docker run --shm-size does"
+    if is_storage_failure(error) and not is_of_network:
         told = f"the storage failed ({without_secret(why)}): free some space, or mend the mount"
         return TrialEnd(TrialStatus.PREEMPTED, told, progress)
     said = str(error) if isinstance(error, OrchestratorError) else f"{type(error).__name__}: {why}"
@@ -133,6 +139,13 @@ def _join(place: WorkerPlace, device: torch.device) -> None:
         # gloo would take the address of this node's own name, which is 127.0.1.1 where Debian set it up: other nodes'
         # workers then look for it on their own (torch 2.13.0, ProcessGroupGloo.cpp). A user's own choice wins.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    # Otherwise one worker's NCCL error ends the NCCL trials that follow too: they look for its signal to dump, which
+    # has no prefix in the store that outlives them all (torch 2.13.0, ProcessGroupNCCL.cpp, globalStore_).
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
+    # One worker reads the model under ZeRO-3, and one saves, while the others wait in a collective operation: for 10
+    # minutes, as torch has it. Its own defaults, which DeepSpeed's groups take (0.19.8, comm/torch.py, new_group).
+    distributed_c10d.default_pg_timeout = timedelta(seconds=START_LIMIT_S)
+    distributed_c10d.default_pg_nccl_timeout = distributed_c10d.default_pg_timeout  # type: ignore[attr-defined]
     store: Store = (
         HashStore()
         if place.world_size == 1 and place.store_port == 0

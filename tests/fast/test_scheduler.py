@@ -50,6 +50,14 @@ def test_a_trial_at_its_last_step_is_done_and_not_stopped() -> None:
     assert told(scheduler, 1, 20, 2.0) == "CONTINUE"
 
 
+def test_a_trial_at_its_last_step_has_ended_whatever_its_grace_is_counted_in() -> None:
+    config = record(0, {}, TrialStatus.RUNNING).config
+    for number in range(1, 1000):
+        last = point(config.max_steps, 1.0).model_copy(update={"seconds": number / 7})
+        heard = RuleScheduler(SWEEP)._heard("0", "0", config, last, "seconds")
+        assert heard.at >= heard.end
+
+
 def test_what_is_no_evaluation_is_not_judged() -> None:
     scheduler = RuleScheduler(SWEEP)
     told(scheduler, 0, 10, 1.0)

@@ -164,6 +164,20 @@ def test_the_cause_outweighs_its_consequences() -> None:
     assert combined_end({0: COMPLETED, 1: stopped}).status is TrialStatus.STOPPED
 
 
+@pytest.mark.parametrize(
+    "cause",
+    [
+        TrialEnd(TrialStatus.FAILED, "its process was killed from outside", None, may_pass=True),
+        TrialEnd(TrialStatus.PREEMPTED, "the storage failed", None),
+    ],
+)
+def test_a_trial_is_tried_again_where_the_first_worker_failed_because_of_what_came_from_outside(
+    cause: TrialEnd,
+) -> None:
+    broken = TrialEnd(TrialStatus.FAILED, "Connection closed by peer", None)
+    assert combined_end({0: broken, 1: cause}) == cause
+
+
 def test_a_trial_that_is_given_to_a_group_that_is_lost_hears_so() -> None:
     async def scene() -> None:
         board = await a_group_at_work(1)

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import traceback
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.distributed import DistBackendError, DistNetworkError, distributed_c10d
 
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.results.records import TrialStatus
 from orchestrator.training import device as devices
 from orchestrator.training import trial_log
 from orchestrator.training.ledger import Ledger
-from orchestrator.training.task import TrialEnd, WorkerPlace
+from orchestrator.training.task import START_LIMIT_S, TrialEnd, TrialTask, WorkerPlace
 from orchestrator.training.training_loop import learning_rate
 from orchestrator.training.worker_process import ended_by, run
 from tests.training.conftest import tiny
-from tests.training.launch import make_task, run_trial
+from tests.training.launch import in_workers, make_task, run_trial
 
 
 def test_a_trial_reports_every_evaluation_and_its_end(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
@@ -57,6 +61,43 @@ def test_a_loss_that_is_no_number_ends_every_worker_as_diverged(
     assert [end.status for end in outcome.ends] == [TrialStatus.DIVERGED] * 2, outcome.log
     assert "lower learning_rate" in (outcome.end.reason or "")
     assert outcome.end.progress, "the steps before it are not lost"
+
+
+def _overflowing(place: WorkerPlace, pipe: Connection, task: TrialTask) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    from orchestrator.training import training_loop, worker_process
+
+    # DeepSpeed asks for AVX512-FP16; torch computes fp16 on any CPU, slowly.
+    get_accelerator().is_fp16_supported = lambda: True
+    summed_loss = training_loop.summed_loss
+
+    def with_infinite_gradients(*arguments: Any) -> torch.Tensor:
+        loss = summed_loss(*arguments)
+        loss.register_hook(lambda gradient: gradient * torch.inf)
+        return loss
+
+    training_loop.summed_loss = with_infinite_gradients
+    worker_process.run(task, place, pipe.send)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"engine": "ddp", "precision": "amp_fp16"},
+        {"zero_stage": 0, "precision": "amp_fp16"},
+        {"zero_stage": 0, "precision": "fp16"},
+        {"zero_stage": 2, "precision": "fp16"},
+    ],
+    ids=str,
+)
+def test_fp16_gradients_that_overflow_at_every_scale_end_as_diverged_under_every_engine(
+    changes: dict[str, object], tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    task = make_task(tiny(max_steps=40, eval_every=40, **changes), tiny_model, tiny_data, tmp_path / "trial")
+    ((*_, end),) = in_workers(1, _overflowing, task)
+    assert end.status is TrialStatus.DIVERGED, end.reason
+    assert "the gradient norm became inf at step" in end.reason
 
 
 def test_memory_that_runs_out_is_told_as_such(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
@@ -110,6 +151,46 @@ def test_a_trial_whose_log_lies_on_a_full_disk_still_says_how_it_ended(
     (end,) = sent
     assert isinstance(end, TrialEnd)
     assert (end.status, "free some space" in (end.reason or "")) == (TrialStatus.PREEMPTED, True)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            DistBackendError(
+                "NCCL error in: NCCLUtils.cpp:94, unhandled system error, NCCL version 2.28.9\nLast error:\n"
+                "Error while creating shared memory segment /dev/shm/nccl-A1 (size 9637888), error: "
+                "No space left on device (28)"
+            ),
+            "No space left on device (28): enlarge /dev/shm",
+        ),
+        (DistNetworkError("The client socket has failed to connect to node-1:29500: Host is down"), "node-1:29500"),
+        (RuntimeError("[/pytorch/gloo/gloo/transport/tcp/pair.cc:1] Host is down"), "Host is down"),
+    ],
+)
+def test_a_network_that_fails_is_not_told_as_the_storage(error: Exception, told: str, tmp_path: Path) -> None:
+    end = ended_by(error, make_task(tiny(), tmp_path, tmp_path, tmp_path), None)
+    assert end.status is TrialStatus.FAILED
+    assert told in (end.reason or "")
+
+
+def _joined(place: WorkerPlace, pipe: Connection) -> None:
+    from orchestrator.training import worker_process
+
+    worker_process._join(place, torch.device("cpu"))
+    groups = torch.distributed.group.WORLD, torch.distributed.new_group()
+    limits = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+    pipe.send((os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"], limits, distributed_c10d.default_pg_nccl_timeout))
+
+
+def test_an_nccl_error_leaves_no_signal_that_later_trials_look_for() -> None:
+    assert [dump for ((dump, *_),) in in_workers(2, _joined)] == ["0"] * 2
+
+
+def test_a_worker_waits_for_the_others_as_long_as_a_trial_may_take_to_start() -> None:
+    for ((_, limits, nccl_limit),) in in_workers(2, _joined):
+        assert limits == [START_LIMIT_S] * 2
+        assert nccl_limit.total_seconds() == START_LIMIT_S
 
 
 def test_an_error_of_ours_is_told_in_its_own_words(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:

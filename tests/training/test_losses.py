@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from orchestrator.config.trial_config import TrialConfig
+from orchestrator.results.storage import TrialFolder
+from orchestrator.training.task import TrialTask, WorkerPlace
 from tests.training.conftest import TINY, tiny
-from tests.training.launch import Outcome, make_task, run_trial
+from tests.training.launch import Outcome, in_workers, make_task, run_trial
 
 ENGINES = [
     pytest.param({"zero_stage": 0}, id="zero0"),
@@ -122,6 +126,53 @@ def test_every_precision_learns_and_stays_near_fp32(
     evaluations = [point.eval_loss for point in outcome.points if point.eval_loss is not None]
     assert evaluations[-1] < evaluations[0]
     assert outcome.losses == pytest.approx(reference.losses, abs=0.02)
+
+
+def _in_fp16(place: WorkerPlace, pipe: Connection, task: TrialTask) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    from orchestrator.training import worker_process
+
+    # DeepSpeed asks for AVX512-FP16; torch computes fp16 on any CPU, slowly.
+    get_accelerator().is_fp16_supported = lambda: True
+    worker_process.run(task, place, pipe.send)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_fp16_takes_the_steps_that_fp32_takes(stage: int, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    # SGD, since Adam's steps do not depend on the gradients' scale; some of the norms are clipped and some are not.
+    changes = {"optimizer": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.45, "zero_stage": stage, "max_steps": 6}
+    plain = _outcome(tiny(**changes), tiny_model, tiny_data, tmp_path / "plain", workers=2)
+    task = make_task(tiny(**changes, precision="fp16"), tiny_model, tiny_data, tmp_path / "trial")
+    ends = [messages[-1] for messages in in_workers(2, _in_fp16, task)]
+    assert [end.status for end in ends] == ["completed"] * 2, ends
+    points = TrialFolder(Path(task.trial_folder)).read_metrics()
+    assert [point.loss for point in points] == pytest.approx(plain.losses, abs=5e-4)
+    assert [point.grad_norm for point in points] == pytest.approx([p.grad_norm for p in plain.points], rel=1e-3)
+    assert points[-1].loss < points[0].loss - 0.05
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_step_at_a_rate_of_zero_leaves_half_precision_weights_as_they_were(
+    optimizer: str, stage: int, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    config = tiny(
+        rank="full",
+        precision="bf16",
+        zero_stage=stage,
+        optimizer=optimizer,
+        learning_rate=0.1,
+        weight_decay=1.0,
+        warmup_steps=1,
+        max_steps=1,
+    )
+    outcome = _outcome(config, tiny_model, tiny_data, tmp_path / "trial")
+    before, after = (
+        load_file(folder / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+        for folder in (tiny_model, outcome.folder.adapter)
+    )
+    assert (after == before.bfloat16()).all()
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])

@@ -81,9 +81,10 @@ def test_attention_means_every_projection_of_the_attention_and_nothing_else(
 
 
 def test_target_modules_that_the_model_has_not_are_refused_with_those_it_has(tiny_model: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
     with pytest.raises(ModelError, match=r"no c_attn; it has .*q_proj"):
-        models.check_target_modules(tiny_model, ("q_proj", "c_attn"))
-    models.check_target_modules(tiny_model, ("q_proj", "self_attn.v_proj"))
+        models.find_target_modules(model, ("q_proj", "c_attn"))
+    assert models.find_target_modules(model, ("q_proj", "self_attn.v_proj")) == ["q_proj", "self_attn.v_proj"]
 
 
 def test_alpha_and_rslora_reach_the_adapter(tiny_model: Path) -> None:
