@@ -122,8 +122,10 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
     """Read the shape out of a transformers config; a family that is not known is read as if it were Llama's.
 
     Raises:
-        ModelError: the config lacks a field, or one makes no sense, or it has a part that is not counted here.
+        ModelError: the config lacks a field, or one makes no sense, or it has a part that is not counted here, or is
+            that of a model which is quantised already.
     """
+    _refuse_quantised(config)
     inner = config.get("text_config")
     config = inner if isinstance(inner, Mapping) else config
     name = str(config.get("model_type", ""))
@@ -131,6 +133,16 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
         raise ModelError(f"{cut(name) or 'the model'} has {part}, which no estimate counts yet: take another model")
     family = family_of(name)
     return _Reader({**family.defaults, **{k: v for k, v in config.items() if v is not None}}, family, name).shape()
+
+
+def _refuse_quantised(config: Mapping[str, Any]) -> None:
+    """transformers goes by the checkpoint's own quantisation, whatever the trial's precision (5.23, quantizers/auto.py,
+    `merge_quantization_configs`): bf16 would train 4 bits, and int8 of a GPTQ model fail after its launch."""
+    if told := config.get("quantization_config"):
+        method = cut(str(told.get("quant_method") or "by bitsandbytes" if isinstance(told, Mapping) else told))
+        raise ModelError(
+            f"the model is already quantised ({method}): name the unquantised model, and let `precision` quantise it"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,6 +96,18 @@ def test_a_model_with_weights_that_nobody_counts_is_refused_and_not_read_as_llam
     assert shape_of(LLAMA_2_7B | {part: None}).parameters == 6_738_415_616
 
 
+@pytest.mark.parametrize(
+    ("told", "method"),
+    [({"quant_method": "gptq", "bits": 4}, "gptq"), ({"load_in_4bit": True}, "by bitsandbytes"), ("fp8", "fp8")],
+)
+def test_a_model_that_is_quantised_already_is_refused_whatever_the_precision(told: object, method: str) -> None:
+    with pytest.raises(ModelError, match=rf"already quantised \({method}\): name the unquantised model"):
+        shape_of(LLAMA_2_7B | {"quantization_config": told})
+    with pytest.raises(ModelError, match="already quantised"):
+        shape_of({"model_type": "gemma3", "text_config": LLAMA_2_7B, "quantization_config": told})
+    assert shape_of(LLAMA_2_7B | {"quantization_config": None}) == shape_of(LLAMA_2_7B)
+
+
 @pytest.mark.parametrize("value", ["false", 2, []])
 def test_embeddings_are_tied_or_not(value: object) -> None:
     with pytest.raises(ModelError, match="`tie_word_embeddings`: it must be true or false"):
