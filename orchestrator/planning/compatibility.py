@@ -180,6 +180,14 @@ def adapters_only_options(case: Case) -> str | None:
     return None
 
 
+def whole_training_leaves_nothing_out(case: Case) -> str | None:
+    """Source: training/model.py: of Gemma 3 the part that looks at images is left out, which text never goes through,
+    and transformers would fill it with random weights where a model saved without it is loaded."""
+    if case.config.trains_all_weights and case.shape.leaves_out_images:
+        return "rank full: the model's part for images is not loaded, and could not be saved; use a rank"
+    return None
+
+
 def targets_must_exist(case: Case) -> str | None:
     """Source: peft 0.21.2, tuners/tuners_utils.py: target modules that match nothing are an error."""
     return missing_targets(case.config, case.shape)
@@ -255,6 +263,7 @@ REFUSALS: tuple[Rule, ...] = (
     pure_fp16_excludes_plain_ddp,
     packing_needs_positions,
     adapters_only_options,
+    whole_training_leaves_nothing_out,
     targets_must_exist,
     global_batch_must_divide,
     sequence_must_fit_the_model,

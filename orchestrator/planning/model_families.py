@@ -186,9 +186,13 @@ UNCOUNTED_PARTS = {
     "is_encoder_decoder": "an encoder",
     "type_vocab_size": "an encoder's segments (BERT's)",
     "classifier_pooling": "an encoder's pooling (ModernBERT's)",
+    "vision_config": "a part that looks at images",
+    "audio_config": "a part that hears",
 }
 """Fields that tell of weights which a decoder such as Llama does not have: read as one, a model of 671 billion would
 look like one of 39."""
+TRAINED_WITHOUT_IMAGES = frozenset({"gemma3"})
+"""Families of which training leaves out the part that looks at images (`training.model`)."""
 _ALIASES = {"gemma3_text": "gemma3", "mistral3": "mistral"}
 SPELLINGS = {
     "hidden_size": ("n_embd", "d_model"),

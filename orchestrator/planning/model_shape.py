@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
 from orchestrator.errors import ModelError, cut, shown
-from orchestrator.planning.model_families import SPELLINGS, UNCOUNTED_PARTS, Family, family_of
+from orchestrator.planning.model_families import (
+    SPELLINGS,
+    TRAINED_WITHOUT_IMAGES,
+    UNCOUNTED_PARTS,
+    Family,
+    family_of,
+)
 
 LARGEST_FIELD = 2**31
 """No config means more than this by any of its fields."""
@@ -79,6 +85,8 @@ class ModelShape:
     """The frozen model drops out of its own accord, as GPT-2 and OPT do, and keeps what it drew."""
     attention_dropout: bool
     """Of its attention scores too, as GPT-2."""
+    leaves_out_images: bool = False
+    """The checkpoint has a part that looks at images, which is not trained."""
 
     @property
     def embedding_parameters(self) -> int:
@@ -127,12 +135,15 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
     """
     _refuse_quantised(config)
     inner = config.get("text_config")
-    config = inner if isinstance(inner, Mapping) else config
-    name = str(config.get("model_type", ""))
-    if part := next((part for field, part in UNCOUNTED_PARTS.items() if config.get(field)), None):
-        raise ModelError(f"{cut(name) or 'the model'} has {part}, which no estimate counts yet: take another model")
+    text = inner if isinstance(inner, Mapping) else config
+    leaves_out_images = bool(config.get("vision_config")) and config.get("model_type") in TRAINED_WITHOUT_IMAGES
+    name = str(text.get("model_type", ""))
+    for field, part in UNCOUNTED_PARTS.items():
+        if (config.get(field) and not (field == "vision_config" and leaves_out_images)) or text.get(field):
+            raise ModelError(f"{cut(name) or 'the model'} has {part}, which no estimate counts yet: take another model")
     family = family_of(name)
-    return _Reader({**family.defaults, **{k: v for k, v in config.items() if v is not None}}, family, name).shape()
+    given = {**family.defaults, **{field: value for field, value in text.items() if value is not None}}
+    return replace(_Reader(given, family, name).shape(), leaves_out_images=leaves_out_images)
 
 
 def _refuse_quantised(config: Mapping[str, Any]) -> None:

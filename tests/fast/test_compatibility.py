@@ -28,6 +28,9 @@ LLAMA = {
 SHAPE = shape_of(LLAMA)
 BLOOM = shape_of({"model_type": "bloom", "hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 100})
 MIXTRAL = shape_of(LLAMA | {"model_type": "mixtral", "num_local_experts": 8})
+GEMMA_3 = shape_of(
+    {"model_type": "gemma3", "text_config": LLAMA, "vision_config": {"model_type": "siglip_vision_model"}}
+)
 WIDE_HEADS = shape_of(LLAMA | {"head_dim": 288})
 H100, T4, V100 = named_gpu("H100", 8), named_gpu("T4", 1), named_gpu("V100", 1)
 CPU = Hardware("cpu", 0, 4, 1, 2**34, has_bf16=False, has_fp16=False, has_bitsandbytes=True)
@@ -76,6 +79,7 @@ REFUSED: dict[str, tuple[Case, Case]] = {
         case(precision="fp16", engine="ddp", rank=8),
     ),
     "adapters_only_options": (case(rank="full", dora=True), case(rank=8, dora=True)),
+    "whole_training_leaves_nothing_out": (case(shape=GEMMA_3, rank="full"), case(shape=GEMMA_3, rank=8)),
     "targets_must_exist": (case(target_modules=("qproj",)), case(target_modules=("q_proj",))),
     "global_batch_must_divide": (case(workers=3), case(workers=4)),
     "sequence_must_fit_the_model": (case(sequence_length=2049), case(sequence_length=2048)),

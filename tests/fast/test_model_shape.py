@@ -85,6 +85,19 @@ def test_the_text_part_of_a_larger_model_is_read() -> None:
     assert shape_of({"model_type": "gemma3", "text_config": LLAMA_2_7B}) == shape_of(LLAMA_2_7B)
 
 
+def test_only_gemma_3_is_counted_without_its_part_for_images() -> None:
+    """Training leaves that out; of others nobody knows what is loaded."""
+    whole = {"text_config": LLAMA_2_7B, "vision_config": {"hidden_size": 1152}}
+    found = shape_of({"model_type": "gemma3", **whole})
+    assert found.parameters == shape_of(LLAMA_2_7B).parameters
+    assert found.leaves_out_images
+    assert not shape_of(LLAMA_2_7B).leaves_out_images
+    with pytest.raises(ModelError, match="has a part that looks at images, which no estimate counts"):
+        shape_of({"model_type": "mistral3", **whole})
+    with pytest.raises(ModelError, match="has a part that hears"):
+        shape_of({"model_type": "gemma3", "audio_config": {"hidden_size": 8}, **whole})
+
+
 def test_an_unknown_family_with_llamas_fields_is_read_as_llama() -> None:
     assert shape_of(LLAMA_2_7B | {"model_type": "newcomer"}).parameters == 6_738_415_616
 
