@@ -47,6 +47,18 @@ def bf16_needs_ampere(case: Case) -> str | None:
     return None
 
 
+def torch_of_pypi_needs_turing(case: Case) -> str | None:
+    """Source: github.com/pytorch/pytorch, issues 172352 and 190385: CUDA 13, which torch 2.13 of PyPI is built for,
+    compiles for compute capability 7.5 and newer; the wheels for CUDA 12.6 have kernels for Volta."""
+    capability = case.hardware.compute_capability
+    if capability and capability < (7, 5) and not case.hardware.torch_knows_volta:
+        return (
+            f"precision {case.config.precision}: torch for CUDA 13 has no kernels for {case.hardware.gpu_name}; "
+            "install torch for CUDA 12.6 (pip install torch --index-url https://download.pytorch.org/whl/cu126)"
+        )
+    return None
+
+
 def flash_attention_needs_ampere(case: Case) -> str | None:
     """Source: flash-attn's README: Ampere, Ada or Hopper GPUs, fp16 and bf16, head dimension up to 256."""
     if case.config.attention != "flash_attention_2":
@@ -250,6 +262,7 @@ WITHOUT_POSITIONS = frozenset({"bloom", "mpt"})
 REFUSALS: tuple[Rule, ...] = (
     fp16_needs_hardware,
     bf16_needs_ampere,
+    torch_of_pypi_needs_turing,
     flash_attention_needs_ampere,
     attention_must_be_the_models,
     expert_adapters_are_plain,

@@ -51,6 +51,8 @@ class Hardware:
     has_flash_attention: bool | None = None
     """None: unknown, as of a GPU that is only named."""
     has_bitsandbytes: bool | None = None
+    torch_knows_volta: bool = False
+    """torch here is built with kernels for GPUs before Turing, as that of PyPI is not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +219,7 @@ def this_machine() -> Hardware:
 def _driven(gpu: Gpu, count: int, cpus: int, host_memory_bytes: int, has_bitsandbytes: bool) -> Hardware:
     """A node with so many of them; the data sheet of the GPU that is meant tells their speed."""
     like = GPUS[_like(gpu.name)]
+    torch = importlib.util.find_spec("torch")
     capability = gpu.capability or like.capability
     memory_bytes = host_memory_bytes if gpu.memory_bytes is None else gpu.memory_bytes
     # An instance has a part of the memory's channels, as of the memory.
@@ -238,7 +241,17 @@ def _driven(gpu: Gpu, count: int, cpus: int, host_memory_bytes: int, has_bitsand
         interconnect_bytes_per_s=like.link_gb_per_s * 1e9,
         has_flash_attention=importlib.util.find_spec("flash_attn") is not None,
         has_bitsandbytes=has_bitsandbytes,
+        torch_knows_volta=torch is not None and torch_knows_volta(Path(torch.origin or "").with_name("version.py")),
     )
+
+
+def torch_knows_volta(version_file: Path) -> bool:
+    """Whether torch is built for a CUDA before 13, as its version file says: importing it takes seconds."""
+    try:
+        found = re.search(r"(?m)^cuda\b.*['\"](\d+)\.", version_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return found is not None and int(found[1]) < 13
 
 
 def container_limit_bytes(cgroup: Path) -> int:

@@ -45,6 +45,10 @@ def case(hardware: Hardware = H100, workers: int = 1, shape: Any = SHAPE, **sett
 REFUSED: dict[str, tuple[Case, Case]] = {
     "fp16_needs_hardware": (case(CPU, precision="fp16"), case(precision="fp16")),
     "bf16_needs_ampere": (case(T4), case(T4, precision="fp16")),
+    "torch_of_pypi_needs_turing": (
+        case(V100, precision="fp16"),
+        case(replace(V100, torch_knows_volta=True), precision="fp16"),
+    ),
     "flash_attention_needs_ampere": (
         case(T4, attention="flash_attention_2", precision="fp16"),
         case(attention="flash_attention_2"),

@@ -19,6 +19,7 @@ from orchestrator.planning.hardware import (
     named_gpu,
     parse_memory,
     this_machine,
+    torch_knows_volta,
 )
 
 
@@ -135,6 +136,21 @@ def test_a_containers_limit_is_its_memory(tmp_path: Path, file: str, text: str, 
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text(text)
     assert container_limit_bytes(tmp_path) == limit_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "knows"),
+    [
+        ("cuda: Optional[str] = '12.6'\n", True),
+        ("cuda = '13.0'\n", False),
+        ("cuda: Optional[str] = None\nhip: Optional[str] = '6.4'\n", False),
+        ("", False),
+    ],
+)
+def test_torch_built_for_cuda_12_knows_older_gpus(tmp_path: Path, text: str, knows: bool) -> None:
+    (tmp_path / "version.py").write_text(text)
+    assert torch_knows_volta(tmp_path / "version.py") is knows
+    assert not torch_knows_volta(tmp_path / "missing.py")
 
 
 @pytest.mark.parametrize(
