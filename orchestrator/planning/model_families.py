@@ -177,9 +177,14 @@ _FAMILIES = {
 UNCOUNTED_PARTS = {
     "kv_lora_rank": "latent attention (DeepSeek's)",
     "n_routed_experts": "experts beside shared ones (DeepSeek's)",
+    "moe_num_experts": "experts of another kind (ERNIE 4.5's)",
+    "num_shared_experts": "experts beside shared ones (EXAONE's)",
+    "num_dense_layers": "layers without experts before those with them (LFM2's)",
     "interleave_moe_layer_step": "layers with and without experts in turn (Llama 4's)",
     "linear_num_value_heads": "layers of linear attention (Qwen3-Next's)",
     "num_kv_shared_layers": "layers that share keys and values (Gemma 3n's)",
+    "hidden_size_per_layer_input": "embeddings in every layer (Gemma 3n's)",
+    "conv_L_cache": "convolutions in place of attention (LFM2's)",
     "state_size": "state-space layers (Mamba's)",
     "mamba_d_state": "state-space layers (Mamba's)",
     "ssm_state_size": "state-space layers (Mamba's)",
@@ -204,6 +209,11 @@ SPELLINGS = {
     "num_local_experts": ("num_experts",),
 }
 """What a field is called otherwise."""
+
+
+def is_known(model_type: str) -> bool:
+    """Whether the family is one of those that are counted by their own."""
+    return _ALIASES.get(model_type, model_type) in _FAMILIES
 
 
 def family_of(model_type: str) -> Family:

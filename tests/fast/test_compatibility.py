@@ -89,6 +89,7 @@ REFUSED: dict[str, tuple[Case, Case]] = {
     "sequence_must_fit_the_model": (case(sequence_length=2049), case(sequence_length=2048)),
 }
 NOTED: dict[str, tuple[Case, Case]] = {
+    "counted_as_a_llama": (case(shape=shape_of(LLAMA | {"model_type": "newcomer"})), case()),
     "zero_on_one_worker": (case(zero_stage=2), case(zero_stage=2, workers=2)),
     "emulated_half_precision": (case(CPU), case(CPU, precision="fp32")),
     "quantised_compute_dtype": (case(CPU, precision="nf4"), case(precision="nf4")),
