@@ -147,7 +147,7 @@ def named_gpu(name: str, count: int, memory_bytes: int | None = None) -> Hardwar
 
 def _named_bytes(name: str, gpu: _Gpu) -> int | None:
     """The known size, or another that the name holds (V100-SXM2-16GB); None where it is known to be another."""
-    size = re.search(r"(?i)(\d+) ?GI?B", name)
+    size = re.search(r"(?i)(?<![a-z0-9])(\d+) ?G(I?B)?\b", name)
     # Drivers show up to a sixteenth less than is printed, for error correction.
     if size and abs(int(size[1]) / gpu.memory_gib - 1) > 1 / 8:
         return int(size[1]) * GIB or None
@@ -179,7 +179,8 @@ def is_named(device: str, hardware: Hardware) -> bool:
 
 
 def _words(name: str) -> set[str]:
-    return set(re.split(r"[^a-z0-9]+", name.lower()))
+    """Ray says 40G where the driver says 40GB."""
+    return {re.sub(r"^(\d+)g$", r"\1gb", word) for word in re.split(r"[^a-z0-9]+", name.lower())}
 
 
 def _plain(name: str) -> str:

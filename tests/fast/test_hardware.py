@@ -51,15 +51,30 @@ def test_a_gpu_is_known_by_any_spelling(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("driver", "ours"), [("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA A100-SXM4-40GB", "A100-40GB"), ("Tesla T4", "T4")]
+    ("driver", "ours"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA A100-SXM4-40GB", "A100-40GB"),
+        ("A100-40G", "A100-40GB"),
+        ("A100-80G", "A100"),
+        ("Tesla T4", "T4"),
+    ],
 )
-def test_a_gpu_is_known_by_the_drivers_name(driver: str, ours: str) -> None:
+def test_a_gpu_is_known_by_the_drivers_name_or_rays(driver: str, ours: str) -> None:
     assert named_gpu(driver, 1).gpu_name == ours
 
 
 @pytest.mark.parametrize(
     ("name", "gib"),
-    [("Tesla V100-SXM2-16GB", 16), ("V100", 32), ("H100 NVL 94GB", 94), ("L4 24GB", 22.5), ("A10", 22.5)],
+    [
+        ("Tesla V100-SXM2-16GB", 16),
+        ("V100", 32),
+        ("A100-40G", 40),
+        ("NVIDIA A10G", 22.5),
+        ("H100 NVL 94GB", 94),
+        ("L4 24GB", 22.5),
+        ("A10", 22.5),
+    ],
 )
 def test_a_name_that_tells_its_memory_has_that(name: str, gib: float) -> None:
     # A card that the driver shows with a little less is not taken for another.
