@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from orchestrator.config.names import nearest
 from orchestrator.config.sweep_file import told_of_settings
 from orchestrator.config.trial_config import TrialConfig
-from orchestrator.errors import InputError, OrchestratorError, cut, shown
+from orchestrator.errors import InputError, ModelError, OrchestratorError, cut, shown
 from orchestrator.planning.compatibility import Case, refusals
 from orchestrator.planning.hardware import Hardware
 from orchestrator.planning.memory import estimate
@@ -28,13 +28,13 @@ KEYS = ("id", "model", "trial", "workers", "gpu_memory_bytes")
 
 def estimate_lines(lines: Iterable[str | bytes], config_of: ConfigOf) -> Iterator[str]:
     """One answer a line (UTF-8); `config_of` gives the transformers config of a hub id or folder."""
-    shapes: dict[str, ModelShape] = {}
+    shapes: dict[str, ModelShape | ModelError] = {}
     for line in lines:
         if line.strip():
             yield json.dumps(_answer(line, config_of, shapes))
 
 
-def _answer(line: str | bytes, config_of: ConfigOf, shapes: dict[str, ModelShape]) -> dict[str, Any]:
+def _answer(line: str | bytes, config_of: ConfigOf, shapes: dict[str, ModelShape | ModelError]) -> dict[str, Any]:
     identity = None
     try:
         raw = json.loads(line if isinstance(line, str) else line.decode(), parse_constant=_no_json, parse_float=_finite)
@@ -43,7 +43,7 @@ def _answer(line: str | bytes, config_of: ConfigOf, shapes: dict[str, ModelShape
         # An `id` that cannot be written back (it is nested too deep) is none.
         identity = json.dumps(raw.get("id")) and raw.get("id")
         return {"id": identity, **_estimated(raw, config_of, shapes)}
-    except (OrchestratorError, OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
+    except (OrchestratorError, OSError, ValueError, TypeError, ArithmeticError, RecursionError) as error:
         return {"id": identity, "error": str(error) or type(error).__name__}
 
 
@@ -58,7 +58,9 @@ def _finite(text: str) -> float:
     return number
 
 
-def _estimated(raw: Mapping[str, Any], config_of: ConfigOf, shapes: dict[str, ModelShape]) -> dict[str, Any]:
+def _estimated(
+    raw: Mapping[str, Any], config_of: ConfigOf, shapes: dict[str, ModelShape | ModelError]
+) -> dict[str, Any]:
     unknown = set(raw) - set(KEYS)
     if unknown:
         name = sorted(unknown)[0]
@@ -106,13 +108,20 @@ def _whole(raw: Mapping[str, Any], name: str, default: int | None, least: int, m
     return value
 
 
-def _shape(model: Any, config_of: ConfigOf, shapes: dict[str, ModelShape]) -> ModelShape:
+def _shape(model: Any, config_of: ConfigOf, shapes: dict[str, ModelShape | ModelError]) -> ModelShape:
     if not isinstance(model, str | dict) or not model:
         raise InputError("model is missing: give a hub id, a folder, or a transformers config as an object")
     key = model if isinstance(model, str) else json.dumps(model, sort_keys=True)
     if key not in shapes:
-        shapes[key] = shape_of(config_of(model) if isinstance(model, str) else model)
-    return shapes[key]
+        try:
+            shapes[key] = shape_of(config_of(model) if isinstance(model, str) else model)
+        except ModelError as error:
+            # A hub that is out of reach takes seconds to be told from one that has no such model: once is enough.
+            shapes[key] = error
+    found = shapes[key]
+    if isinstance(found, ModelError):
+        raise found
+    return found
 
 
 def _gpu(memory_bytes: int | None) -> Hardware:

@@ -169,6 +169,8 @@ class _Reader:
         hidden, layers, heads = self.need("hidden_size"), self._layers(), self.need("num_attention_heads")
         head_dim, kv_heads = self._head_dim(hidden, heads), self._kv_heads(heads)
         experts = self.whole("num_local_experts") or 0
+        if experts and self._dense_layers(layers) == layers:
+            experts = 0
         intermediate = self._intermediate(hidden, experts)
         matrices = self._matrices(hidden, layers, heads * head_dim, kv_heads * head_dim, intermediate, experts)
         return ModelShape(
@@ -312,7 +314,7 @@ class _Reader:
         if dense:
             matrices += self._mlp(hidden, self.need("intermediate_size"), dense)
         shared = self.whole("shared_expert_intermediate_size")
-        if shared and sparse:
+        if shared:
             matrices += self._mlp(hidden, shared, sparse)
             matrices.append(Matrix("shared_expert_gate", 1, hidden, sparse, False))
         return matrices

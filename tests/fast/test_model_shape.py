@@ -140,6 +140,13 @@ def test_an_absurd_field_is_named(field: str, value: object) -> None:
         shape_of(LLAMA_2_7B | {field: value})
 
 
+def test_a_mixture_all_of_whose_layers_are_dense_has_no_experts() -> None:
+    mixture = LLAMA_2_7B | {"model_type": "qwen2_moe", "num_experts": 4, "decoder_sparse_step": 64}
+    found = shape_of(mixture)
+    assert found.parameters == shape_of(LLAMA_2_7B | {"model_type": "qwen2"}).parameters
+    assert (found.experts, found.shared_intermediate) == (0, 0)
+
+
 @pytest.mark.parametrize("field", ["num_hidden_layers", "num_attention_heads"])
 def test_numbers_that_contradict_each_other_are_refused(field: str) -> None:
     with pytest.raises(ModelError, match=field):
