@@ -14,9 +14,10 @@ from orchestrator.config.sweep_file import told_of_settings
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import InputError, ModelError, OrchestratorError, cut, shown
 from orchestrator.planning.compatibility import Case, refusals
-from orchestrator.planning.hardware import Hardware
+from orchestrator.planning.hardware import LARGEST_MEMORY, Hardware
 from orchestrator.planning.memory import estimate
 from orchestrator.planning.model_shape import ModelShape, shape_of
+from orchestrator.planning.plan import with_micro_batch
 
 ConfigOf = Callable[[str], Mapping[str, Any]]
 MAX_WORKERS = 100_000
@@ -72,8 +73,7 @@ def _estimated(
     config = _trial(raw.get("trial") or {})
     hardware = _gpu(memory_bytes)
     reasons = list(refusals(Case(config, shape, hardware, workers)))
-    if config.micro_batch_size == "auto":
-        config = _largest(config, shape, workers, memory_bytes)
+    config = with_micro_batch(config, shape, hardware, workers, memory_bytes or LARGEST_MEMORY)
     memory = estimate(config, shape, workers, "cuda", has_bf16=True)
     if memory_bytes is not None:
         memory = memory.within(memory_bytes)
@@ -127,12 +127,3 @@ def _shape(model: Any, config_of: ConfigOf, shapes: dict[str, ModelShape | Model
 def _gpu(memory_bytes: int | None) -> Hardware:
     """A GPU that can all: an estimate is refused for its memory, or for what no GPU can."""
     return Hardware("cuda", 1, 1, 1, 0, True, True, gpu_memory_bytes=memory_bytes, compute_capability=(9, 0))
-
-
-def _largest(config: TrialConfig, shape: ModelShape, workers: int, memory_bytes: int | None) -> TrialConfig:
-    share = max(1, config.global_batch_size // workers)
-    for micro in (n for n in range(share, 0, -1) if share % n == 0):
-        tried = config.model_copy(update={"micro_batch_size": micro})
-        if memory_bytes is None or estimate(tried, shape, workers, "cuda", True).device_bytes <= memory_bytes:
-            return tried
-    return config.model_copy(update={"micro_batch_size": 1})
