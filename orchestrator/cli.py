@@ -294,23 +294,24 @@ def report(
 
         where = [opened(folder) for folder in folders]
         built = [reporting.build(folder) for folder in where]
-        for folder, made in zip(where, built, strict=True):
-            try:
-                write_atomically(folder.report, reporting.render_html(made))
-                publish(folder, folder.report)
-            except StorageError as error:
-                # What it says is printed all the same.
-                _say(f"{folder.report} could not be written: {error}")
-        page = where[0].report
+        pages = [(f, f.report, reporting.render_html(made)) for f, made in zip(where, built, strict=True)]
         if len(built) == 1:
-            _show(reporting.render_json(built[0]) if json else reporting.render_text(built[0]))
+            answer = reporting.render_json(built[0]) if json else reporting.render_text(built[0])
         else:
             from orchestrator.reporting import comparison_report
             from orchestrator.reporting.comparison import compare
 
-            compared, page = compare(built), where[0].comparison
-            write_atomically(page, comparison_report.render_html(compared))
-            _show(comparison_report.render_json(compared) if json else comparison_report.render_text(compared))
+            compared = compare(built)
+            pages.append((where[0], where[0].comparison, comparison_report.render_html(compared)))
+            answer = comparison_report.render_json(compared) if json else comparison_report.render_text(compared)
+        for folder, page, text in pages:
+            try:
+                write_atomically(page, text)
+                publish(folder, page)
+            except StorageError as error:
+                # What it says is printed all the same.
+                _say(f"{page} could not be written: {error}")
+        _show(answer)
         _say(f"report: {page}")
         for folder in filter(is_owed, where):
             from orchestrator.sweep.delivery import deliver_late

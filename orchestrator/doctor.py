@@ -176,7 +176,8 @@ def _usual_precision(hardware: Hardware, workers: int) -> dict[str, Any]:
     """What a sweep file that names no precision gets, or the next that the device computes."""
     wanted = ("bf16", "fp16", "fp32") if hardware.device == "cuda" else ("fp32",)
     cases = ({"precision": precision} for precision in wanted)
-    return next(case for case in cases if not refusals(_case(case, hardware, workers)))
+    # Where none runs each setting is told why.
+    return next((case for case in cases if not refusals(_case(case, hardware, workers))), {"precision": "fp32"})
 
 
 def _case(settings: Mapping[str, Any], hardware: Hardware, workers: int) -> Case:

@@ -9,13 +9,14 @@ from orchestrator.config.trial_config import Precision, TrialConfig
 from orchestrator.planning.compatibility import REFUSALS, WITHOUT_FLASH_ATTENTION, WITHOUT_SDPA, Case, refusals
 from orchestrator.planning.hardware import Hardware, named_gpu
 from orchestrator.planning.model_shape import shape_of
-from tests.fast.cases import CPU, CPU_WITH_HALF, LLAMA_2_7B
+from tests.fast.cases import CPU, CPU_WITH_HALF, LLAMA_2_7B, V100
 from tests.fast.test_compatibility import REFUSED
 
 MACHINES: Mapping[str, Hardware] = {
     "CPU": CPU,
     "CPU with bf16 and fp16": CPU_WITH_HALF,
     "Volta (V100)": named_gpu("V100", 8),
+    "Volta, torch for CUDA 12.6": V100,
     "Turing (T4)": named_gpu("T4", 8),
     "Ampere (A100)": named_gpu("A100", 8),
     "Ada (L4)": named_gpu("L4", 8),
@@ -81,7 +82,8 @@ def _by_engine(rows: Mapping[str, dict[str, Any]], hardware: Hardware) -> list[s
 
 def _usual(hardware: Hardware) -> dict[str, Any]:
     wanted = (Precision.BF16, Precision.FP16, Precision.FP32) if hardware.device == "cuda" else (Precision.FP32,)
-    return next(case for case in ({"precision": p} for p in wanted) if not refusals(case_of(hardware, **case)))
+    runs = (case for case in ({"precision": p} for p in wanted) if not refusals(case_of(hardware, **case)))
+    return next(runs, {"precision": Precision.FP32})
 
 
 def _table(rows: Mapping[str, dict[str, Any]], columns: Mapping[str, tuple[Hardware, dict[str, Any]]]) -> list[str]:

@@ -22,7 +22,7 @@ SETTING_TYPES = {
     for name, hint in get_type_hints(TrialConfig, include_extras=True).items()
     if name in TrialConfig.model_fields
 }
-SETTINGS = {name: TypeAdapter(hint) for name, hint in SETTING_TYPES.items()}
+SETTINGS = {name: TypeAdapter(hint, config=ConfigDict(allow_inf_nan=False)) for name, hint in SETTING_TYPES.items()}
 """What reads and writes the value of each setting."""
 Settings = dict[str, Any]
 WholeNumber = int  # inside a class with a field `int`, the name is the field's
@@ -31,7 +31,7 @@ WholeNumber = int  # inside a class with a field `int`, the name is the field's
 class _Part(BaseModel):
     # No attribute docstrings: pydantic looks for the source of every class made below through all loaded modules,
     # which takes half a minute where transformers is loaded.
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class When(_Part):

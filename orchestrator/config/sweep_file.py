@@ -163,6 +163,11 @@ def _scalar(node: yaml.Node, path: Path_, problems: list[Problem]) -> Any:
         if node.tag != TEXT_TAG and len(node.value) > LONGEST_NUMBER:
             raise ValueError(f"more than {LONGEST_NUMBER} characters, and no text")
         return _plain_value(loader.construct_object(node, deep=True))
+    except (LookupError, AttributeError):
+        # PyYAML's readers look no closer at a text that a tag calls a number, a date or a truth (`!!bool maybe`).
+        told = f"cannot be read as {node.tag.rpartition(':')[2]}: leave the tag out, or correct the value"
+        problems.append(Problem(_spell(path), told, node.start_mark.line + 1))
+        return None
     except (yaml.YAMLError, ValueError) as error:
         problems.append(Problem(_spell(path), f"cannot be read ({cut(str(error))})", node.start_mark.line + 1))
         return None

@@ -47,6 +47,18 @@ def bf16_needs_ampere(case: Case) -> str | None:
     return None
 
 
+def torch_of_pypi_needs_turing(case: Case) -> str | None:
+    """Source: github.com/pytorch/pytorch, issues 172352 and 190385: CUDA 13, which torch 2.13 of PyPI is built for,
+    compiles for compute capability 7.5 and newer; the wheels for CUDA 12.6 have kernels for Volta."""
+    capability = case.hardware.compute_capability
+    if capability and capability < (7, 5) and not case.hardware.torch_knows_volta:
+        return (
+            f"precision {case.config.precision}: torch for CUDA 13 has no kernels for {case.hardware.gpu_name}; "
+            "install torch for CUDA 12.6 (pip install torch --index-url https://download.pytorch.org/whl/cu126)"
+        )
+    return None
+
+
 def flash_attention_needs_ampere(case: Case) -> str | None:
     """Source: flash-attn's README: Ampere, Ada or Hopper GPUs, fp16 and bf16, head dimension up to 256."""
     if case.config.attention != "flash_attention_2":
@@ -180,6 +192,14 @@ def adapters_only_options(case: Case) -> str | None:
     return None
 
 
+def whole_training_leaves_nothing_out(case: Case) -> str | None:
+    """Source: training/model.py: of Gemma 3 the part that looks at images is left out, which text never goes through,
+    and transformers would fill it with random weights where a model saved without it is loaded."""
+    if case.config.trains_all_weights and case.shape.leaves_out_images:
+        return "rank full: the model's part for images is not loaded, and could not be saved; use a rank"
+    return None
+
+
 def targets_must_exist(case: Case) -> str | None:
     """Source: peft 0.21.2, tuners/tuners_utils.py: target modules that match nothing are an error."""
     return missing_targets(case.config, case.shape)
@@ -242,6 +262,7 @@ WITHOUT_POSITIONS = frozenset({"bloom", "mpt"})
 REFUSALS: tuple[Rule, ...] = (
     fp16_needs_hardware,
     bf16_needs_ampere,
+    torch_of_pypi_needs_turing,
     flash_attention_needs_ampere,
     attention_must_be_the_models,
     expert_adapters_are_plain,
@@ -255,6 +276,7 @@ REFUSALS: tuple[Rule, ...] = (
     pure_fp16_excludes_plain_ddp,
     packing_needs_positions,
     adapters_only_options,
+    whole_training_leaves_nothing_out,
     targets_must_exist,
     global_batch_must_divide,
     sequence_must_fit_the_model,

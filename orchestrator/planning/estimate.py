@@ -12,11 +12,12 @@ from pydantic import ValidationError
 from orchestrator.config.names import nearest
 from orchestrator.config.sweep_file import told_of_settings
 from orchestrator.config.trial_config import TrialConfig
-from orchestrator.errors import InputError, OrchestratorError, cut, shown
+from orchestrator.errors import InputError, ModelError, OrchestratorError, cut, shown
 from orchestrator.planning.compatibility import Case, refusals
-from orchestrator.planning.hardware import Hardware
+from orchestrator.planning.hardware import LARGEST_MEMORY, Hardware
 from orchestrator.planning.memory import estimate
 from orchestrator.planning.model_shape import ModelShape, shape_of
+from orchestrator.planning.plan import with_micro_batch
 
 ConfigOf = Callable[[str], Mapping[str, Any]]
 MAX_WORKERS = 100_000
@@ -28,13 +29,13 @@ KEYS = ("id", "model", "trial", "workers", "gpu_memory_bytes")
 
 def estimate_lines(lines: Iterable[str | bytes], config_of: ConfigOf) -> Iterator[str]:
     """One answer a line (UTF-8); `config_of` gives the transformers config of a hub id or folder."""
-    shapes: dict[str, ModelShape] = {}
+    shapes: dict[str, ModelShape | ModelError] = {}
     for line in lines:
         if line.strip():
             yield json.dumps(_answer(line, config_of, shapes))
 
 
-def _answer(line: str | bytes, config_of: ConfigOf, shapes: dict[str, ModelShape]) -> dict[str, Any]:
+def _answer(line: str | bytes, config_of: ConfigOf, shapes: dict[str, ModelShape | ModelError]) -> dict[str, Any]:
     identity = None
     try:
         raw = json.loads(line if isinstance(line, str) else line.decode(), parse_constant=_no_json, parse_float=_finite)
@@ -43,7 +44,7 @@ def _answer(line: str | bytes, config_of: ConfigOf, shapes: dict[str, ModelShape
         # An `id` that cannot be written back (it is nested too deep) is none.
         identity = json.dumps(raw.get("id")) and raw.get("id")
         return {"id": identity, **_estimated(raw, config_of, shapes)}
-    except (OrchestratorError, OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
+    except (OrchestratorError, OSError, ValueError, TypeError, ArithmeticError, RecursionError) as error:
         return {"id": identity, "error": str(error) or type(error).__name__}
 
 
@@ -58,7 +59,9 @@ def _finite(text: str) -> float:
     return number
 
 
-def _estimated(raw: Mapping[str, Any], config_of: ConfigOf, shapes: dict[str, ModelShape]) -> dict[str, Any]:
+def _estimated(
+    raw: Mapping[str, Any], config_of: ConfigOf, shapes: dict[str, ModelShape | ModelError]
+) -> dict[str, Any]:
     unknown = set(raw) - set(KEYS)
     if unknown:
         name = sorted(unknown)[0]
@@ -70,8 +73,7 @@ def _estimated(raw: Mapping[str, Any], config_of: ConfigOf, shapes: dict[str, Mo
     config = _trial(raw.get("trial") or {})
     hardware = _gpu(memory_bytes)
     reasons = list(refusals(Case(config, shape, hardware, workers)))
-    if config.micro_batch_size == "auto":
-        config = _largest(config, shape, workers, memory_bytes)
+    config = with_micro_batch(config, shape, hardware, workers, memory_bytes or LARGEST_MEMORY)
     memory = estimate(config, shape, workers, "cuda", has_bf16=True)
     if memory_bytes is not None:
         memory = memory.within(memory_bytes)
@@ -106,24 +108,22 @@ def _whole(raw: Mapping[str, Any], name: str, default: int | None, least: int, m
     return value
 
 
-def _shape(model: Any, config_of: ConfigOf, shapes: dict[str, ModelShape]) -> ModelShape:
+def _shape(model: Any, config_of: ConfigOf, shapes: dict[str, ModelShape | ModelError]) -> ModelShape:
     if not isinstance(model, str | dict) or not model:
         raise InputError("model is missing: give a hub id, a folder, or a transformers config as an object")
     key = model if isinstance(model, str) else json.dumps(model, sort_keys=True)
     if key not in shapes:
-        shapes[key] = shape_of(config_of(model) if isinstance(model, str) else model)
-    return shapes[key]
+        try:
+            shapes[key] = shape_of(config_of(model) if isinstance(model, str) else model)
+        except ModelError as error:
+            # A hub that is out of reach takes seconds to be told from one that has no such model: once is enough.
+            shapes[key] = error
+    found = shapes[key]
+    if isinstance(found, ModelError):
+        raise found
+    return found
 
 
 def _gpu(memory_bytes: int | None) -> Hardware:
     """A GPU that can all: an estimate is refused for its memory, or for what no GPU can."""
     return Hardware("cuda", 1, 1, 1, 0, True, True, gpu_memory_bytes=memory_bytes, compute_capability=(9, 0))
-
-
-def _largest(config: TrialConfig, shape: ModelShape, workers: int, memory_bytes: int | None) -> TrialConfig:
-    share = max(1, config.global_batch_size // workers)
-    for micro in (n for n in range(share, 0, -1) if share % n == 0):
-        tried = config.model_copy(update={"micro_batch_size": micro})
-        if memory_bytes is None or estimate(tried, shape, workers, "cuda", True).device_bytes <= memory_bytes:
-            return tried
-    return config.model_copy(update={"micro_batch_size": 1})

@@ -51,6 +51,8 @@ class Hardware:
     has_flash_attention: bool | None = None
     """None: unknown, as of a GPU that is only named."""
     has_bitsandbytes: bool | None = None
+    torch_knows_volta: bool = False
+    """torch here is built with kernels for GPUs before Turing, as that of PyPI is not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +147,7 @@ def named_gpu(name: str, count: int, memory_bytes: int | None = None) -> Hardwar
 
 def _named_bytes(name: str, gpu: _Gpu) -> int | None:
     """The known size, or another that the name holds (V100-SXM2-16GB); None where it is known to be another."""
-    size = re.search(r"(?i)(\d+) ?GI?B", name)
+    size = re.search(r"(?i)(?<![a-z0-9])(\d+) ?G(I?B)?\b", name)
     # Drivers show up to a sixteenth less than is printed, for error correction.
     if size and abs(int(size[1]) / gpu.memory_gib - 1) > 1 / 8:
         return int(size[1]) * GIB or None
@@ -177,7 +179,8 @@ def is_named(device: str, hardware: Hardware) -> bool:
 
 
 def _words(name: str) -> set[str]:
-    return set(re.split(r"[^a-z0-9]+", name.lower()))
+    """Ray says 40G where the driver says 40GB."""
+    return {re.sub(r"^(\d+)g$", r"\1gb", word) for word in re.split(r"[^a-z0-9]+", name.lower())}
 
 
 def _plain(name: str) -> str:
@@ -217,6 +220,7 @@ def this_machine() -> Hardware:
 def _driven(gpu: Gpu, count: int, cpus: int, host_memory_bytes: int, has_bitsandbytes: bool) -> Hardware:
     """A node with so many of them; the data sheet of the GPU that is meant tells their speed."""
     like = GPUS[_like(gpu.name)]
+    torch = importlib.util.find_spec("torch")
     capability = gpu.capability or like.capability
     memory_bytes = host_memory_bytes if gpu.memory_bytes is None else gpu.memory_bytes
     # An instance has a part of the memory's channels, as of the memory.
@@ -238,7 +242,17 @@ def _driven(gpu: Gpu, count: int, cpus: int, host_memory_bytes: int, has_bitsand
         interconnect_bytes_per_s=like.link_gb_per_s * 1e9,
         has_flash_attention=importlib.util.find_spec("flash_attn") is not None,
         has_bitsandbytes=has_bitsandbytes,
+        torch_knows_volta=torch is not None and torch_knows_volta(Path(torch.origin or "").with_name("version.py")),
     )
+
+
+def torch_knows_volta(version_file: Path) -> bool:
+    """Whether torch is built for a CUDA before 13, as its version file says: importing it takes seconds."""
+    try:
+        found = re.search(r"(?m)^cuda\b.*['\"](\d+)\.", version_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return found is not None and int(found[1]) < 13
 
 
 def container_limit_bytes(cgroup: Path) -> int:

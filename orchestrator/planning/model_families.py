@@ -177,18 +177,27 @@ _FAMILIES = {
 UNCOUNTED_PARTS = {
     "kv_lora_rank": "latent attention (DeepSeek's)",
     "n_routed_experts": "experts beside shared ones (DeepSeek's)",
+    "moe_num_experts": "experts of another kind (ERNIE 4.5's)",
+    "num_shared_experts": "experts beside shared ones (EXAONE's)",
+    "num_dense_layers": "layers without experts before those with them (LFM2's)",
     "interleave_moe_layer_step": "layers with and without experts in turn (Llama 4's)",
     "linear_num_value_heads": "layers of linear attention (Qwen3-Next's)",
     "num_kv_shared_layers": "layers that share keys and values (Gemma 3n's)",
+    "hidden_size_per_layer_input": "embeddings in every layer (Gemma 3n's)",
+    "conv_L_cache": "convolutions in place of attention (LFM2's)",
     "state_size": "state-space layers (Mamba's)",
     "mamba_d_state": "state-space layers (Mamba's)",
     "ssm_state_size": "state-space layers (Mamba's)",
     "is_encoder_decoder": "an encoder",
     "type_vocab_size": "an encoder's segments (BERT's)",
     "classifier_pooling": "an encoder's pooling (ModernBERT's)",
+    "vision_config": "a part that looks at images",
+    "audio_config": "a part that hears",
 }
 """Fields that tell of weights which a decoder such as Llama does not have: read as one, a model of 671 billion would
 look like one of 39."""
+TRAINED_WITHOUT_IMAGES = frozenset({"gemma3"})
+"""Families of which training leaves out the part that looks at images (`training.model`)."""
 _ALIASES = {"gemma3_text": "gemma3", "mistral3": "mistral"}
 SPELLINGS = {
     "hidden_size": ("n_embd", "d_model"),
@@ -200,6 +209,11 @@ SPELLINGS = {
     "num_local_experts": ("num_experts",),
 }
 """What a field is called otherwise."""
+
+
+def is_known(model_type: str) -> bool:
+    """Whether the family is one of those that are counted by their own."""
+    return _ALIASES.get(model_type, model_type) in _FAMILIES
 
 
 def family_of(model_type: str) -> Family:

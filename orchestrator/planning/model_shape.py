@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
 from orchestrator.errors import ModelError, cut, shown
-from orchestrator.planning.model_families import SPELLINGS, UNCOUNTED_PARTS, Family, family_of
+from orchestrator.planning.model_families import (
+    SPELLINGS,
+    TRAINED_WITHOUT_IMAGES,
+    UNCOUNTED_PARTS,
+    Family,
+    family_of,
+)
 
 LARGEST_FIELD = 2**31
 """No config means more than this by any of its fields."""
@@ -79,6 +85,8 @@ class ModelShape:
     """The frozen model drops out of its own accord, as GPT-2 and OPT do, and keeps what it drew."""
     attention_dropout: bool
     """Of its attention scores too, as GPT-2."""
+    leaves_out_images: bool = False
+    """The checkpoint has a part that looks at images, which is not trained."""
 
     @property
     def embedding_parameters(self) -> int:
@@ -122,15 +130,30 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
     """Read the shape out of a transformers config; a family that is not known is read as if it were Llama's.
 
     Raises:
-        ModelError: the config lacks a field, or one makes no sense, or it has a part that is not counted here.
+        ModelError: the config lacks a field, or one makes no sense, or it has a part that is not counted here, or is
+            that of a model which is quantised already.
     """
+    _refuse_quantised(config)
     inner = config.get("text_config")
-    config = inner if isinstance(inner, Mapping) else config
-    name = str(config.get("model_type", ""))
-    if part := next((part for field, part in UNCOUNTED_PARTS.items() if config.get(field)), None):
-        raise ModelError(f"{cut(name) or 'the model'} has {part}, which no estimate counts yet: take another model")
+    text = inner if isinstance(inner, Mapping) else config
+    leaves_out_images = bool(config.get("vision_config")) and config.get("model_type") in TRAINED_WITHOUT_IMAGES
+    name = str(text.get("model_type", ""))
+    for field, part in UNCOUNTED_PARTS.items():
+        if (config.get(field) and not (field == "vision_config" and leaves_out_images)) or text.get(field):
+            raise ModelError(f"{cut(name) or 'the model'} has {part}, which no estimate counts yet: take another model")
     family = family_of(name)
-    return _Reader({**family.defaults, **{k: v for k, v in config.items() if v is not None}}, family, name).shape()
+    given = {**family.defaults, **{field: value for field, value in text.items() if value is not None}}
+    return replace(_Reader(given, family, name).shape(), leaves_out_images=leaves_out_images)
+
+
+def _refuse_quantised(config: Mapping[str, Any]) -> None:
+    """transformers goes by the checkpoint's own quantisation, whatever the trial's precision (5.23, quantizers/auto.py,
+    `merge_quantization_configs`): bf16 would train 4 bits, and int8 of a GPTQ model fail after its launch."""
+    if told := config.get("quantization_config"):
+        method = cut(str(told.get("quant_method") or "by bitsandbytes" if isinstance(told, Mapping) else told))
+        raise ModelError(
+            f"the model is already quantised ({method}): name the unquantised model, and let `precision` quantise it"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +169,8 @@ class _Reader:
         hidden, layers, heads = self.need("hidden_size"), self._layers(), self.need("num_attention_heads")
         head_dim, kv_heads = self._head_dim(hidden, heads), self._kv_heads(heads)
         experts = self.whole("num_local_experts") or 0
+        if experts and self._dense_layers(layers) == layers:
+            experts = 0
         intermediate = self._intermediate(hidden, experts)
         matrices = self._matrices(hidden, layers, heads * head_dim, kv_heads * head_dim, intermediate, experts)
         return ModelShape(
@@ -289,7 +314,7 @@ class _Reader:
         if dense:
             matrices += self._mlp(hidden, self.need("intermediate_size"), dense)
         shared = self.whole("shared_expert_intermediate_size")
-        if shared and sparse:
+        if shared:
             matrices += self._mlp(hidden, shared, sparse)
             matrices.append(Matrix("shared_expert_gate", 1, hidden, sparse, False))
         return matrices

@@ -8,6 +8,7 @@ from orchestrator.config.trial_config import Precision
 from orchestrator.planning.compatibility import Case, Rule
 from orchestrator.planning.hardware import GIB
 from orchestrator.planning.memory import host_bytes_on
+from orchestrator.planning.model_families import is_known
 
 
 def notes(case: Case) -> tuple[str, ...]:
@@ -144,7 +145,16 @@ def adapter_settings_without_an_adapter(case: Case) -> str | None:
     return None
 
 
+def counted_as_a_llama(case: Case) -> str | None:
+    """Allowed, since most new families are built so; of those that are not, the fields that are known are refused."""
+    if is_known(case.shape.model_type):
+        return None
+    family = case.shape.model_type or "which its config does not name"
+    return f"the model's family, {family}, is not known here and counted as a Llama: memory and time may be far off"
+
+
 NOTES: tuple[Rule, ...] = (
+    counted_as_a_llama,
     zero_on_one_worker,
     emulated_half_precision,
     quantised_compute_dtype,

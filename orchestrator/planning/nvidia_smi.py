@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 
 ASK_LIMIT_S = 10.0
 MIG_SLICES = 7
@@ -37,19 +38,21 @@ class Gpu:
 
 
 def local_gpus() -> tuple[tuple[Gpu, ...], str | None]:
-    """The GPUs, and why a driver that is there does not answer; none where CUDA_VISIBLE_DEVICES hides all."""
-    # The driver tells of all of them; Ray and torch see none.
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or shutil.which("nvidia-smi") is None:
+    """The GPUs that CUDA_VISIBLE_DEVICES does not hide, and why a driver that is there does not answer."""
+    # The driver tells of all of them; Ray and torch see only these.
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible == "" or shutil.which("nvidia-smi") is None:
         return (), None
     fields = "name,memory.total,compute_cap,driver_version,mig.mode.current"
     try:
         told = _ask(f"--query-gpu={fields}", "--format=csv,noheader,nounits")
-        listing = _ask("-L") if re.search(r"\bEnabled\s*$", told, re.MULTILINE) else ""
+        needs_listing = re.search(r"\bEnabled\s*$", told, re.MULTILINE) or re.search("[A-Z]", visible or "")
+        listing = _ask("-L") if needs_listing else ""
     except subprocess.CalledProcessError as error:
         return (), f"nvidia-smi: {' '.join((error.stdout + error.stderr).split())}: check the driver"
     except (OSError, subprocess.SubprocessError) as error:
         return (), f"nvidia-smi does not answer ({error}): check the driver"
-    return tuple(parse(told, listing)), None
+    return tuple(parse(told, listing, visible)), None
 
 
 def _ask(*arguments: str) -> str:
@@ -57,19 +60,30 @@ def _ask(*arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=ASK_LIMIT_S).stdout
 
 
-def parse(told: str, listing: str = "") -> Iterator[Gpu]:
+def parse(told: str, listing: str = "", visible: str | None = None) -> Iterator[Gpu]:
     """The lines of its query (name, MiB, compute capability, driver, MIG mode), and of `nvidia-smi -L`, which alone
-    names MIG instances: they stand in place of their GPU."""
-    instances = [re.findall(r"(?m)^\s+MIG (\S+)", part) for part in re.split(r"(?m)^(?=GPU \d+:)", listing)[1:]]
+    names MIG instances, which stand in place of their GPU, and UUIDs; `visible` is CUDA_VISIBLE_DEVICES."""
+    listed = re.split(r"(?m)^(?=GPU \d+:)", listing)[1:]
     for number, line in enumerate(told.splitlines()):
         name, mebibytes, capability, driver = [part.strip() for part in line.split(",")][:4]
         # GPUs that share the host's memory say [N/A].
         memory_bytes = int(mebibytes) * 2**20 if mebibytes.isdecimal() else None
         whole = Gpu(name, memory_bytes, capability, driver)
-        profiles = instances[number] if number < len(instances) else []
-        yield from (_instance(whole, profile) for profile in profiles)
-        if not profiles:
+        own, *instances = listed[number].splitlines() if number < len(listed) else [""]
+        profiles = [found for instance in instances if (found := re.match(r"\s+MIG (\S+)", instance))]
+        for profile in profiles:
+            if _is_visible(visible, number, own, profile.string):
+                yield _instance(whole, profile[1])
+        if not profiles and _is_visible(visible, number, own):
             yield whole
+
+
+def _is_visible(visible: str | None, number: int, *listed: str) -> bool:
+    """By number or by the beginning of a UUID; CUDA looks no further than the first that is neither."""
+    if visible is None:
+        return True
+    named = takewhile(re.compile("[0-9]|GPU-|MIG-").match, map(str.strip, visible.split(",")))
+    return any(entry == str(number) or any(f"(UUID: {entry}" in line for line in listed) for entry in named)
 
 
 def _instance(whole: Gpu, profile: str) -> Gpu:

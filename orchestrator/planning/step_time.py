@@ -65,11 +65,10 @@ def step_flops(config: TrialConfig, shape: ModelShape) -> float:
     idle = shape.expert_parameters * (1 - shape.experts_per_token / shape.experts) if shape.experts else 0.0
     active = shape.linear_parameters - idle
     weights = active + shape.vocabulary * shape.hidden
-    passes = 6.0 if config.trains_all_weights else 4.0
-    if config.gradient_checkpointing:
-        passes += 2.0
+    repeated = int(config.gradient_checkpointing)
+    passes = (3 if config.trains_all_weights else 2) + repeated
     scores = 4.0 * config.sequence_length * shape.heads * shape.head_dim * shape.layers
-    return tokens * (passes * weights + passes / 2 * scores)
+    return tokens * (2 * passes * weights + (3 + repeated) * scores)
 
 
 def step_seconds(

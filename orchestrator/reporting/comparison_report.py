@@ -77,15 +77,16 @@ def render_html(comparison: Comparison) -> str:
 
 
 def _page(comparison: Comparison) -> dict[str, Any]:
-    chosen = [
-        replace(found, label=f"{sweep.name}: {found.label}")
-        for sweep in comparison.sweeps
-        if (found := sweep.recommended)
-    ]
-    kinds = [t.peak_memory.kind for s in comparison.sweeps for t in s.report.sweep.trials if t.peak_memory]
+    chosen: list[ConfigurationSummary] = []
     parts: dict[str, dict[str, int]] = {}
     for sweep in comparison.sweeps:
-        parts |= parts_of(sweep.report.plan, [sweep.recommended] if sweep.recommended else [])
+        if found := sweep.recommended:
+            # The settings alone name a configuration: another sweep's, of another model, would have the same.
+            identity = f"{sweep.name}: {found.configuration_id}"
+            if held := parts_of(sweep.report.plan, [found]).get(found.configuration_id):
+                parts[identity] = held
+            chosen.append(replace(found, label=f"{sweep.name}: {found.label}", configuration_id=identity))
+    kinds = [t.peak_memory.kind for s in comparison.sweeps for t in s.report.sweep.trials if t.peak_memory]
     bars = [memory_chart(chosen, parts, kinds[0] if kinds else "resident"), speed_chart(chosen)]
     scatter = _scatter(comparison.sweeps) if comparison.is_comparable else []
     return {

@@ -25,8 +25,6 @@ from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 from orchestrator.results.secrets import without_secret
 from orchestrator.results.storage import DamagedRecord, SweepFolder, read_record, read_sweep
 
-"""A report is shared: `https://user:password@host` in a sweep file must not be."""
-
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -179,6 +177,7 @@ def _curve_words(level: Plateau) -> str:
 
 def _sweep_file(folder: SweepFolder) -> str | None:
     try:
+        # A report is shared: `https://user:password@host` in a sweep file must not be.
         return without_secret(read_record(folder.sweep_file).decode())
     except (OSError, UnicodeDecodeError):
         return None

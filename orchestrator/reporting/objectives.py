@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from orchestrator.config.constraint import parse
 from orchestrator.reporting import quantities
-from orchestrator.reporting.statistics import ConfigurationSummary, metric_of
+from orchestrator.reporting.statistics import ConfigurationSummary, Costs, front, metric_of
 from orchestrator.results.records import SweepResult, TrialStatus
-
-Costs = tuple[float, ...]
 
 
 def broken(sweep: SweepResult, summary: ConfigurationSummary) -> tuple[str, ...]:
@@ -51,15 +49,6 @@ def costs_of(sweep: SweepResult, summaries: Sequence[ConfigurationSummary]) -> d
             pairs = zip(signs, values, strict=True)
             found[summary.configuration_id] = tuple(sign * value for sign, value in pairs if value is not None)
     return found
-
-
-def front(costs: Mapping[str, Costs]) -> tuple[str, ...]:
-    """Configurations that no other beats or equals in all objectives; of equal ones the first."""
-    kept: dict[str, Costs] = {}
-    for identity, cost in sorted(costs.items(), key=lambda entry: entry[1]):
-        if not any(all(a <= b for a, b in zip(other, cost, strict=True)) for other in kept.values()):
-            kept[identity] = cost
-    return tuple(kept)
 
 
 def on_front(sweep: SweepResult, summaries: Sequence[ConfigurationSummary]) -> list[ConfigurationSummary]:
@@ -108,7 +97,7 @@ def evidence(
     worst = tuple(map(max, zip(*costs.values(), strict=True)))
     best = tuple(map(min, zip(*costs.values(), strict=True)))
     box = math.prod(w - b for w, b in zip(worst, best, strict=True))
-    share = hypervolume(list(costs.values()), worst) / box if box else 1.0
+    share = hypervolume([costs[identity] for identity in on_front], worst) / box if box else 1.0
     told.append(
         f"Pareto front of {names}: {', '.join(labels[identity] for identity in on_front)}; its hypervolume is "
         f"{quantities.share(share)} of the box between the best and the worst value of each."

@@ -16,6 +16,8 @@ from typing import Any
 
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 
+Costs = tuple[float, ...]
+"""What a configuration takes of each thing that counts: lower is better."""
 SAME_OBJECTIVE = 1e-4
 """ZeRO stages at one seed differ in the last bits alone, every time in the same direction: significant, and nothing."""
 
@@ -316,9 +318,14 @@ def pareto_front(found: Sequence[ConfigurationSummary], sign: int) -> frozenset[
             objective = sign * summary.objective.mean
             objective = best if objective <= as_good else objective
             costs[summary.configuration_id] = (objective, memory, -(summary.tokens_per_s or 0.0))
-    front: dict[str, tuple[float, float, float]] = {}
+    return frozenset(front(costs))
+
+
+def front(costs: Mapping[str, Costs]) -> tuple[str, ...]:
+    """Configurations that no other beats or equals in all costs; of equal ones the first."""
+    kept: dict[str, Costs] = {}
     # In this order whatever beats a configuration comes before it, so only the front has to be looked at.
     for identity, cost in sorted(costs.items(), key=lambda entry: entry[1]):
-        if not any(all(a <= b for a, b in zip(other, cost, strict=True)) for other in front.values()):
-            front[identity] = cost
-    return frozenset(front)
+        if not any(all(a <= b for a, b in zip(other, cost, strict=True)) for other in kept.values()):
+            kept[identity] = cost
+    return tuple(kept)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from orchestrator.planning.plan import SweepPlan
-from orchestrator.results.records import SweepResult, TrialStatus
+from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 
 PARTS = ("startup", "data", "model", "training", "evaluation", "saving")
 
@@ -67,7 +67,7 @@ def against_plan(
     """
     held_s = times.worker_s + sum(trial.timing.earlier_s for trial in sweep.trials)
     hours = held_s * plan.workers_per_trial * plan.gpus_per_worker / 3600
-    ran = sum(trial.status not in (TrialStatus.PENDING, TrialStatus.INFEASIBLE) for trial in sweep.trials)
+    ran = sum(map(_has_run, sweep.trials))
     found = [Outlay("from start to end", plan.makespan_s, times.wall_s, "s")]
     if not plan.proposed_by:
         # The plan of what proposes its trials has examples, of which none may run.
@@ -85,3 +85,10 @@ def against_plan(
     if ratios:
         found.append(Outlay("a completed trial's time over the plan's, median", None, median(ratios), "ratio"))
     return tuple(found)
+
+
+def _has_run(trial: TrialResult) -> bool:
+    # A sweep that ends cancels what waits too.
+    if trial.status is TrialStatus.CANCELLED:
+        return trial.steps > 0 or trial.timing.total_s + trial.timing.earlier_s > 0
+    return trial.status not in (TrialStatus.PENDING, TrialStatus.INFEASIBLE)

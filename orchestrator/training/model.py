@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,9 @@ from orchestrator.errors import ModelError
 from orchestrator.training.deepspeed_config import ComputeDtype
 
 DTYPES: dict[ComputeDtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_IMAGE_PARTS = ("vision_tower", "multi_modal_projector")
+"""What Gemma 3 calls the part that looks at images."""
+_IMAGE_MODULES = rf".*\b({'|'.join(_IMAGE_PARTS)})\b.*"
 TargetModules = Literal["attention", "all-linear"] | tuple[str, ...]
 
 
@@ -44,7 +48,8 @@ def build(
     """
     with _loading_into_shards(zero3):
         model = _load(config, folder, dtype, device)
-        model.config.use_cache = False
+        # Of a model with parts each part has its own.
+        model.config.get_text_config().use_cache = False
         fuse_activations(model)
         if config.precision.is_quantized:
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
@@ -57,6 +62,7 @@ def build(
             # Again, since loading draws more or fewer random numbers under each ZeRO stage.
             seed_everything(config.seed)
             model = _adapted(model, config, dtype)
+        _leave_out_images(model)
     built: torch.nn.Module = model.train()
     return built
 
@@ -129,6 +135,7 @@ def _adapted(model: PreTrainedModel, config: TrialConfig, dtype: ComputeDtype) -
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets,
+        exclude_modules=_IMAGE_MODULES if _has_image_part(model) else None,
         use_rslora=config.rslora,
         use_dora=config.dora,
     )
@@ -142,6 +149,19 @@ def _adapted(model: PreTrainedModel, config: TrialConfig, dtype: ComputeDtype) -
         if parameter.requires_grad:
             parameter.data = parameter.data.to(adapter_dtype)
     return adapted
+
+
+def _has_image_part(model: torch.nn.Module) -> bool:
+    return any(re.fullmatch(_IMAGE_MODULES, name) for name, _ in model.named_modules())
+
+
+def _leave_out_images(model: torch.nn.Module) -> None:
+    """Text never goes through the part of Gemma 3 that looks at images. It goes after the adapter came, so that its
+    names, and what it excludes, are those of the whole model, which is what a user loads."""
+    for home in list(model.modules()):
+        for name, _ in list(home.named_children()):
+            if name in _IMAGE_PARTS:
+                delattr(home, name)
 
 
 def fuse_activations(model: torch.nn.Module) -> None:
@@ -179,7 +199,11 @@ def find_target_modules(model: torch.nn.Module, target_modules: TargetModules) -
     """
     if target_modules == "all-linear":
         return target_modules
-    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and not re.fullmatch(_IMAGE_MODULES, name)
+    ]
     if target_modules == "attention":
         return _attention_projections(model, linear)
     assert not isinstance(target_modules, str)

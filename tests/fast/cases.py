@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from orchestrator.config.search_space import Trial
@@ -48,7 +49,7 @@ SMOLLM2_135M: dict[str, Any] = {
 CPU = Hardware("cpu", 0, 2, 1, 24 * 2**30, has_bf16=False, has_fp16=False, has_bitsandbytes=True)
 CPU_WITH_HALF = Hardware("cpu", 0, 2, 1, 24 * 2**30, has_bf16=True, has_fp16=True, has_bitsandbytes=True)
 A100 = named_gpu("A100", 8)
-V100 = named_gpu("V100", 8)
+V100 = replace(named_gpu("V100", 8), torch_knows_volta=True)
 
 
 def case(hardware: Hardware, workers: int = 1, **settings: Any) -> Case:

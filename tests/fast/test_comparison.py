@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ from typer.testing import CliRunner
 
 from orchestrator.cli import app
 from orchestrator.errors import InputError
-from orchestrator.reporting import comparison_report, report
+from orchestrator.reporting import comparison_report, quantities, report
 from orchestrator.reporting.comparison import Comparison, compare
 from orchestrator.results.records import SweepResult
+from orchestrator.results.storage import write_atomically
 from tests.fast.test_report import Page
-from tests.made_up_sweep import made_up_sweep, simulated, write_made_up
+from tests.made_up_sweep import made_up_plan, made_up_sweep, simulated, write_made_up
 
 pytest.importorskip("jinja2")
 pytest.importorskip("scipy")
@@ -88,6 +90,39 @@ def test_the_command_compares_several_folders(tmp_path: Path) -> None:
     assert folders[1].report.exists()
     raw = json.loads(CliRunner().invoke(app, ["report", "--json", *(str(folder.root) for folder in folders)]).stdout)
     assert [sweep["name"] for sweep in raw["sweeps"]] == ["a", "b"]
+
+
+def test_the_comparison_is_told_where_its_page_cannot_be_written(tmp_path: Path) -> None:
+    folders = [write_made_up(tmp_path / name, named(simulated([2.2, 2.0], 2, 1), name)) for name in ("a", "b")]
+    folders[0].comparison.mkdir()
+    shown = CliRunner().invoke(app, ["report", *(str(folder.root) for folder in folders)])
+    assert shown.exit_code == 0
+    assert "ran in several, all settings alike:" in shown.stdout
+    assert f"{folders[0].comparison} could not be written: " in shown.stderr
+
+
+def test_every_page_is_put_where_its_sweep_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [write_made_up(tmp_path / name, named(simulated([2.2, 2.0], 2, 1), name)) for name in ("a", "b")]
+    published: list[Path] = []
+    monkeypatch.setattr("orchestrator.results.remote.publish", lambda folder, file: published.append(file))
+    CliRunner().invoke(app, ["report", *(str(folder.root) for folder in folders)])
+    assert published == [folders[0].report, folders[1].report, folders[0].comparison]
+
+
+def test_each_sweeps_memory_is_drawn_with_its_own_parts(tmp_path: Path) -> None:
+    """Of another model the same settings hold other bytes."""
+    sweep = simulated([2.0], 1, 1)
+    folders = [write_made_up(tmp_path / name, named(sweep, name)) for name in ("a", "b")]
+    small = made_up_plan(sweep)
+    (trial,) = small.trials
+    assert trial.memory is not None
+    parts = replace(trial.memory.parts, weights=trial.memory.parts.weights // 2)
+    other = trial.model_copy(update={"memory": replace(trial.memory, parts=parts)})
+    for folder, plan in zip(folders, (small, small.model_copy(update={"trials": (other,)})), strict=True):
+        write_atomically(folder.plan, plan.model_dump_json())
+    page = comparison_report.render_html(compare([report.build(folder) for folder in folders]))
+    for held in (trial.memory.parts.weights, parts.weights):
+        assert f"weights {quantities.memory(held)}" in page
 
 
 def test_sweeps_without_an_answer_can_be_compared(tmp_path: Path) -> None:

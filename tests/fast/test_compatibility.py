@@ -28,6 +28,9 @@ LLAMA = {
 SHAPE = shape_of(LLAMA)
 BLOOM = shape_of({"model_type": "bloom", "hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 100})
 MIXTRAL = shape_of(LLAMA | {"model_type": "mixtral", "num_local_experts": 8})
+GEMMA_3 = shape_of(
+    {"model_type": "gemma3", "text_config": LLAMA, "vision_config": {"model_type": "siglip_vision_model"}}
+)
 WIDE_HEADS = shape_of(LLAMA | {"head_dim": 288})
 H100, T4, V100 = named_gpu("H100", 8), named_gpu("T4", 1), named_gpu("V100", 1)
 CPU = Hardware("cpu", 0, 4, 1, 2**34, has_bf16=False, has_fp16=False, has_bitsandbytes=True)
@@ -42,6 +45,10 @@ def case(hardware: Hardware = H100, workers: int = 1, shape: Any = SHAPE, **sett
 REFUSED: dict[str, tuple[Case, Case]] = {
     "fp16_needs_hardware": (case(CPU, precision="fp16"), case(precision="fp16")),
     "bf16_needs_ampere": (case(T4), case(T4, precision="fp16")),
+    "torch_of_pypi_needs_turing": (
+        case(V100, precision="fp16"),
+        case(replace(V100, torch_knows_volta=True), precision="fp16"),
+    ),
     "flash_attention_needs_ampere": (
         case(T4, attention="flash_attention_2", precision="fp16"),
         case(attention="flash_attention_2"),
@@ -76,11 +83,13 @@ REFUSED: dict[str, tuple[Case, Case]] = {
         case(precision="fp16", engine="ddp", rank=8),
     ),
     "adapters_only_options": (case(rank="full", dora=True), case(rank=8, dora=True)),
+    "whole_training_leaves_nothing_out": (case(shape=GEMMA_3, rank="full"), case(shape=GEMMA_3, rank=8)),
     "targets_must_exist": (case(target_modules=("qproj",)), case(target_modules=("q_proj",))),
     "global_batch_must_divide": (case(workers=3), case(workers=4)),
     "sequence_must_fit_the_model": (case(sequence_length=2049), case(sequence_length=2048)),
 }
 NOTED: dict[str, tuple[Case, Case]] = {
+    "counted_as_a_llama": (case(shape=shape_of(LLAMA | {"model_type": "newcomer"})), case()),
     "zero_on_one_worker": (case(zero_stage=2), case(zero_stage=2, workers=2)),
     "emulated_half_precision": (case(CPU), case(CPU, precision="fp32")),
     "quantised_compute_dtype": (case(CPU, precision="nf4"), case(precision="nf4")),

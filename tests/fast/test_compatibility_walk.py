@@ -17,6 +17,7 @@ FAMILIES = {
     "llama": shape_of(LLAMA_2_7B),
     "wide heads": shape_of(LLAMA_2_7B | {"head_dim": 288}),
     "gemma2": shape_of(LLAMA_2_7B | {"model_type": "gemma2"}),
+    "gemma3": shape_of({"model_type": "gemma3", "text_config": LLAMA_2_7B, "vision_config": {"image_size": 896}}),
     "bloom": shape_of({"model_type": "bloom", "hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 100}),
     "gpt2": shape_of({"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257}),
     "mixtral": shape_of(LLAMA_2_7B | {"model_type": "mixtral", "num_key_value_heads": 8}),

@@ -84,6 +84,12 @@ def test_an_old_gpu_is_not_refused_all_settings_for_its_precision() -> None:
     assert answer_of(V100, "zero_stage", 3).runs
 
 
+def test_a_gpu_that_torch_has_no_kernels_for_is_told_so_of_every_setting() -> None:
+    found = doctor.answers(replace(V100, torch_knows_volta=False), 2)
+    assert not any(answer.runs for answer in found)
+    assert all(any("install torch for CUDA 12.6" in reason for reason in answer.reasons) for answer in found)
+
+
 def test_what_runs_slowly_or_with_another_setting_says_so() -> None:
     assert "emulated" in answer_of(CPU, "precision", "bf16").notes[0]
     assert answer_of(H100, "offload", "optimizer_and_parameters").together_with == {"zero_stage": 3}

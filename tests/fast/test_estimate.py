@@ -96,3 +96,21 @@ def test_an_answer_is_json_whatever_the_line_was(bad: str | bytes) -> None:
 def test_key_value_heads_that_no_model_has_are_refused(heads: int) -> None:
     (got,) = answer(line(model={**LLAMA_2_7B, "num_key_value_heads": heads}))
     assert "key" in got["error"]
+
+
+def test_a_mixture_all_of_whose_layers_are_dense_is_estimated_quantised() -> None:
+    mixture = LLAMA_2_7B | {"model_type": "qwen2_moe", "num_experts": 4, "decoder_sparse_step": 64}
+    (got,) = answer(line(model=mixture, trial={"precision": "nf4", "micro_batch_size": 1}))
+    assert got["allocated_bytes"] > 2**31
+
+
+def test_a_model_that_cannot_be_had_is_asked_for_once() -> None:
+    asked: list[str] = []
+
+    def none(model: str) -> dict[str, Any]:
+        asked.append(model)
+        return unknown(model)
+
+    told = [json.loads(one) for one in estimate_lines([line(model="no/model")] * 3, none)]
+    assert [one["error"] for one in told] == ["no model no/model: name another"] * 3
+    assert asked == ["no/model"]

@@ -19,6 +19,7 @@ from orchestrator.planning.hardware import (
     named_gpu,
     parse_memory,
     this_machine,
+    torch_knows_volta,
 )
 
 
@@ -50,15 +51,30 @@ def test_a_gpu_is_known_by_any_spelling(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("driver", "ours"), [("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA A100-SXM4-40GB", "A100-40GB"), ("Tesla T4", "T4")]
+    ("driver", "ours"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA A100-SXM4-40GB", "A100-40GB"),
+        ("A100-40G", "A100-40GB"),
+        ("A100-80G", "A100"),
+        ("Tesla T4", "T4"),
+    ],
 )
-def test_a_gpu_is_known_by_the_drivers_name(driver: str, ours: str) -> None:
+def test_a_gpu_is_known_by_the_drivers_name_or_rays(driver: str, ours: str) -> None:
     assert named_gpu(driver, 1).gpu_name == ours
 
 
 @pytest.mark.parametrize(
     ("name", "gib"),
-    [("Tesla V100-SXM2-16GB", 16), ("V100", 32), ("H100 NVL 94GB", 94), ("L4 24GB", 22.5), ("A10", 22.5)],
+    [
+        ("Tesla V100-SXM2-16GB", 16),
+        ("V100", 32),
+        ("A100-40G", 40),
+        ("NVIDIA A10G", 22.5),
+        ("H100 NVL 94GB", 94),
+        ("L4 24GB", 22.5),
+        ("A10", 22.5),
+    ],
 )
 def test_a_name_that_tells_its_memory_has_that(name: str, gib: float) -> None:
     # A card that the driver shows with a little less is not taken for another.
@@ -135,6 +151,21 @@ def test_a_containers_limit_is_its_memory(tmp_path: Path, file: str, text: str, 
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text(text)
     assert container_limit_bytes(tmp_path) == limit_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "knows"),
+    [
+        ("cuda: Optional[str] = '12.6'\n", True),
+        ("cuda = '13.0'\n", False),
+        ("cuda: Optional[str] = None\nhip: Optional[str] = '6.4'\n", False),
+        ("", False),
+    ],
+)
+def test_torch_built_for_cuda_12_knows_older_gpus(tmp_path: Path, text: str, knows: bool) -> None:
+    (tmp_path / "version.py").write_text(text)
+    assert torch_knows_volta(tmp_path / "version.py") is knows
+    assert not torch_knows_volta(tmp_path / "missing.py")
 
 
 @pytest.mark.parametrize(

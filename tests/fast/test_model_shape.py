@@ -85,6 +85,19 @@ def test_the_text_part_of_a_larger_model_is_read() -> None:
     assert shape_of({"model_type": "gemma3", "text_config": LLAMA_2_7B}) == shape_of(LLAMA_2_7B)
 
 
+def test_only_gemma_3_is_counted_without_its_part_for_images() -> None:
+    """Training leaves that out; of others nobody knows what is loaded."""
+    whole = {"text_config": LLAMA_2_7B, "vision_config": {"hidden_size": 1152}}
+    found = shape_of({"model_type": "gemma3", **whole})
+    assert found.parameters == shape_of(LLAMA_2_7B).parameters
+    assert found.leaves_out_images
+    assert not shape_of(LLAMA_2_7B).leaves_out_images
+    with pytest.raises(ModelError, match="has a part that looks at images, which no estimate counts"):
+        shape_of({"model_type": "mistral3", **whole})
+    with pytest.raises(ModelError, match="has a part that hears"):
+        shape_of({"model_type": "gemma3", "audio_config": {"hidden_size": 8}, **whole})
+
+
 def test_an_unknown_family_with_llamas_fields_is_read_as_llama() -> None:
     assert shape_of(LLAMA_2_7B | {"model_type": "newcomer"}).parameters == 6_738_415_616
 
@@ -94,6 +107,18 @@ def test_a_model_with_weights_that_nobody_counts_is_refused_and_not_read_as_llam
     with pytest.raises(ModelError, match=r"deepseek_v3 has .* no estimate counts"):
         shape_of(LLAMA_2_7B | {"model_type": "deepseek_v3", part: 8})
     assert shape_of(LLAMA_2_7B | {part: None}).parameters == 6_738_415_616
+
+
+@pytest.mark.parametrize(
+    ("told", "method"),
+    [({"quant_method": "gptq", "bits": 4}, "gptq"), ({"load_in_4bit": True}, "by bitsandbytes"), ("fp8", "fp8")],
+)
+def test_a_model_that_is_quantised_already_is_refused_whatever_the_precision(told: object, method: str) -> None:
+    with pytest.raises(ModelError, match=rf"already quantised \({method}\): name the unquantised model"):
+        shape_of(LLAMA_2_7B | {"quantization_config": told})
+    with pytest.raises(ModelError, match="already quantised"):
+        shape_of({"model_type": "gemma3", "text_config": LLAMA_2_7B, "quantization_config": told})
+    assert shape_of(LLAMA_2_7B | {"quantization_config": None}) == shape_of(LLAMA_2_7B)
 
 
 @pytest.mark.parametrize("value", ["false", 2, []])
@@ -113,6 +138,13 @@ def test_a_missing_field_is_named(field: str) -> None:
 def test_an_absurd_field_is_named(field: str, value: object) -> None:
     with pytest.raises(ModelError, match=f"`{field}`"):
         shape_of(LLAMA_2_7B | {field: value})
+
+
+def test_a_mixture_all_of_whose_layers_are_dense_has_no_experts() -> None:
+    mixture = LLAMA_2_7B | {"model_type": "qwen2_moe", "num_experts": 4, "decoder_sparse_step": 64}
+    found = shape_of(mixture)
+    assert found.parameters == shape_of(LLAMA_2_7B | {"model_type": "qwen2"}).parameters
+    assert (found.experts, found.shared_intermediate) == (0, 0)
 
 
 @pytest.mark.parametrize("field", ["num_hidden_layers", "num_attention_heads"])

@@ -95,8 +95,38 @@ def test_no_driver_is_no_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert nvidia_smi.local_gpus() == ((), None)
 
 
-def test_gpus_that_are_hidden_are_not_planned_for(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("hidden", ["", "-1", "NoDevFiles", "7"])
+def test_gpus_that_are_hidden_are_not_planned_for(hidden: str, driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     driver(H100 * 2)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
     assert nvidia_smi.local_gpus() == ((), None)
     assert this_machine().device == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("visible", "left"),
+    [
+        ("2", ["T4"]),
+        ("0, 2", ["H100", "T4"]),
+        ("GPU-1b0c", ["3g.40gb", "1g.10gb"]),
+        ("MIG-b56a8b0c,GPU-77", ["1g.10gb", "T4"]),
+        ("0,-1,2", ["H100"]),
+        ("GPU-5d5ba0d6-2", []),
+    ],
+)
+def test_of_gpus_that_are_visible_in_part_only_those_are_there(
+    visible: str, left: list[str], driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver(
+        "H100, 81559, 9.0, 570.86.15, Disabled\n"
+        "A100, 81920, 8.0, 570.86.15, Enabled\n"
+        "T4, 15360, 7.5, 570.86.15, [N/A]\n",
+        "GPU 0: H100 (UUID: GPU-5d5ba0d6)\n"
+        "GPU 1: A100 (UUID: GPU-1b0c1f6e)\n"
+        "  MIG 3g.40gb     Device  0: (UUID: MIG-6a2ad8b4)\n"
+        "  MIG 1g.10gb     Device  1: (UUID: MIG-b56a8b0c)\n"
+        "GPU 2: T4 (UUID: GPU-77b0c1f6)\n",
+    )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    gpus, _ = nvidia_smi.local_gpus()
+    assert [gpu.name.rpartition(" ")[2] for gpu in gpus] == left

@@ -7,7 +7,7 @@ import pytest
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.planning.hardware import GPUS, Hardware, named_gpu
 from orchestrator.planning.model_shape import ModelShape, shape_of
-from orchestrator.planning.step_time import SPREAD, UNMEASURED, Range, step_seconds
+from orchestrator.planning.step_time import SPREAD, UNMEASURED, Range, step_flops, step_seconds
 from tests.fast.cases import CPU, LLAMA_2_7B, SMOLLM2_135M
 
 SEVEN_B = shape_of(LLAMA_2_7B)
@@ -41,6 +41,21 @@ def test_gathered_and_offloaded_weights_go_over_a_link_that_may_be_slow() -> Non
         assert seconds(gpu, workers=4, zero_stage=3) > least * seconds(gpu, workers=4, zero_stage=2)
     whole = {"zero_stage": 3, "offload": "optimizer_and_parameters"}
     assert seconds(nvlink, workers=4, **whole) > seconds(nvlink, workers=4, zero_stage=3)
+
+
+@pytest.mark.parametrize("rank", [8, "full"])
+def test_attention_takes_its_forward_pass_three_times_whatever_is_trained(rank: object) -> None:
+    """Its scores have no weights, so that none of their gradients is left out where weights are frozen."""
+
+    def flops_of_scores(**settings: Any) -> float:
+        one, two = (
+            step_flops(TrialConfig(rank=rank, global_batch_size=4096 // n, sequence_length=n, **settings), SEVEN_B)
+            for n in (1024, 2048)
+        )
+        return (two - one) / 4096 / (4 * 1024 * 4096 * 32)
+
+    assert flops_of_scores() == pytest.approx(3)
+    assert flops_of_scores(gradient_checkpointing=True) == pytest.approx(4)
 
 
 def test_quantised_weights_cost_time() -> None:

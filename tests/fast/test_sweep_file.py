@@ -133,6 +133,12 @@ def test_more_exclusions_than_can_be_compared_in_time_are_refused(tmp_path: Path
         load(write(tmp_path, yaml.safe_dump(SMALL | {"exclude": [{"rank": 1}] * 1001})))
 
 
+@pytest.mark.parametrize("value", ["!!bool maybe", "!!int ''", "!!float ''", "!!timestamp soon"])
+def test_a_tag_that_the_value_does_not_keep_to_is_a_problem_of_its_line(tmp_path: Path, value: str) -> None:
+    told = problems(tmp_path, f"{yaml.safe_dump(SMALL)}trial:\n  rank: {value}\n")
+    assert "leave the tag out" in told["6: trial.rank"]
+
+
 def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
     assert problems(tmp_path, "name: a\nname: b\n") == {"2: name": "stands twice: keep one"}
 
@@ -173,9 +179,13 @@ def test_a_value_that_cannot_be_meant_is_refused(tmp_path: Path, key: str, told:
         ("precision", {"int": [1, 4]}),
         ("learning_rate", {"uniform": [float("nan"), 1]}),
         ("rank", {"log_int": [1, 10**22]}),
+        ("max_grad_norm", {"uniform": [0.5, float("inf")]}),
+        ("max_grad_norm", {"choice": [1.0, float("inf")]}),
+        ("max_grad_norm", [1.0, float("inf")]),
+        ("alpha", [8, float("inf")]),
     ],
 )
-def test_a_range_that_cannot_be_drawn_from_is_refused(tmp_path: Path, setting: str, domain: dict[str, Any]) -> None:
+def test_a_domain_that_cannot_be_drawn_from_is_refused(tmp_path: Path, setting: str, domain: Any) -> None:
     raw = SMALL | {"space": {setting: domain}, "search": {"algorithm": "random"}}
     with pytest.raises(SweepFileError, match=f"space.{setting}"):
         load(write(tmp_path, yaml.safe_dump(raw)))

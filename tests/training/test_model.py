@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -22,6 +25,7 @@ from transformers import (
 
 from orchestrator.errors import ModelError
 from orchestrator.planning.compatibility import WITHOUT_FLASH_ATTENTION, WITHOUT_POSITIONS, WITHOUT_SDPA
+from orchestrator.planning.model_shape import lora_parameters, shape_of, targeted
 from orchestrator.training import model as models
 from tests.training.conftest import tiny
 from tests.training.launch import make_task, run_trial
@@ -156,12 +160,16 @@ def test_a_whole_model_is_saved_where_all_weights_are_trained(
     assert _eval_loss(loaded, tiny_data) == pytest.approx(outcome.end.progress.best.eval_loss, rel=1e-4)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_packed_rows_do_not_see_each_other(attention: str, tiny_model: Path, tiny_data: Path) -> None:
+@pytest.mark.parametrize(("attention", "kind"), [("sdpa", "llama"), ("eager", "llama"), ("sdpa", "gemma 3")])
+def test_packed_rows_do_not_see_each_other(
+    attention: str, kind: str, tiny_model: Path, tiny_data: Path, gemma_3: Path
+) -> None:
     from orchestrator.training import data
 
+    folder = gemma_3 if kind == "gemma 3" else tiny_model
+
     # As the loop builds it: with a cache for generation transformers would not look for packed rows.
-    model = models.build(tiny(attention=attention), tiny_model, "fp32", CPU, zero3=None).eval()
+    model = models.build(tiny(attention=attention), folder, "fp32", CPU, zero3=None).eval()
     dataset = data.load(tiny_data, "train", 64, packing=True)
     several = data.np.flatnonzero(data.np.diff(dataset.bounds) > 1)[:3]
     batch = data.collate(dataset, several, packing=True, pad_token=1)
@@ -196,6 +204,64 @@ def test_what_the_plan_believes_of_kernels_and_positions_is_what_transformers_cl
         assert model._supports_flash_attn is (kind not in WITHOUT_FLASH_ATTENTION), kind
         takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         assert takes_positions is (kind not in WITHOUT_POSITIONS), kind
+
+
+@pytest.fixture(scope="module")
+def gemma_3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As the 4B and larger ones are published: a language model, and a part that looks at images."""
+    torch.manual_seed(0)
+    text = {
+        "vocab_size": 1024,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+    }
+    config = Gemma3Config(
+        text_config=text,
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        mm_tokens_per_image=4,
+    )
+    folder = tmp_path_factory.mktemp("gemma-3")
+    Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("target_modules", ["attention", "all-linear", ("q_proj", "down_proj")])
+def test_of_gemma_3_the_language_model_is_trained_as_counted_and_its_adapter_fits_the_whole_model(
+    target_modules: str, gemma_3: Path, tmp_path: Path
+) -> None:
+    shape = shape_of(AutoConfig.from_pretrained(gemma_3).to_dict())
+    built: Any = models.build(tiny(target_modules=target_modules), gemma_3, "fp32", CPU, zero3=None)
+    targets = targeted(shape, target_modules)
+    assert models.trainable_parameters(built) == lora_parameters(8, targets)
+    assert sum(p.numel() for p in built.parameters() if not p.requires_grad) == shape.parameters
+    ids = torch.arange(5, 21)[None]
+    built(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in built.parameters() if p.requires_grad), "plain data parallelism would hang"
+    with torch.no_grad():
+        for name, parameter in built.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+        expected = built.eval()(input_ids=ids).logits
+    models.save(built, tmp_path / "adapter", writes=True)
+
+    whole = AutoModelForCausalLM.from_pretrained(gemma_3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        loaded = PeftModel.from_pretrained(whole, tmp_path / "adapter").eval()
+    assert [name for name, _ in loaded.named_modules() if "vision" in name and "lora" in name] == []
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_activations_that_transformers_writes_out_become_torchs_kernel_of_the_same_function() -> None:

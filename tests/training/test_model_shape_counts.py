@@ -55,6 +55,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Mixtral": ("Mixtral", LLAMA | {"num_local_experts": 4}),
     "Qwen2-MoE": ("Qwen2Moe", QWEN_MOE | {"shared_expert_intermediate_size": 80}),
     "Qwen2-MoE, dense layers": ("Qwen2Moe", QWEN_MOE | {"decoder_sparse_step": 2}),
+    "Qwen2-MoE, dense alone": ("Qwen2Moe", QWEN_MOE | {"decoder_sparse_step": 4}),
     "Qwen3-MoE": ("Qwen3Moe", QWEN_MOE),
     "OLMo": ("Olmo", LLAMA),
     "OLMo 2": ("Olmo2", LLAMA),
