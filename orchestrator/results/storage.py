@@ -120,6 +120,14 @@ class TrialFolder:
             end += len(line) + 1
         return tuple(points), end
 
+    def began_ms(self) -> int | None:
+        """When the first point of the curve was made; None where there is none yet."""
+        try:
+            with opened(self.metrics) as file:
+                return MetricPoint.model_validate_json(file.readline()).time_ms
+        except (OSError, ValidationError):
+            return None
+
     def curve_bytes(self, steps: int, after: int = 0) -> int | None:
         """How long metrics.jsonl was after so many steps; None where it does not hold each of them in a line.
 
