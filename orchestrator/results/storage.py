@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -296,25 +296,45 @@ def read_trial_results(folder: SweepFolder) -> tuple[dict[str, TrialResult], tup
     return results, tuple(damaged)
 
 
+def read_table(folder: SweepFolder) -> SweepResult:
+    """The sweep as results.json has it: its trials as they stood when it was written.
+
+    Raises:
+        FolderError: the folder holds no sweep.
+    """
+    try:
+        return SweepResult.model_validate(upgrade(from_json(read_record(folder.results_json))))
+    except FileNotFoundError as error:
+        raise FolderError(f"{folder.shown} holds no sweep: name a folder that `orchestrator run` made") from error
+    except (OSError, ValueError, RecursionError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise FolderError(f"{folder.results_json} cannot be read ({why}): run the sweep again to rebuild it") from error
+
+
 def read_sweep(folder: SweepFolder) -> tuple[SweepResult, tuple[DamagedRecord, ...]]:
     """The sweep with every trial as its own file has it, running or ended.
 
     Raises:
         FolderError: the folder holds no sweep.
     """
-    try:
-        sweep = SweepResult.model_validate(upgrade(from_json(read_record(folder.results_json))))
-    except FileNotFoundError as error:
-        raise FolderError(f"{folder.shown} holds no sweep: name a folder that `orchestrator run` made") from error
-    except (OSError, ValueError, RecursionError) as error:
-        why = " ".join(str(error).split())[:200]
-        raise FolderError(f"{folder.results_json} cannot be read ({why}): run the sweep again to rebuild it") from error
+    sweep = read_table(folder)
     results, damaged = read_trial_results(folder)
-    known = {trial.trial_id: trial for trial in sweep.trials}
+    known = {trial.trial_id for trial in sweep.trials}
     # What an adaptive search has proposed since is in its own file alone.
-    read = {trial_id: trial for trial_id, trial in results.items() if trial_id in known or trial.suggestion}
-    trials = tuple((known | read).values())
-    return sweep.model_copy(update={"trials": trials}), damaged
+    own = {trial_id: trial for trial_id, trial in results.items() if trial_id in known or trial.suggestion}
+    return sweep.model_copy(update={"trials": tuple(newest(sweep.trials, own).values())}), damaged
+
+
+def newest(table: Iterable[TrialResult], own: Mapping[str, TrialResult]) -> dict[str, TrialResult]:
+    """By id, what a trial's own file says of it, and where it has none what results.json does.
+
+    Of a trial that had ended an own record that knows of no end is the older one, as after a power cut.
+    """
+    found = {trial.trial_id: trial for trial in table}
+    for trial_id, record in own.items():
+        if record.status.is_final or trial_id not in found or not found[trial_id].status.is_final:
+            found[trial_id] = record
+    return found
 
 
 def is_at_work(folder: SweepFolder) -> bool:
