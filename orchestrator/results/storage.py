@@ -388,11 +388,31 @@ def write_sweep(folder: SweepFolder, sweep: SweepResult) -> None:
 
 
 def write_result(folder: SweepFolder, result: TrialResult) -> None:
-    """Write a trial's result.json; a trial that has ended needs no checkpoint any more, unless others do."""
+    """Write a trial's result.json; a trial that has ended needs no checkpoint any more, unless others do.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
     trial = folder.trial(result.trial_id)
+    if result.status.is_final:
+        _sync_metrics(trial)
     write_atomically(trial.result, result.model_dump_json(indent=1) + "\n")
     if result.status.is_final and not result.leaves_checkpoint:
+        if trial.checkpoint_steps():
+            # Here alone: it takes as long as a record itself, and a sweep writes thousands.
+            sync_folder(trial.root)
         trial.forget_checkpoints()
+
+
+def _sync_metrics(trial: TrialFolder) -> None:
+    """A record that tells of an end must not outlast its curve in a power cut."""
+    try:
+        with opened(trial.metrics) as file:
+            os.fsync(file.fileno())
+    except OSError as error:
+        # There may be none, or a folder in its place, as `read_trial_results` says.
+        if is_storage_failure(error):
+            raise StorageError(f"cannot write {trial.metrics} ({error}): mend the disk, or its mount") from error
 
 
 def results_table(sweep: SweepResult) -> str:

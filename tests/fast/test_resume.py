@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -196,6 +197,30 @@ def test_a_trial_that_has_ended_keeps_no_checkpoint_and_one_that_was_cut_off_doe
         trial.checkpoint(40).mkdir(parents=True, exist_ok=True)
         write_result(folder, record)
         assert trial.checkpoint_steps() == kept_steps
+
+
+def test_an_end_is_recorded_after_the_curve_and_before_the_checkpoint_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = SweepFolder(tmp_path)
+    record = made_up_trial({"rank": 4})
+    trial = folder.trial(record.trial_id)
+    trial.checkpoint(40).mkdir(parents=True)
+    trial.metrics.touch()
+    synced = []
+
+    def fsync(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        synced.append((path.name, trial.result.exists(), trial.checkpoint(40).exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_result(folder, record)
+    assert synced == [
+        (trial.metrics.name, False, True),
+        (f".{trial.result.name}.{os.getpid()}", False, True),
+        (trial.root.name, True, True),
+    ]
+    assert not trial.checkpoint(40).exists()
 
 
 def test_only_the_last_whole_checkpoint_counts_and_the_curve_must_reach_it(tmp_path: Path) -> None:
