@@ -38,13 +38,11 @@ RUN case "$ACCELERATOR" in \
         cuda) pip install torch==2.13.0 ;; \
         *) echo "ACCELERATOR is cpu or cuda, not $ACCELERATOR" >&2; exit 2 ;; \
     esac
-# On CPUs DeepSpeed would compile its shared-memory communication at the first trial, a minute each time, where nothing may
-# be written: it is built here. It is all that our configuration loads: the optimizers are torch's own, so on GPUs there is
-# nothing to build.
+# It comes as source. Nothing of it is compiled, here or later: the optimizers are torch's own, and a trial keeps DeepSpeed
+# from building its shared-memory communication.
 # The linter does not see PIP_CONSTRAINT.
 # hadolint ignore=DL3013
 RUN pip install -r docker/deepspeed-build.txt \
-    && if [ "$ACCELERATOR" = cpu ]; then export DS_ACCELERATOR=cpu DS_BUILD_SHM_COMM=1; fi \
     && pip install --no-build-isolation --no-binary deepspeed deepspeed
 COPY pyproject.toml README.md LICENSE ./
 COPY orchestrator orchestrator

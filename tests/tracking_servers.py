@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import importlib.util
 import os
@@ -11,9 +12,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import boto3
@@ -73,6 +77,41 @@ class FragileServer:
     def kill(self) -> None:
         self.signal(signal.SIGKILL)
         self.process.wait(30)
+
+
+@contextmanager
+def late_once(server: FragileServer, path: str, late_s: float) -> Iterator[str]:
+    """An address of the server at which the first answer for `path` comes late; the server does what it is asked."""
+    made = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            there = f"http://127.0.0.1:{server.port}{self.path}"
+            got = requests.request(self.command, there, data=body, headers=dict(self.headers), timeout=LIMIT_S)
+            if self.path == path and not made.is_set():
+                made.set()
+                time.sleep(late_s)
+            with contextlib.suppress(OSError):
+                self.send_response(got.status_code)
+                self.send_header("Content-Length", str(len(got.content)))
+                self.end_headers()
+                self.wfile.write(got.content)
+
+        do_GET = do_POST = do_PUT = answer
+
+        def log_message(self, *_: object) -> None: ...
+
+    proxy = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=proxy.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{proxy.server_port}"
+    finally:
+        proxy.shutdown()
+        thread.join()
+        proxy.server_close()
+    assert made.is_set()
 
 
 def free_port() -> int:

@@ -263,7 +263,8 @@ class BudgetConfig(_Part):
     """How many configurations a search tries; at most so many of a grid. An adaptive search needs it: what it proposes
     and is refused before launch costs nothing, up to as many again; from then on each refusal counts as a trial."""
     hours: Annotated[float, Field(gt=0)] | None = None
-    """Of each run of the command: what a sweep took before it was interrupted does not count."""
+    """Of each run of the command: what a sweep took before it was interrupted does not count. What `evaluate` asks for
+    comes after it, and has as long again."""
     trial_hours: Annotated[float, Field(gt=0)] | None = None
     """The longest that one trial may run; one that hangs would hold its GPUs for ever."""
     gpu_hours: Annotated[float, Field(gt=0)] | None = None

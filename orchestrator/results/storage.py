@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +119,14 @@ class TrialFolder:
                 points.append(point)
             end += len(line) + 1
         return tuple(points), end
+
+    def began_ms(self) -> int | None:
+        """When the first point of the curve was made; None where there is none yet."""
+        try:
+            with opened(self.metrics) as file:
+                return MetricPoint.model_validate_json(file.readline()).time_ms
+        except (OSError, ValidationError):
+            return None
 
     def curve_bytes(self, steps: int, after: int = 0) -> int | None:
         """How long metrics.jsonl was after so many steps; None where it does not hold each of them in a line.
@@ -288,25 +296,45 @@ def read_trial_results(folder: SweepFolder) -> tuple[dict[str, TrialResult], tup
     return results, tuple(damaged)
 
 
+def read_table(folder: SweepFolder) -> SweepResult:
+    """The sweep as results.json has it: its trials as they stood when it was written.
+
+    Raises:
+        FolderError: the folder holds no sweep.
+    """
+    try:
+        return SweepResult.model_validate(upgrade(from_json(read_record(folder.results_json))))
+    except FileNotFoundError as error:
+        raise FolderError(f"{folder.shown} holds no sweep: name a folder that `orchestrator run` made") from error
+    except (OSError, ValueError, RecursionError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise FolderError(f"{folder.results_json} cannot be read ({why}): run the sweep again to rebuild it") from error
+
+
 def read_sweep(folder: SweepFolder) -> tuple[SweepResult, tuple[DamagedRecord, ...]]:
     """The sweep with every trial as its own file has it, running or ended.
 
     Raises:
         FolderError: the folder holds no sweep.
     """
-    try:
-        sweep = SweepResult.model_validate(upgrade(from_json(read_record(folder.results_json))))
-    except FileNotFoundError as error:
-        raise FolderError(f"{folder.shown} holds no sweep: name a folder that `orchestrator run` made") from error
-    except (OSError, ValueError, RecursionError) as error:
-        why = " ".join(str(error).split())[:200]
-        raise FolderError(f"{folder.results_json} cannot be read ({why}): run the sweep again to rebuild it") from error
+    sweep = read_table(folder)
     results, damaged = read_trial_results(folder)
-    known = {trial.trial_id: trial for trial in sweep.trials}
+    known = {trial.trial_id for trial in sweep.trials}
     # What an adaptive search has proposed since is in its own file alone.
-    read = {trial_id: trial for trial_id, trial in results.items() if trial_id in known or trial.suggestion}
-    trials = tuple((known | read).values())
-    return sweep.model_copy(update={"trials": trials}), damaged
+    own = {trial_id: trial for trial_id, trial in results.items() if trial_id in known or trial.suggestion}
+    return sweep.model_copy(update={"trials": tuple(newest(sweep.trials, own).values())}), damaged
+
+
+def newest(table: Iterable[TrialResult], own: Mapping[str, TrialResult]) -> dict[str, TrialResult]:
+    """By id, what a trial's own file says of it, and where it has none what results.json does.
+
+    Of a trial that had ended an own record that knows of no end is the older one, as after a power cut.
+    """
+    found = {trial.trial_id: trial for trial in table}
+    for trial_id, record in own.items():
+        if record.status.is_final or trial_id not in found or not found[trial_id].status.is_final:
+            found[trial_id] = record
+    return found
 
 
 def is_at_work(folder: SweepFolder) -> bool:
@@ -360,11 +388,31 @@ def write_sweep(folder: SweepFolder, sweep: SweepResult) -> None:
 
 
 def write_result(folder: SweepFolder, result: TrialResult) -> None:
-    """Write a trial's result.json; a trial that has ended needs no checkpoint any more, unless others do."""
+    """Write a trial's result.json; a trial that has ended needs no checkpoint any more, unless others do.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
     trial = folder.trial(result.trial_id)
+    if result.status.is_final:
+        _sync_metrics(trial)
     write_atomically(trial.result, result.model_dump_json(indent=1) + "\n")
     if result.status.is_final and not result.leaves_checkpoint:
+        if trial.checkpoint_steps():
+            # Here alone: it takes as long as a record itself, and a sweep writes thousands.
+            sync_folder(trial.root)
         trial.forget_checkpoints()
+
+
+def _sync_metrics(trial: TrialFolder) -> None:
+    """A record that tells of an end must not outlast its curve in a power cut."""
+    try:
+        with opened(trial.metrics) as file:
+            os.fsync(file.fileno())
+    except OSError as error:
+        # There may be none, or a folder in its place, as `read_trial_results` says.
+        if is_storage_failure(error):
+            raise StorageError(f"cannot write {trial.metrics} ({error}): mend the disk, or its mount") from error
 
 
 def results_table(sweep: SweepResult) -> str:

@@ -23,6 +23,8 @@ class TrialDelivery(BaseModel):
     run_id: str | None = None
     offset_bytes: Annotated[int, Field(ge=0)] = 0
     """Of metrics.jsonl, how much has arrived."""
+    began_ms: int | None = None
+    """When the first point that arrived was made: one of another time belongs to a trial that began again."""
     status: TrialStatus | None = None
     """The last one that was told."""
 

@@ -19,8 +19,6 @@ from orchestrator.sweep.folder_lock import only_one
 from orchestrator.sweep.tracking import Tracker, tracking_uri
 
 LATE_LIMIT_S = 60.0
-# A report is not kept waiting by a server that is still away.
-ONE_SHORT_TRY = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
 
 
 def deliver(
@@ -76,8 +74,8 @@ def deliver_late(folder: SweepFolder, say: Callable[[str], None]) -> None:
                     f"its folder names {now}, where this account has tracked no sweep, so nothing was sent there: set "
                     "MLFLOW_TRACKING_URI to it if it is yours"
                 )
-            for name, value in ONE_SHORT_TRY.items():
-                os.environ.setdefault(name, value)
+            # A report is not kept waiting by a server that is still away.
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
             tracker = Tracker(sweep, result.sweep_id, folder)
             result = result.model_copy(update={"mlflow_run_id": tracker.parent_run_id})
             for trial in result.trials:

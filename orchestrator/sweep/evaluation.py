@@ -5,6 +5,7 @@ A process of its own: memory and CUDA context are given back with it, whatever e
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -39,21 +40,35 @@ def evaluate(
     if not tasks:
         return True
     say(f"evaluating {quantities.counted(len(tasks), 'trained model')}")
+    # As a worker, and so on the type of GPU that the trials ran on.
+    others = shape.bundle
+    cpus, gpus = others.pop("CPU"), others.pop("GPU", 0)
     # One call a process, so that its memory is free for the next.
-    remote = ray.remote(num_cpus=shape.cpus_per_worker, num_gpus=shape.gpus_per_worker, max_calls=1, max_retries=0)(
-        _evaluate
-    )
+    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, resources=others, max_calls=1, max_retries=0)(_evaluate)
     waiting = {remote.remote(task, sweep.model): task.trial_id for task in tasks}
+    until_s = time.monotonic() + sweep.budget.hours * 3600 if sweep.budget.hours else None
     try:
         while waiting:
-            (done,), _ = ray.wait(list(waiting), num_returns=1)
-            _keep(done, waiting.pop(done), folder, say)
+            left_s = max(0.0, until_s - time.monotonic()) if until_s else None
+            done, _ = ray.wait(list(waiting), num_returns=1, timeout=left_s)
+            if not done:
+                _cancel(waiting)
+                say(
+                    f"evaluation was ended after budget.hours, {sweep.budget.hours:g}, without "
+                    f"{quantities.counted(len(waiting), 'trained model')}: run the same command again to have the rest"
+                )
+                return True
+            _keep(done[0], waiting.pop(done[0]), folder, say)
     except KeyboardInterrupt:
-        for left in waiting:
-            ray.cancel(left, force=True)
+        _cancel(waiting)
         say("evaluation was interrupted: run the same command again to have the rest")
         return False
     return True
+
+
+def _cancel(waiting: Iterable[Any]) -> None:
+    for left in waiting:
+        ray.cancel(left, force=True)
 
 
 def _evaluate(task: EvaluationTask, model: str) -> Evaluation:

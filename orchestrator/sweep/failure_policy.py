@@ -65,6 +65,16 @@ def silence_limit_s(longest_s: float | None) -> float:
     return START_LIMIT_S if longest_s is None else max(SILENCE_LIMIT_S, SILENCES * longest_s)
 
 
+REFUSALS = frozenset(
+    {
+        "INVALID_PARAMETER_VALUE",
+        "BAD_REQUEST",
+        "INVALID_STATE",
+        "RESOURCE_ALREADY_EXISTS",
+        "NOT_IMPLEMENTED",
+        "PERMISSION_DENIED",
+    }
+)
 TrackingFailure = Literal["away", "gone", "refused"]
 
 
@@ -76,5 +86,4 @@ def tracking_failure(error_code: str | None) -> TrackingFailure:
     """
     if error_code == "RESOURCE_DOES_NOT_EXIST":
         return "gone"
-    refused = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE", "RESOURCE_ALREADY_EXISTS", "NOT_IMPLEMENTED"}
-    return "refused" if error_code in refused else "away"
+    return "refused" if error_code in REFUSALS else "away"

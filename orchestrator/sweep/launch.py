@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import ray
 from ray import tune
+from ray.util.placement_group import NODE_ID_LABEL_KEY
 
 from orchestrator.errors import StorageError
 from orchestrator.planning import budget
@@ -26,9 +27,6 @@ from orchestrator.training.task import TrialTask
 
 Isolation = Literal["warm", "fresh"]
 Search = Suggestions | Generations
-# A slot takes nothing: its workers do, in placement groups of their own, and there are never more slots than groups
-# that fit. A slot that held a CPU could starve its own workers. Tune wants something (ray 2.60.0): a byte of memory.
-SLOT = tune.PlacementGroupFactory([{"memory": 1}])
 
 
 def search_of(
@@ -69,7 +67,7 @@ def launch(
         keeps_group=isolation == "warm",
     )
     tuner = tune.Tuner(
-        tune.with_resources(trainable, SLOT),
+        tune.with_resources(trainable, _slot()),
         tune_config=tune.TuneConfig(
             search_alg=_queue(prepared, folder, recorder, search),
             # An adaptive search ends by itself.
@@ -92,6 +90,17 @@ def launch(
             recorder.storage_error = StorageError(f"cannot write to {folder.root} ({error})")
     with contextlib.suppress(ray.exceptions.RayActorError):
         ray.get(prepared.groups.close_all.remote(HURRIED_CLOSE_LIMIT_S if stopper.interrupted else CLOSE_LIMIT_S))
+
+
+def _slot() -> tune.PlacementGroupFactory:
+    """A slot takes nothing: its workers do, in groups of their own, and there are never more slots than groups fit.
+
+    One that held a CPU could starve its own workers. Tune wants something (ray 2.60.0): a byte of memory. It lies on
+    the driver's node: another would take the slot with it when it goes, and stop a trial whose workers lie elsewhere;
+    and with a slot a node with GPUs is never idle.
+    """
+    here = ray.get_runtime_context().get_node_id()
+    return tune.PlacementGroupFactory([{"memory": 1}], bundle_label_selector=[{NODE_ID_LABEL_KEY: here}])
 
 
 def _name(trial: Any) -> str:

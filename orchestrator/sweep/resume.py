@@ -10,7 +10,14 @@ from orchestrator.config.sweep_file import load
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import FolderError
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
-from orchestrator.results.storage import SweepFolder, TrialFolder, read_sweep, read_trial_results
+from orchestrator.results.storage import (
+    DamagedRecord,
+    SweepFolder,
+    TrialFolder,
+    newest,
+    read_table,
+    read_trial_results,
+)
 from orchestrator.sweep.delivered import kept_sweep_id
 
 SAME_KEYS = ("model", "data")
@@ -27,6 +34,7 @@ class Earlier:
     trials: Mapping[str, TrialResult]
     sweep_id: str | None = None
     """None where both files that hold it are lost: MLflow's runs are made anew."""
+    damaged: tuple[DamagedRecord, ...] = ()
 
 
 def read_earlier(folder: SweepFolder) -> Earlier | None:
@@ -45,23 +53,23 @@ def read_earlier(folder: SweepFolder) -> Earlier | None:
     if not folder.sweep_file.is_file():
         raise FolderError(f"{folder.sweep_file} is no file: put it back, or give this sweep another --name")
     try:
-        result = read_sweep(folder)[0]
+        result = read_table(folder)
     except FolderError:
         result = None
     sweep_id = result.sweep_id if result else kept_sweep_id(folder)
-    trials = read_trial_results(folder)[0]
-    return Earlier(load(folder.sweep_file), result, {**_known_by_the_table(folder, result), **trials}, sweep_id)
+    own, damaged = read_trial_results(folder)
+    trials = newest(_ended_by_the_table(folder, result), own)
+    return Earlier(load(folder.sweep_file), result, trials, sweep_id, damaged)
 
 
-def _known_by_the_table(folder: SweepFolder, result: SweepResult | None) -> Mapping[str, TrialResult]:
-    """Trials that had ended, as results.json has them: their own record may be lost or damaged since.
+def _ended_by_the_table(folder: SweepFolder, result: SweepResult | None) -> Iterator[TrialResult]:
+    """Trials that had ended, as results.json has them: their own record may be lost, damaged or older.
 
     Of a trial whose whole folder is gone nothing counts: it is run again.
     """
-    told = result.trials if result else ()
-    return {
-        trial.trial_id: trial for trial in told if trial.status.is_final and folder.trial(trial.trial_id).root.is_dir()
-    }
+    for trial in result.trials if result else ():
+        if trial.status.is_final and folder.trial(trial.trial_id).root.is_dir():
+            yield trial
 
 
 def require_same_question(

@@ -98,9 +98,8 @@ class Switchboard:
         """The next thing that the trial reports; its end is the last."""
         turn = self._running[trial_id]
         event = await turn.events.get()
-        # A slot that died may still be waiting here, with another at work on its trial.
-        if isinstance(event, TrialEnd) and self._running.get(trial_id) is turn:
-            del self._running[trial_id]
+        if isinstance(event, TrialEnd):
+            self._forget(turn)
         return event
 
     async def stop(self, trial_id: str, limit_s: float) -> bool:
@@ -113,6 +112,8 @@ class Switchboard:
             await asyncio.wait_for(turn.over.wait(), limit_s)
         except TimeoutError:
             return False
+        # Whoever stopped it asks for no more of its events.
+        self._forget(turn)
         return True
 
     async def stop_all(self) -> None:
@@ -205,6 +206,11 @@ class Switchboard:
             turn.stop.set()
         if len(turn.ends) == group.workers:
             self._finish(turn, combined_end(turn.ends))
+
+    def _forget(self, turn: _Turn) -> None:
+        # A slot that died may still be waiting for it, with another at work on its trial.
+        if self._running.get(turn.task.trial_id) is turn:
+            del self._running[turn.task.trial_id]
 
     def _finish(self, turn: _Turn, end: TrialEnd) -> None:
         turn.events.put_nowait(end)

@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 INTERVAL_S = 1.0
 KEPT_EVERY_S = 5.0
 BATCH = 1000
+TRIES = 2
+"""At the start: afterwards the server is asked until it answers."""
 NO_PART_OF_AN_ADDRESS = frozenset("%?#")
 """In a path within one they mean something else (mlflow 3.17, sqlalchemy 2)."""
 METRICS = (
@@ -82,18 +84,23 @@ class Tracker:
         _keep_mlflow_short()
         self._folder, self._sweep_id, self._sweep = folder, sweep_id, sweep
         uri = tracking_uri(sweep)
-        try:
-            self._client = MlflowClient(uri)
-            self._experiment_id = self._find_experiment(sweep, uri)
-            self.parent_run_id = self._find_run(sweep.name, {})
-            self._resume()
-        except Exception as error:
-            if not _is_servers(error):
-                raise
-            raise TrackingUnreachableError(
-                f"the tracking server at {without_secret(uri)} does not answer ({_first_line(error)}): start it, "
-                "or leave tracking.uri out to track in a local database"
-            ) from error
+        for failures in range(1, TRIES + 1):
+            try:
+                self._client = MlflowClient(uri)
+                self._experiment_id = self._find_experiment(sweep, uri)
+                self.parent_run_id = self._find_run(sweep.name, {})
+                self._resume()
+                break
+            except Exception as error:
+                if not _is_servers(error):
+                    raise
+                if failures < TRIES:
+                    time.sleep(failure_policy.pause_s(failures))
+                    continue
+                raise TrackingUnreachableError(
+                    f"the tracking server at {without_secret(uri)} does not answer ({_first_line(error)}): start it, "
+                    "or leave tracking.uri out to track in a local database"
+                ) from error
         remember_server(without_secret(uri))
         self._trials: dict[str, _TrackedTrial] = {}
         self._delivered = read_delivered(folder, without_secret(uri), sweep_id)
@@ -128,6 +135,10 @@ class Tracker:
 
     def finish(self, limit_s: float) -> bool:
         """Carry everything over; False where that was not done within `limit_s`."""
+        with self._lock:
+            for trial in self._trials.values():
+                # Once more: of a database that fails MLflow may say BAD_REQUEST (3.17.2, store/db/utils.py).
+                trial.is_refused = False
         self._closing_until_s = time.monotonic() + limit_s
         self._wake.set()
         self._thread.join(limit_s)
@@ -214,7 +225,7 @@ class Tracker:
                 # Of a store's client, or of a package that it lacks: the other trials' figures need it not.
                 meaning = _meaning(error)
                 if meaning == "gone" and trial.run_id:
-                    trial.run_id, trial.offset_bytes, trial.is_open = None, 0, False
+                    trial.forget_run()
                 elif meaning != "away":
                     trial.is_refused = True
                     log.warning("MLflow refuses trial %s: %s", trial.result.trial_id, _first_line(error))
@@ -252,12 +263,19 @@ class Tracker:
         """Whether the server was asked: of a running trial there may be nothing new."""
         with self._lock:
             result = trial.result
+        began_ms = self._folder.trial(result.trial_id).began_ms()
+        if trial.run_id and trial.began_ms and began_ms not in (None, trial.began_ms):
+            # It began again: MLflow can take no point back, and would have steps of both curves.
+            self._client.delete_run(trial.run_id)
+            trial.forget_run()
         was_open = trial.is_open
         if not was_open:
             trial.run_id = self._open_trial(result, trial.run_id)
             trial.is_open = True
         assert trial.run_id is not None
         points, offset_bytes = self._certain_points(result, trial.offset_bytes)
+        if points:
+            trial.began_ms = began_ms
         for start in range(0, len(points), BATCH // len(METRICS)):
             some = points[start : start + BATCH // len(METRICS)]
             self._client.log_batch(trial.run_id, metrics=[m for point in some for m in metrics_of(point)])
@@ -277,7 +295,7 @@ class Tracker:
             return folder.read_metrics_from(offset_bytes)
         steps = folder.checkpoint_steps()
         # Without a checkpoint it would begin again, and its curve with it.
-        return folder.read_metrics_from(offset_bytes, steps[-1]) if steps else ((), 0)
+        return folder.read_metrics_from(offset_bytes, steps[-1]) if steps else ((), offset_bytes)
 
     def _open_trial(self, result: TrialResult, run_id: str | None) -> str:
         """The trial's run, found again or made; a parameter that an earlier run of the sweep logged stays as it is."""
@@ -327,13 +345,20 @@ class _TrackedTrial:
     def __init__(self, kept: TrialDelivery, result: TrialResult) -> None:
         self.result = result
         self.run_id, self.offset_bytes, self.carried = kept.run_id, kept.offset_bytes, kept.status
+        self.began_ms = kept.began_ms
         self.is_open = False
         """Whether this process has set its run going."""
         self.is_refused = False
 
+    def forget_run(self) -> None:
+        """It is gone: another one is made, and gets all there is."""
+        self.run_id, self.offset_bytes, self.began_ms, self.carried, self.is_open = None, 0, None, None, False
+
     @property
     def delivery(self) -> TrialDelivery:
-        return TrialDelivery(run_id=self.run_id, offset_bytes=self.offset_bytes, status=self.carried)
+        return TrialDelivery(
+            run_id=self.run_id, offset_bytes=self.offset_bytes, began_ms=self.began_ms, status=self.carried
+        )
 
     @property
     def is_running(self) -> bool:
@@ -346,8 +371,9 @@ class _TrackedTrial:
 
 def _keep_mlflow_short() -> None:
     """In its tries and in what it says."""
-    # MLflow itself would try for four minutes (3.17.2); what fails now is on disk and carried over later.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    # MLflow itself would try for four minutes, and make a run twice where only the answer was late (3.17.2,
+    # utils/request_utils.py): the Tracker tries again itself, and looks first whether it is there.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     # Every run that ends is told on stdout otherwise, where the sweep's answer goes alone.
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
@@ -366,7 +392,7 @@ def _is_servers(error: Exception) -> bool:
 
 
 def _meaning(error: Exception) -> failure_policy.TrackingFailure:
-    if isinstance(error, MlflowException | OSError):
+    if _is_servers(error) and not isinstance(error, ImportError):
         return failure_policy.tracking_failure(getattr(error, "error_code", None))
     return "refused"
 

@@ -51,21 +51,20 @@ class TrialOnWorkers(tune.Trainable):
         """Wait for the next report: an evaluation, or the end."""
         if not self._has_begun:
             self._begin()
-        event = self._next_event()
-        if isinstance(event, TrialProgress):
-            return self._result(event)
-        self._ends[event.status] += 1
-        if retry := after_end(event.status, event.reason, event.may_pass, self._ends[event.status]):
-            self._events.append(retry.why)
-            avoided = self._avoided_after(event)
-            if avoided or event.status is TrialStatus.PREEMPTED:
-                self._close()
-            time.sleep(retry.after_s)
-            self._launch(avoided)
-            return self.step()
-        if event.status is TrialStatus.OUT_OF_MEMORY and self._halve_micro_batch(event.reason):
-            return self.step()
-        return self._result(event.progress, done=True, status=event.status.value, reason=event.reason)
+        while True:
+            event = self._next_event()
+            if isinstance(event, TrialProgress):
+                return self._result(event)
+            self._ends[event.status] += 1
+            if retry := after_end(event.status, event.reason, event.may_pass, self._ends[event.status]):
+                self._events.append(retry.why)
+                avoided = self._avoided_after(event)
+                if avoided or event.status is TrialStatus.PREEMPTED:
+                    self._close()
+                time.sleep(retry.after_s)
+                self._launch(avoided)
+            elif event.status is not TrialStatus.OUT_OF_MEMORY or not self._halve_micro_batch(event.reason):
+                return self._result(event.progress, done=True, status=event.status.value, reason=event.reason)
 
     def _next_event(self) -> TrialProgress | TrialEnd:
         # Without the groups' actor nobody would tell of a worker that is lost: its death ends the wait, as an error.

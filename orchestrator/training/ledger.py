@@ -15,6 +15,7 @@ from typing import Any, Literal, TextIO
 
 import torch
 
+from orchestrator.errors import StorageError
 from orchestrator.results.records import MetricPoint
 from orchestrator.training import device as devices
 from orchestrator.training.task import TrialProgress
@@ -146,11 +147,32 @@ class Ledger:
 
 
 def open_metrics(file: Path, kept_bytes: int = 0) -> TextIO:
-    """The curve, cut back to its first bytes; every line is in the file when `write` returns."""
+    """The curve, cut back to its first bytes; every line is in the file when `write` returns.
+
+    In a new file each time: an attempt that was given up for dead, as where its node has lost the head and not the
+    storage, may go on for a minute, and writes to the one that it has.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
-    if kept_bytes:
-        os.truncate(file, kept_bytes)
-    return file.open("a" if kept_bytes else "w", encoding="utf-8", buffering=1)
+    partial = file.with_name(f".{file.name}.new")
+    partial.write_bytes(file.read_bytes()[:kept_bytes] if kept_bytes else b"")
+    metrics = partial.open("a", encoding="utf-8", buffering=1)
+    os.fsync(metrics.fileno())
+    partial.replace(file)
+    return metrics
+
+
+def require_own(metrics: TextIO, file: Path) -> None:
+    """Refuse to go on beside another attempt of the trial.
+
+    Raises:
+        StorageError: the curve is another's by now.
+    """
+    try:
+        is_own = os.path.samestat(os.fstat(metrics.fileno()), file.stat())
+    except FileNotFoundError:
+        is_own = False
+    if not is_own:
+        raise StorageError(f"{file.name} is this attempt's no more: another goes on with the trial, or it was removed")
 
 
 def process_age_s() -> float:

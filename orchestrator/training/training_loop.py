@@ -25,7 +25,7 @@ from orchestrator.training.agreement import largest, sum_over_workers, told_by_f
 from orchestrator.training.checkpoint import Checkpoints, random_states, set_random_states
 from orchestrator.training.deepspeed_config import compute_dtype, deepspeed_config, scales_loss
 from orchestrator.training.engine import DdpEngine, DeepSpeedEngine, Engine
-from orchestrator.training.ledger import WARM_UP_STEPS, Ledger, Speed, open_metrics
+from orchestrator.training.ledger import WARM_UP_STEPS, Ledger, Speed, open_metrics, require_own
 from orchestrator.training.task import TrialProgress, TrialTask, WorkerPlace
 
 log = logging.getLogger(__name__)
@@ -82,6 +82,8 @@ def train(task: TrialTask, place: WorkerPlace, ledger: Ledger, report: Report) -
     done = go_on(run, checkpoints, ledger)
     with _curve(task, place, done) as metrics:
         for step in range(done, task.until_step):
+            if place.rank == 0:
+                require_own(metrics, TrialFolder(Path(task.trial_folder)).metrics)
             point = optimizer_step(run, step, ledger)
             evaluated = evaluates(task.config, step + 1)
             if evaluated:
@@ -130,7 +132,7 @@ def state_of(run: Run, ledger: Ledger) -> dict[str, Any]:
 def _curve(task: TrialTask, place: WorkerPlace, steps: int) -> TextIO:
     """metrics.jsonl with so many steps in it, to write on; worker 0 alone writes one."""
     if place.rank:
-        return open_metrics(Path(os.devnull))
+        return Path(os.devnull).open("w", encoding="utf-8")
     folder = TrialFolder(Path(task.trial_folder))
     return open_metrics(folder.metrics, folder.curve_bytes(steps, task.first_step) or 0)
 

@@ -16,13 +16,15 @@ from tests.made_up_sweep import made_up_sweep, made_up_trial, write_made_up
 
 
 class CutShort:
-    """A cluster on which whoever waits for an answer is interrupted."""
+    """A cluster that has no answer: whoever waits for one without a limit is interrupted."""
 
     def __init__(self) -> None:
         self.cancelled: list[str] = []
+        self.options: dict[str, Any] = {}
 
     def remote(self, **options: Any) -> Any:
         cluster = self
+        self.options = options
 
         class Remote:
             def __init__(self, function: Any) -> None: ...
@@ -32,25 +34,50 @@ class CutShort:
 
         return Remote
 
-    def wait(self, waiting: list[str], num_returns: int) -> Any:
-        raise KeyboardInterrupt
+    def wait(self, waiting: list[str], num_returns: int, timeout: float | None) -> Any:
+        if timeout is None:
+            raise KeyboardInterrupt
+        return [], waiting
 
     def cancel(self, task: str, force: bool) -> None:
         self.cancelled.append(task)
 
 
-def test_an_interrupted_evaluation_says_that_it_did_not_come_to_its_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+RAW: dict[str, Any] = {"name": "a", "model": "builtin:tiny-llama", "data": {"train": "builtin:python-docs"}}
+ASKED = {**RAW, "evaluate": {"prompts": ["def"], "trials": "all"}}
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> CutShort:
+    made = CutShort()
+    monkeypatch.setattr(evaluation, "ray", made)
+    return made
+
+
+def evaluated(folder: Path, raw: dict[str, Any], shape: GroupShape) -> tuple[bool, str]:
+    """Whether the evaluation of two trials came to its end, and what was said."""
     result = made_up_sweep([made_up_trial({"rank": rank}).model_copy(update={"adapter": "adapter"}) for rank in (2, 4)])
-    folder = write_made_up(tmp_path, result)
-    raw: dict[str, Any] = {"name": "a", "model": "builtin:tiny-llama", "data": {"train": "builtin:python-docs"}}
-    sweep = SweepConfig.model_validate({**raw, "evaluate": {"prompts": ["def"], "trials": "all"}})
     said: list[str] = []
-    cluster = CutShort()
-    monkeypatch.setattr(evaluation, "ray", cluster)
-    assert not evaluation.evaluate(sweep, result, GroupShape(1, 0, 1), folder, said.append)
+    sweep = SweepConfig.model_validate(raw)
+    return evaluation.evaluate(sweep, result, shape, write_made_up(folder, result), said.append), " ".join(said)
+
+
+def test_an_interrupted_evaluation_says_that_it_did_not_come_to_its_end(tmp_path: Path, cluster: CutShort) -> None:
+    came_to_its_end, said = evaluated(tmp_path, ASKED, GroupShape(1, 0, 1))
+    assert not came_to_its_end
     assert len(cluster.cancelled) == 2
     assert "evaluation was interrupted: run the same command again to have the rest" in said
-    asked_nothing = SweepConfig.model_validate(raw)
-    assert evaluation.evaluate(asked_nothing, result, GroupShape(1, 0, 1), folder, said.append)
+    assert evaluated(tmp_path, RAW, GroupShape(1, 0, 1)) == (True, "")
+
+
+def test_an_evaluation_takes_no_longer_than_the_hours_of_the_budget(tmp_path: Path, cluster: CutShort) -> None:
+    came_to_its_end, said = evaluated(tmp_path, {**ASKED, "budget": {"hours": 2}}, GroupShape(1, 0, 1))
+    assert came_to_its_end
+    assert len(cluster.cancelled) == 2
+    assert "ended after budget.hours, 2, without 2 trained models: run the same command again" in said
+
+
+def test_models_are_evaluated_on_the_type_of_gpu_that_they_were_trained_on(tmp_path: Path, cluster: CutShort) -> None:
+    evaluated(tmp_path, ASKED, GroupShape(1, 0.5, 2, "A100"))
+    assert (cluster.options["num_cpus"], cluster.options["num_gpus"]) == (2, 0.5)
+    assert cluster.options["resources"] == {"accelerator_type:A100": 0.001}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.sweep_file import to_yaml
 from orchestrator.errors import FolderError
 from orchestrator.results.records import TrialStatus
-from orchestrator.results.storage import SweepFolder, write_atomically, write_result
+from orchestrator.results.storage import SweepFolder, read_sweep, write_atomically, write_result
 from orchestrator.sweep.delivered import Delivered, write_delivered
 from orchestrator.sweep.resume import (
     changes,
@@ -148,6 +149,24 @@ def test_a_trial_that_had_ended_is_not_run_again_though_its_record_is_lost(tmp_p
     earlier = read_earlier(folder)
     assert earlier is not None
     assert dict(earlier.trials) == {lost.trial_id: lost, whole.trial_id: whole}
+    damaged = {folder.trial(trial.trial_id).result for trial in (lost, running) if left is not None}
+    assert {record.file for record in earlier.damaged} == damaged
+
+
+def test_a_trial_that_had_ended_is_not_run_again_though_its_own_record_is_older(tmp_path: Path) -> None:
+    statuses = [TrialStatus.COMPLETED, TrialStatus.RUNNING, TrialStatus.RUNNING]
+    made_up = simulated([2.0, 2.1, 2.2], 1, 0, status_of=lambda place, _: statuses[place])
+    ended, running, newer = made_up.trials
+    folder = write_made_up(tmp_path, made_up)
+    write_atomically(folder.sweep_file, to_yaml(sweep()))
+    older = ended.model_copy(update={"status": TrialStatus.RUNNING})
+    now = newer.model_copy(update={"status": TrialStatus.COMPLETED})
+    for record in (older, now):
+        folder.trial(record.trial_id).result.write_text(record.model_dump_json())
+    earlier = read_earlier(folder)
+    assert earlier is not None
+    assert dict(earlier.trials) == {trial.trial_id: trial for trial in (ended, running, now)}
+    assert read_sweep(folder)[0].trials == (ended, running, now)
 
 
 def test_a_trial_that_was_cut_off_keeps_what_it_had_where_it_left_a_checkpoint(tmp_path: Path) -> None:
@@ -178,6 +197,30 @@ def test_a_trial_that_has_ended_keeps_no_checkpoint_and_one_that_was_cut_off_doe
         trial.checkpoint(40).mkdir(parents=True, exist_ok=True)
         write_result(folder, record)
         assert trial.checkpoint_steps() == kept_steps
+
+
+def test_an_end_is_recorded_after_the_curve_and_before_the_checkpoint_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = SweepFolder(tmp_path)
+    record = made_up_trial({"rank": 4})
+    trial = folder.trial(record.trial_id)
+    trial.checkpoint(40).mkdir(parents=True)
+    trial.metrics.touch()
+    synced = []
+
+    def fsync(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        synced.append((path.name, trial.result.exists(), trial.checkpoint(40).exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_result(folder, record)
+    assert synced == [
+        (trial.metrics.name, False, True),
+        (f".{trial.result.name}.{os.getpid()}", False, True),
+        (trial.root.name, True, True),
+    ]
+    assert not trial.checkpoint(40).exists()
 
 
 def test_only_the_last_whole_checkpoint_counts_and_the_curve_must_reach_it(tmp_path: Path) -> None:

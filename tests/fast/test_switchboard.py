@@ -100,6 +100,18 @@ def test_a_group_that_has_served_many_trials_holds_none_of_them() -> None:
     play(scene())
 
 
+def test_a_trial_that_was_stopped_from_outside_is_held_no_longer_than_its_workers_hold_it() -> None:
+    async def scene() -> None:
+        board = await a_group_at_work(1)
+        assert not await board.stop("t-0", 0.01)
+        assert list(board._running) == ["t-0"]
+        await board.send("g", 1, 0, TrialEnd(TrialStatus.STOPPED, "stopped", None))
+        assert await board.stop("t-0", LIMIT_S)
+        assert board._running == {}
+
+    play(scene())
+
+
 def test_a_worker_that_is_late_finds_the_trial_that_it_has_not_ended() -> None:
     async def scene() -> None:
         board = await a_group_at_work(2)

@@ -73,6 +73,8 @@ def started_head(variables: Mapping[str, str], *more: str, cpus: int = 2, port: 
 def joined_node(head: Head, *, hides: Path | None = None) -> Iterator[None]:
     """A second node with two CPUs; `hides` is a folder of which it sees one of its own in that place."""
     command = [str(BIN / "ray"), "start", f"--address={head.address}", "--num-cpus=2", "--block"]
+    # Far more than the head's, as that of a node with GPUs: whoever asks for memory alone is put there (ray 2.60.0).
+    command += [f"--memory={2**40}"]
     if hides is not None:
         inside = f'mount -t tmpfs tmpfs "{hides}" && exec {" ".join(command)}'
         command = ["unshare", "--mount", "bash", "-c", inside]
@@ -99,6 +101,13 @@ def _cpus_of(head: Head) -> int:
 def resources_of(head: Head) -> dict[str, float]:
     """What the cluster has, asked in a process of its own: this one may join another later."""
     return dict(_asked(head.address, "ray.cluster_resources()") or {})
+
+
+def nodes_of_slots(head: Head) -> list[str]:
+    """The head's own id, and then that of the node of each slot that a trial ever had."""
+    table = "ray.util.placement_group_table().values()"
+    slots = f"[group['bundles_to_node_id'][0] for group in {table} if {{*group['bundles'][0]}} == {{'memory'}}]"
+    return list(_asked(head.address, f"[ray.get_runtime_context().get_node_id(), *{slots}]"))
 
 
 def metrics_of(address: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.results.records import TrialStatus
-from tests.ray.clusters import Head, joined_node, started_head
+from tests.ray.clusters import Head, joined_node, nodes_of_slots, started_head
 from tests.ray.sweeps import start
 
 pytestmark = pytest.mark.timeout(600)
@@ -34,7 +34,9 @@ def test_a_storage_that_one_node_has_for_itself_is_refused_before_anything_start
     assert [file.name for file in storage.iterdir()] == ["sweep.yaml"]
 
 
-def test_a_trial_that_no_single_node_has_room_for_runs_on_both(head: Head, tmp_path: Path) -> None:
+def test_a_trial_that_no_single_node_has_room_for_runs_on_both_and_its_slot_beside_the_driver(
+    head: Head, tmp_path: Path
+) -> None:
     with joined_node(head):
         run = start(
             tmp_path,
@@ -45,7 +47,10 @@ def test_a_trial_that_no_single_node_has_room_for_runs_on_both(head: Head, tmp_p
             resources={"workers_per_trial": 2, "cpus_per_worker": 2},
         )
         exit_code, _, err = run.wait()
+        drivers, *slots = nodes_of_slots(head)
     assert exit_code == 0, err
+    assert slots
+    assert set(slots) == {drivers}
     trials = list(run.trials().values())
     assert [trial.status for trial in trials] == [TrialStatus.COMPLETED] * 2
     assert trials[0].best.eval_loss == pytest.approx(trials[1].best.eval_loss, rel=1e-5)

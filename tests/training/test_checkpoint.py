@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.results.storage import TrialFolder
 from orchestrator.training.checkpoint import is_due
 from orchestrator.training.task import TrialEnd, TrialProgress, TrialTask, WorkerPlace
 from tests.training.conftest import tiny
@@ -119,6 +120,35 @@ def test_a_killed_trial_goes_on_from_its_last_checkpoint_and_no_step_is_there_tw
     assert second_life
     assert second_life.training_s > first_life.training_s
     assert second_life.best == min((p for p in again.points if p.eval_loss), key=lambda point: point.eval_loss or 0)
+
+
+def _given_up_for_dead_after_step(place: WorkerPlace, pipe: Connection, task: TrialTask, step: int) -> None:
+    from orchestrator.training import training_loop, worker_process
+
+    folder = TrialFolder(Path(task.trial_folder))
+    optimizer_step = training_loop.optimizer_step
+
+    def until(run: Any, done: int, ledger: Any) -> Any:
+        if done == step:
+            # On another node, the next attempt begins meanwhile.
+            training_loop.open_metrics(folder.metrics, folder.curve_bytes(3) or 0)
+        return optimizer_step(run, done, ledger)
+
+    training_loop.optimizer_step = until
+    worker_process.run(task, place, pipe.send)
+
+
+def test_an_attempt_that_was_given_up_for_dead_ends_and_writes_nothing_into_the_next_ones_curve(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    task = trial(tiny_model, tiny_data, tmp_path)
+    (messages,) = in_workers(1, _given_up_for_dead_after_step, task, 4)
+    assert (messages[-1].status, "another goes on with the trial" in messages[-1].reason) == ("preempted", True)
+    folder = TrialFolder(Path(task.trial_folder))
+    assert [point.step for point in folder.read_metrics()] == [1, 2, 3]
+    again = completed(task)
+    assert goes_on_from(again) == 3
+    assert [point.step for point in again.points] == list(range(1, 8))
 
 
 def test_what_is_of_another_trial_or_damaged_is_not_gone_on_with(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,23 @@ def test_an_adapter_trained_under_zero_3_is_saved_whole(
     assert saved[0].keys() == saved[3].keys()
     for name, weights in saved[0].items():
         torch.testing.assert_close(saved[3][name], weights, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_is_on_the_disk_before_it_takes_its_place(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models.build(tiny(), tiny_model, "fp32", CPU, zero3=None)
+    folder = tmp_path / "adapter"
+    synced = []
+
+    def fsync(descriptor: int) -> None:
+        synced.append((Path(f"/proc/self/fd/{descriptor}").readlink().name, folder.exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    models.save(model, folder, writes=True)
+    files = {(file.name, False) for file in folder.iterdir()}
+    assert set(synced[:-1]) == {*files, (".adapter.new", False)}
+    assert synced[-1] == (tmp_path.name, True)
 
 
 @pytest.mark.parametrize("stage", [2, 3])

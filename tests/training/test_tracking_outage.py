@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import Run
 from typer.testing import CliRunner
 
 from orchestrator.cli import app
@@ -21,8 +22,8 @@ from orchestrator.results.secrets import without_secret
 from orchestrator.results.storage import SweepFolder, read_sweep, write_atomically, write_sweep
 from orchestrator.sweep.delivered import Delivered, read_delivered, write_delivered
 from orchestrator.sweep.tracking import Tracker
-from tests.made_up_sweep import made_up_sweep, made_up_trial, write_made_up
-from tests.tracking_servers import PASSWORD, FragileServer
+from tests.made_up_sweep import made_up_point, made_up_sweep, made_up_trial, write_made_up
+from tests.tracking_servers import PASSWORD, FragileServer, late_once
 from tests.waiting import wait_until
 
 LIMIT_S = 180.0
@@ -283,3 +284,84 @@ def test_what_mlflow_does_not_know_to_have_is_told_again_and_is_there_once(
     assert_equal_to_disk(server, folder, {trial.trial_id: run_id})
     run = MlflowClient(server.uri).get_run(run_id)
     assert (run.data.params["micro_batch_size"], run.data.tags["now.micro_batch_size"]) == ("1", "2")
+
+
+def begins(folder: SweepFolder, trial: TrialResult, steps: int, time_ms: int) -> None:
+    """Its curve anew, with a checkpoint after the last of so many steps."""
+    own = folder.trial(trial.trial_id)
+    own.forget_checkpoints()
+    points = [
+        made_up_point(step, 3 - step / 10).model_copy(update={"time_ms": time_ms + step}) for step in range(steps)
+    ]
+    own.metrics.write_text("".join(point.model_dump_json() + "\n" for point in points[1:]))
+    own.checkpoint(steps - 1).mkdir()
+
+
+def test_a_trial_that_begins_again_has_each_step_once_in_a_run_of_its_own(
+    server: FragileServer, tmp_path: Path
+) -> None:
+    config, result, folder = a_sweep(tmp_path / "anew", server.uri)
+    trial, ended, *_ = result.trials
+    running = trial.model_copy(update={"status": TrialStatus.RUNNING})
+    tracker = Tracker(config, SWEEP_ID, folder)
+    tracker.track(ended)
+    delivered(tracker, ended)
+    for attempt in range(3):
+        if attempt == 2:
+            # A later run of the sweep: what the server has is known from the folder alone.
+            assert tracker.finish(LIMIT_S)
+            tracker = Tracker(config, SWEEP_ID, folder)
+        # Each longer than what had arrived of the one before.
+        begins(folder, trial, 5 + 5 * attempt, 1_000_000 * (attempt + 1))
+        tracker.track(running)
+        latest = runs_with(server, tracker, trial, 4 + 5 * attempt)
+        assert len(latest) == 1
+        assert_equal_to_disk(server, folder, {trial.trial_id: latest[0].info.run_id})
+    tracker.track(trial)
+    assert delivered(tracker, trial) == latest[0].info.run_id
+    assert tracker.finish(LIMIT_S)
+
+
+def runs_with(server: FragileServer, tracker: Tracker, trial: TrialResult, steps: int) -> list[Run]:
+    """The trial's runs, once the newest of them has so many steps."""
+    client = MlflowClient(server.uri)
+
+    def runs() -> list[Run]:
+        return list(client.search_runs([tracker._experiment_id], f"tags.trial_id = '{trial.trial_id}'"))
+
+    def are_there(found: list[Run]) -> bool:
+        return bool(found) and len(client.get_metric_history(found[0].info.run_id, "loss")) >= steps
+
+    return wait_until(runs, are_there, LIMIT_S)
+
+
+def test_a_run_whose_making_is_answered_too_late_is_not_made_twice(
+    server: FragileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES")
+    with late_once(server, "/api/2.0/mlflow/runs/create", 3.0) as uri:
+        config, result, folder = a_sweep(tmp_path / "slow", uri)
+        tracker = Tracker(config, SWEEP_ID, folder)
+        tracker.track(result.trials[0])
+        delivered(tracker, result.trials[0])
+        assert tracker.finish(LIMIT_S)
+    made = MlflowClient(server.uri).search_runs([tracker._experiment_id])
+    assert sorted(run.data.tags["kind"] for run in made) == ["sweep", "trial"]
+
+
+def test_a_trial_that_a_failing_database_refused_is_told_once_more_at_the_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    database = tmp_path / "mlflow.db"
+    config, result, folder = a_sweep(tmp_path / "broken", f"sqlite:///{database}")
+    tracker = Tracker(config, SWEEP_ID, folder)
+    whole = database.read_bytes()
+    database.write_bytes(b"no database" * 1000)
+    tracker.track(result.trials[0])
+    wait_until(lambda: caplog.text, lambda text: "MLflow refuses" in text, LIMIT_S)
+    assert "not a database" in caplog.text
+    database.write_bytes(whole)
+    assert tracker.finish(LIMIT_S)
+    assert tracker.run_id(result.trials[0].trial_id)
+    runs = MlflowClient(f"sqlite:///{database}").search_runs([tracker._experiment_id])
+    assert len(runs) == 2
