@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from orchestrator.errors import StorageError
@@ -167,6 +167,8 @@ class Carrier:
     def _carry(self) -> None:
         if self._tenure.is_lost:
             return
+        # Of these the final record goes with this push; one that ends meanwhile keeps its checkpoint until the next.
+        ended = tuple(self._ended)
         self.push()
         for trial_id in tuple(self._unfetched):
             self._pull(trial_id, is_result)
@@ -178,17 +180,16 @@ class Carrier:
                 tell(record)
         for trial_id in tuple(self._running):
             self._pull(trial_id, is_record)
-        self._forget_checkpoints()
+        self._forget_checkpoints(ended)
 
     def _pull(self, trial_id: str, wanted: Wanted) -> None:
         assert self._mirror
         ours = self._folder.trial(trial_id).result.name
         self._mirror.pull(lambda path: wanted(path) and path.name != ours, under=self._inside(trial_id))
 
-    def _forget_checkpoints(self) -> None:
-        """Of trials that have ended."""
+    def _forget_checkpoints(self, ended: Iterable[str]) -> None:
         assert self._mirror
-        for trial_id in tuple(self._ended):
+        for trial_id in ended:
             self._mirror.remove(is_checkpoint, under=self._inside(trial_id))
             self._ended.discard(trial_id)
 

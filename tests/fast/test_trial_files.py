@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import FolderError, StorageError
 from orchestrator.results import remote
 from orchestrator.results.records import Suggestion, TrialResult, TrialStatus
+from orchestrator.results.remote import Mirror
 from orchestrator.results.storage import SweepFolder, TrialFolder, write_result
 from orchestrator.sweep import carrier as carriers
 from orchestrator.sweep.carrier import carried
@@ -231,6 +233,33 @@ def test_who_hears_of_a_trial_that_ended_while_the_store_was_away_hears_it_once_
         carrier.track(record(TrialStatus.FAILED))
         wait_until(lambda: len(told), lambda count: count == 2, LIMIT_S)
     assert told[1] == ("failed", True)
+
+
+def test_a_trials_checkpoints_stay_in_the_store_until_its_final_record_is_there(
+    folder: SweepFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pull, remove = Mirror.pull, Mirror.remove
+    known_at_removal: list[str] = []
+    with carried(folder, Tenure("")) as carrier:
+        folder.sweep_file.write_text("name: demo")
+        write_result(folder, record(TrialStatus.RUNNING))
+
+        def end_meanwhile(*arguments: Any, **more: Any) -> None:
+            if not known_at_removal:
+                write_result(folder, record(TrialStatus.FAILED))
+                carrier.track(record(TrialStatus.FAILED))
+            pull(*arguments, **more)
+
+        def look(*arguments: Any, **more: Any) -> None:
+            found = remote.read_text(folder.location(folder.trial("t").result))
+            known_at_removal.append(TrialResult.model_validate_json(found[0]).status if found else "nothing")
+            remove(*arguments, **more)
+
+        monkeypatch.setattr(Mirror, "pull", end_meanwhile)
+        monkeypatch.setattr(Mirror, "remove", look)
+        carrier.track(record(TrialStatus.RUNNING))
+        wait_until(lambda: known_at_removal, bool, LIMIT_S)
+    assert set(known_at_removal) == {"failed"}
 
 
 def test_weights_that_are_evaluated_are_brought_to_the_node_and_removed_again(folder: SweepFolder) -> None:
