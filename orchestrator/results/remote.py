@@ -29,6 +29,8 @@ REQUEST_LIMIT_S = 20.0
 """Without a byte, of each of three attempts (pyarrow 25): a store that is silent holds whoever asks for a minute."""
 TRANSFERS = 8
 """Files at a time."""
+ATTEMPTS = 3
+"""To fetch a file whole, which may be written anew meanwhile."""
 CHUNK_BYTES = 8 * 2**20
 CHECKPOINT = "checkpoint-"
 NOT_CARRIED = "tune"
@@ -187,16 +189,23 @@ class Mirror:
 
     def _bring(self, named: tuple[str, FileInfo]) -> tuple[str, tuple[int, int]]:
         name, info = named
-        file, state = self.local / name, (info.size, info.mtime_ns)
-        if _state(file) == state:
+        file = self.local / name
+        if (state := _state(file)) == (info.size, info.mtime_ns):
             return name, state
         partial = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
-        with store(self.uri).open_input_stream(info.path) as source, partial.open("wb") as target:
-            shutil.copyfileobj(source, target, CHUNK_BYTES)
-        # The store's time, by which the next pull knows that nothing has changed.
-        os.utime(partial, ns=(info.mtime_ns, info.mtime_ns))
-        partial.replace(file)
-        return name, _state(file) or state
+        for _ in range(ATTEMPTS):
+            with store(self.uri).open_input_stream(info.path) as source, partial.open("wb") as target:
+                shutil.copyfileobj(source, target, CHUNK_BYTES)
+                arrived_bytes = target.tell()
+            if arrived_bytes == info.size:
+                # The store's time, by which the next pull knows that nothing has changed.
+                os.utime(partial, ns=(info.mtime_ns, info.mtime_ns))
+                partial.replace(file)
+                return name, _state(file) or (info.size, info.mtime_ns)
+            # It was written anew since it was listed, or cut on the way.
+            info = store(self.uri).get_file_info(info.path)
+        partial.unlink()
+        raise OSError(f"of {name} {arrived_bytes} bytes arrived where it has {info.size}, {ATTEMPTS} times in a row")
 
     def _carry(self, changed: tuple[str, tuple[int, int]]) -> tuple[str, tuple[int, int] | None]:
         """State of before it was read: what is written meanwhile is carried the next time."""
@@ -205,9 +214,20 @@ class Mirror:
             source = (self.local / name).open("rb")
         except FileNotFoundError:
             return name, None
+        unread = None
         with source, store(self.uri).open_output_stream(f"{self._base}/{name}") as target:
-            shutil.copyfileobj(source, target, CHUNK_BYTES)
-        return name, state
+            while unread is None:
+                try:
+                    chunk = source.read(CHUNK_BYTES)
+                except OSError as error:
+                    unread = error
+                else:
+                    if not chunk:
+                        return name, state
+                    target.write(chunk)
+        # Closed, the stream has published what came before (pyarrow 25 hands on no Abort): none is better than a part.
+        self._remove(name)
+        raise unread
 
     def _remove(self, name: str) -> None:
         with _missing_is_fine():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import socket
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -91,6 +93,60 @@ def test_a_reader_gets_the_records_and_an_export_the_adapter_of_its_trial(uri: s
     folder.report.write_text("the answer")
     remote.publish(folder, folder.report)
     assert remote.read_text(f"{uri}/report.html")[0] == "the answer"
+
+
+class CutShort:
+    """The store on a line that breaks: so many files arrive as a half."""
+
+    def __init__(self, store: Any, times: int) -> None:
+        self._store, self._left = store, times
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def open_input_stream(self, path: str) -> Any:
+        whole = self._store.open_input_stream(path)
+        if not self._left:
+            return whole
+        self._left -= 1
+        content = whole.read()
+        return io.BytesIO(content[: len(content) // 2])
+
+
+def test_a_file_that_arrives_in_part_is_fetched_again_and_never_taken_for_the_whole(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = Mirror(tmp_path / "one", uri), Mirror(tmp_path / "other", uri)
+    write(one.local, a="0123456789")
+    one.push()
+    real = remote.store(uri)
+    for times, arrives in ((remote.ATTEMPTS, False), (1, True)):
+        cutting = CutShort(real, times)
+        with monkeypatch.context() as cut:
+            cut.setattr(remote, "store", lambda _, cutting=cutting: cutting)
+            if arrives:
+                other.pull()
+            else:
+                with pytest.raises(StorageError, match="of a 5 bytes arrived where it has 10"):
+                    other.pull()
+        assert names(other.local) == ({"a"} if arrives else set())
+    assert (other.local / "a").read_text() == "0123456789"
+
+
+def test_a_file_that_cannot_be_read_to_its_end_is_not_stored_in_part(uri: str, tmp_path: Path) -> None:
+    one = Mirror(tmp_path / "one", uri)
+    write(one.local, a="1", b="2")
+    one.push()
+    (one.local / "a").unlink()
+    # It opens, and its first byte is an input/output error.
+    (one.local / "a").symlink_to("/proc/self/mem")
+    with pytest.raises(StorageError, match="Input/output error"):
+        one.push()
+    assert remote.read_text(f"{uri}/a") is None
+    (one.local / "a").unlink()
+    write(one.local, a="3")
+    one.push()
+    assert remote.read_text(f"{uri}/a")[0] == "3"
 
 
 @pytest.mark.parametrize("where", ["s3://bucket/../x", "s3://key:secret@bucket/x", "gs://bucket/x", "s3://"])
