@@ -143,9 +143,11 @@ class Mirror:
         """Carry over what changed here since the last time, and remove what is gone.
 
         Raises:
-            StorageError: the store cannot be written.
+            StorageError: the store cannot be written, or the copy itself is gone, which removes nothing there.
         """
         with self._lock, _told(self.uri, "written"):
+            if not self.local.is_dir():
+                raise OSError(f"its copy {self.local} is gone")
             here = dict(self._here())
             changed = [
                 (name, state)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -162,6 +162,32 @@ def test_a_trial_that_begins_with_anothers_checkpoint_finds_it_on_its_node_until
     kept = remote.opened(folder.shown)
     assert kept.trial("t").result.exists()
     assert not kept.trial("t").checkpoint(2).exists()
+
+
+def test_a_group_has_copies_of_no_more_than_the_trial_it_is_at_and_the_one_that_it_began_with(
+    folder: SweepFolder,
+) -> None:
+    def begin(trial_id: str, parent_id: str | None = None) -> tuple[TrialFolder, Callable[[float], None]]:
+        where = {"trial_folder": folder.location(folder.trial(trial_id).root), "first_step": 2}
+        parent = parent_id and folder.location(folder.trial(parent_id).root)
+        task, keep = on_this_node(
+            replace(task_in(folder), trial_id=trial_id, parent_folder=parent, **where), place(0), "group"
+        )
+        return TrialFolder(Path(task.trial_folder)), keep
+
+    first, keep_first = begin("t")
+    first.metrics.write_text("1")
+    keep_first(0.0)
+    begin("u")
+    assert not first.root.exists()
+    # Whoever is late finds nothing to carry, and takes nothing from the store.
+    with pytest.raises(StorageError, match="is gone"):
+        keep_first(0.0)
+    assert remote.read_text(folder.location(folder.trial("t").metrics))
+    second, _ = begin("v", "u")
+    assert {copy.name for copy in second.root.parent.iterdir() if copy.is_dir()} == {"u", "v"}
+    begin("v")
+    assert {copy.name for copy in second.root.parent.iterdir() if copy.is_dir()} == {"v"}
 
 
 def test_a_worker_gives_up_a_store_that_stays_away_after_its_time(
