@@ -10,7 +10,8 @@ import os
 import shutil
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.config.local_path import local_path
 from orchestrator.config.storage_address import SCHEME, is_remote, storage_problem
 from orchestrator.errors import FolderError, StorageError
-from orchestrator.results.storage import SweepFolder
+from orchestrator.results.storage import CHECKPOINT_PART, SweepFolder
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileInfo, S3FileSystem
@@ -101,7 +102,16 @@ def is_result(path: PurePosixPath) -> bool:
 
 def is_checkpoint(path: PurePosixPath) -> bool:
     """What a trial goes on from while it has not ended."""
-    return path.parts[0] == "trials" and len(path.parts) > 3 and path.parts[2].startswith(CHECKPOINT)
+    return path.parent.name.startswith(CHECKPOINT)
+
+
+def whole_checkpoints(names: Iterable[str]) -> set[PurePosixPath]:
+    """Those of which every worker's part is among the files: several objects of a store are not one change."""
+    parts: Counter[tuple[PurePosixPath, int]] = Counter()
+    for path in map(PurePosixPath, names):
+        if is_checkpoint(path) and (part := CHECKPOINT_PART.fullmatch(path.name)):
+            parts[path.parent, int(part[1])] += 1
+    return {folder for (folder, workers), count in parts.items() if count == workers}
 
 
 def everything(path: PurePosixPath) -> bool:  # noqa: ARG001
@@ -122,8 +132,9 @@ class Mirror:
     def pull(self, wanted: Wanted = everything, *, under: str = "", exact: bool = False) -> None:
         """Bring what the store has and this copy has not, all or what is `under` a folder of it.
 
-        The folders of what is not wanted are made, so that their names tell. `exact` removes what the store does not
-        have, and of trials what it has otherwise and is not wanted: an adapter of before would be put over a newer one.
+        The folders of what is not wanted are made, so that their names tell, but for a checkpoint's that is not whole
+        there. `exact` removes what the store does not have, and of trials what it has otherwise and is not wanted: an
+        adapter of before would be put over a newer one.
 
         Raises:
             StorageError: the store cannot be read, or the copy not written.
@@ -132,15 +143,20 @@ class Mirror:
             there = self._there(under)
             if exact:
                 self._compare(there, wanted)
-            for folder in {(self.local / name).parent for name in there}:
-                folder.mkdir(parents=True, exist_ok=True)
             changed = [(name, info) for name, info in there.items() if wanted(PurePosixPath(name))]
+            folders = {path.parent for path in map(PurePosixPath, there) if not is_checkpoint(path)}
+            folders |= whole_checkpoints(there) | {PurePosixPath(name).parent for name, _ in changed}
+            for folder in folders:
+                (self.local / folder).mkdir(parents=True, exist_ok=True)
             with ThreadPoolExecutor(TRANSFERS) as pool:
                 for name, state in pool.map(self._bring, changed):
                     self._same[name] = state
 
     def push(self, wanted: Wanted = everything) -> None:
         """Carry over what changed here since the last time, and remove what is gone.
+
+        Checkpoints go last, so that the curve there reaches each of them, and one that is gone here stays there until
+        the one in its place is whole: another node's workers may have their part still to carry.
 
         Raises:
             StorageError: the store cannot be written, or the copy itself is gone, which removes nothing there.
@@ -155,12 +171,15 @@ class Mirror:
                 if self._same.get(name) != state and wanted(PurePosixPath(name))
             ]
             with ThreadPoolExecutor(TRANSFERS) as pool:
-                for name, state in pool.map(self._carry, changed):
-                    if state is not None:
-                        self._same[name] = state
-            for name in [name for name in self._same if name not in here and wanted(PurePosixPath(name))]:
-                if not (self.local / name).exists():
-                    self._remove(name)
+                for goes_last in (False, True):
+                    some = [one for one in changed if is_checkpoint(PurePosixPath(one[0])) is goes_last]
+                    for name, state in pool.map(self._carry, some):
+                        if state is not None:
+                            self._same[name] = state
+            gone = [name for name in self._same if name not in here and wanted(PurePosixPath(name))]
+            gone = [name for name in gone if not (self.local / name).exists()]
+            needed = self._needed_until_whole(gone)
+            self._remove([name for name in gone if PurePosixPath(name).parent not in needed])
 
     def remove(self, unwanted: Wanted, *, under: str = "") -> None:
         """Remove from the store alone.
@@ -169,9 +188,16 @@ class Mirror:
             StorageError: the store cannot be written.
         """
         with self._lock, _told(self.uri, "written"):
-            for name in self._there(under):
-                if unwanted(PurePosixPath(name)):
-                    self._remove(name)
+            self._remove([name for name in self._there(under) if unwanted(PurePosixPath(name))])
+
+    def _needed_until_whole(self, gone: Collection[str]) -> set[PurePosixPath]:
+        """The whole checkpoints there, as long as one that took the place of those that are gone is not whole there."""
+        beside = {self.local / path.parent.parent for path in map(PurePosixPath, gone) if is_checkpoint(path)}
+        newer = {PurePosixPath(new.relative_to(self.local)) for one in beside for new in one.glob(f"{CHECKPOINT}*")}
+        if not newer:
+            return set()
+        whole = whole_checkpoints(self._there(""))
+        return set() if newer <= whole else whole
 
     def _there(self, under: str) -> dict[str, FileInfo]:
         from pyarrow import fs
@@ -228,13 +254,20 @@ class Mirror:
                         return name, state
                     target.write(chunk)
         # Closed, the stream has published what came before (pyarrow 25 hands on no Abort): none is better than a part.
-        self._remove(name)
+        delete(f"{self.uri}/{name}")
         raise unread
 
-    def _remove(self, name: str) -> None:
-        with _missing_is_fine():
-            store(self.uri).delete_file(f"{self._base}/{name}")
-        self._same.pop(name, None)
+    def _remove(self, names: Collection[str]) -> None:
+        checkpoints = {path.parent for path in map(PurePosixPath, names) if is_checkpoint(path)}
+        for folder in checkpoints:
+            # File by file it would leave an object that stands for the empty folder (Arrow's s3fs.cc, DeleteFile).
+            with _missing_is_fine():
+                store(self.uri).delete_dir(f"{self._base}/{folder}")
+        for name in names:
+            if PurePosixPath(name).parent not in checkpoints:
+                with _missing_is_fine():
+                    store(self.uri).delete_file(f"{self._base}/{name}")
+            self._same.pop(name, None)
 
     def _compare(self, there: dict[str, FileInfo], wanted: Wanted) -> None:
         for name, state in list(self._here()):

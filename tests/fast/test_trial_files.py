@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from orchestrator.errors import FolderError, StorageError
 from orchestrator.results import remote
 from orchestrator.results.records import Suggestion, TrialResult, TrialStatus
 from orchestrator.results.remote import Mirror
-from orchestrator.results.storage import SweepFolder, TrialFolder, write_result
+from orchestrator.results.storage import SweepFolder, TrialFolder, checkpoint_part, write_result
 from orchestrator.sweep import carrier as carriers
 from orchestrator.sweep.carrier import carried
 from orchestrator.sweep.folder_lock import Tenure
@@ -90,9 +91,9 @@ def test_what_a_worker_keeps_the_driver_has_at_the_trials_end(folder: SweepFolde
         carrier.track(record(TrialStatus.RUNNING))
         wait_until(folder.trial("t").metrics.exists, bool, LIMIT_S)
         theirs.metrics.write_text("12")
-        for made in (theirs.adapter, theirs.root / "checkpoint-2"):
-            made.mkdir()
-            (made / "weights").write_text("w")
+        for made in (theirs.adapter / "weights", theirs.checkpoint(2) / checkpoint_part(0, 1)):
+            made.parent.mkdir()
+            made.write_text("w")
         keep(0.0)
         carrier.fetch("t")
         assert folder.trial("t").metrics.read_text() == "12"
@@ -124,6 +125,46 @@ def test_workers_of_one_node_share_a_copy_and_carry_each_file_once(folder: Sweep
     assert {file.name for file in found.iterdir()} == {f.name for f in (ours.metrics, ours.log, ours.worker_log(1))}
 
 
+def test_a_checkpoint_of_two_nodes_counts_once_both_have_stored_their_part_and_the_one_before_stays_until_then(
+    folder: SweepFolder,
+) -> None:
+    nodes = [on_this_node(task_in(folder), replace(place(rank), local_rank=0), f"node{rank}") for rank in (0, 1)]
+
+    def save(rank: int, step: int) -> None:
+        ours, keep = TrialFolder(Path(nodes[rank][0].trial_folder)), nodes[rank][1]
+        ours.checkpoint(step).mkdir()
+        (ours.checkpoint(step) / checkpoint_part(rank, 2)).write_text("w")
+        ours.forget_checkpoints(but=step)
+        keep(0.0)
+
+    def known() -> tuple[list[int], set[str]]:
+        """As the driver sees it, and whoever goes on with the trial."""
+        trial = remote.opened(folder.shown).trial("t")
+        steps = trial.checkpoint_steps()
+        shutil.rmtree(trial.root, ignore_errors=True)
+        ours, _ = on_this_node(task_in(folder), place(0), "next")
+        files = {file.relative_to(ours.trial_folder).as_posix() for file in Path(ours.trial_folder).rglob("*/*")}
+        leave_nothing(task_in(folder), "next")
+        return steps, files
+
+    def parts(step: int, *ranks: int) -> set[str]:
+        return {f"checkpoint-{step}/{checkpoint_part(rank, 2)}" for rank in ranks}
+
+    save(0, 3)
+    assert known() == ([], parts(3, 0))
+    save(1, 3)
+    assert known() == ([3], parts(3, 0, 1))
+    save(0, 6)
+    assert known() == ([3], parts(3, 0, 1) | parts(6, 0))
+    save(1, 6)
+    assert known() == ([6], parts(6, 0, 1))
+    # All of it was useless, as with other settings: nothing of it stays.
+    for task, keep in nodes:
+        TrialFolder(Path(task.trial_folder)).forget_checkpoints()
+        keep(0.0)
+    assert known() == ([], set())
+
+
 def test_a_trial_that_begins_with_anothers_checkpoint_finds_it_on_its_node_until_nobody_needs_it(
     folder: SweepFolder,
 ) -> None:
@@ -135,7 +176,7 @@ def test_a_trial_that_begins_with_anothers_checkpoint_finds_it_on_its_node_until
         task, keep = on_this_node(task_in(folder), place(0), "group")
         left = TrialFolder(Path(task.trial_folder)).checkpoint(2)
         left.mkdir()
-        (left / "worker0.safetensors").write_text("w")
+        (left / checkpoint_part(0, 1)).write_text("w")
         keep(0.0)
         leave_nothing(task_in(folder), "group")
         parent = record(TrialStatus.STOPPED).model_copy(
@@ -154,7 +195,7 @@ def test_a_trial_that_begins_with_anothers_checkpoint_finds_it_on_its_node_until
         here, _ = on_this_node(child, place(0), "group")
         assert here.parent_folder
         found = TrialFolder(Path(here.parent_folder)).checkpoint(2)
-        assert (found / "worker0.safetensors").read_text() == "w"
+        assert (found / checkpoint_part(0, 1)).read_text() == "w"
         assert not (Path(here.parent_folder) / "result.json").exists()
         leave_nothing(child, "group")
         assert not found.exists()
