@@ -74,7 +74,8 @@ def opened(where: str) -> SweepFolder:
         raise FolderError(f"{where}: {problem}")
     uri = where.rstrip("/")
     folder = SweepFolder(copy_of(uri, "reader"), uri)
-    Mirror(folder.root, uri).pull(is_record)
+    # Another sweep may have lain there; the pages are made here, and another command may be about to show one.
+    Mirror(folder.root, uri).pull(is_record, exact=True, ours={folder.report.name, folder.comparison.name})
     return folder
 
 
@@ -129,12 +130,14 @@ class Mirror:
         self._same: dict[str, tuple[int, int]] = {}
         self._lock = threading.Lock()
 
-    def pull(self, wanted: Wanted = everything, *, under: str = "", exact: bool = False) -> None:
+    def pull(
+        self, wanted: Wanted = everything, *, under: str = "", exact: bool = False, ours: Collection[str] = ()
+    ) -> None:
         """Bring what the store has and this copy has not, all or what is `under` a folder of it.
 
         The folders of what is not wanted are made, so that their names tell, but for a checkpoint's that is not whole
         there. `exact` removes what the store does not have, and of trials what it has otherwise and is not wanted: an
-        adapter of before would be put over a newer one.
+        adapter of before would be put over a newer one. What is in `ours` stays.
 
         Raises:
             StorageError: the store cannot be read, or the copy not written.
@@ -142,7 +145,7 @@ class Mirror:
         with self._lock, _told(self.uri, "read"):
             there = self._there(under)
             if exact:
-                self._compare(there, wanted)
+                self._compare(there, wanted, ours)
             changed = [(name, info) for name, info in there.items() if wanted(PurePosixPath(name))]
             folders = {path.parent for path in map(PurePosixPath, there) if not is_checkpoint(path)}
             folders |= whole_checkpoints(there) | {PurePosixPath(name).parent for name, _ in changed}
@@ -269,12 +272,12 @@ class Mirror:
                     store(self.uri).delete_file(f"{self._base}/{name}")
             self._same.pop(name, None)
 
-    def _compare(self, there: dict[str, FileInfo], wanted: Wanted) -> None:
+    def _compare(self, there: dict[str, FileInfo], wanted: Wanted, ours: Collection[str]) -> None:
         for name, state in list(self._here()):
             info, path = there.get(name), PurePosixPath(name)
             if info and state == (info.size, info.mtime_ns):
                 self._same[name] = state
-            elif info is None or (path.parts[0] == "trials" and not wanted(path)):
+            elif (info is None and name not in ours) or (path.parts[0] == "trials" and not wanted(path)):
                 (self.local / name).unlink(missing_ok=True)
                 self._same.pop(name, None)
 
