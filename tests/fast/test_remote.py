@@ -190,7 +190,12 @@ def test_doctor_tries_the_store(uri: str) -> None:
     assert "NO_SUCH_BUCKET" in bad.stdout
 
 
-def test_of_two_runs_in_one_folder_the_second_is_refused_until_the_first_has_ended(uri: str) -> None:
+def test_of_two_runs_in_one_folder_the_second_is_refused_until_the_first_has_ended(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A store tells whole seconds, and by them it is seen that the lease is renewed.
+    monkeypatch.setattr(lease, "BEAT_S", 2.5)
+    monkeypatch.setattr(lease, "LOOK_S", 0.2)
     folder = remote.opened(uri)
     with lease.held(uri, pytest.fail):
         assert is_at_work(folder)
@@ -213,6 +218,17 @@ def test_a_dead_owner_of_this_machine_is_given_up_at_once_and_one_elsewhere_afte
     monkeypatch.setattr(lease, "LAPSE_S", 0.0)
     with lease.held(uri, pytest.fail):
         assert str(os.getpid()) in lease.look(uri).owner
+
+
+def test_a_run_that_died_elsewhere_a_moment_ago_is_waited_for_until_it_is_given_up(
+    uri: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(lease, "LOOK_S", 0.2)
+    monkeypatch.setattr(lease, "LAPSE_S", 3.0)
+    remote.write_text(f"{uri}/.lease", "token elsewhere 1")
+    with lease.held(uri, pytest.fail):
+        assert str(os.getpid()) in lease.look(uri).owner
+    assert "a run on elsewhere was at work" in caplog.text
 
 
 def test_an_owner_whose_lease_was_taken_is_told(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
