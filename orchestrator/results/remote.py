@@ -6,6 +6,7 @@ goes on, reads it first. Credentials come from the environment alone, as AWS's o
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import threading
@@ -155,8 +156,10 @@ class Mirror:
                 for name, state in pool.map(self._bring, changed):
                     self._same[name] = state
 
-    def push(self, wanted: Wanted = everything) -> None:
+    def push(self, wanted: Wanted = everything, *, within: Collection[str] | None = None) -> None:
         """Carry over what changed here since the last time, and remove what is gone.
+
+        within: folders of it, which are looked at alone beside the files at its top, and nothing is removed.
 
         Checkpoints go last, so that the curve there reaches each of them, and one that is gone here stays there until
         the one in its place is whole: another node's workers may have their part still to carry.
@@ -167,7 +170,7 @@ class Mirror:
         with self._lock, _told(self.uri, "written"):
             if not self.local.is_dir():
                 raise OSError(f"its copy {self.local} is gone")
-            here = dict(self._here())
+            here = dict(self._here(within))
             changed = [
                 (name, state)
                 for name, state in here.items()
@@ -179,6 +182,8 @@ class Mirror:
                     for name, state in pool.map(self._carry, some):
                         if state is not None:
                             self._same[name] = state
+            if within is not None:
+                return
             gone = [name for name in self._same if name not in here and wanted(PurePosixPath(name))]
             gone = [name for name in gone if not (self.local / name).exists()]
             needed = self._needed_until_whole(gone)
@@ -210,8 +215,11 @@ class Mirror:
         named = {info.path[len(self._base) + 1 :]: info for info in found if info.type == fs.FileType.File}
         return {name: info for name, info in named.items() if not _is_hidden(PurePosixPath(name))}
 
-    def _here(self) -> Iterator[tuple[str, tuple[int, int]]]:
-        for folder, below, files in os.walk(self.local):
+    def _here(self, within: Collection[str] | None = None) -> Iterator[tuple[str, tuple[int, int]]]:
+        walks = [os.walk(self.local)]
+        if within is not None:
+            walks = [itertools.islice(walks[0], 1), *(os.walk(self.local / folder) for folder in within)]
+        for folder, below, files in itertools.chain.from_iterable(walks):
             inside = PurePosixPath(Path(folder).relative_to(self.local))
             below[:] = [name for name in below if not _is_hidden(inside / name)]
             for name in files:

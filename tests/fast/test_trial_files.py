@@ -302,6 +302,22 @@ def test_who_hears_of_a_trial_that_ended_while_the_store_was_away_hears_it_once_
     assert told[1] == ("failed", True)
 
 
+def test_while_a_sweep_runs_the_trials_that_were_written_are_carried_over_and_at_its_end_all_is(
+    folder: SweepFolder,
+) -> None:
+    other = folder.trial("u").evaluation
+    with carried(folder, Tenure("")) as carrier:
+        folder.sweep_file.write_text("name: demo")
+        other.parent.mkdir(parents=True)
+        other.write_text("{}")
+        write_result(folder, record(TrialStatus.FAILED))
+        carrier.track(record(TrialStatus.FAILED))
+        wait_until(lambda: remote.read_text(folder.location(folder.trial("t").result)), bool, LIMIT_S)
+        assert remote.read_text(folder.location(folder.sweep_file))
+        assert remote.read_text(folder.location(other)) is None
+    assert remote.read_text(folder.location(other))
+
+
 def test_a_trials_checkpoints_stay_in_the_store_until_its_final_record_is_there(
     folder: SweepFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
