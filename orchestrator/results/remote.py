@@ -35,6 +35,7 @@ ATTEMPTS = 3
 """To fetch a file whole, which may be written anew meanwhile."""
 CHUNK_BYTES = 8 * 2**20
 CHECKPOINT = "checkpoint-"
+TABLE = SweepFolder(Path()).results_json.name
 NOT_CARRIED = "tune"
 """Ray Tune's own state, which nobody reads back."""
 Wanted = Callable[[PurePosixPath], bool]
@@ -116,6 +117,11 @@ def whole_checkpoints(names: Iterable[str]) -> set[PurePosixPath]:
     return {folder for (folder, workers), count in parts.items() if count == workers}
 
 
+def speaks_of_others(path: PurePosixPath) -> bool:
+    """A checkpoint of the curve that it belongs to, the sweep's table of the trials' own records."""
+    return is_checkpoint(path) or path.name == TABLE
+
+
 def everything(path: PurePosixPath) -> bool:  # noqa: ARG001
     """All that is there."""
     return True
@@ -161,8 +167,8 @@ class Mirror:
 
         within: folders of it, which are looked at alone beside the files at its top, and nothing is removed.
 
-        Checkpoints go last, so that the curve there reaches each of them, and one that is gone here stays there until
-        the one in its place is whole: another node's workers may have their part still to carry.
+        What speaks of others goes last, so that they are there. A checkpoint that is gone here stays there until the
+        one in its place is whole: another node's workers may have their part still to carry.
 
         Raises:
             StorageError: the store cannot be written, or the copy itself is gone, which removes nothing there.
@@ -177,8 +183,8 @@ class Mirror:
                 if self._same.get(name) != state and wanted(PurePosixPath(name))
             ]
             with ThreadPoolExecutor(TRANSFERS) as pool:
-                for goes_last in (False, True):
-                    some = [one for one in changed if is_checkpoint(PurePosixPath(one[0])) is goes_last]
+                for last in (False, True):
+                    some = [one for one in changed if speaks_of_others(PurePosixPath(one[0])) is last]
                     for name, state in pool.map(self._carry, some):
                         if state is not None:
                             self._same[name] = state

@@ -22,7 +22,7 @@ from orchestrator.cli import app
 from orchestrator.errors import FolderError, StorageError
 from orchestrator.results import lease, remote
 from orchestrator.results.remote import Mirror
-from orchestrator.results.storage import is_at_work
+from orchestrator.results.storage import checkpoint_part, is_at_work
 from tests.object_store import BUCKET, started_store
 
 LIMIT_S = 30.0
@@ -111,6 +111,28 @@ def test_of_a_sweep_that_lay_at_the_address_before_a_reader_sees_nothing_and_kee
             driver.remove(remote.everything)
     made = {"report.html", "comparison.html"}
     assert names(remote.opened(uri).root) == {"sweep.yaml", "trials/b/result.json", "trials/b/adapter/weights"} | made
+
+
+@pytest.mark.parametrize(
+    ("last", "others"),
+    [
+        ("results.json", ("trials/a/result.json", "sweep.yaml")),
+        (f"checkpoint-3/{checkpoint_part(0, 1)}", ("metrics.jsonl", "adapter/weights")),
+    ],
+)
+def test_what_speaks_of_other_files_is_stored_after_them(
+    last: str, others: tuple[str, ...], uri: str, tmp_path: Path
+) -> None:
+    one = Mirror(tmp_path / "one", uri)
+    for name in (last, *others):
+        write(one.local, **{name: "1"})
+    # None of the others arrives: a link that opens, and whose first byte is an input/output error.
+    for name in others:
+        (one.local / name).unlink()
+        (one.local / name).symlink_to("/proc/self/mem")
+    with pytest.raises(StorageError):
+        one.push()
+    assert remote.read_text(f"{uri}/{last}") is None
 
 
 class CutShort:
