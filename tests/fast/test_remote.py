@@ -98,7 +98,8 @@ def test_a_reader_gets_the_records_and_an_export_the_adapter_of_its_trial(uri: s
 def test_of_a_sweep_that_lay_at_the_address_before_a_reader_sees_nothing_and_keeps_the_pages_it_made(
     uri: str, tmp_path: Path
 ) -> None:
-    for sweep, trial in (("older", "a"), ("newer", "b")):
+    # Of unlike length: by size and the store's whole second what was written anew is known.
+    for sweep, trial in (("before", "a"), ("now", "b")):
         driver = Mirror(tmp_path / sweep, uri)
         write(driver.local, **{"sweep.yaml": sweep, f"trials__{trial}__result.json": "{}"})
         write(driver.local, **{f"trials__{trial}__adapter__weights": sweep})
@@ -107,7 +108,7 @@ def test_of_a_sweep_that_lay_at_the_address_before_a_reader_sees_nothing_and_kee
         remote.fetch_trial(folder, trial)
         write(folder.root, **{"report.html": sweep, "comparison.html": sweep})
         assert folder.sweep_file.read_text() == sweep
-        if sweep == "older":
+        if sweep == "before":
             driver.remove(remote.everything)
     made = {"report.html", "comparison.html"}
     assert names(remote.opened(uri).root) == {"sweep.yaml", "trials/b/result.json", "trials/b/adapter/weights"} | made
