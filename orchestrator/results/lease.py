@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import time
@@ -15,9 +16,12 @@ from orchestrator.errors import FolderError, StorageError
 from orchestrator.results import remote
 from orchestrator.results.heartbeat import beating
 
+log = logging.getLogger(__name__)
 BEAT_S = 20.0
 LAPSE_S = 90.0
 """An owner that has been silent for so long is dead."""
+LOOK_S = 2.0
+"""So often somebody else's lease is looked at; stores tell times in whole seconds."""
 SETTLE_S = 1.0
 """Of two that begin in the same moment, the later write stands, and both see whose it is after this time."""
 
@@ -66,7 +70,7 @@ def held(uri: str, lost: Callable[[], None]) -> Iterator[None]:
         StorageError: the store cannot be written.
     """
     owner = f"{uuid.uuid4().hex} {socket.gethostname()} {os.getpid()}"
-    _require_free(uri)
+    _wait_for_owner(uri)
     remote.write_text(_object(uri), owner)
     time.sleep(SETTLE_S)
     _require_ours(uri, owner)
@@ -88,14 +92,29 @@ def held(uri: str, lost: Callable[[], None]) -> Iterator[None]:
                 remote.delete(_object(uri))
 
 
-def _require_free(uri: str) -> None:
-    found = look(uri)
-    if found and found.is_alive:
+def _wait_for_owner(uri: str) -> None:
+    """Return once nobody holds the lease, or who did has been silent for so long that it is dead.
+
+    Raises:
+        FolderError: it is renewed.
+        StorageError: the store cannot be asked.
+    """
+    before = None
+    while (found := look(uri)) and found.is_alive:
         _, host, pid = found.owner.split()
-        raise FolderError(
-            f"another run is at work in {uri} (process {pid} on {host}, last seen {found.age_s:.0f} s ago; one that is "
-            f"silent for {LAPSE_S:.0f} s is given up): wait for it, or give this sweep another --name"
-        )
+        if before is None:
+            log.warning(
+                "a run on %s was at work in %s %.0f s ago: it is waited for until it shows itself again, or has been "
+                "silent for %.0f s and is given up",
+                *(host, uri, found.age_s, LAPSE_S),
+            )
+        elif found.owner != before.owner or found.age_s < before.age_s:
+            raise FolderError(
+                f"another run is at work in {uri} (process {pid} on {host}): wait for it, or give this sweep another "
+                "--name"
+            )
+        before = found
+        time.sleep(LOOK_S)
 
 
 def _require_ours(uri: str, owner: str) -> None:

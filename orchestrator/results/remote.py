@@ -6,11 +6,13 @@ goes on, reads it first. Credentials come from the environment alone, as AWS's o
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -19,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.config.local_path import local_path
 from orchestrator.config.storage_address import SCHEME, is_remote, storage_problem
 from orchestrator.errors import FolderError, StorageError
-from orchestrator.results.storage import SweepFolder
+from orchestrator.results.storage import CHECKPOINT_PART, SweepFolder
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileInfo, S3FileSystem
@@ -29,8 +31,11 @@ REQUEST_LIMIT_S = 20.0
 """Without a byte, of each of three attempts (pyarrow 25): a store that is silent holds whoever asks for a minute."""
 TRANSFERS = 8
 """Files at a time."""
+ATTEMPTS = 3
+"""To fetch a file whole, which may be written anew meanwhile."""
 CHUNK_BYTES = 8 * 2**20
 CHECKPOINT = "checkpoint-"
+TABLE = SweepFolder(Path()).results_json.name
 NOT_CARRIED = "tune"
 """Ray Tune's own state, which nobody reads back."""
 Wanted = Callable[[PurePosixPath], bool]
@@ -71,7 +76,8 @@ def opened(where: str) -> SweepFolder:
         raise FolderError(f"{where}: {problem}")
     uri = where.rstrip("/")
     folder = SweepFolder(copy_of(uri, "reader"), uri)
-    Mirror(folder.root, uri).pull(is_record)
+    # Another sweep may have lain there; the pages are made here, and another command may be about to show one.
+    Mirror(folder.root, uri).pull(is_record, exact=True, ours={folder.report.name, folder.comparison.name})
     return folder
 
 
@@ -99,7 +105,21 @@ def is_result(path: PurePosixPath) -> bool:
 
 def is_checkpoint(path: PurePosixPath) -> bool:
     """What a trial goes on from while it has not ended."""
-    return path.parts[0] == "trials" and len(path.parts) > 3 and path.parts[2].startswith(CHECKPOINT)
+    return path.parent.name.startswith(CHECKPOINT)
+
+
+def whole_checkpoints(names: Iterable[str]) -> set[PurePosixPath]:
+    """Those of which every worker's part is among the files: several objects of a store are not one change."""
+    parts: Counter[tuple[PurePosixPath, int]] = Counter()
+    for path in map(PurePosixPath, names):
+        if is_checkpoint(path) and (part := CHECKPOINT_PART.fullmatch(path.name)):
+            parts[path.parent, int(part[1])] += 1
+    return {folder for (folder, workers), count in parts.items() if count == workers}
+
+
+def speaks_of_others(path: PurePosixPath) -> bool:
+    """A checkpoint of the curve that it belongs to, the sweep's table of the trials' own records."""
+    return is_checkpoint(path) or path.name == TABLE
 
 
 def everything(path: PurePosixPath) -> bool:  # noqa: ARG001
@@ -117,11 +137,14 @@ class Mirror:
         self._same: dict[str, tuple[int, int]] = {}
         self._lock = threading.Lock()
 
-    def pull(self, wanted: Wanted = everything, *, under: str = "", exact: bool = False) -> None:
+    def pull(
+        self, wanted: Wanted = everything, *, under: str = "", exact: bool = False, ours: Collection[str] = ()
+    ) -> None:
         """Bring what the store has and this copy has not, all or what is `under` a folder of it.
 
-        The folders of what is not wanted are made, so that their names tell. `exact` removes what the store does not
-        have, and of trials what it has otherwise and is not wanted: an adapter of before would be put over a newer one.
+        The folders of what is not wanted are made, so that their names tell, but for a checkpoint's that is not whole
+        there. `exact` removes what the store does not have, and of trials what it has otherwise and is not wanted: an
+        adapter of before would be put over a newer one. What is in `ours` stays.
 
         Raises:
             StorageError: the store cannot be read, or the copy not written.
@@ -129,34 +152,48 @@ class Mirror:
         with self._lock, _told(self.uri, "read"):
             there = self._there(under)
             if exact:
-                self._compare(there, wanted)
-            for folder in {(self.local / name).parent for name in there}:
-                folder.mkdir(parents=True, exist_ok=True)
+                self._compare(there, wanted, ours)
             changed = [(name, info) for name, info in there.items() if wanted(PurePosixPath(name))]
+            folders = {path.parent for path in map(PurePosixPath, there) if not is_checkpoint(path)}
+            folders |= whole_checkpoints(there) | {PurePosixPath(name).parent for name, _ in changed}
+            for folder in folders:
+                (self.local / folder).mkdir(parents=True, exist_ok=True)
             with ThreadPoolExecutor(TRANSFERS) as pool:
                 for name, state in pool.map(self._bring, changed):
                     self._same[name] = state
 
-    def push(self, wanted: Wanted = everything) -> None:
+    def push(self, wanted: Wanted = everything, *, within: Collection[str] | None = None) -> None:
         """Carry over what changed here since the last time, and remove what is gone.
 
+        within: folders of it, which are looked at alone beside the files at its top, and nothing is removed.
+
+        What speaks of others goes last, so that they are there. A checkpoint that is gone here stays there until the
+        one in its place is whole: another node's workers may have their part still to carry.
+
         Raises:
-            StorageError: the store cannot be written.
+            StorageError: the store cannot be written, or the copy itself is gone, which removes nothing there.
         """
         with self._lock, _told(self.uri, "written"):
-            here = dict(self._here())
+            if not self.local.is_dir():
+                raise OSError(f"its copy {self.local} is gone")
+            here = dict(self._here(within))
             changed = [
                 (name, state)
                 for name, state in here.items()
                 if self._same.get(name) != state and wanted(PurePosixPath(name))
             ]
             with ThreadPoolExecutor(TRANSFERS) as pool:
-                for name, state in pool.map(self._carry, changed):
-                    if state is not None:
-                        self._same[name] = state
-            for name in [name for name in self._same if name not in here and wanted(PurePosixPath(name))]:
-                if not (self.local / name).exists():
-                    self._remove(name)
+                for last in (False, True):
+                    some = [one for one in changed if speaks_of_others(PurePosixPath(one[0])) is last]
+                    for name, state in pool.map(self._carry, some):
+                        if state is not None:
+                            self._same[name] = state
+            if within is not None:
+                return
+            gone = [name for name in self._same if name not in here and wanted(PurePosixPath(name))]
+            gone = [name for name in gone if not (self.local / name).exists()]
+            needed = self._needed_until_whole(gone)
+            self._remove([name for name in gone if PurePosixPath(name).parent not in needed])
 
     def remove(self, unwanted: Wanted, *, under: str = "") -> None:
         """Remove from the store alone.
@@ -165,9 +202,16 @@ class Mirror:
             StorageError: the store cannot be written.
         """
         with self._lock, _told(self.uri, "written"):
-            for name in self._there(under):
-                if unwanted(PurePosixPath(name)):
-                    self._remove(name)
+            self._remove([name for name in self._there(under) if unwanted(PurePosixPath(name))])
+
+    def _needed_until_whole(self, gone: Collection[str]) -> set[PurePosixPath]:
+        """The whole checkpoints there, as long as one that took the place of those that are gone is not whole there."""
+        beside = {self.local / path.parent.parent for path in map(PurePosixPath, gone) if is_checkpoint(path)}
+        newer = {PurePosixPath(new.relative_to(self.local)) for one in beside for new in one.glob(f"{CHECKPOINT}*")}
+        if not newer:
+            return set()
+        whole = whole_checkpoints(self._there(""))
+        return set() if newer <= whole else whole
 
     def _there(self, under: str) -> dict[str, FileInfo]:
         from pyarrow import fs
@@ -177,8 +221,11 @@ class Mirror:
         named = {info.path[len(self._base) + 1 :]: info for info in found if info.type == fs.FileType.File}
         return {name: info for name, info in named.items() if not _is_hidden(PurePosixPath(name))}
 
-    def _here(self) -> Iterator[tuple[str, tuple[int, int]]]:
-        for folder, below, files in os.walk(self.local):
+    def _here(self, within: Collection[str] | None = None) -> Iterator[tuple[str, tuple[int, int]]]:
+        walks = [os.walk(self.local)]
+        if within is not None:
+            walks = [itertools.islice(walks[0], 1), *(os.walk(self.local / folder) for folder in within)]
+        for folder, below, files in itertools.chain.from_iterable(walks):
             inside = PurePosixPath(Path(folder).relative_to(self.local))
             below[:] = [name for name in below if not _is_hidden(inside / name)]
             for name in files:
@@ -187,16 +234,23 @@ class Mirror:
 
     def _bring(self, named: tuple[str, FileInfo]) -> tuple[str, tuple[int, int]]:
         name, info = named
-        file, state = self.local / name, (info.size, info.mtime_ns)
-        if _state(file) == state:
+        file = self.local / name
+        if (state := _state(file)) == (info.size, info.mtime_ns):
             return name, state
         partial = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
-        with store(self.uri).open_input_stream(info.path) as source, partial.open("wb") as target:
-            shutil.copyfileobj(source, target, CHUNK_BYTES)
-        # The store's time, by which the next pull knows that nothing has changed.
-        os.utime(partial, ns=(info.mtime_ns, info.mtime_ns))
-        partial.replace(file)
-        return name, _state(file) or state
+        for _ in range(ATTEMPTS):
+            with store(self.uri).open_input_stream(info.path) as source, partial.open("wb") as target:
+                shutil.copyfileobj(source, target, CHUNK_BYTES)
+                arrived_bytes = target.tell()
+            if arrived_bytes == info.size:
+                # The store's time, by which the next pull knows that nothing has changed.
+                os.utime(partial, ns=(info.mtime_ns, info.mtime_ns))
+                partial.replace(file)
+                return name, _state(file) or (info.size, info.mtime_ns)
+            # It was written anew since it was listed, or cut on the way.
+            info = store(self.uri).get_file_info(info.path)
+        partial.unlink()
+        raise OSError(f"of {name} {arrived_bytes} bytes arrived where it has {info.size}, {ATTEMPTS} times in a row")
 
     def _carry(self, changed: tuple[str, tuple[int, int]]) -> tuple[str, tuple[int, int] | None]:
         """State of before it was read: what is written meanwhile is carried the next time."""
@@ -205,21 +259,39 @@ class Mirror:
             source = (self.local / name).open("rb")
         except FileNotFoundError:
             return name, None
+        unread = None
         with source, store(self.uri).open_output_stream(f"{self._base}/{name}") as target:
-            shutil.copyfileobj(source, target, CHUNK_BYTES)
-        return name, state
+            while unread is None:
+                try:
+                    chunk = source.read(CHUNK_BYTES)
+                except OSError as error:
+                    unread = error
+                else:
+                    if not chunk:
+                        return name, state
+                    target.write(chunk)
+        # Closed, the stream has published what came before (pyarrow 25 hands on no Abort): none is better than a part.
+        delete(f"{self.uri}/{name}")
+        raise unread
 
-    def _remove(self, name: str) -> None:
-        with _missing_is_fine():
-            store(self.uri).delete_file(f"{self._base}/{name}")
-        self._same.pop(name, None)
+    def _remove(self, names: Collection[str]) -> None:
+        checkpoints = {path.parent for path in map(PurePosixPath, names) if is_checkpoint(path)}
+        for folder in checkpoints:
+            # File by file it would leave an object that stands for the empty folder (Arrow's s3fs.cc, DeleteFile).
+            with _missing_is_fine():
+                store(self.uri).delete_dir(f"{self._base}/{folder}")
+        for name in names:
+            if PurePosixPath(name).parent not in checkpoints:
+                with _missing_is_fine():
+                    store(self.uri).delete_file(f"{self._base}/{name}")
+            self._same.pop(name, None)
 
-    def _compare(self, there: dict[str, FileInfo], wanted: Wanted) -> None:
+    def _compare(self, there: dict[str, FileInfo], wanted: Wanted, ours: Collection[str]) -> None:
         for name, state in list(self._here()):
             info, path = there.get(name), PurePosixPath(name)
             if info and state == (info.size, info.mtime_ns):
                 self._same[name] = state
-            elif info is None or (path.parts[0] == "trials" and not wanted(path)):
+            elif (info is None and name not in ours) or (path.parts[0] == "trials" and not wanted(path)):
                 (self.local / name).unlink(missing_ok=True)
                 self._same.pop(name, None)
 

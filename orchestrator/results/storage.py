@@ -27,6 +27,13 @@ _STORAGE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EST
 LARGEST_BYTES = 2**30
 """Of a file that is read whole; the records of 100,000 trials have less."""
 _CHECKPOINT = re.compile(r"\.?checkpoint-([1-9][0-9]{0,17})")
+CHECKPOINT_PART = re.compile(r"worker[0-9]+-of-([1-9][0-9]*)\.safetensors")
+"""Of how many workers it is one: whoever sees the names alone knows whether a checkpoint is whole."""
+
+
+def checkpoint_part(rank: int, workers: int) -> str:
+    """The file in a checkpoint that holds this worker's state."""
+    return f"worker{rank}-of-{workers}.safetensors"
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from orchestrator.errors import StorageError
@@ -37,6 +37,8 @@ class Carrier:
         self._mirror = Mirror(folder.root, folder.remote) if folder.remote else None
         self._running: set[str] = set()
         self._ended: set[str] = set()
+        self._written: set[str] = set()
+        """Trials whose record was written since it was last carried over."""
         self._unfetched: set[str] = set()
         """Trials that ended while the store was away."""
         self._untold: dict[str, tuple[Callable[[TrialResult], None], TrialResult]] = {}
@@ -60,6 +62,7 @@ class Carrier:
 
     def track(self, record: TrialResult) -> None:
         """Take note that a record was written."""
+        self._written.add(record.trial_id)
         if record.status is TrialStatus.RUNNING:
             self._running.add(record.trial_id)
         else:
@@ -110,7 +113,7 @@ class Carrier:
         self._end_limit_s = INTERRUPTED_END_LIMIT_S
 
     def push(self) -> None:
-        """Carry over what was written here.
+        """Carry over all that was written here.
 
         Raises:
             StorageError: the store cannot be written.
@@ -167,7 +170,9 @@ class Carrier:
     def _carry(self) -> None:
         if self._tenure.is_lost:
             return
-        self.push()
+        # Of these the final record goes with this push; one that ends meanwhile keeps its checkpoint until the next.
+        ended = tuple(self._ended)
+        self._push_written()
         for trial_id in tuple(self._unfetched):
             self._pull(trial_id, is_result)
             with self._lock:
@@ -178,17 +183,32 @@ class Carrier:
                 tell(record)
         for trial_id in tuple(self._running):
             self._pull(trial_id, is_record)
-        self._forget_checkpoints()
+        self._forget_checkpoints(ended)
+
+    def _push_written(self) -> None:
+        """What belongs to the trials that were written, since a walk through thousands at each would take all the time.
+
+        At the end of the sweep all of it.
+        """
+        assert self._mirror
+        if self._ending.is_set():
+            self._mirror.push()
+            return
+        written = {self._written.pop() for _ in range(len(self._written))}
+        try:
+            self._mirror.push(within=[self._inside(trial_id) for trial_id in written])
+        except StorageError:
+            self._written |= written
+            raise
 
     def _pull(self, trial_id: str, wanted: Wanted) -> None:
         assert self._mirror
         ours = self._folder.trial(trial_id).result.name
         self._mirror.pull(lambda path: wanted(path) and path.name != ours, under=self._inside(trial_id))
 
-    def _forget_checkpoints(self) -> None:
-        """Of trials that have ended."""
+    def _forget_checkpoints(self, ended: Iterable[str]) -> None:
         assert self._mirror
-        for trial_id in tuple(self._ended):
+        for trial_id in ended:
             self._mirror.remove(is_checkpoint, under=self._inside(trial_id))
             self._ended.discard(trial_id)
 

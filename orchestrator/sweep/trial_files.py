@@ -40,6 +40,8 @@ def on_this_node(task: TrialTask, place: WorkerPlace, group_id: str) -> tuple[Tr
     mirror = Mirror(copy, task.trial_folder)
     folder = TrialFolder(copy)
     copy.mkdir(parents=True, exist_ok=True)
+    if place.local_rank == 0:
+        _remove_earlier(task, group_id)
     with FileLock(copy.with_name(f".{copy.name}.lock")):
         # The sweep's process alone writes the record.
         mirror.pull(lambda path: path.name != folder.result.name)
@@ -58,6 +60,18 @@ def _parent_here(task: TrialTask, group_id: str) -> str | None:
     with FileLock(copy.with_name(f".{copy.name}.lock")):
         Mirror(copy, task.parent_folder).pull(partial(_is_under, TrialFolder(copy).checkpoint(task.first_step).name))
     return str(copy)
+
+
+def _remove_earlier(task: TrialTask, group_id: str) -> None:
+    """The copies of trials that the group had before: a turn begins once all workers have kept what the last one left.
+
+    One that outlived the limit of its stop has no more than its own log to carry, and finds its copy gone.
+    """
+    needed = {copy_of(folder, _owner(group_id)) for folder in (task.trial_folder, task.parent_folder) if folder}
+    for copy in copy_of(task.trial_folder, _owner(group_id)).parent.iterdir():
+        if copy not in needed:
+            # Of the locks beside them, which are empty, this removes none.
+            shutil.rmtree(copy, ignore_errors=True)
 
 
 @contextmanager

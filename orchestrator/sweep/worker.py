@@ -163,7 +163,8 @@ def _run_trial(board: Any, group_id: str, assignment: Assignment, keep: Keep) ->
         for message in messages(reports, process, assignment.task.time_limit_s):
             ended = ended or isinstance(message, TrialEnd)
             _keep_before(message, keep)
-            board.send.remote(group_id, assignment.turn, rank, message)
+            if rank == 0 or isinstance(message, TrialEnd):
+                board.send.remote(group_id, assignment.turn, rank, message)
     except TimeoutError as error:
         process.kill()
         late = TrialEnd(TrialStatus.FAILED, str(error), None, may_pass=isinstance(error, SilentError))

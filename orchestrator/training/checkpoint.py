@@ -11,7 +11,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from orchestrator.config.trial_config import CHANGEABLE
 from orchestrator.errors import CheckpointError
-from orchestrator.results.storage import TrialFolder, sync_folder
+from orchestrator.results.storage import TrialFolder, checkpoint_part, sync_folder
 from orchestrator.training.agreement import all_say_yes, told_by_first
 from orchestrator.training.data import read_summary
 from orchestrator.training.task import TrialTask, WorkerPlace
@@ -32,6 +32,7 @@ FORMAT = 1
 INTERVAL_S = 60.0
 SHARE = 0.05
 """Checkpoints take no more than about this part of the time."""
+INSTEAD = "the trial goes on from the one before, where there is one, or begins again"
 # What a file raises that is not there, cut, or not ours; and a state in which a library holds more than plain values.
 _UNUSABLE = (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError)
 
@@ -67,19 +68,22 @@ class Checkpoints:
         self._last_at, self._cost_s = time.monotonic(), 0.0
 
     def find(self) -> tuple[int, dict[str, Any]] | None:
-        """The step after which the last one was written, and this worker's state; None: begin at the first step."""
+        """The step of the last one that all workers can read, and this worker's state; None: begin at the first step.
+
+        All others are removed.
+        """
         workers = self._place.world_size
-        step = told_by_first(self._newest() if self._place.rank == 0 else 0, self._device, workers)
-        if not step:
-            return None
-        state = None
-        try:
-            state = _read(self._file(self._folder.checkpoint(step)), self._fits)
-        except _UNUSABLE as error:
-            log.warning("the checkpoint of step %d cannot be read (%s): the trial begins again", step, error)
-        if all_say_yes(state is not None, self._device, workers):
-            assert state is not None
-            return step, state
+        usable = self._usable() if self._place.rank == 0 else iter(())
+        while step := told_by_first(next(usable, 0), self._device, workers):
+            state = None
+            try:
+                state = _read(self._file(self._folder.checkpoint(step)), self._fits)
+            except _UNUSABLE as error:
+                log.warning("the checkpoint of step %d cannot be read (%s): %s", step, error, INSTEAD)
+            if all_say_yes(state is not None, self._device, workers):
+                assert state is not None
+                self._forget(but=step)
+                return step, state
         self._forget()
         return None
 
@@ -124,9 +128,15 @@ class Checkpoints:
             # The trial is worth more than its checkpoint.
             log.warning("no checkpoint at step %d (%s): the trial goes on without", step, error)
             written = False
-        complete = all_say_yes(written, self._device, self._place.world_size)
+        workers = self._place.world_size
+        complete = all_say_yes(written, self._device, workers)
         if self._place.rank == 0:
             complete = self._conclude(step, partial, metrics, complete)
+        complete = bool(told_by_first(int(complete), self._device, workers))
+        if self._place.local_rank == 0 and self._place.rank:
+            # Nodes that share no folder have each its own workers' part.
+            complete = self._conclude(step, partial, metrics, complete)
+        complete = all_say_yes(complete, self._device, workers)
         self._last_at = time.monotonic()
         self._cost_s = self._last_at - started
         return complete
@@ -135,7 +145,8 @@ class Checkpoints:
         """All workers have written theirs: the checkpoint counts from its rename on."""
         try:
             if complete:
-                os.fsync(metrics)
+                if self._place.rank == 0:
+                    os.fsync(metrics)
                 sync_folder(partial)
                 partial.rename(self._folder.checkpoint(step))
                 sync_folder(self._folder.root)
@@ -143,20 +154,19 @@ class Checkpoints:
                 return True
             shutil.rmtree(partial, ignore_errors=True)
         except OSError as error:
+            if self._place.rank and isinstance(error, FileNotFoundError):
+                # In a folder that nodes share the first worker has renamed it.
+                return True
             log.warning("no checkpoint at step %d (%s): the trial goes on without", step, error)
         return False
 
-    def _newest(self) -> int:
-        """The last whole one that belongs to the curve on disk, or 0; what cannot be used is removed."""
-        steps = self._folder.checkpoint_steps()
-        step = steps[-1] if steps else 0
-        if step and self._fits_on_disk(step):
-            self._folder.forget_checkpoints(but=step)
-            return step
-        if step:
-            log.warning("the checkpoint of step %d is damaged or of other settings: the trial begins again", step)
-        self._forget()
-        return 0
+    def _usable(self) -> Iterator[int]:
+        """Steps of those that belong to the curve on disk, the last one first."""
+        for step in reversed(self._folder.checkpoint_steps()):
+            if self._fits_on_disk(step):
+                yield step
+            else:
+                log.warning("the checkpoint of step %d is damaged or of other settings: %s", step, INSTEAD)
 
     def _fits_on_disk(self, step: int) -> bool:
         try:
@@ -166,12 +176,12 @@ class Checkpoints:
             return False
         return fits and self._folder.curve_bytes(step, self._task.first_step) is not None
 
-    def _forget(self) -> None:
-        if self._place.rank == 0:
-            self._folder.forget_checkpoints()
+    def _forget(self, but: int | None = None) -> None:
+        if self._place.local_rank == 0:
+            self._folder.forget_checkpoints(but)
 
     def _file(self, folder: Path) -> Path:
-        return folder / f"worker{self._place.rank}.safetensors"
+        return folder / checkpoint_part(self._place.rank, self._place.world_size)
 
 
 def random_states(device: torch.device) -> dict[str, Any]:

@@ -66,7 +66,10 @@ class WorkerPlace:
 
 @dataclass(frozen=True, slots=True)
 class TrialProgress:
-    """How far a trial is: rank 0 reports it at every evaluation, so that a trial killed later has lost nothing."""
+    """How far a trial is: told at every evaluation, so that a trial killed later has lost nothing.
+
+    By the first worker of each node to the Ray worker beside it; that of rank 0 goes on to the sweep.
+    """
 
     last: MetricPoint | None
     best: MetricPoint | None

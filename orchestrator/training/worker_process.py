@@ -37,7 +37,7 @@ HEARTBEAT_S = 5.0
 def run(task: TrialTask, place: WorkerPlace, send: Send) -> None:
     """Train this worker's part, and send how it ended; never raises.
 
-    Worker 0 sends a TrialProgress at every evaluation; every worker sends one TrialEnd.
+    The first worker of each node sends a TrialProgress at every evaluation; every worker sends one TrialEnd.
     """
     ledger = None
     log = TrialFolder(Path(task.trial_folder)).worker_log(place.rank)
@@ -49,7 +49,8 @@ def run(task: TrialTask, place: WorkerPlace, send: Send) -> None:
         ledger.alive = _heartbeat(send)
         if place.rank == 0:
             _write_settings(task, place, device)
-        report = send if place.rank == 0 else _say_nothing
+        # One on each node, since what a node has made is stored at every evaluation.
+        report = send if place.local_rank == 0 else _say_nothing
         progress = training_loop.train(task, place, ledger, report)
         # Only after a good end: with a worker that failed, the others' collectives would be waited for.
         dist.destroy_process_group()
@@ -113,7 +114,7 @@ def _heartbeat(send: Send) -> Callable[[], None]:
 
 
 def _say_nothing(_: TrialProgress | TrialEnd) -> None:
-    """Workers but the first have nothing to add."""
+    """The other workers of a node have nothing to add."""
 
 
 def compile_no_ops() -> None:

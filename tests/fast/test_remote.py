@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import socket
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -20,7 +22,7 @@ from orchestrator.cli import app
 from orchestrator.errors import FolderError, StorageError
 from orchestrator.results import lease, remote
 from orchestrator.results.remote import Mirror
-from orchestrator.results.storage import is_at_work
+from orchestrator.results.storage import checkpoint_part, is_at_work
 from tests.object_store import BUCKET, started_store
 
 LIMIT_S = 30.0
@@ -93,6 +95,101 @@ def test_a_reader_gets_the_records_and_an_export_the_adapter_of_its_trial(uri: s
     assert remote.read_text(f"{uri}/report.html")[0] == "the answer"
 
 
+def test_of_a_sweep_that_lay_at_the_address_before_a_reader_sees_nothing_and_keeps_the_pages_it_made(
+    uri: str, tmp_path: Path
+) -> None:
+    # Of unlike length: by size and the store's whole second what was written anew is known.
+    for sweep, trial in (("before", "a"), ("now", "b")):
+        driver = Mirror(tmp_path / sweep, uri)
+        write(driver.local, **{"sweep.yaml": sweep, f"trials__{trial}__result.json": "{}"})
+        write(driver.local, **{f"trials__{trial}__adapter__weights": sweep})
+        driver.push()
+        folder = remote.opened(uri)
+        remote.fetch_trial(folder, trial)
+        write(folder.root, **{"report.html": sweep, "comparison.html": sweep})
+        assert folder.sweep_file.read_text() == sweep
+        if sweep == "before":
+            driver.remove(remote.everything)
+    made = {"report.html", "comparison.html"}
+    assert names(remote.opened(uri).root) == {"sweep.yaml", "trials/b/result.json", "trials/b/adapter/weights"} | made
+
+
+@pytest.mark.parametrize(
+    ("last", "others"),
+    [
+        ("results.json", ("trials/a/result.json", "sweep.yaml")),
+        (f"checkpoint-3/{checkpoint_part(0, 1)}", ("metrics.jsonl", "adapter/weights")),
+    ],
+)
+def test_what_speaks_of_other_files_is_stored_after_them(
+    last: str, others: tuple[str, ...], uri: str, tmp_path: Path
+) -> None:
+    one = Mirror(tmp_path / "one", uri)
+    for name in (last, *others):
+        write(one.local, **{name: "1"})
+    # None of the others arrives: a link that opens, and whose first byte is an input/output error.
+    for name in others:
+        (one.local / name).unlink()
+        (one.local / name).symlink_to("/proc/self/mem")
+    with pytest.raises(StorageError):
+        one.push()
+    assert remote.read_text(f"{uri}/{last}") is None
+
+
+class CutShort:
+    """The store on a line that breaks: so many files arrive as a half."""
+
+    def __init__(self, store: Any, times: int) -> None:
+        self._store, self._left = store, times
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def open_input_stream(self, path: str) -> Any:
+        whole = self._store.open_input_stream(path)
+        if not self._left:
+            return whole
+        self._left -= 1
+        content = whole.read()
+        return io.BytesIO(content[: len(content) // 2])
+
+
+def test_a_file_that_arrives_in_part_is_fetched_again_and_never_taken_for_the_whole(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = Mirror(tmp_path / "one", uri), Mirror(tmp_path / "other", uri)
+    write(one.local, a="0123456789")
+    one.push()
+    real = remote.store(uri)
+    for times, arrives in ((remote.ATTEMPTS, False), (1, True)):
+        cutting = CutShort(real, times)
+        with monkeypatch.context() as cut:
+            cut.setattr(remote, "store", lambda _, cutting=cutting: cutting)
+            if arrives:
+                other.pull()
+            else:
+                with pytest.raises(StorageError, match="of a 5 bytes arrived where it has 10"):
+                    other.pull()
+        assert names(other.local) == ({"a"} if arrives else set())
+    assert (other.local / "a").read_text() == "0123456789"
+
+
+def test_a_file_that_cannot_be_read_to_its_end_is_not_stored_in_part(uri: str, tmp_path: Path) -> None:
+    one = Mirror(tmp_path / "one", uri)
+    write(one.local, a="1", b="2")
+    one.push()
+    (one.local / "a").unlink()
+    # It opens, and its first byte is an input/output error.
+    (one.local / "a").symlink_to("/proc/self/mem")
+    with pytest.raises(StorageError, match="Input/output error"):
+        one.push()
+    assert remote.read_text(f"{uri}/a") is None
+    (one.local / "a").unlink()
+    write(one.local, a="3")
+    one.push()
+    assert remote.read_text(f"{uri}/a")[0] == "3"
+
+
 @pytest.mark.parametrize("where", ["s3://bucket/../x", "s3://key:secret@bucket/x", "gs://bucket/x", "s3://"])
 def test_an_address_that_cannot_be_used_is_refused(where: str) -> None:
     with pytest.raises(FolderError, match="takes a folder"):
@@ -116,7 +213,12 @@ def test_doctor_tries_the_store(uri: str) -> None:
     assert "NO_SUCH_BUCKET" in bad.stdout
 
 
-def test_of_two_runs_in_one_folder_the_second_is_refused_until_the_first_has_ended(uri: str) -> None:
+def test_of_two_runs_in_one_folder_the_second_is_refused_until_the_first_has_ended(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A store tells whole seconds, and by them it is seen that the lease is renewed.
+    monkeypatch.setattr(lease, "BEAT_S", 2.5)
+    monkeypatch.setattr(lease, "LOOK_S", 0.2)
     folder = remote.opened(uri)
     with lease.held(uri, pytest.fail):
         assert is_at_work(folder)
@@ -139,6 +241,17 @@ def test_a_dead_owner_of_this_machine_is_given_up_at_once_and_one_elsewhere_afte
     monkeypatch.setattr(lease, "LAPSE_S", 0.0)
     with lease.held(uri, pytest.fail):
         assert str(os.getpid()) in lease.look(uri).owner
+
+
+def test_a_run_that_died_elsewhere_a_moment_ago_is_waited_for_until_it_is_given_up(
+    uri: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(lease, "LOOK_S", 0.2)
+    monkeypatch.setattr(lease, "LAPSE_S", 3.0)
+    remote.write_text(f"{uri}/.lease", "token elsewhere 1")
+    with lease.held(uri, pytest.fail):
+        assert str(os.getpid()) in lease.look(uri).owner
+    assert "a run on elsewhere was at work" in caplog.text
 
 
 def test_an_owner_whose_lease_was_taken_is_told(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +16,8 @@ from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import FolderError, StorageError
 from orchestrator.results import remote
 from orchestrator.results.records import Suggestion, TrialResult, TrialStatus
-from orchestrator.results.storage import SweepFolder, TrialFolder, write_result
+from orchestrator.results.remote import Mirror
+from orchestrator.results.storage import SweepFolder, TrialFolder, checkpoint_part, write_result
 from orchestrator.sweep import carrier as carriers
 from orchestrator.sweep.carrier import carried
 from orchestrator.sweep.folder_lock import Tenure
@@ -88,9 +91,9 @@ def test_what_a_worker_keeps_the_driver_has_at_the_trials_end(folder: SweepFolde
         carrier.track(record(TrialStatus.RUNNING))
         wait_until(folder.trial("t").metrics.exists, bool, LIMIT_S)
         theirs.metrics.write_text("12")
-        for made in (theirs.adapter, theirs.root / "checkpoint-2"):
-            made.mkdir()
-            (made / "weights").write_text("w")
+        for made in (theirs.adapter / "weights", theirs.checkpoint(2) / checkpoint_part(0, 1)):
+            made.parent.mkdir()
+            made.write_text("w")
         keep(0.0)
         carrier.fetch("t")
         assert folder.trial("t").metrics.read_text() == "12"
@@ -122,6 +125,46 @@ def test_workers_of_one_node_share_a_copy_and_carry_each_file_once(folder: Sweep
     assert {file.name for file in found.iterdir()} == {f.name for f in (ours.metrics, ours.log, ours.worker_log(1))}
 
 
+def test_a_checkpoint_of_two_nodes_counts_once_both_have_stored_their_part_and_the_one_before_stays_until_then(
+    folder: SweepFolder,
+) -> None:
+    nodes = [on_this_node(task_in(folder), replace(place(rank), local_rank=0), f"node{rank}") for rank in (0, 1)]
+
+    def save(rank: int, step: int) -> None:
+        ours, keep = TrialFolder(Path(nodes[rank][0].trial_folder)), nodes[rank][1]
+        ours.checkpoint(step).mkdir()
+        (ours.checkpoint(step) / checkpoint_part(rank, 2)).write_text("w")
+        ours.forget_checkpoints(but=step)
+        keep(0.0)
+
+    def known() -> tuple[list[int], set[str]]:
+        """As the driver sees it, and whoever goes on with the trial."""
+        trial = remote.opened(folder.shown).trial("t")
+        steps = trial.checkpoint_steps()
+        shutil.rmtree(trial.root, ignore_errors=True)
+        ours, _ = on_this_node(task_in(folder), place(0), "next")
+        files = {file.relative_to(ours.trial_folder).as_posix() for file in Path(ours.trial_folder).rglob("*/*")}
+        leave_nothing(task_in(folder), "next")
+        return steps, files
+
+    def parts(step: int, *ranks: int) -> set[str]:
+        return {f"checkpoint-{step}/{checkpoint_part(rank, 2)}" for rank in ranks}
+
+    save(0, 3)
+    assert known() == ([], parts(3, 0))
+    save(1, 3)
+    assert known() == ([3], parts(3, 0, 1))
+    save(0, 6)
+    assert known() == ([3], parts(3, 0, 1) | parts(6, 0))
+    save(1, 6)
+    assert known() == ([6], parts(6, 0, 1))
+    # All of it was useless, as with other settings: nothing of it stays.
+    for task, keep in nodes:
+        TrialFolder(Path(task.trial_folder)).forget_checkpoints()
+        keep(0.0)
+    assert known() == ([], set())
+
+
 def test_a_trial_that_begins_with_anothers_checkpoint_finds_it_on_its_node_until_nobody_needs_it(
     folder: SweepFolder,
 ) -> None:
@@ -133,7 +176,7 @@ def test_a_trial_that_begins_with_anothers_checkpoint_finds_it_on_its_node_until
         task, keep = on_this_node(task_in(folder), place(0), "group")
         left = TrialFolder(Path(task.trial_folder)).checkpoint(2)
         left.mkdir()
-        (left / "worker0.safetensors").write_text("w")
+        (left / checkpoint_part(0, 1)).write_text("w")
         keep(0.0)
         leave_nothing(task_in(folder), "group")
         parent = record(TrialStatus.STOPPED).model_copy(
@@ -152,7 +195,7 @@ def test_a_trial_that_begins_with_anothers_checkpoint_finds_it_on_its_node_until
         here, _ = on_this_node(child, place(0), "group")
         assert here.parent_folder
         found = TrialFolder(Path(here.parent_folder)).checkpoint(2)
-        assert (found / "worker0.safetensors").read_text() == "w"
+        assert (found / checkpoint_part(0, 1)).read_text() == "w"
         assert not (Path(here.parent_folder) / "result.json").exists()
         leave_nothing(child, "group")
         assert not found.exists()
@@ -160,6 +203,32 @@ def test_a_trial_that_begins_with_anothers_checkpoint_finds_it_on_its_node_until
     kept = remote.opened(folder.shown)
     assert kept.trial("t").result.exists()
     assert not kept.trial("t").checkpoint(2).exists()
+
+
+def test_a_group_has_copies_of_no_more_than_the_trial_it_is_at_and_the_one_that_it_began_with(
+    folder: SweepFolder,
+) -> None:
+    def begin(trial_id: str, parent_id: str | None = None) -> tuple[TrialFolder, Callable[[float], None]]:
+        where = {"trial_folder": folder.location(folder.trial(trial_id).root), "first_step": 2}
+        parent = parent_id and folder.location(folder.trial(parent_id).root)
+        task, keep = on_this_node(
+            replace(task_in(folder), trial_id=trial_id, parent_folder=parent, **where), place(0), "group"
+        )
+        return TrialFolder(Path(task.trial_folder)), keep
+
+    first, keep_first = begin("t")
+    first.metrics.write_text("1")
+    keep_first(0.0)
+    begin("u")
+    assert not first.root.exists()
+    # Whoever is late finds nothing to carry, and takes nothing from the store.
+    with pytest.raises(StorageError, match="is gone"):
+        keep_first(0.0)
+    assert remote.read_text(folder.location(folder.trial("t").metrics))
+    second, _ = begin("v", "u")
+    assert {copy.name for copy in second.root.parent.iterdir() if copy.is_dir()} == {"u", "v"}
+    begin("v")
+    assert {copy.name for copy in second.root.parent.iterdir() if copy.is_dir()} == {"v"}
 
 
 def test_a_worker_gives_up_a_store_that_stays_away_after_its_time(
@@ -231,6 +300,49 @@ def test_who_hears_of_a_trial_that_ended_while_the_store_was_away_hears_it_once_
         carrier.track(record(TrialStatus.FAILED))
         wait_until(lambda: len(told), lambda count: count == 2, LIMIT_S)
     assert told[1] == ("failed", True)
+
+
+def test_while_a_sweep_runs_the_trials_that_were_written_are_carried_over_and_at_its_end_all_is(
+    folder: SweepFolder,
+) -> None:
+    other = folder.trial("u").evaluation
+    with carried(folder, Tenure("")) as carrier:
+        folder.sweep_file.write_text("name: demo")
+        other.parent.mkdir(parents=True)
+        other.write_text("{}")
+        write_result(folder, record(TrialStatus.FAILED))
+        carrier.track(record(TrialStatus.FAILED))
+        wait_until(lambda: remote.read_text(folder.location(folder.trial("t").result)), bool, LIMIT_S)
+        assert remote.read_text(folder.location(folder.sweep_file))
+        assert remote.read_text(folder.location(other)) is None
+    assert remote.read_text(folder.location(other))
+
+
+def test_a_trials_checkpoints_stay_in_the_store_until_its_final_record_is_there(
+    folder: SweepFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pull, remove = Mirror.pull, Mirror.remove
+    known_at_removal: list[str] = []
+    with carried(folder, Tenure("")) as carrier:
+        folder.sweep_file.write_text("name: demo")
+        write_result(folder, record(TrialStatus.RUNNING))
+
+        def end_meanwhile(*arguments: Any, **more: Any) -> None:
+            if not known_at_removal:
+                write_result(folder, record(TrialStatus.FAILED))
+                carrier.track(record(TrialStatus.FAILED))
+            pull(*arguments, **more)
+
+        def look(*arguments: Any, **more: Any) -> None:
+            found = remote.read_text(folder.location(folder.trial("t").result))
+            known_at_removal.append(TrialResult.model_validate_json(found[0]).status if found else "nothing")
+            remove(*arguments, **more)
+
+        monkeypatch.setattr(Mirror, "pull", end_meanwhile)
+        monkeypatch.setattr(Mirror, "remove", look)
+        carrier.track(record(TrialStatus.RUNNING))
+        wait_until(lambda: known_at_removal, bool, LIMIT_S)
+    assert set(known_at_removal) == {"failed"}
 
 
 def test_weights_that_are_evaluated_are_brought_to_the_node_and_removed_again(folder: SweepFolder) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.results.storage import TrialFolder
+from orchestrator.results.storage import TrialFolder, checkpoint_part
 from orchestrator.training.checkpoint import is_due
 from orchestrator.training.task import TrialEnd, TrialProgress, TrialTask, WorkerPlace
 from tests.training.conftest import tiny
@@ -157,15 +158,68 @@ def test_what_is_of_another_trial_or_damaged_is_not_gone_on_with(
     task = trial(tiny_model, tiny_data, tmp_path)
     first = completed(task)
     (step,) = first.folder.checkpoint_steps()
-    assert (first.folder.checkpoint(step) / "worker0.safetensors").exists()
+    assert (first.folder.checkpoint(step) / checkpoint_part(0, 1)).exists()
     other = completed(trial(tiny_model, tiny_data, tmp_path, micro_batch_size=2))
     assert goes_on_from(other) is None
     (step,) = other.folder.checkpoint_steps()
-    file = other.folder.checkpoint(step) / "worker0.safetensors"
+    file = other.folder.checkpoint(step) / checkpoint_part(0, 1)
     file.write_bytes(file.read_bytes()[:-100])
     again = completed(trial(tiny_model, tiny_data, tmp_path, micro_batch_size=2))
     assert goes_on_from(again) is None
     assert [point.step for point in again.points] == list(range(1, 8))
+
+
+def test_a_checkpoint_that_lacks_a_workers_part_gives_way_to_the_one_before(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    task = trial(tiny_model, tiny_data, tmp_path)
+    first = completed(task, 2)
+    uninterrupted = curve(first)
+    (step,) = first.folder.checkpoint_steps()
+    shutil.copytree(first.folder.checkpoint(step), first.folder.checkpoint(7))
+    (first.folder.checkpoint(7) / checkpoint_part(1, 2)).unlink()
+    again = completed(task, 2)
+    assert goes_on_from(again) == step
+    assert curve(again) == uninterrupted
+    assert 7 not in again.folder.checkpoint_steps()
+
+
+def on_own_node(place: WorkerPlace, pipe: Connection, task: TrialTask) -> None:
+    from orchestrator.training import worker_process
+
+    worker_process.run(
+        replace(task, trial_folder=node_folder(task, place.rank)), replace(place, local_rank=0), pipe.send
+    )
+
+
+def node_folder(task: TrialTask, rank: int) -> str:
+    return f"{task.trial_folder}-on-node{rank}"
+
+
+def test_nodes_that_share_no_folder_keep_each_its_part_of_the_last_checkpoint_and_go_on_from_it(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    task = trial(tiny_model, tiny_data, tmp_path)
+
+    def run() -> tuple[list[TrialProgress], list[list[str]]]:
+        sent = in_workers(2, on_own_node, task)
+        ends = [end for messages in sent for end in messages if isinstance(end, TrialEnd)]
+        assert [end.status for end in ends] == ["completed"] * 2
+        # What a node has made is stored when it tells of an evaluation.
+        told = [[one.last.step for one in messages if isinstance(one, TrialProgress)] for messages in sent]
+        assert told[0] == told[1]
+        folders = [TrialFolder(Path(node_folder(task, rank))) for rank in (0, 1)]
+        found = [
+            sorted(entry.relative_to(f.root).as_posix() for entry in f.root.glob("*checkpoint*/*")) for f in folders
+        ]
+        assert folders[0].checkpoint_steps() == folders[1].checkpoint_steps()
+        return [end.progress for end in ends if end.progress], found
+
+    _, found = run()
+    (step,) = TrialFolder(Path(node_folder(task, 0))).checkpoint_steps()
+    assert found == [[f"checkpoint-{step}/{checkpoint_part(rank, 2)}"] for rank in (0, 1)]
+    (again,), _ = run()
+    assert again.went_on_from == step
 
 
 def test_a_checkpoint_that_cannot_be_written_does_not_end_the_trial(
