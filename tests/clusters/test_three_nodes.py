@@ -6,7 +6,9 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 pytest.importorskip("moto")
@@ -137,3 +139,54 @@ def test_trials_on_three_nodes_are_all_whole_though_one_node_is_lost(
         assert_whole(folder, trial)
     assert folder.report.exists()
     assert len(json.loads(folder.results_json.read_text())["trials"]) == 3
+
+
+def start_over_two_nodes(cluster: Cluster, folder: Path, **keys: Any) -> Run:
+    """Trials whose two workers lie on two nodes, with a store alone between them."""
+    storage = f"s3://{BUCKET}/{folder.name}"
+    where = ("--storage", storage, "--address", cluster.address)
+    # A node has one CPU.
+    return start(folder, *where, within=cluster.head.within, resources={"workers_per_trial": 2}, **keys)
+
+
+def test_a_trial_over_two_nodes_goes_on_from_a_checkpoint_in_the_store_of_which_each_node_has_stored_its_part(
+    cluster: tuple[Cluster, Node], tmp_path: Path
+) -> None:
+    ray, _ = cluster
+    trial = {"max_steps": STEPS, "eval_every": EVERY}
+    run = start_over_two_nodes(ray, tmp_path, trial=trial, space={"rank": [2]})
+    where = f"s3://{BUCKET}/{tmp_path.name}/test"
+    wait_until(
+        lambda: [trial.checkpoint_steps() for trial in remote.opened(where).trials()],
+        lambda seen: has_ended(run) or any(seen),
+        LIMIT_S,
+    )
+    assert not has_ended(run), run.wait()
+    # The driver, and not the command that brought it to its node.
+    for process in psutil.Process(run.process.pid).children():
+        process.kill()
+    run.process.communicate()
+    exit_code, _, err = start_over_two_nodes(ray, tmp_path, trial=trial, space={"rank": [2]}).wait()
+    assert exit_code == 0, err
+    folder = remote.opened(where)
+    (ended,) = read_sweep(folder)[0].trials
+    assert any(note.startswith("went on from step") for note in ended.notes)
+    remote.fetch_trial(folder, ended.trial_id)
+    assert_whole(folder, ended)
+
+
+def test_the_members_of_a_population_over_two_nodes_begin_with_checkpoints_of_both(
+    cluster: tuple[Cluster, Node], tmp_path: Path
+) -> None:
+    ray, _ = cluster
+    run = start_over_two_nodes(
+        ray,
+        tmp_path,
+        trial={"max_steps": 4, "eval_every": 2},
+        space={"learning_rate": {"log_uniform": [1e-4, 1e-2]}},
+        scheduler={"pbt": {"population": 4, "interval_steps": 2}},
+    )
+    exit_code, _, err = run.wait()
+    assert exit_code == 0, err
+    trials = read_sweep(remote.opened(f"s3://{BUCKET}/{tmp_path.name}/test"))[0].trials
+    assert sorted(trial.status for trial in trials) == [TrialStatus.COMPLETED] * 4 + [TrialStatus.STOPPED] * 4
