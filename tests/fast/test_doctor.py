@@ -69,7 +69,7 @@ def test_every_value_of_every_setting_is_answered_once() -> None:
         (CPU, "attention", "flash_attention_2", "use sdpa"),
         (V100, "precision", "bf16", "use fp16"),
         (BARE, "attention", "flash_attention_2", "pip install --no-build-isolation flash-attn"),
-        (BARE, "precision", "nf4", "install orchestrator[quantization]"),
+        (BARE, "precision", "nf4", "pip install 'bitsandbytes>=0.50.2,<0.51'"),
     ],
     ids=str,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -134,6 +135,15 @@ def test_every_command_that_a_document_shows_parses(document: Path) -> None:
                 assert all(word.partition("=")[0] in help_text for word in words[2:] if word.startswith("--")), line
             elif words and words[0].startswith("scripts/"):
                 assert (ROOT / words[0]).exists(), line
+
+
+def test_what_is_told_to_be_installed_is_pinned_as_the_package_pins_it() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = {*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())}
+    files = [*DOCUMENTS, *(ROOT / "orchestrator").rglob("*.py")]
+    told = {one for file in files for one in re.findall(r"pip install '([^']+)'", file.read_text())}
+    assert any(one.startswith("lm-eval") for one in told)
+    assert told <= wanted
 
 
 def test_the_documented_import_order_is_the_enforced_one() -> None:
