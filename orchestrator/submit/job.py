@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.errors import InputError
 from orchestrator.submit.package import SWEEP_FILE, WEBHOOK_FILE
 
@@ -37,12 +38,14 @@ def runtime_env(folder: Path, requirements: Sequence[str]) -> dict[str, Any]:
     return environment
 
 
-def pinned_requirements() -> list[str]:
-    """What a cluster must have for this package to run.
+def pinned_requirements(sweep: SweepConfig) -> list[str]:
+    """What a cluster must have for this package to run the sweep.
 
     Raises:
-        InputError: this package is not installed, and so nobody knows.
+        InputError: the sweep needs more than that, or this package is not installed and so nobody knows.
     """
+    if problem := not_among_them(sweep):
+        raise InputError(f"--install-requirements: {problem}, or set the nodes up by hand and leave it out")
     try:
         return pinned(metadata.requires("orchestrator") or ())
     except metadata.PackageNotFoundError as error:
@@ -50,6 +53,18 @@ def pinned_requirements() -> list[str]:
             "orchestrator is not installed here, so that its requirements are not known: "
             "install it with pip, or leave --install-requirements out"
         ) from error
+
+
+def not_among_them(sweep: SweepConfig) -> str | None:
+    """What the sweep needs and the requirements do not bring, with what to change; or None.
+
+    Trials with flash-attn, which they do not bring either, are refused one by one.
+    """
+    if sweep.model == "builtin:smollm2-135m":
+        return f"it does not bring the weights of {sweep.model}: name another model"
+    if sweep.evaluate.tasks:
+        return "it does not bring lm-eval, which evaluate.tasks needs: leave tasks out"
+    return None
 
 
 def pinned(declared: Iterable[str]) -> list[str]:

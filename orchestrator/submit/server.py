@@ -222,7 +222,7 @@ def submit(
         ClusterUnreachableError: the cluster does not answer, or asks for a token.
     """
     package = pack(sweep, text, webhook)
-    requirements = pinned_requirements() if install else []
+    requirements = pinned_requirements(sweep) if install else []
     server = JobServer(address)
     if server.python and server.python.split(".")[:2] != platform.python_version().split(".")[:2]:
         say(f"the cluster runs Python {server.python}, and here it is {platform.python_version()}: its own is used")

@@ -54,7 +54,7 @@ class Progress(tune.Callback):
         self._warned = False
         self._steps, self._read_at = "", 0.0
         self._console = _Stderr(stderr=True, highlight=False)
-        live = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+        live = sys.stdout.isatty() and sys.stderr.isatty() and "NO_COLOR" not in os.environ
         self._live = Live(get_renderable=self._panel, console=self._console, refresh_per_second=2) if live else None
 
     def __enter__(self) -> Self:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from pathlib import Path
@@ -49,6 +50,34 @@ def test_a_budget_that_will_do_is_not_told_of(tmp_path: Path, capsys: pytest.Cap
     progress(trials_of(TrialStatus.COMPLETED)[0])
     assert "completed" in (told := capsys.readouterr().err)
     assert "budget.hours" not in told
+
+
+class Stream(io.StringIO):
+    def __init__(self, is_terminal: bool) -> None:
+        super().__init__()
+        self._is_terminal = is_terminal
+
+    def isatty(self) -> bool:
+        return self._is_terminal
+
+
+@pytest.mark.parametrize(
+    ("stdout", "stderr", "no_color", "lives"),
+    [(True, True, False, True), (False, True, False, False), (True, False, False, False), (True, True, True, False)],
+)
+def test_the_display_lives_where_both_streams_are_terminals_and_nobody_asked_for_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stdout: bool, stderr: bool, no_color: bool, lives: bool
+) -> None:
+    shown = Stream(stderr)
+    monkeypatch.setattr(sys, "stdout", Stream(stdout))
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if no_color:
+        monkeypatch.setenv("NO_COLOR", "1")
+    with progress_of(tmp_path, trials_of(TrialStatus.PENDING), 1.0):
+        pass
+    assert ("3 pending" in shown.getvalue()) is lives
 
 
 def test_a_sweep_goes_on_though_nobody_listens_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,6 +168,24 @@ def test_requirements_are_ours_as_they_are_pinned_without_ray(folder: Path) -> N
 
 
 @pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"model": "builtin:smollm2-135m"}, "weights of builtin:smollm2-135m: name another model"),
+        ({"evaluate": {"tasks": ["hellaswag"]}}, "lm-eval, which evaluate.tasks needs: leave tasks out"),
+    ],
+    ids=["model", "tasks"],
+)
+def test_what_needs_more_than_the_requirements_that_are_installed_is_told_before_anything_is_sent(
+    folder: Path, keys: dict[str, object], told: str
+) -> None:
+    raw = {"name": "s", "model": "org/model", "data": {"train": "org/data"}, "space": {"rank": [2]}, **keys}
+    Path("mine.yaml").write_text(yaml.safe_dump(raw))
+    result = CliRunner().invoke(app, ["submit", "mine.yaml", "--address", NOBODY, "--install-requirements"])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert told in result.stderr
+
+
+@pytest.mark.parametrize(
     ("ray", "python", "told"),
     [
         ("2.60.0", "3.11.7", None),
