@@ -185,7 +185,8 @@ def run(
     name: NameOption = None,
     storage: StorageOption = None,
     address: Annotated[
-        str | None, typer.Option("--address", help="A Ray cluster, as 10.0.0.1:6379 or auto; none: start one here.")
+        str | None,
+        typer.Option("--address", help="A Ray cluster, as 10.0.0.1:6379 or auto; none: RAY_ADDRESS, or one made here."),
     ] = None,
     isolation: IsolationOption = Isolation.WARM,
     notify: NotifyOption = None,
@@ -224,7 +225,8 @@ def run(
         _show(reporting.render_text(outcome.report))
         _say(f"report: {outcome.folder.report}")
         if not outcome.tracked:
-            _say("MLflow did not take everything in time: run the same command again, or `report`, to deliver the rest")
+            again = "run the same command again" + ("" if outcome.folder.remote else ", or `report`,")
+            _say(f"MLflow did not take everything in time: {again} to deliver the rest")
         if outcome.sweep.interrupted:
             _say("interrupted; the state is saved: run the same command again to go on")
         raise typer.Exit(outcome.exit_code)
