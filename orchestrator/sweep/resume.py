@@ -77,8 +77,7 @@ def require_same_question(
 ) -> None:
     """Refuse a sweep whose results could not be compared with those in its folder.
 
-    Searched values, repeats, budget, scheduler and resources may change. Until the hardware is known, a precision that
-    the file does not name is not compared: it follows the hardware.
+    Until the hardware is known, a precision that the file does not name is not compared: it follows the hardware.
 
     Raises:
         FolderError: with each difference.
