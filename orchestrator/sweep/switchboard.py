@@ -83,6 +83,9 @@ class Switchboard:
     async def assign(self, group_id: str, task: TrialTask) -> None:
         """Hand the next trial to all workers of a group."""
         group = self._groups[group_id]
+        if group.newest:
+            # Of one that the scheduler stopped nobody may have asked for the end.
+            self._forget(group.newest)
         turn = _Turn(task)
         group.begin(turn)
         self._running[task.trial_id] = turn
@@ -112,8 +115,6 @@ class Switchboard:
             await asyncio.wait_for(turn.over.wait(), limit_s)
         except TimeoutError:
             return False
-        # Whoever stopped it asks for no more of its events.
-        self._forget(turn)
         return True
 
     async def stop_all(self) -> None:
@@ -140,6 +141,8 @@ class Switchboard:
         group.closed = True
         if group.newest:
             group.newest.stop.set()
+            if group.newest.over.is_set():
+                self._forget(group.newest)
         async with group.changed:
             group.changed.notify_all()
 

@@ -100,13 +100,20 @@ def test_a_group_that_has_served_many_trials_holds_none_of_them() -> None:
     play(scene())
 
 
-def test_a_trial_that_was_stopped_from_outside_is_held_no_longer_than_its_workers_hold_it() -> None:
+def test_a_trial_that_was_stopped_from_outside_is_held_until_its_group_has_the_next_or_goes() -> None:
     async def scene() -> None:
         board = await a_group_at_work(1)
         assert not await board.stop("t-0", 0.01)
-        assert list(board._running) == ["t-0"]
         await board.send("g", 1, 0, TrialEnd(TrialStatus.STOPPED, "stopped", None))
         assert await board.stop("t-0", LIMIT_S)
+        assert (await board.next_event("t-0")).status is TrialStatus.STOPPED
+
+        await board.assign("g", replace(TASK, trial_id="t-1"))
+        await board.send("g", 2, 0, TrialEnd(TrialStatus.STOPPED, "stopped", None))
+        await board.assign("g", replace(TASK, trial_id="t-2"))
+        assert list(board._running) == ["t-2"]
+        await board.send("g", 3, 0, TrialEnd(TrialStatus.STOPPED, "stopped", None))
+        await board.close_group("g")
         assert board._running == {}
 
     play(scene())
