@@ -305,15 +305,18 @@ def test_who_hears_of_a_trial_that_ended_while_the_store_was_away_hears_it_once_
 def test_while_a_sweep_runs_the_trials_that_were_written_are_carried_over_and_at_its_end_all_is(
     folder: SweepFolder,
 ) -> None:
-    other = folder.trial("u").evaluation
+    other, evaluated = folder.trial("u").result, folder.trial("v").evaluation
     with carried(folder, Tenure("")) as carrier:
         folder.sweep_file.write_text("name: demo")
-        other.parent.mkdir(parents=True)
-        other.write_text("{}")
+        for file in (other, evaluated):
+            file.parent.mkdir(parents=True)
+            file.write_text("{}")
         write_result(folder, record(TrialStatus.FAILED))
         carrier.track(record(TrialStatus.FAILED))
         wait_until(lambda: remote.read_text(folder.location(folder.trial("t").result)), bool, LIMIT_S)
         assert remote.read_text(folder.location(folder.sweep_file))
+        carrier.wrote("v")
+        wait_until(lambda: remote.read_text(folder.location(evaluated)), bool, LIMIT_S)
         assert remote.read_text(folder.location(other)) is None
     assert remote.read_text(folder.location(other))
 
