@@ -159,8 +159,8 @@ class Mirror:
             for folder in folders:
                 (self.local / folder).mkdir(parents=True, exist_ok=True)
             with ThreadPoolExecutor(TRANSFERS) as pool:
-                for name, state in pool.map(self._bring, changed):
-                    self._same[name] = state
+                # Until all are here, or one failed.
+                list(pool.map(self._bring, changed))
 
     def push(self, wanted: Wanted = everything, *, within: Collection[str] | None = None) -> None:
         """Carry over what changed here since the last time, and remove what is gone.
@@ -232,11 +232,13 @@ class Mirror:
                 if not _is_hidden(inside / name) and (state := _state(Path(folder, name))):
                     yield str(inside / name), state
 
-    def _bring(self, named: tuple[str, FileInfo]) -> tuple[str, tuple[int, int]]:
+    def _bring(self, named: tuple[str, FileInfo]) -> None:
+        """Noted as the same at once: where another file fails, this one must not seem to be changed by us."""
         name, info = named
         file = self.local / name
         if (state := _state(file)) == (info.size, info.mtime_ns):
-            return name, state
+            self._same[name] = state
+            return
         partial = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
         for _ in range(ATTEMPTS):
             with store(self.uri).open_input_stream(info.path) as source, partial.open("wb") as target:
@@ -246,7 +248,8 @@ class Mirror:
                 # The store's time, by which the next pull knows that nothing has changed.
                 os.utime(partial, ns=(info.mtime_ns, info.mtime_ns))
                 partial.replace(file)
-                return name, _state(file) or (info.size, info.mtime_ns)
+                self._same[name] = _state(file) or (info.size, info.mtime_ns)
+                return
             # It was written anew since it was listed, or cut on the way.
             info = store(self.uri).get_file_info(info.path)
         partial.unlink()
