@@ -14,7 +14,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -143,8 +143,8 @@ class Mirror:
         """Bring what the store has and this copy has not, all or what is `under` a folder of it.
 
         The folders of what is not wanted are made, so that their names tell, but for a checkpoint's that is not whole
-        there. `exact` removes what the store does not have, and of trials what it has otherwise and is not wanted: an
-        adapter of before would be put over a newer one. What is in `ours` stays.
+        there: the empty folder of one goes. `exact` removes what the store does not have, and of trials what it has
+        otherwise and is not wanted: an adapter of before would be put over a newer one. What is in `ours` stays.
 
         Raises:
             StorageError: the store cannot be read, or the copy not written.
@@ -154,9 +154,14 @@ class Mirror:
             if exact:
                 self._compare(there, wanted, ours)
             changed = [(name, info) for name, info in there.items() if wanted(PurePosixPath(name))]
+            whole = whole_checkpoints(there)
+            for known in list((self.local / under).rglob(f"{CHECKPOINT}*")):
+                if PurePosixPath(known.relative_to(self.local)) not in whole:
+                    # Left where it is no empty folder.
+                    with suppress(OSError):
+                        known.rmdir()
             folders = {path.parent for path in map(PurePosixPath, there) if not is_checkpoint(path)}
-            folders |= whole_checkpoints(there) | {PurePosixPath(name).parent for name, _ in changed}
-            for folder in folders:
+            for folder in folders | whole | {PurePosixPath(name).parent for name, _ in changed}:
                 (self.local / folder).mkdir(parents=True, exist_ok=True)
             with ThreadPoolExecutor(TRANSFERS) as pool:
                 # Until all are here, or one failed.
