@@ -178,9 +178,12 @@ class Mirror:
         Raises:
             StorageError: the store cannot be written, or the copy itself is gone, which removes nothing there.
         """
+        if not self.local.is_dir():
+            raise StorageError(
+                f"{self.local}, the copy of {self.uri} here, was removed while it was in use: leave it until the sweep "
+                "has ended"
+            )
         with self._lock, _told(self.uri, "written"):
-            if not self.local.is_dir():
-                raise OSError(f"its copy {self.local} is gone")
             here = dict(self._here(within))
             changed = [
                 (name, state)
