@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.config.local_path import local_path
 from orchestrator.config.storage_address import SCHEME, is_remote, storage_problem
 from orchestrator.errors import FolderError, StorageError
-from orchestrator.results.storage import CHECKPOINT_PART, SweepFolder
+from orchestrator.results.storage import CHECKPOINT, CHECKPOINT_PART, TABLE, TRIALS, TUNE, SweepFolder
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileInfo, S3FileSystem
@@ -34,10 +34,6 @@ TRANSFERS = 8
 ATTEMPTS = 3
 """To fetch a file whole, which may be written anew meanwhile."""
 CHUNK_BYTES = 8 * 2**20
-CHECKPOINT = "checkpoint-"
-TABLE = SweepFolder(Path()).results_json.name
-NOT_CARRIED = "tune"
-"""Ray Tune's own state, which nobody reads back."""
 Wanted = Callable[[PurePosixPath], bool]
 """Whether a file, by its path in the folder, is to be brought."""
 
@@ -95,12 +91,12 @@ def publish(folder: SweepFolder, file: Path) -> None:
 
 def is_record(path: PurePosixPath) -> bool:
     """What says how a sweep stands: its own files and those of each trial, without adapters and data."""
-    return len(path.parts) == 1 or (path.parts[0] == "trials" and len(path.parts) == 3)
+    return len(path.parts) == 1 or (path.parts[0] == TRIALS and len(path.parts) == 3)
 
 
 def is_result(path: PurePosixPath) -> bool:
     """A record or what a trial trained; not the checkpoints, from which only its workers go on."""
-    return is_record(path) or (path.parts[0] == "trials" and not is_checkpoint(path))
+    return is_record(path) or (path.parts[0] == TRIALS and not is_checkpoint(path))
 
 
 def is_checkpoint(path: PurePosixPath) -> bool:
@@ -302,7 +298,7 @@ class Mirror:
             info, path = there.get(name), PurePosixPath(name)
             if info and state == (info.size, info.mtime_ns):
                 self._same[name] = state
-            elif (info is None and name not in ours) or (path.parts[0] == "trials" and not wanted(path)):
+            elif (info is None and name not in ours) or (path.parts[0] == TRIALS and not wanted(path)):
                 (self.local / name).unlink(missing_ok=True)
                 self._same.pop(name, None)
 
@@ -380,8 +376,8 @@ def _state(file: Path) -> tuple[int, int] | None:
 
 
 def _is_hidden(path: PurePosixPath) -> bool:
-    """Locks and what is half written; and what is not carried at all."""
-    return path.parts[0] == NOT_CARRIED or any(part.startswith(".") for part in path.parts)
+    """Locks, what is half written, and Ray Tune's own state: nobody reads them back."""
+    return path.parts[0] == TUNE or any(part.startswith(".") for part in path.parts)
 
 
 @contextmanager
