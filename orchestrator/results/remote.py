@@ -14,14 +14,14 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.config.local_path import local_path
 from orchestrator.config.storage_address import SCHEME, is_remote, storage_problem
 from orchestrator.errors import FolderError, StorageError
-from orchestrator.results.storage import CHECKPOINT_PART, SweepFolder
+from orchestrator.results.storage import CHECKPOINT, CHECKPOINT_PART, TABLE, TRIALS, TUNE, SweepFolder
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileInfo, S3FileSystem
@@ -34,10 +34,6 @@ TRANSFERS = 8
 ATTEMPTS = 3
 """To fetch a file whole, which may be written anew meanwhile."""
 CHUNK_BYTES = 8 * 2**20
-CHECKPOINT = "checkpoint-"
-TABLE = SweepFolder(Path()).results_json.name
-NOT_CARRIED = "tune"
-"""Ray Tune's own state, which nobody reads back."""
 Wanted = Callable[[PurePosixPath], bool]
 """Whether a file, by its path in the folder, is to be brought."""
 
@@ -95,12 +91,12 @@ def publish(folder: SweepFolder, file: Path) -> None:
 
 def is_record(path: PurePosixPath) -> bool:
     """What says how a sweep stands: its own files and those of each trial, without adapters and data."""
-    return len(path.parts) == 1 or (path.parts[0] == "trials" and len(path.parts) == 3)
+    return len(path.parts) == 1 or (path.parts[0] == TRIALS and len(path.parts) == 3)
 
 
 def is_result(path: PurePosixPath) -> bool:
     """A record or what a trial trained; not the checkpoints, from which only its workers go on."""
-    return is_record(path) or (path.parts[0] == "trials" and not is_checkpoint(path))
+    return is_record(path) or (path.parts[0] == TRIALS and not is_checkpoint(path))
 
 
 def is_checkpoint(path: PurePosixPath) -> bool:
@@ -143,8 +139,8 @@ class Mirror:
         """Bring what the store has and this copy has not, all or what is `under` a folder of it.
 
         The folders of what is not wanted are made, so that their names tell, but for a checkpoint's that is not whole
-        there. `exact` removes what the store does not have, and of trials what it has otherwise and is not wanted: an
-        adapter of before would be put over a newer one. What is in `ours` stays.
+        there: the empty folder of one goes. `exact` removes what the store does not have, and of trials what it has
+        otherwise and is not wanted: an adapter of before would be put over a newer one. What is in `ours` stays.
 
         Raises:
             StorageError: the store cannot be read, or the copy not written.
@@ -154,13 +150,18 @@ class Mirror:
             if exact:
                 self._compare(there, wanted, ours)
             changed = [(name, info) for name, info in there.items() if wanted(PurePosixPath(name))]
+            whole = whole_checkpoints(there)
+            for known in list((self.local / under).rglob(f"{CHECKPOINT}*")):
+                if PurePosixPath(known.relative_to(self.local)) not in whole:
+                    # Left where it is no empty folder.
+                    with suppress(OSError):
+                        known.rmdir()
             folders = {path.parent for path in map(PurePosixPath, there) if not is_checkpoint(path)}
-            folders |= whole_checkpoints(there) | {PurePosixPath(name).parent for name, _ in changed}
-            for folder in folders:
+            for folder in folders | whole | {PurePosixPath(name).parent for name, _ in changed}:
                 (self.local / folder).mkdir(parents=True, exist_ok=True)
             with ThreadPoolExecutor(TRANSFERS) as pool:
-                for name, state in pool.map(self._bring, changed):
-                    self._same[name] = state
+                # Until all are here, or one failed.
+                list(pool.map(self._bring, changed))
 
     def push(self, wanted: Wanted = everything, *, within: Collection[str] | None = None) -> None:
         """Carry over what changed here since the last time, and remove what is gone.
@@ -173,9 +174,12 @@ class Mirror:
         Raises:
             StorageError: the store cannot be written, or the copy itself is gone, which removes nothing there.
         """
+        if not self.local.is_dir():
+            raise StorageError(
+                f"{self.local}, the copy of {self.uri} here, was removed while it was in use: leave it until the sweep "
+                "has ended"
+            )
         with self._lock, _told(self.uri, "written"):
-            if not self.local.is_dir():
-                raise OSError(f"its copy {self.local} is gone")
             here = dict(self._here(within))
             changed = [
                 (name, state)
@@ -232,11 +236,13 @@ class Mirror:
                 if not _is_hidden(inside / name) and (state := _state(Path(folder, name))):
                     yield str(inside / name), state
 
-    def _bring(self, named: tuple[str, FileInfo]) -> tuple[str, tuple[int, int]]:
+    def _bring(self, named: tuple[str, FileInfo]) -> None:
+        """Noted as the same at once: where another file fails, this one must not seem to be changed by us."""
         name, info = named
         file = self.local / name
         if (state := _state(file)) == (info.size, info.mtime_ns):
-            return name, state
+            self._same[name] = state
+            return
         partial = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
         for _ in range(ATTEMPTS):
             with store(self.uri).open_input_stream(info.path) as source, partial.open("wb") as target:
@@ -246,7 +252,8 @@ class Mirror:
                 # The store's time, by which the next pull knows that nothing has changed.
                 os.utime(partial, ns=(info.mtime_ns, info.mtime_ns))
                 partial.replace(file)
-                return name, _state(file) or (info.size, info.mtime_ns)
+                self._same[name] = _state(file) or (info.size, info.mtime_ns)
+                return
             # It was written anew since it was listed, or cut on the way.
             info = store(self.uri).get_file_info(info.path)
         partial.unlink()
@@ -291,7 +298,7 @@ class Mirror:
             info, path = there.get(name), PurePosixPath(name)
             if info and state == (info.size, info.mtime_ns):
                 self._same[name] = state
-            elif (info is None and name not in ours) or (path.parts[0] == "trials" and not wanted(path)):
+            elif (info is None and name not in ours) or (path.parts[0] == TRIALS and not wanted(path)):
                 (self.local / name).unlink(missing_ok=True)
                 self._same.pop(name, None)
 
@@ -369,8 +376,8 @@ def _state(file: Path) -> tuple[int, int] | None:
 
 
 def _is_hidden(path: PurePosixPath) -> bool:
-    """Locks and what is half written; and what is not carried at all."""
-    return path.parts[0] == NOT_CARRIED or any(part.startswith(".") for part in path.parts)
+    """Locks, what is half written, and Ray Tune's own state: nobody reads them back."""
+    return path.parts[0] == TUNE or any(part.startswith(".") for part in path.parts)
 
 
 @contextmanager

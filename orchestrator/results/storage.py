@@ -26,7 +26,12 @@ from orchestrator.results.records import MetricPoint, SweepResult, TrialResult, 
 _STORAGE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN)
 LARGEST_BYTES = 2**30
 """Of a file that is read whole; the records of 100,000 trials have less."""
-_CHECKPOINT = re.compile(r"\.?checkpoint-([1-9][0-9]{0,17})")
+TABLE = "results.json"
+TRIALS = "trials"
+TUNE = "tune"
+CHECKPOINT = "checkpoint-"
+"""The step follows."""
+_CHECKPOINT = re.compile(rf"\.?{CHECKPOINT}([1-9][0-9]{{0,17}})")
 CHECKPOINT_PART = re.compile(r"worker[0-9]+-of-([1-9][0-9]*)\.safetensors")
 """Of how many workers it is one: whoever sees the names alone knows whether a checkpoint is whole."""
 
@@ -78,11 +83,11 @@ class TrialFolder:
 
     def checkpoint(self, step: int) -> Path:
         """The state of all workers after a step, whole; there while the trial has not ended."""
-        return self.root / f"checkpoint-{step}"
+        return self.root / f"{CHECKPOINT}{step}"
 
     def partial_checkpoint(self, step: int) -> Path:
         """One that is being written."""
-        return self.root / f".checkpoint-{step}"
+        return self.root / f".{CHECKPOINT}{step}"
 
     def checkpoint_steps(self) -> list[int]:
         """Of the whole ones, in their order."""
@@ -196,7 +201,7 @@ class SweepFolder:
     @property
     def results_json(self) -> Path:
         """SweepResult."""
-        return self.root / "results.json"
+        return self.root / TABLE
 
     @property
     def results_csv(self) -> Path:
@@ -231,16 +236,16 @@ class SweepFolder:
     @property
     def tune(self) -> Path:
         """Ray Tune's own state."""
-        return self.root / "tune"
+        return self.root / TUNE
 
     def trial(self, trial_id: str) -> TrialFolder:
         """The folder of one trial."""
-        return TrialFolder(self.root / "trials" / trial_id)
+        return TrialFolder(self.root / TRIALS / trial_id)
 
     def trials(self) -> Iterator[TrialFolder]:
         """Every trial's folder, by name."""
         try:
-            names = sorted(path.name for path in (self.root / "trials").iterdir() if not path.is_file())
+            names = sorted(path.name for path in (self.root / TRIALS).iterdir() if not path.is_file())
         except OSError:
             # None yet, or no folder.
             return
@@ -367,7 +372,7 @@ def newest_sweep(storage: Path) -> SweepFolder:
     Raises:
         FolderError: there is none.
     """
-    found = [SweepFolder(entry.parent) for entry in storage.glob("*/results.json")]
+    found = [SweepFolder(entry.parent) for entry in storage.glob(f"*/{TABLE}")]
     if not found:
         raise FolderError(f"{storage} holds no sweep: name a folder that `orchestrator run` made")
     return max(found, key=_written_at)
@@ -375,7 +380,7 @@ def newest_sweep(storage: Path) -> SweepFolder:
 
 def newest_sweeps(storage: Path, count: int) -> Iterator[SweepResult]:
     """The sweeps in `storage` that were written to last, newest first; what cannot be read is left out."""
-    found = [SweepFolder(entry.parent) for entry in storage.glob("*/results.json")]
+    found = [SweepFolder(entry.parent) for entry in storage.glob(f"*/{TABLE}")]
     for folder in sorted(found, key=_written_at, reverse=True)[:count]:
         with contextlib.suppress(FolderError):
             yield read_sweep(folder)[0]

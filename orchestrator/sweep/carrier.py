@@ -38,7 +38,7 @@ class Carrier:
         self._running: set[str] = set()
         self._ended: set[str] = set()
         self._written: set[str] = set()
-        """Trials whose record was written since it was last carried over."""
+        """Trials of which the driver wrote something since it was last carried over."""
         self._unfetched: set[str] = set()
         """Trials that ended while the store was away."""
         self._untold: dict[str, tuple[Callable[[TrialResult], None], TrialResult]] = {}
@@ -62,13 +62,17 @@ class Carrier:
 
     def track(self, record: TrialResult) -> None:
         """Take note that a record was written."""
-        self._written.add(record.trial_id)
         if record.status is TrialStatus.RUNNING:
             self._running.add(record.trial_id)
         else:
             self._running.discard(record.trial_id)
         if record.status.is_final and not record.leaves_checkpoint:
             self._ended.add(record.trial_id)
+        self.wrote(record.trial_id)
+
+    def wrote(self, trial_id: str) -> None:
+        """Take note that the driver wrote something into a trial's folder."""
+        self._written.add(trial_id)
         self._wake.set()
 
     def forget_checkpoints(self, trial_id: str) -> None:

@@ -28,9 +28,16 @@ from orchestrator.training.evaluation import EvaluationTask
 
 
 def evaluate(
-    sweep: SweepConfig, result: SweepResult, shape: GroupShape, folder: SweepFolder, say: Callable[[str], None]
+    sweep: SweepConfig,
+    result: SweepResult,
+    shape: GroupShape,
+    folder: SweepFolder,
+    wrote: Callable[[str], None],
+    say: Callable[[str], None],
 ) -> bool:
     """Write evaluation.json of the best trial, or of all that completed; what goes wrong is said.
+
+    wrote: is told the id of each trial that has one now.
 
     Returns whether it came to its end: False where it was interrupted.
     """
@@ -58,7 +65,7 @@ def evaluate(
                     f"{quantities.counted(len(waiting), 'trained model')}: run the same command again to have the rest"
                 )
                 return True
-            _keep(done[0], waiting.pop(done[0]), folder, say)
+            _keep(done[0], waiting.pop(done[0]), folder, wrote, say)
     except KeyboardInterrupt:
         _cancel(waiting)
         say("evaluation was interrupted: run the same command again to have the rest")
@@ -104,9 +111,12 @@ def scored(result: SweepResult, folder: SweepFolder) -> Iterator[TrialResult]:
             yield trial.model_copy(update={"scores": found.scores})
 
 
-def _keep(done: Any, trial_id: str, folder: SweepFolder, say: Callable[[str], None]) -> None:
+def _keep(
+    done: Any, trial_id: str, folder: SweepFolder, wrote: Callable[[str], None], say: Callable[[str], None]
+) -> None:
     try:
         write_evaluation(folder.trial(trial_id), ray.get(done))
+        wrote(trial_id)
     except ray.exceptions.RayError as error:
         why = str(getattr(error, "cause", None) or error).strip().splitlines()
         say(f"trial {trial_id} could not be evaluated: {why[-1][:300] if why else type(error).__name__}")

@@ -175,7 +175,7 @@ def _run_prepared(
     if search.ended_because:
         say(search.ended_because)
         result = result.model_copy(update={"search_ended": search.ended_because})
-    outcome = _finish(prepared, result, recorder, tracker, folder, stopper, say)
+    outcome = _finish(prepared, result, recorder, tracker, carrier, folder, stopper, say)
     callbacks.sweep_ended(outcome.sweep, folder.root)
     return outcome
 
@@ -222,6 +222,7 @@ def _finish(
     result: SweepResult,
     recorder: Recorder,
     tracker: Tracker,
+    carrier: Carrier,
     folder: SweepFolder,
     stopper: Stopper,
     say: Callable[[str], None],
@@ -231,7 +232,7 @@ def _finish(
     ended = {"ended_ms": int(time.time() * 1000), "interrupted": stopper.interrupted}
     result = result.model_copy(update={"trials": tuple(recorder.records.values()), **ended})
     if not result.interrupted:
-        is_evaluated = evaluation.evaluate(sweep, result, prepared.shape, folder, say)
+        is_evaluated = evaluation.evaluate(sweep, result, prepared.shape, folder, carrier.wrote, say)
         for record in evaluation.scored(result, folder):
             recorder.save(record)
         trials = tuple(recorder.records.values())

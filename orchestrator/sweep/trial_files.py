@@ -122,7 +122,8 @@ def _push(mirror: Mirror, mine: Wanted, limit_s: float) -> None:
         try:
             return mirror.push(mine)
         except StorageError:
-            if time.monotonic() + RETRY_S > until_s:
+            # A copy that was removed does not come back.
+            if time.monotonic() + RETRY_S > until_s or not mirror.local.is_dir():
                 raise
             time.sleep(RETRY_S)
 

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("ray")
 
 from orchestrator.config.sweep_config import SweepConfig
+from orchestrator.results.evaluation import Evaluation, read_evaluation
 from orchestrator.sweep import evaluation
 from orchestrator.sweep.worker import GroupShape
 from tests.made_up_sweep import made_up_sweep, made_up_trial, write_made_up
@@ -59,7 +60,8 @@ def evaluated(folder: Path, raw: dict[str, Any], shape: GroupShape) -> tuple[boo
     result = made_up_sweep([made_up_trial({"rank": rank}).model_copy(update={"adapter": "adapter"}) for rank in (2, 4)])
     said: list[str] = []
     sweep = SweepConfig.model_validate(raw)
-    return evaluation.evaluate(sweep, result, shape, write_made_up(folder, result), said.append), " ".join(said)
+    made_up = write_made_up(folder, result)
+    return evaluation.evaluate(sweep, result, shape, made_up, pytest.fail, said.append), " ".join(said)
 
 
 def test_an_interrupted_evaluation_says_that_it_did_not_come_to_its_end(tmp_path: Path, cluster: CutShort) -> None:
@@ -75,6 +77,25 @@ def test_an_evaluation_takes_no_longer_than_the_hours_of_the_budget(tmp_path: Pa
     assert came_to_its_end
     assert len(cluster.cancelled) == 2
     assert "ended after budget.hours, 2, without 2 trained models: run the same command again" in said
+
+
+def test_each_evaluation_is_told_of_once_it_is_written(
+    tmp_path: Path, cluster: CutShort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = SweepConfig.model_validate(ASKED)
+    found = Evaluation(asked=sweep.evaluate, seconds=1.0)
+    monkeypatch.setattr(cluster, "wait", lambda waiting, **limits: (waiting[:1], waiting[1:]))
+    monkeypatch.setattr(cluster, "get", lambda done: found, raising=False)
+    trials = [made_up_trial({"rank": rank}).model_copy(update={"adapter": "adapter"}) for rank in (2, 4)]
+    result = made_up_sweep(trials)
+    folder = write_made_up(tmp_path, result)
+    told: list[tuple[str, bool]] = []
+
+    def wrote(trial_id: str) -> None:
+        told.append((trial_id, read_evaluation(folder.trial(trial_id)) == found))
+
+    assert evaluation.evaluate(sweep, result, GroupShape(1, 0, 1), folder, wrote, print)
+    assert told == [(trial.trial_id, True) for trial in trials]
 
 
 def test_models_are_evaluated_on_the_type_of_gpu_that_they_were_trained_on(tmp_path: Path, cluster: CutShort) -> None:

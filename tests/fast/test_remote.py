@@ -22,8 +22,9 @@ from orchestrator.cli import app
 from orchestrator.errors import FolderError, StorageError
 from orchestrator.results import lease, remote
 from orchestrator.results.remote import Mirror
-from orchestrator.results.storage import checkpoint_part, is_at_work
+from orchestrator.results.storage import TrialFolder, checkpoint_part, is_at_work
 from tests.object_store import BUCKET, started_store
+from tests.waiting import wait_until
 
 LIMIT_S = 30.0
 
@@ -172,6 +173,58 @@ def test_a_file_that_arrives_in_part_is_fetched_again_and_never_taken_for_the_wh
                     other.pull()
         assert names(other.local) == ({"a"} if arrives else set())
     assert (other.local / "a").read_text() == "0123456789"
+
+
+class BrokenBut:
+    """The store, of which one file arrives and then no other."""
+
+    def __init__(self, store: Any, arrives: Path) -> None:
+        self._store, self._arrives = store, arrives
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def open_input_stream(self, path: str) -> Any:
+        if path.endswith(f"/{self._arrives.name}"):
+            return self._store.open_input_stream(path)
+        wait_until(self._arrives.exists, bool, LIMIT_S)
+        raise OSError("broken")
+
+
+def test_what_arrived_before_the_store_failed_is_not_put_back_over_what_is_newer_there(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = Mirror(tmp_path / "one", uri), Mirror(tmp_path / "other", uri)
+    write(one.local, a="1", b="older")
+    one.push()
+    real = remote.store(uri)
+    with monkeypatch.context() as breaking:
+        breaking.setattr(remote, "store", lambda _: BrokenBut(real, other.local / "b"))
+        with pytest.raises(StorageError, match="broken"):
+            other.pull()
+    write(one.local, b="newer than that")
+    one.push()
+    other.push()
+    assert remote.read_text(f"{uri}/b")[0] == "newer than that"
+
+
+def test_a_copy_names_the_checkpoints_that_the_store_has_and_no_other(uri: str, tmp_path: Path) -> None:
+    worker, driver = Mirror(tmp_path / "worker", f"{uri}/trials/a"), Mirror(tmp_path / "driver", uri)
+    ours, known = TrialFolder(worker.local), TrialFolder(driver.local / "trials" / "a")
+    for step in (3, 6):
+        write(ours.checkpoint(step), **{checkpoint_part(0, 1): "w"})
+    worker.push()
+    driver.pull(remote.is_record, under="trials/a")
+    assert known.checkpoint_steps() == [3, 6]
+    # The last one is damaged: it goes on from the one before.
+    ours.forget_checkpoints(but=3)
+    worker.push()
+    driver.pull(remote.is_record, under="trials/a")
+    assert known.checkpoint_steps() == [3]
+    ours.forget_checkpoints()
+    worker.push()
+    driver.pull(remote.is_record, exact=True)
+    assert known.checkpoint_steps() == []
 
 
 def test_a_file_that_cannot_be_read_to_its_end_is_not_stored_in_part(uri: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -206,7 +207,7 @@ def test_a_trial_that_begins_with_anothers_checkpoint_finds_it_on_its_node_until
 
 
 def test_a_group_has_copies_of_no_more_than_the_trial_it_is_at_and_the_one_that_it_began_with(
-    folder: SweepFolder,
+    folder: SweepFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def begin(trial_id: str, parent_id: str | None = None) -> tuple[TrialFolder, Callable[[float], None]]:
         where = {"trial_folder": folder.location(folder.trial(trial_id).root), "first_step": 2}
@@ -221,9 +222,12 @@ def test_a_group_has_copies_of_no_more_than_the_trial_it_is_at_and_the_one_that_
     keep_first(0.0)
     begin("u")
     assert not first.root.exists()
-    # Whoever is late finds nothing to carry, and takes nothing from the store.
-    with pytest.raises(StorageError, match="is gone"):
-        keep_first(0.0)
+    # Whoever is late finds nothing to carry, waits for nothing, and takes nothing from the store.
+    with monkeypatch.context() as late:
+        late.setattr(time, "sleep", lambda seconds: pytest.fail(f"waited {seconds} s"))
+        with pytest.raises(StorageError, match=f"^{first.root}, .* was removed") as told:
+            keep_first(LIMIT_S)
+    assert "credentials" not in str(told.value)
     assert remote.read_text(folder.location(folder.trial("t").metrics))
     second, _ = begin("v", "u")
     assert {copy.name for copy in second.root.parent.iterdir() if copy.is_dir()} == {"u", "v"}
@@ -305,15 +309,18 @@ def test_who_hears_of_a_trial_that_ended_while_the_store_was_away_hears_it_once_
 def test_while_a_sweep_runs_the_trials_that_were_written_are_carried_over_and_at_its_end_all_is(
     folder: SweepFolder,
 ) -> None:
-    other = folder.trial("u").evaluation
+    other, evaluated = folder.trial("u").result, folder.trial("v").evaluation
     with carried(folder, Tenure("")) as carrier:
         folder.sweep_file.write_text("name: demo")
-        other.parent.mkdir(parents=True)
-        other.write_text("{}")
+        for file in (other, evaluated):
+            file.parent.mkdir(parents=True)
+            file.write_text("{}")
         write_result(folder, record(TrialStatus.FAILED))
         carrier.track(record(TrialStatus.FAILED))
         wait_until(lambda: remote.read_text(folder.location(folder.trial("t").result)), bool, LIMIT_S)
         assert remote.read_text(folder.location(folder.sweep_file))
+        carrier.wrote("v")
+        wait_until(lambda: remote.read_text(folder.location(evaluated)), bool, LIMIT_S)
         assert remote.read_text(folder.location(other)) is None
     assert remote.read_text(folder.location(other))
 
