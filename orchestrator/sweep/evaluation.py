@@ -32,7 +32,8 @@ def evaluate(
 ) -> bool:
     """Write evaluation.json of the best trial, or of all that completed; what goes wrong is said.
 
-    Returns whether it came to its end: False where it was interrupted.
+    Returns whether the sweep goes on to its end: False where it was interrupted. What `budget.hours` leaves out is said,
+    and the report says so too where a score is an objective.
     """
     if not (sweep.evaluate.prompts or sweep.evaluate.tasks):
         return True
