@@ -243,7 +243,7 @@ def test_a_folder_that_cannot_be_synced_is_a_storage_that_fails_or_one_that_cann
     if number == errno.EINVAL:
         write_result(folder, record)
     else:
-        with pytest.raises(StorageError, match="Input/output error.*mend the disk"):
+        with pytest.raises(StorageError, match=r"Input/output error.*mend the disk"):
             write_result(folder, record)
     assert trial.result.exists()
     assert trial.checkpoint(40).exists() == (number == errno.EIO)
