@@ -22,12 +22,12 @@ from transformers.pytorch_utils import Conv1D
 
 from orchestrator.config.trial_config import Precision, TrialConfig
 from orchestrator.errors import ModelError
+from orchestrator.planning.model_families import IMAGE_PARTS
 from orchestrator.results.storage import sync
 from orchestrator.training.deepspeed_config import ComputeDtype
 
 DTYPES: dict[ComputeDtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_IMAGE_PARTS = ("vision_tower", "multi_modal_projector")
-"""What Gemma 3 calls the part that looks at images."""
+_IMAGE_PARTS = tuple(part for parts in IMAGE_PARTS.values() for part in parts)
 _IMAGE_MODULES = rf".*\b({'|'.join(_IMAGE_PARTS)})\b.*"
 TargetModules = Literal["attention", "all-linear"] | tuple[str, ...]
 

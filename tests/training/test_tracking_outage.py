@@ -325,6 +325,7 @@ def test_a_trial_that_begins_again_has_each_step_once_in_a_run_of_its_own(
     assert tracker.finish(LIMIT_S)
 
 
+@pytest.mark.timeout(600)
 def test_an_account_that_may_not_delete_leaves_the_run_of_a_trial_that_begins_again_and_makes_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
