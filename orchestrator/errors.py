@@ -14,7 +14,8 @@ OrchestratorError
 └── TrialError                  one trial ended badly; the sweep goes on
     ├── TrialOutOfMemoryError   status out_of_memory
     ├── TrialDivergedError      status diverged
-    └── TrialFailedError        status failed
+    ├── TrialFailedError        status failed
+    └── TemplateError           status preempted
 
 All fields go to `Exception.args` by position, so that an error survives pickling from worker to driver.
 """
@@ -156,6 +157,10 @@ class TrialDivergedError(TrialError):
     def __str__(self) -> str:
         remedy = "lower learning_rate or max_grad_norm, or use bf16"
         return f"the {self.what} became {self.value} at step {self.step}; {remedy}"
+
+
+class TemplateError(TrialError):
+    """The process that a trial was forked from is of no use to it; another may be."""
 
 
 class CheckpointError(TrialError):

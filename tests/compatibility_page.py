@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from orchestrator.config.trial_config import Precision, TrialConfig
@@ -15,8 +16,8 @@ from tests.fast.test_compatibility import REFUSED
 MACHINES: Mapping[str, Hardware] = {
     "CPU": CPU,
     "CPU with bf16 and fp16": CPU_WITH_HALF,
-    "Volta (V100)": named_gpu("V100", 8),
-    "Volta, torch for CUDA 12.6": V100,
+    "Volta (V100), torch for CUDA 13": replace(V100, torch_knows_volta=False),
+    "Volta (V100), torch for CUDA 12.6": V100,
     "Turing (T4)": named_gpu("T4", 8),
     "Ampere (A100)": named_gpu("A100", 8),
     "Ada (L4)": named_gpu("L4", 8),

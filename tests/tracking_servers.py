@@ -127,7 +127,14 @@ def on_sqlite(root: Path) -> Iterator[Server]:
 
 
 @contextmanager
-def on_postgresql_and_s3(root: Path) -> Iterator[Server]:
+def on_sqlite_with_a_login(root: Path) -> Iterator[Server]:
+    store, artifacts = f"sqlite:///{root / 'mlflow.db'}", str(root / "artifacts")
+    with _mlflow(root, store, artifacts, _login(root), "--app-name", "basic-auth") as uri:
+        yield Server(uri, LOGIN, None)
+
+
+def _login(root: Path) -> dict[str, str]:
+    """The environment of a server that lets nobody in but `LOGIN`, and whom that one names."""
     config = root / "login.ini"
     config.write_text(
         f"[mlflow]\ndefault_permission = NO_PERMISSIONS\ndatabase_uri = sqlite:///{root / 'login.db'}\n"
@@ -136,16 +143,16 @@ def on_postgresql_and_s3(root: Path) -> Iterator[Server]:
         "auth_cache_ttl_seconds = 600\n"
         "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
     )
+    return {"MLFLOW_AUTH_CONFIG_PATH": str(config), "MLFLOW_FLASK_SERVER_SECRET_KEY": "of this test"}
+
+
+@contextmanager
+def on_postgresql_and_s3(root: Path) -> Iterator[Server]:
     with ExitStack() as stack:
         database = stack.enter_context(made_postgresql())
         stack.enter_context(database.running())
         endpoint = stack.enter_context(moto(root, free_port()))
-        environment = {
-            **S3_KEYS,
-            "MLFLOW_S3_ENDPOINT_URL": endpoint,
-            "MLFLOW_AUTH_CONFIG_PATH": str(config),
-            "MLFLOW_FLASK_SERVER_SECRET_KEY": "of this test",
-        }
+        environment = {**S3_KEYS, "MLFLOW_S3_ENDPOINT_URL": endpoint, **_login(root)}
         uri = stack.enter_context(_mlflow(root, database.uri, "s3://mlflow", environment, "--app-name", "basic-auth"))
         yield Server(uri, LOGIN, endpoint)
 

@@ -51,8 +51,8 @@ class Hardware:
     has_flash_attention: bool | None = None
     """None: unknown, as of a GPU that is only named."""
     has_bitsandbytes: bool | None = None
-    torch_knows_volta: bool = False
-    """torch here is built with kernels for GPUs before Turing, as that of PyPI is not."""
+    torch_knows_volta: bool | None = None
+    """torch is built with kernels for GPUs before Turing, as that of PyPI is not."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -196,8 +196,8 @@ UNCOUNTED_PARTS = {
 }
 """Fields that tell of weights which a decoder such as Llama does not have: read as one, a model of 671 billion would
 look like one of 39."""
-TRAINED_WITHOUT_IMAGES = frozenset({"gemma3"})
-"""Families of which training leaves out the part that looks at images (`training.model`)."""
+IMAGE_PARTS = {"gemma3": ("vision_tower", "multi_modal_projector")}
+"""Of families whose part that looks at images training leaves out (`training.model`), what it is called."""
 _ALIASES = {"gemma3_text": "gemma3", "mistral3": "mistral"}
 SPELLINGS = {
     "hidden_size": ("n_embd", "d_model"),

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from orchestrator.errors import ModelError, cut, shown
 from orchestrator.planning.model_families import (
+    IMAGE_PARTS,
     SPELLINGS,
-    TRAINED_WITHOUT_IMAGES,
     UNCOUNTED_PARTS,
     Family,
     family_of,
@@ -136,7 +136,7 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
     _refuse_quantised(config)
     inner = config.get("text_config")
     text = inner if isinstance(inner, Mapping) else config
-    leaves_out_images = bool(config.get("vision_config")) and config.get("model_type") in TRAINED_WITHOUT_IMAGES
+    leaves_out_images = bool(config.get("vision_config")) and config.get("model_type") in IMAGE_PARTS
     name = str(text.get("model_type", ""))
     for field, part in UNCOUNTED_PARTS.items():
         if (config.get(field) and not (field == "vision_config" and leaves_out_images)) or text.get(field):

@@ -128,6 +128,17 @@ def offload_exceeds_the_host(case: Case) -> str | None:
     )
 
 
+def volta_needs_another_torch(case: Case) -> str | None:
+    """Told and not refused where the torch there is not known; see `torch_of_pypi_needs_turing`."""
+    capability = case.hardware.compute_capability
+    if capability and capability < (7, 5) and case.hardware.torch_knows_volta is None:
+        return (
+            f"{case.hardware.gpu_name} needs torch for CUDA 12.6 (PyTorch's installation page gives the command): that "
+            "of PyPI, for CUDA 13, has no kernels for it"
+        )
+    return None
+
+
 def int8_is_slow_before_turing(case: Case) -> str | None:
     """Source: bitsandbytes 0.50, diagnostics/cuda.py: "Only slow 8-bit matmul is supported" below 7.5."""
     capability = case.hardware.compute_capability
@@ -166,6 +177,7 @@ NOTES: tuple[Rule, ...] = (
     evaluated_only_at_the_end,
     offload_on_a_cpu,
     offload_exceeds_the_host,
+    volta_needs_another_torch,
     int8_is_slow_before_turing,
     adapter_settings_without_an_adapter,
 )

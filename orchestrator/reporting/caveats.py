@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 from orchestrator.config.sweep_config import is_score
 from orchestrator.reporting import quantities
-from orchestrator.reporting.statistics import ConfigurationSummary, objective_of
+from orchestrator.reporting.statistics import ConfigurationSummary, metric_of
 from orchestrator.results.records import SweepResult, TrialStatus
 
 FEW_STEPS = 20
@@ -29,15 +29,17 @@ def caveats(
         told.append(f"{open_} of {len(sweep.trials)} trials have not ended yet: the answer may change.")
     if sweep.interrupted:
         told.append("The sweep was interrupted before its end: the same command goes on, and the answer may change.")
-    unscored = [t for t in sweep.trials if t.status is TrialStatus.COMPLETED and objective_of(sweep, t) is None]
-    if unscored and is_score(sweep.objective_metric):
-        there = sorted({name for trial in unscored for name in trial.scores})
-        have = f"they have {_some(there)}" if there else "they were not evaluated"
-        told.append(f"{len(unscored)} completed trials have no {sweep.objective_metric}, and do not compete: {have}.")
+    ran = [trial for trial in sweep.trials if trial.status is TrialStatus.COMPLETED]
+    metrics = dict.fromkeys((sweep.objective_metric, *(metric for metric, _ in sweep.objectives)))
+    for score in filter(is_score, metrics):
+        if unscored := [trial for trial in ran if metric_of(trial, score) is None]:
+            there = sorted({name for trial in unscored for name in trial.scores})
+            have = f"evaluated for {_some(there)}" if there else "not evaluated"
+            trials = quantities.counted(len(unscored), "completed trial")
+            told.append(f"Without {score}, and so not competing: {trials}, {have}.")
     if sweep.rows_left_out:
         rows = quantities.counted(sweep.rows_left_out, "row")
         told.append(f"{rows} of the data could not be used: data/summary.json says where and why.")
-    ran = [trial for trial in sweep.trials if trial.status is TrialStatus.COMPLETED]
     steps_of = {trial.configuration_id: trial.steps_trained for trial in ran}
     if scattered := [summary.label for summary in completed if summary.configuration_id in wild]:
         told.append(f"Left out, since their repeats scatter ten times as far as the others': {_some(scattered)}.")
@@ -56,7 +58,7 @@ def caveats(
         told.append(
             f"Speeds stand on as few as {timed} steps of a trial: differences of a few tens of percent may be chance."
         )
-    devices = {device for trial in sweep.trials if trial.status is TrialStatus.COMPLETED for device in trial.devices}
+    devices = {device for trial in ran for device in trial.devices}
     if len(devices) > 1:
         told.append(f"Trials ran on different devices ({_some(sorted(devices))}): their speeds are not comparable.")
     if sweep.search_ended:

@@ -407,24 +407,14 @@ def write_result(folder: SweepFolder, result: TrialResult) -> None:
     """
     trial = folder.trial(result.trial_id)
     if result.status.is_final:
-        _sync_metrics(trial)
+        # A record that tells of an end must not outlast its curve in a power cut.
+        sync(trial.metrics)
     write_atomically(trial.result, result.model_dump_json(indent=1) + "\n")
     if result.status.is_final and not result.leaves_checkpoint:
         if trial.checkpoint_steps():
             # Here alone: it takes as long as a record itself, and a sweep writes thousands.
-            sync_folder(trial.root)
+            sync(trial.root)
         trial.forget_checkpoints()
-
-
-def _sync_metrics(trial: TrialFolder) -> None:
-    """A record that tells of an end must not outlast its curve in a power cut."""
-    try:
-        with opened(trial.metrics) as file:
-            os.fsync(file.fileno())
-    except OSError as error:
-        # There may be none, or a folder in its place, as `read_trial_results` says.
-        if is_storage_failure(error):
-            raise StorageError(f"cannot write {trial.metrics} ({error}): mend the disk, or its mount") from error
 
 
 def results_table(sweep: SweepResult) -> str:
@@ -496,10 +486,20 @@ def write_atomically(path: Path, text: str) -> None:
         ) from error
 
 
-def sync_folder(path: Path) -> None:
-    """Let a file's new name outlast a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Let what is in a file, or the names in a folder, outlast a power cut, where there is one that can be synced.
+
+    Raises:
+        StorageError: the disk is full, read-only or away.
+    """
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        # To open a pipe would wait for whoever writes to it.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        # Not all file systems can sync a folder: they say EINVAL (fsync(2)).
+        if is_storage_failure(error):
+            raise StorageError(f"cannot write {path} ({error}): mend the disk, or its mount") from error

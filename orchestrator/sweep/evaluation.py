@@ -5,6 +5,7 @@ A process of its own: memory and CUDA context are given back with it, whatever e
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -19,8 +20,8 @@ from orchestrator.reporting import quantities
 from orchestrator.reporting.recommendation import trial_to_take
 from orchestrator.results.evaluation import Evaluation, read_evaluation, write_evaluation
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
-from orchestrator.results.storage import SweepFolder
-from orchestrator.sweep.tracking import key_of
+from orchestrator.results.storage import SweepFolder, TrialFolder
+from orchestrator.sweep.tracking import key_of, twice
 from orchestrator.sweep.trial_files import weights_on_this_node
 from orchestrator.sweep.worker import GroupShape
 from orchestrator.training import evaluation, model_source
@@ -39,7 +40,8 @@ def evaluate(
 
     wrote: is told the id of each trial that has one now.
 
-    Returns whether it came to its end: False where it was interrupted.
+    Returns False where it was interrupted. What `budget.hours` leaves out is said, and, where a score is an objective,
+    in the report too.
     """
     if not (sweep.evaluate.prompts or sweep.evaluate.tasks):
         return True
@@ -127,12 +129,15 @@ def log(tracking_uri: str, result: SweepResult, folder: SweepFolder, say: Callab
     client = MlflowClient(tracking_uri)
     try:
         for trial in result.trials:
-            where = folder.trial(trial.trial_id)
-            found = read_evaluation(where)
-            if found and trial.mlflow_run_id:
-                client.log_artifact(trial.mlflow_run_id, str(where.evaluation))
-                for name, value in found.scores.items():
-                    client.log_metric(trial.mlflow_run_id, key_of(name), value, timestamp=0)
+            twice(functools.partial(_log, client, trial, folder.trial(trial.trial_id)))
     except Exception as error:
         # Its stores' clients raise kinds of their own.
         say(f"MLflow lacks the evaluations ({first_line(error)[:300]}): run the same command again")
+
+
+def _log(client: MlflowClient, trial: TrialResult, folder: TrialFolder) -> None:
+    found = read_evaluation(folder)
+    if found and trial.mlflow_run_id:
+        client.log_artifact(trial.mlflow_run_id, str(folder.evaluation))
+        for name, value in found.scores.items():
+            client.log_metric(trial.mlflow_run_id, key_of(name), value, timestamp=0)

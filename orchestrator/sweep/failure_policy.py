@@ -65,16 +65,6 @@ def silence_limit_s(longest_s: float | None) -> float:
     return START_LIMIT_S if longest_s is None else max(SILENCE_LIMIT_S, SILENCES * longest_s)
 
 
-REFUSALS = frozenset(
-    {
-        "INVALID_PARAMETER_VALUE",
-        "BAD_REQUEST",
-        "INVALID_STATE",
-        "RESOURCE_ALREADY_EXISTS",
-        "NOT_IMPLEMENTED",
-        "PERMISSION_DENIED",
-    }
-)
 TrackingFailure = Literal["away", "gone", "refused"]
 
 
@@ -86,4 +76,12 @@ def tracking_failure(error_code: str | None) -> TrackingFailure:
     """
     if error_code == "RESOURCE_DOES_NOT_EXIST":
         return "gone"
-    return "refused" if error_code in REFUSALS else "away"
+    refusals = (
+        "INVALID_PARAMETER_VALUE",
+        "BAD_REQUEST",
+        "INVALID_STATE",
+        "RESOURCE_ALREADY_EXISTS",
+        "NOT_IMPLEMENTED",
+        "PERMISSION_DENIED",
+    )
+    return "refused" if error_code in refusals else "away"

@@ -27,7 +27,7 @@ from orchestrator.export.merge import merged_dtype
 from orchestrator.reporting.statistics import objective_of
 from orchestrator.results.records import SweepResult, TrialResult
 from orchestrator.results.storage import SweepFolder
-from orchestrator.sweep.tracking import key_of, tracking_uri
+from orchestrator.sweep.tracking import key_of, tracking_uri, twice
 
 ALIAS = "champion"
 """Of the registered model's newest best version."""
@@ -50,7 +50,7 @@ def log_best(
     try:
         # A registry in a database looks for the model there, whatever its client was told (3.17.2).
         mlflow.set_tracking_uri(server)
-        uri = _logged(MlflowClient(server), sweep, result, best, folder)
+        uri = twice(lambda: _logged(MlflowClient(server), sweep, result, best, folder))
     except (Exception, KeyboardInterrupt) as error:
         why = first_line(error)[:300]
         say(f"the best adapter is not logged as an MLflow model ({why}): run the same command again to do it")
@@ -65,6 +65,7 @@ def _logged(
     run_id = best.mlflow_run_id
     assert run_id is not None
     model_id = _find(client, run_id) or _log(client, result, best, run_id, folder)
+    _link(client, result, best, run_id, model_id)
     name = sweep.tracking.registered_model
     if name is None:
         return f"models:/{model_id}"
@@ -96,13 +97,19 @@ def _log(client: MlflowClient, result: SweepResult, best: TrialResult, run_id: s
         written = write_model(exported, best.config, Path(temporary) / "model", about)
         client.log_model_artifacts(logged.model_id, str(written))
     client.finalize_logged_model(logged.model_id, "READY")
+    return str(logged.model_id)
+
+
+def _link(client: MlflowClient, result: SweepResult, best: TrialResult, run_id: str, model_id: str) -> None:
+    """Show it at the trial's run and the sweep's, and what it reached; once, however often it is asked."""
     point = best.best
     if point and (value := objective_of(result, best)) is not None:
         name = key_of(result.objective_metric)
-        client.log_metric(run_id, name, value, point.time_ms, point.step, model_id=logged.model_id)
+        client.log_metric(run_id, name, value, point.time_ms, point.step, model_id=model_id)
     for run in filter(None, (run_id, result.mlflow_run_id)):
-        client.log_outputs(run, [LoggedModelOutput(logged.model_id, point.step if point else 0)])
-    return str(logged.model_id)
+        outputs = client.get_run(run).outputs
+        if model_id not in {output.model_id for output in (outputs.model_outputs if outputs else ())}:
+            client.log_outputs(run, [LoggedModelOutput(model_id, point.step if point else 0)])
 
 
 def write_model(exported: Exported, config: TrialConfig, to: Path, about: Mapping[str, str]) -> Path:

@@ -10,7 +10,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag, ViewType
@@ -29,11 +30,10 @@ from orchestrator.sweep.logged_data import dataset_inputs
 from orchestrator.training.data import read_summary
 
 log = logging.getLogger(__name__)
+Answer = TypeVar("Answer")
 INTERVAL_S = 1.0
 KEPT_EVERY_S = 5.0
 BATCH = 1000
-TRIES = 2
-"""At the start: afterwards the server is asked until it answers."""
 NO_PART_OF_AN_ADDRESS = frozenset("%?#")
 """In a path within one they mean something else (mlflow 3.17, sqlalchemy 2)."""
 METRICS = (
@@ -84,23 +84,15 @@ class Tracker:
         _keep_mlflow_short()
         self._folder, self._sweep_id, self._sweep = folder, sweep_id, sweep
         uri = tracking_uri(sweep)
-        for failures in range(1, TRIES + 1):
-            try:
-                self._client = MlflowClient(uri)
-                self._experiment_id = self._find_experiment(sweep, uri)
-                self.parent_run_id = self._find_run(sweep.name, {})
-                self._resume()
-                break
-            except Exception as error:
-                if not _is_servers(error):
-                    raise
-                if failures < TRIES:
-                    time.sleep(failure_policy.pause_s(failures))
-                    continue
-                raise TrackingUnreachableError(
-                    f"the tracking server at {without_secret(uri)} does not answer ({_first_line(error)}): start it, "
-                    "or leave tracking.uri out to track in a local database"
-                ) from error
+        try:
+            twice(lambda: self._connect(uri))
+        except Exception as error:
+            if not _is_servers(error):
+                raise
+            raise TrackingUnreachableError(
+                f"the tracking server at {without_secret(uri)} does not answer ({_first_line(error)}): start it, "
+                "or leave tracking.uri out to track in a local database"
+            ) from error
         remember_server(without_secret(uri))
         self._trials: dict[str, _TrackedTrial] = {}
         self._delivered = read_delivered(folder, without_secret(uri), sweep_id)
@@ -115,6 +107,12 @@ class Tracker:
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
+
+    def _connect(self, uri: str) -> None:
+        self._client = MlflowClient(uri)
+        self._experiment_id = self._find_experiment(self._sweep, uri)
+        self.parent_run_id = self._find_run(self._sweep.name, {})
+        self._resume()
 
     def track(self, result: TrialResult) -> None:
         """Take note of a trial's newest state."""
@@ -147,7 +145,7 @@ class Tracker:
     def close_parent(self, sweep: SweepResult, best: TrialResult | None) -> bool:
         """Put the sweep's own files on the parent run and end it, after `finish`; False where MLflow has gone away."""
         try:
-            self._close_parent(sweep, best)
+            twice(lambda: self._close_parent(sweep, best))
             self._delivered.is_complete = True
             write_delivered(self._folder, self._delivered)
         except Exception as error:
@@ -266,7 +264,7 @@ class Tracker:
         began_ms = self._folder.trial(result.trial_id).began_ms()
         if trial.run_id and trial.began_ms and began_ms not in (None, trial.began_ms):
             # It began again: MLflow can take no point back, and would have steps of both curves.
-            self._client.delete_run(trial.run_id)
+            self._leave_run(trial.run_id, result.trial_id)
             trial.forget_run()
         was_open = trial.is_open
         if not was_open:
@@ -287,6 +285,18 @@ class Tracker:
                 self._close_trial(trial.run_id, result)
             trial.carried = result.status
         return bool(points) or is_new or not was_open
+
+    def _leave_run(self, run_id: str, trial_id: str) -> None:
+        """Delete it, or let no search for the trial find it where this account may only edit."""
+        try:
+            self._client.delete_run(run_id)
+        except MlflowException as error:
+            if error.error_code != "PERMISSION_DENIED":
+                raise
+            self._client.log_batch(
+                run_id, tags=[RunTag("trial_id", f"{trial_id}, begun again"), RunTag("kind", "left")]
+            )
+            self._client.set_terminated(run_id, "KILLED")
 
     def _certain_points(self, result: TrialResult, offset_bytes: int) -> tuple[tuple[MetricPoint, ...], int]:
         """The points that no trial will make again: MLflow cannot take one back, and would have its step twice."""
@@ -367,6 +377,17 @@ class _TrackedTrial:
     @property
     def is_behind(self) -> bool:
         return self.carried is not self.result.status and not self.is_refused
+
+
+def twice(ask: Callable[[], Answer]) -> Answer:
+    """Once more where the server fails: what is asked looks first whether it is there (`_keep_mlflow_short`)."""
+    try:
+        return ask()
+    except Exception as error:
+        if not _is_servers(error):
+            raise
+        time.sleep(failure_policy.pause_s(1))
+        return ask()
 
 
 def _keep_mlflow_short() -> None:

@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from orchestrator.config.trial_config import CHANGEABLE
-from orchestrator.errors import CheckpointError
-from orchestrator.results.storage import TrialFolder, checkpoint_part, sync_folder
+from orchestrator.errors import CheckpointError, StorageError
+from orchestrator.results.storage import TrialFolder, checkpoint_part, sync
 from orchestrator.training.agreement import all_say_yes, told_by_first
 from orchestrator.training.data import read_summary
 from orchestrator.training.task import TrialTask, WorkerPlace
@@ -147,13 +147,13 @@ class Checkpoints:
             if complete:
                 if self._place.rank == 0:
                     os.fsync(metrics)
-                sync_folder(partial)
+                sync(partial)
                 partial.rename(self._folder.checkpoint(step))
-                sync_folder(self._folder.root)
+                sync(self._folder.root)
                 self._folder.forget_checkpoints(but=step)
                 return True
             shutil.rmtree(partial, ignore_errors=True)
-        except OSError as error:
+        except (OSError, StorageError) as error:
             if self._place.rank and isinstance(error, FileNotFoundError):
                 # In a folder that nodes share the first worker has renamed it.
                 return True

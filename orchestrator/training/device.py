@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from orchestrator.errors import TrialError
+from orchestrator.errors import TemplateError
 from orchestrator.planning.hardware import cpu_flags, cpu_half_precision, cpu_name
 from orchestrator.training.deepspeed_config import HalfPrecision
 
@@ -44,7 +44,7 @@ def choose(local_rank: int, gpu_memory_fraction: float | None, limit_bytes: int 
             _limit_resident(limit_bytes)
         return torch.device("cpu")
     if torch.cuda._is_in_bad_fork():
-        raise TrialError(
+        raise TemplateError(
             "a library touched CUDA while the template imported it, and processes forked after that cannot use a GPU: "
             "let nvidia-smi answer on this node, and install the versions in docker/constraints.txt"
         )

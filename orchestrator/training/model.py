@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import os
 import random
 import re
 import shutil
@@ -23,12 +22,12 @@ from transformers.pytorch_utils import Conv1D
 
 from orchestrator.config.trial_config import Precision, TrialConfig
 from orchestrator.errors import ModelError
-from orchestrator.results.storage import sync_folder
+from orchestrator.planning.model_families import IMAGE_PARTS
+from orchestrator.results.storage import sync
 from orchestrator.training.deepspeed_config import ComputeDtype
 
 DTYPES: dict[ComputeDtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_IMAGE_PARTS = ("vision_tower", "multi_modal_projector")
-"""What Gemma 3 calls the part that looks at images."""
+_IMAGE_PARTS = tuple(part for parts in IMAGE_PARTS.values() for part in parts)
 _IMAGE_MODULES = rf".*\b({'|'.join(_IMAGE_PARTS)})\b.*"
 TargetModules = Literal["attention", "all-linear"] | tuple[str, ...]
 
@@ -264,15 +263,14 @@ def save(model: torch.nn.Module, folder: Path, writes: bool) -> None:
     saved.save_pretrained(str(partial), state_dict=weights, **more)
     # A record that names the weights is synced to the disk: they must not be behind it after a power cut.
     for file in partial.iterdir():
-        with file.open("rb") as written:
-            os.fsync(written.fileno())
-    sync_folder(partial)
+        sync(file)
+    sync(partial)
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     partial.rename(folder)
-    sync_folder(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

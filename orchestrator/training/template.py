@@ -24,11 +24,13 @@ def _as_fast_as_can_be() -> Iterator[None]:
     blocks_mlflow = sys.modules.setdefault("mlflow", None) is None  # type: ignore[arg-type]
     # The collector would go over what is here to stay, again and again, and write to pages that trials share.
     gc.disable()
-    yield
-    gc.freeze()
-    gc.enable()
-    if blocks_mlflow:
-        del sys.modules["mlflow"]
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+        if blocks_mlflow:
+            del sys.modules["mlflow"]
 
 
 @contextlib.contextmanager
@@ -43,8 +45,10 @@ def _without_cuda() -> Iterator[None]:
         # Of MIG instances torch asks the CUDA runtime (2.13.0, cuda/__init__.py, _device_count_nvml); a process sees
         # one of them (NVIDIA's Multi-Instance GPU user guide, CUDA device enumeration).
         torch.cuda.device_count = lambda: 1
-    yield
-    torch.cuda.get_device_capability, torch.cuda.device_count = kept
+    try:
+        yield
+    finally:
+        torch.cuda.get_device_capability, torch.cuda.device_count = kept
 
 
 with _without_cuda(), _as_fast_as_can_be():

@@ -20,7 +20,14 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed import distributed_c10d
 
-from orchestrator.errors import OrchestratorError, TrialDivergedError, TrialOutOfMemoryError, first_line
+from orchestrator.errors import (
+    OrchestratorError,
+    StorageError,
+    TemplateError,
+    TrialDivergedError,
+    TrialOutOfMemoryError,
+    first_line,
+)
 from orchestrator.results.records import TrialStatus
 from orchestrator.results.secrets import without_secret
 from orchestrator.results.storage import TrialFolder, is_storage_failure, write_atomically
@@ -78,6 +85,7 @@ def ended_by(error: BaseException, task: TrialTask, ledger: Ledger | None) -> Tr
         return TrialEnd(TrialStatus.DIVERGED, str(error), progress)
     if "loss scale already at minimum" in str(error):
         # deepspeed 0.19.8, fp16/loss_scaler.py: no scale is low enough, so the gradients themselves are infinite.
+        # Its own scaler says so before MAX_OVERFLOWS is reached; torch's never does.
         diverged = TrialDivergedError(ledger.step if ledger else 0, math.inf, "gradient norm")
         return TrialEnd(TrialStatus.DIVERGED, str(diverged), progress)
     if devices.is_out_of_memory(error):
@@ -86,18 +94,27 @@ def ended_by(error: BaseException, task: TrialTask, ledger: Ledger | None) -> Tr
         held = devices.held_bytes(ledger.device) if ledger else 0
         full = TrialOutOfMemoryError(ledger.step if ledger else 0, held, devices.asked_bytes(error), micro_batch_size)
         return TrialEnd(TrialStatus.OUT_OF_MEMORY, str(full), progress)
-    why = first_line(error, "no message")[:500]
-    # A network's failure reads as a storage's: "Host is down", or NCCL's "No space left on device", in shared memory.
-    is_of_network = isinstance(error, dist.DistError) or "gloo/transport" in str(error)
-    if is_of_network and "/dev/shm" in str(error):
-        why = f"{str(error).splitlines()[-1]}: enlarge /dev/shm, as docker run --shm-size does"
-    if is_storage_failure(error) and not is_of_network:
-        told = f"the storage failed ({without_secret(why)}): free some space, or mend the mount"
-        return TrialEnd(TrialStatus.PREEMPTED, told, progress)
-    said = str(error) if isinstance(error, OrchestratorError) else f"{type(error).__name__}: {why}"
-    where = "" if isinstance(error, OrchestratorError) else "; the whole story is in the trial's log.txt"
+    why, of_network = first_line(error, "no message")[:500], _of_network(error)
+    is_of_storage = is_storage_failure(error) and not of_network
+    if is_of_storage and not isinstance(error, StorageError):
+        told = f"the storage failed ({why}): free some space, or mend the mount"
+    elif isinstance(error, OrchestratorError):
+        told = str(error)
+    else:
+        told = f"{type(error).__name__}: {of_network or why}; the whole story is in the trial's log.txt"
+    may_pass = is_of_storage or isinstance(error, TemplateError)
     # Here, where the secrets are: the sweep's own process may have others in its environment.
-    return TrialEnd(TrialStatus.FAILED, without_secret(f"{said}{where}"), progress)
+    return TrialEnd(TrialStatus.PREEMPTED if may_pass else TrialStatus.FAILED, without_secret(told), progress)
+
+
+def _of_network(error: BaseException) -> str | None:
+    """What a failure of the network says; it reads as a storage's: "Host is down", or NCCL's "No space left on device",
+    in shared memory."""
+    if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):
+        return None
+    if "/dev/shm" in str(error):
+        return f"{str(error).splitlines()[-1]}: enlarge /dev/shm, as docker run --shm-size does"
+    return first_line(error, "no message")[:500]
 
 
 def _heartbeat(send: Send) -> Callable[[], None]:

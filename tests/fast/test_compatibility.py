@@ -46,8 +46,9 @@ REFUSED: dict[str, tuple[Case, Case]] = {
     "fp16_needs_hardware": (case(CPU, precision="fp16"), case(precision="fp16")),
     "bf16_needs_ampere": (case(T4), case(T4, precision="fp16")),
     "torch_of_pypi_needs_turing": (
+        case(replace(V100, torch_knows_volta=False), precision="fp16"),
+        # Only named: which torch is there is not known.
         case(V100, precision="fp16"),
-        case(replace(V100, torch_knows_volta=True), precision="fp16"),
     ),
     "flash_attention_needs_ampere": (
         case(T4, attention="flash_attention_2", precision="fp16"),
@@ -116,6 +117,10 @@ NOTED: dict[str, tuple[Case, Case]] = {
     "offload_exceeds_the_host": (
         case(replace(H100, host_memory_bytes=2**33), rank="full", zero_stage=2, offload="optimizer"),
         case(H100, rank="full", zero_stage=2, offload="optimizer"),
+    ),
+    "volta_needs_another_torch": (
+        case(V100, precision="fp16"),
+        case(replace(V100, torch_knows_volta=True), precision="fp16"),
     ),
     "int8_is_slow_before_turing": (case(V100, precision="int8"), case(T4, precision="int8")),
     "adapter_settings_without_an_adapter": (case(rank="full", lora_dropout=0.1), case(rank=8, lora_dropout=0.1)),

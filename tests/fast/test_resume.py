@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.sweep_file import to_yaml
-from orchestrator.errors import FolderError
+from orchestrator.errors import FolderError, StorageError
 from orchestrator.results.records import TrialStatus
 from orchestrator.results.storage import SweepFolder, read_sweep, write_atomically, write_result
 from orchestrator.sweep.delivered import Delivered, write_delivered
@@ -221,6 +222,31 @@ def test_an_end_is_recorded_after_the_curve_and_before_the_checkpoint_is_removed
         (trial.root.name, True, True),
     ]
     assert not trial.checkpoint(40).exists()
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EINVAL], ids=errno.errorcode.get)
+def test_a_folder_that_cannot_be_synced_is_a_storage_that_fails_or_one_that_cannot_do_it(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = SweepFolder(tmp_path)
+    record = made_up_trial({"rank": 4})
+    trial = folder.trial(record.trial_id)
+    trial.checkpoint(40).mkdir(parents=True)
+    fsync = os.fsync
+
+    def of_files_alone(descriptor: int) -> None:
+        if Path(f"/proc/self/fd/{descriptor}").is_dir():
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", of_files_alone)
+    if number == errno.EINVAL:
+        write_result(folder, record)
+    else:
+        with pytest.raises(StorageError, match=r"Input/output error.*mend the disk"):
+            write_result(folder, record)
+    assert trial.result.exists()
+    assert trial.checkpoint(40).exists() == (number == errno.EIO)
 
 
 def test_only_the_last_whole_checkpoint_counts_and_the_curve_must_reach_it(tmp_path: Path) -> None:

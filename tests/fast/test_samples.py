@@ -61,7 +61,7 @@ def test_the_best_or_all_that_completed_are_evaluated(trials: str, ranks: list[i
 def test_tasks_without_lm_eval_are_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "find_spec", lambda name: None)
     evaluation.require(EvaluateConfig(prompts=("a",)))
-    with pytest.raises(InputError, match=r"orchestrator\[eval\]"):
+    with pytest.raises(InputError, match=r"pip install 'lm-eval>="):
         evaluation.require(ASKED)
 
 
@@ -103,7 +103,19 @@ def test_where_a_score_is_the_objective_all_that_completed_are_evaluated_and_it_
     assert results_table(sweep).splitlines()[0].endswith(",tiny/acc,tiny/acc_stderr")
 
 
+def test_trials_that_were_not_evaluated_in_time_are_told_whichever_objective_their_score_is() -> None:
+    late, *others = (made_up_trial({"rank": rank}) for rank in (4, 8, 16))
+    trials = [late, *(trial.model_copy(update={"scores": {"tiny/acc": 0.5}}) for trial in others)]
+    sweep = made_up_sweep(trials)
+    for objectives in (
+        {"objective_metric": "tiny/acc", "objective_mode": "max"},
+        {"objectives": (("eval_loss", "min"), ("tiny/acc", "max"))},
+    ):
+        told = "Without tiny/acc, and so not competing: 1 completed trial, not evaluated."
+        assert told in recommend(sweep.model_copy(update=objectives)).evidence
+
+
 def test_completed_trials_without_the_score_are_told_with_the_scores_that_there_are() -> None:
     trials = [made_up_trial({"rank": rank}).model_copy(update={"scores": {"tiny/acc": 0.5}}) for rank in (8, 16)]
     sweep = made_up_sweep(trials).model_copy(update={"objective_metric": "tiny/accc", "objective_mode": "max"})
-    assert any("no tiny/accc" in line and "tiny/acc." in line for line in recommend(sweep).evidence)
+    assert any("Without tiny/accc" in line and "tiny/acc." in line for line in recommend(sweep).evidence)

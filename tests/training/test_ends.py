@@ -15,6 +15,7 @@ import torch
 from torch.distributed import DistBackendError, DistNetworkError, distributed_c10d
 
 from orchestrator.config.trial_config import TrialConfig
+from orchestrator.errors import ModelError, StorageError
 from orchestrator.results.records import TrialStatus
 from orchestrator.training import device as devices
 from orchestrator.training import trial_log
@@ -172,6 +173,27 @@ def test_a_network_that_fails_is_not_told_as_the_storage(error: Exception, told:
     end = ended_by(error, make_task(tiny(), tmp_path, tmp_path, tmp_path), None)
     assert end.status is TrialStatus.FAILED
     assert told in (end.reason or "")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (StorageError("metrics.jsonl is this attempt's no more"), "metrics.jsonl is this attempt's no more"),
+        (
+            OSError(errno.EIO, os.strerror(errno.EIO)),
+            "the storage failed ([Errno 5] Input/output error): free some space, or mend the mount",
+        ),
+        (
+            ModelError("the model cannot be loaded: Stale file handle"),
+            "the storage failed (the model cannot be loaded: Stale file handle): free some space, or mend the mount",
+        ),
+    ],
+)
+def test_a_storage_that_fails_is_told_in_its_own_words_where_it_has_some(
+    error: Exception, told: str, tmp_path: Path
+) -> None:
+    end = ended_by(error, make_task(tiny(), tmp_path, tmp_path, tmp_path), None)
+    assert (end.status, end.reason) == (TrialStatus.PREEMPTED, told)
 
 
 def _joined(place: WorkerPlace, pipe: Connection) -> None:

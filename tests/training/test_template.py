@@ -11,8 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from orchestrator.errors import TrialError
+from orchestrator.results.records import TrialStatus
 from orchestrator.training import device as devices
+from orchestrator.training import trial_log
+from orchestrator.training.task import TrialEnd, WorkerPlace
+from orchestrator.training.worker_process import run
+from tests.training.conftest import tiny
+from tests.training.launch import make_task
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
@@ -72,8 +77,40 @@ def test_a_template_on_gpus_makes_no_cuda_context_and_bitsandbytes_has_its_libra
     assert [Path(name).name for name in loaded] == ["libbitsandbytes_cuda130.so"]
 
 
-def test_a_trial_forked_from_a_process_that_touched_cuda_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_forked_from_a_process_that_touched_cuda_says_so_and_gets_another_template(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(devices, "has_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
-    with pytest.raises(TrialError, match="let nvidia-smi answer on this node"):
-        devices.choose(0, None, None)
+    monkeypatch.setattr(trial_log, "redirect_output", lambda file: None)
+    sent: list[object] = []
+    run(
+        make_task(tiny(), tmp_path, tmp_path, tmp_path / "trial"),
+        WorkerPlace(0, 1, 0, "127.0.0.1", 0, "t"),
+        sent.append,
+    )
+    (end,) = sent
+    assert isinstance(end, TrialEnd)
+    assert "let nvidia-smi answer on this node" in (end.reason or "")
+    # Upon which its slot closes its group, and the next one's template asks nvidia-smi again.
+    assert end.status is TrialStatus.PREEMPTED
+
+
+LIBRARY_IS_MISSING = """
+import gc, sys, torch
+
+def state():
+    return torch.cuda.get_device_capability, torch.cuda.device_count, gc.isenabled(), "mlflow" in sys.modules
+
+before = state()
+sys.modules["peft"] = None
+try:
+    import orchestrator.training.template
+except ImportError:
+    assert state() == before, state()
+"""
+
+
+def test_a_template_whose_imports_fail_leaves_torch_and_python_as_they_were() -> None:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "MIG-1"}
+    subprocess.run([sys.executable, "-c", LIBRARY_IS_MISSING], env=environment, timeout=100, check=True)

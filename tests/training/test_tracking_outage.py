@@ -11,19 +11,22 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from mlflow.server.auth.client import AuthServiceClient
 from typer.testing import CliRunner
 
 from orchestrator.cli import app
-from orchestrator.config.sweep_config import SweepConfig, TrackingConfig
+from orchestrator.config.sweep_config import EvaluateConfig, SweepConfig, TrackingConfig
 from orchestrator.config.sweep_file import to_yaml
 from orchestrator.errors import TrackingUnreachableError
+from orchestrator.results.evaluation import Evaluation, write_evaluation
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 from orchestrator.results.secrets import without_secret
 from orchestrator.results.storage import SweepFolder, read_sweep, write_atomically, write_sweep
+from orchestrator.sweep import evaluation
 from orchestrator.sweep.delivered import Delivered, read_delivered, write_delivered
 from orchestrator.sweep.tracking import Tracker
 from tests.made_up_sweep import made_up_point, made_up_sweep, made_up_trial, write_made_up
-from tests.tracking_servers import PASSWORD, FragileServer, late_once
+from tests.tracking_servers import PASSWORD, FragileServer, Server, late_once, on_sqlite_with_a_login
 from tests.waiting import wait_until
 
 LIMIT_S = 180.0
@@ -64,7 +67,7 @@ def delivered(tracker: Tracker, trial: TrialResult) -> str:
     return found
 
 
-def assert_equal_to_disk(server: FragileServer, folder: SweepFolder, run_ids: dict[str, str]) -> None:
+def assert_equal_to_disk(server: FragileServer | Server, folder: SweepFolder, run_ids: dict[str, str]) -> None:
     client = MlflowClient(server.uri)
     for trial_id, run_id in run_ids.items():
         points = folder.trial(trial_id).read_metrics()
@@ -322,7 +325,36 @@ def test_a_trial_that_begins_again_has_each_step_once_in_a_run_of_its_own(
     assert tracker.finish(LIMIT_S)
 
 
-def runs_with(server: FragileServer, tracker: Tracker, trial: TrialResult, steps: int) -> list[Run]:
+@pytest.mark.timeout(600)
+def test_an_account_that_may_not_delete_leaves_the_run_of_a_trial_that_begins_again_and_makes_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with on_sqlite_with_a_login(tmp_path) as server:
+        for name, value in server.environment().items():
+            monkeypatch.setenv(name, value)
+        experiment_id = MlflowClient(server.uri).create_experiment("edited")
+        accounts = AuthServiceClient(server.uri)
+        accounts.create_user("editor", PASSWORD)
+        accounts.grant_user_permission("editor", "experiment", experiment_id, "EDIT")
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "editor")
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
+        config, result, folder = a_sweep(tmp_path / "edited", server.uri)
+        trial = result.trials[0]
+        tracker = Tracker(config, SWEEP_ID, folder)
+        for attempt in range(2):
+            begins(folder, trial, 5 + 5 * attempt, 1_000_000 * (attempt + 1))
+            tracker.track(trial.model_copy(update={"status": TrialStatus.RUNNING}))
+            (run,) = runs_with(server, tracker, trial, 4 + 5 * attempt)
+        tracker.track(trial)
+        assert tracker.finish(LIMIT_S)
+        assert tracker.run_id(trial.trial_id) == run.info.run_id
+        assert_equal_to_disk(server, folder, {trial.trial_id: run.info.run_id})
+        left = MlflowClient(server.uri).search_runs([experiment_id], "tags.kind = 'left'")
+        assert [run.info.status for run in left] == ["KILLED"]
+    assert "refuses" not in caplog.text
+
+
+def runs_with(server: FragileServer | Server, tracker: Tracker, trial: TrialResult, steps: int) -> list[Run]:
     """The trial's runs, once the newest of them has so many steps."""
     client = MlflowClient(server.uri)
 
@@ -347,6 +379,28 @@ def test_a_run_whose_making_is_answered_too_late_is_not_made_twice(
         assert tracker.finish(LIMIT_S)
     made = MlflowClient(server.uri).search_runs([tracker._experiment_id])
     assert sorted(run.data.tags["kind"] for run in made) == ["sweep", "trial"]
+
+
+def test_what_comes_last_is_sent_once_more_where_its_first_answer_is_lost(
+    server: FragileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, result, folder = a_sweep(tmp_path / "last", server.uri)
+    trial = result.trials[0]
+    tracker = Tracker(config, SWEEP_ID, folder)
+    tracker.track(trial)
+    trial = trial.model_copy(update={"mlflow_run_id": delivered(tracker, trial)})
+    assert tracker.finish(LIMIT_S)
+    with late_once(server, "/api/2.0/mlflow/runs/set-tag", 3.0) as uri:
+        monkeypatch.setattr(tracker, "_client", MlflowClient(uri))
+        assert tracker.close_parent(result, trial)
+    write_evaluation(folder.trial(trial.trial_id), Evaluation(asked=EvaluateConfig(), scores={"a/b": 0.5}, seconds=1.0))
+    said: list[str] = []
+    with late_once(server, "/api/2.0/mlflow/runs/log-metric", 3.0) as uri:
+        evaluation.log(uri, result.model_copy(update={"trials": (trial,)}), folder, said.append)
+    assert said == []
+    client = MlflowClient(server.uri)
+    assert client.get_run(tracker.parent_run_id).info.status == "FINISHED"
+    assert [metric.value for metric in client.get_metric_history(trial.mlflow_run_id, "a/b")] == [0.5]
 
 
 def test_a_trial_that_a_failing_database_refused_is_told_once_more_at_the_end(
