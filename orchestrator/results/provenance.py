@@ -25,10 +25,13 @@ def versions() -> dict[str, str]:
 
 
 def git_state(folder: Path) -> GitState | None:
-    """Commit and dirty flag of the checkout around `folder`; None outside of one, or without git."""
+    """Commit and dirty flag of the checkout around `folder`; None outside of one, or without git.
+
+    A file that git does not know, such as a sweep file of one's own, changes nothing that is trained.
+    """
     try:
         commit = _git(folder, "rev-parse", "HEAD")
-        return GitState(commit=commit, dirty=bool(_git(folder, "status", "--porcelain")))
+        return GitState(commit=commit, dirty=bool(_git(folder, "status", "--porcelain", "--untracked-files=no")))
     except (OSError, subprocess.SubprocessError):
         return None
 

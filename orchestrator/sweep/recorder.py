@@ -121,6 +121,11 @@ class Recorder(tune.Callback):
             if record.status in (TrialStatus.PENDING, TrialStatus.RUNNING):
                 self.save(self._ended(record, TrialStatus.CANCELLED, reason))
 
+    @property
+    def has_launched(self) -> bool:
+        """Whether any trial was begun in this run of the sweep."""
+        return bool(self._launched_at)
+
     def trial_seconds(self) -> float:
         """Seconds that trials have held their resources: all that ended, in earlier runs too, and those at work."""
         before = sum(record.timing.total_s + record.timing.earlier_s for record in self.records.values())

@@ -175,6 +175,9 @@ def _run_prepared(
     if search.ended_because:
         say(search.ended_because)
         result = result.model_copy(update={"search_ended": search.ended_because})
+    if earlier and earlier.result and not recorder.has_launched:
+        # A run that found all done adds nothing to the time that the sweep took.
+        result = result.model_copy(update={"ended_ms": earlier.result.ended_ms})
     outcome = _finish(prepared, result, recorder, tracker, carrier, folder, stopper, say)
     callbacks.sweep_ended(outcome.sweep, folder.root)
     return outcome
@@ -229,7 +232,7 @@ def _finish(
 ) -> Outcome:
     """Write results and report, then give MLflow a bounded time to have it all."""
     sweep = prepared.sweep
-    ended = {"ended_ms": int(time.time() * 1000), "interrupted": stopper.interrupted}
+    ended = {"ended_ms": result.ended_ms or int(time.time() * 1000), "interrupted": stopper.interrupted}
     result = result.model_copy(update={"trials": tuple(recorder.records.values()), **ended})
     if not result.interrupted:
         is_evaluated = evaluation.evaluate(sweep, result, prepared.shape, folder, carrier.wrote, say)

@@ -166,7 +166,7 @@ class Tracker:
                 point = best.best
                 self._client.log_metric(run, f"best_{key_of(sweep.objective_metric)}", value, point.time_ms, point.step)
             self._client.set_tag(run, "best_trial", best.trial_id)
-        self._client.set_terminated(run, "KILLED" if sweep.interrupted else "FINISHED")
+        self._client.set_terminated(run, "KILLED" if sweep.interrupted else "FINISHED", sweep.ended_ms)
 
     def _find_experiment(self, sweep: SweepConfig, uri: str) -> str:
         name = sweep.tracking.experiment or sweep.name

@@ -48,9 +48,12 @@ def test_prompts_are_answered_the_webhook_is_told_and_a_score_may_decide_afterwa
         write_evaluation(
             run.folder.trial(trial_id), Evaluation(asked=EvaluateConfig(**asked), scores=scores, seconds=1.0)
         )
+    took = run.sweep().started_ms, run.sweep().ended_ms
     again = start(tmp_path, space=space, evaluate=asked, objective={"metric": "tiny/acc", "mode": "max"})
     exit_code, out, err = again.wait()
     assert exit_code == 0, err
+    # It trained nothing, and so adds nothing to the time that the sweep took.
+    assert (again.sweep().started_ms, again.sweep().ended_ms) == took
     assert again.trials()[worst].scores == {"tiny/acc": 0.75}
     assert "best tiny/acc (0.7500)" in out
     assert f"trials/{worst}/adapter" in out
