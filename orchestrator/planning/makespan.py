@@ -23,7 +23,7 @@ class Work:
     """One trial as a slot sees it."""
 
     besides_s: float
-    """Seconds that are no steps: model, evaluations, saving."""
+    """Seconds that are no steps: data, model and the end."""
     step_s: Range
     steps: int
     eval_every: int

@@ -22,6 +22,8 @@ READ_SWEEPS = 10
 """So many of a storage's sweeps are looked at, the newest: what is older may have run on other nodes."""
 FEWEST_STEPS = 3
 """A trial of fewer steps tells of its warm-up."""
+ONCE_S = 3.0
+"""Seconds of a trial that are neither steps nor evaluations, until they were measured."""
 RAN = frozenset({TrialStatus.COMPLETED, TrialStatus.STOPPED})
 OPEN = frozenset({TrialStatus.PENDING, TrialStatus.RUNNING})
 
@@ -38,20 +40,28 @@ class Pace:
     """What was measured; empty where nothing was."""
 
     steps: tuple[_Measured, ...] = ()
-    besides_s: float | None = None
-    """Seconds of a whole trial that are neither its start-up nor training, where one of this model ended."""
+    once_s: float = ONCE_S
+    """Of a trial on a warm worker group, for data and model and its end."""
+    evaluation_s: float = 0.0
+    """Of one evaluation with what is saved after it; until one was measured nobody knows how much data it has."""
 
     @classmethod
     def of(cls, sweeps: Iterable[SweepResult], model: str, hardware: Hardware) -> Self:
         """Of all trials that ran on such a device; evaluations and saving count of the same model only."""
         steps: list[_Measured] = []
-        besides_s: list[float] = []
+        ended: list[TrialResult] = []
         for sweep in sweeps:
             ran = [t for t in sweep.trials if t.status in RAN and t.devices and is_named(t.devices[0], hardware)]
             steps += [measured for trial in ran if (measured := _measured(trial))]
             if sweep.model == model:
-                besides_s += [_besides_s(trial) for trial in ran if trial.status is TrialStatus.COMPLETED]
-        return cls(tuple(steps), statistics.median(besides_s) if besides_s else None)
+                ended += [trial for trial in ran if trial.status is TrialStatus.COMPLETED]
+        if not ended:
+            return cls(tuple(steps))
+        return cls(tuple(steps), statistics.median(map(_once_s, ended)), statistics.median(map(_evaluation_s, ended)))
+
+    def evaluations_s(self, config: TrialConfig) -> float:
+        """Of all that a trial makes."""
+        return self.evaluation_s * _evaluations(config)
 
     def correction(self, config: TrialConfig) -> Range:
         """Measured over predicted, as it is expected of this configuration."""
@@ -70,8 +80,19 @@ def _measured(trial: TrialResult) -> _Measured | None:
     return _Measured(_kind_of(trial.config), last.seconds / steps / predicted_s)
 
 
-def _besides_s(trial: TrialResult) -> float:
-    return max(0.0, trial.timing.total_s - trial.timing.startup_s - trial.timing.training_s)
+def _once_s(trial: TrialResult) -> float:
+    timing = trial.timing
+    counted_s = timing.startup_s + timing.training_s + timing.evaluation_s + timing.saving_s
+    return max(0.0, timing.total_s - counted_s)
+
+
+def _evaluation_s(trial: TrialResult) -> float:
+    return (trial.timing.evaluation_s + trial.timing.saving_s) / _evaluations(trial.config)
+
+
+def _evaluations(config: TrialConfig) -> int:
+    """After every `eval_every` steps, and after the last."""
+    return math.ceil(config.max_steps / config.eval_every)
 
 
 def _kind_of(config: TrialConfig) -> tuple[object, ...]:

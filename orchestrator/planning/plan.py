@@ -27,8 +27,6 @@ from orchestrator.planning.notes import notes
 from orchestrator.planning.pace import Pace
 from orchestrator.planning.step_time import Range, step_seconds
 
-BESIDES_S = 3.0
-"""Seconds of a trial that are no steps, on a warm worker group: model, evaluations, saving. Until one was measured."""
 NO_PACE = Pace()
 SPARE = 0.97
 """Share of a GPU's memory that a trial may be planned to take: the driver keeps some for itself."""
@@ -222,7 +220,7 @@ def plan_trial(
         told = _does_not_fit(replace(case, config=config), shape, memory, memory_bytes)
         return _planned(trial, config, reasons=(told,), memory=memory)
     step = step_seconds(config, model, hardware, shape.workers, shape.cpus_per_worker, pace.correction(config))
-    whole = step.times(config.max_steps).plus(_besides_s(pace))
+    whole = step.times(config.max_steps).plus(pace.once_s + pace.evaluations_s(config))
     return _planned(
         trial,
         config,
@@ -232,10 +230,6 @@ def plan_trial(
         seconds_range=(whole.low, whole.high),
         gpu_hours=whole.expected * shape.workers * shape.gpus_per_worker / 3600,
     )
-
-
-def _besides_s(pace: Pace) -> float:
-    return BESIDES_S if pace.besides_s is None else pace.besides_s
 
 
 def _planned(trial: Trial, config: TrialConfig, **more: object) -> PlannedTrial:
@@ -340,7 +334,7 @@ def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware, pace: 
     launched = list(itertools.islice(itertools.cycle(running), len(trials))) if proposes else running
     # Hyperband's first bracket, which most trials are in, is ASHA; nobody can say whom the other rules will stop.
     asha = sweep.scheduler.asha or sweep.scheduler.hyperband
-    works = [_work(trial, _besides_s(pace), asha) for trial in launched]
+    works = [_work(trial, pace.once_s, asha) for trial in launched]
     if pbt := sweep.scheduler.pbt:
         works = [part for work in works for part in _generations(work, pbt.interval_steps)]
     taken = simulate(works, concurrent, asha.reduction_factor if asha else None)
@@ -399,13 +393,14 @@ def _describe(hardware: Hardware) -> str:
     return f"{hardware.gpus} × {hardware.gpu_name}, {(hardware.gpu_memory_bytes or 0) / GIB:.0f} GiB each"
 
 
-def _work(trial: PlannedTrial, besides_s: float, asha: AshaConfig | None) -> Work:
+def _work(trial: PlannedTrial, once_s: float, asha: AshaConfig | None) -> Work:
+    """Its evaluations are spread over its steps: who is stopped early makes fewer."""
     assert trial.seconds is not None
     assert trial.seconds_range is not None
     whole = Range(trial.seconds_range[0], trial.seconds, trial.seconds_range[1])
     steps = trial.config.max_steps
     grace_steps = _grace_steps(asha, trial) if asha else steps
-    return Work(besides_s, whole.plus(-besides_s).times(1 / steps), steps, trial.config.eval_every, grace_steps)
+    return Work(once_s, whole.plus(-once_s).times(1 / steps), steps, trial.config.eval_every, grace_steps)
 
 
 def _generations(work: Work, interval_steps: int) -> Iterator[Work]:

@@ -51,12 +51,19 @@ def test_what_ran_on_another_device_says_nothing() -> None:
     assert pace_of(ran({}, 2.0), hardware=named_gpu("A100", 1)).correction(TrialConfig()) == UNMEASURED
 
 
-def test_what_is_no_step_is_learnt_of_the_same_model_only() -> None:
-    trial = ran({}, 0.5)
-    timing = trial.timing
+def test_what_is_no_step_is_learnt_of_the_same_model_only_and_goes_by_how_often_a_trial_evaluates() -> None:
+    trial = ran({"max_steps": 100, "eval_every": 30}, 0.5)
+    timing = trial.timing.model_copy(
+        update={"evaluation_s": 30.0, "saving_s": 10.0, "total_s": trial.timing.total_s + 40}
+    )
+    trial = trial.model_copy(update={"timing": timing})
     own = pace_of(trial, model=made_up_sweep([trial]).model)
-    assert own.besides_s == timing.total_s - timing.startup_s - timing.training_s
-    assert pace_of(trial, model="another").besides_s is None
+    besides_s = timing.total_s - timing.startup_s - timing.training_s
+    assert own.once_s == pytest.approx(besides_s - 40.0)
+    # Steps 30, 60, 90 and 100.
+    assert own.evaluation_s == pytest.approx(10.0)
+    assert own.evaluations_s(TrialConfig(max_steps=100, eval_every=10)) == pytest.approx(100.0)
+    assert pace_of(trial, model="another").evaluations_s(trial.config) == 0.0
 
 
 def test_a_trial_that_failed_or_has_no_prediction_is_left_out() -> None:
