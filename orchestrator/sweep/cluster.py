@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -74,6 +75,7 @@ def connect(address: str | None) -> None:
     _check_reachable(address)
     # The processes of a cluster of our own inherit our environment; those of another are told.
     told = {name: os.environ[name] for name in ENVIRONMENT if name.startswith("RAY_TRAIN_")}
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
             address=address,
@@ -86,6 +88,12 @@ def connect(address: str | None) -> None:
     except Exception as error:
         # Ray has no type of its own for this; a raylet that takes over 30 s is a bare Exception (ray 2.60.0, node.py).
         raise not_joined(address, str(error)) from error
+    except SystemExit as ended:
+        raise KeyboardInterrupt from ended
+    finally:
+        # In a main thread Ray sets one of its own, which exits with the signal's number (2.60.0, worker.py, init).
+        if signal.getsignal(signal.SIGTERM) is not on_sigterm:
+            signal.signal(signal.SIGTERM, on_sigterm)
 
 
 def not_joined(address: str, why: str) -> ClusterUnreachableError:

@@ -106,6 +106,17 @@ def test_ctrl_c_saves_the_state_and_the_same_command_goes_on(tmp_path: Path) -> 
     assert sorted(child.data.tags["trial_id"] for child in children) == sorted(after)
 
 
+def test_sigterm_before_the_first_trial_ends_the_run_as_ctrl_c_does(tmp_path: Path) -> None:
+    run = start(tmp_path)
+    # Ray is there then, with a handler of its own that would end the run with the signal's number.
+    while "data: " not in (line := run.process.stderr.readline()):
+        assert line, "the run ended before it read its data"
+    run.process.send_signal(signal.SIGTERM)
+    exit_code, _, err = run.wait()
+    assert exit_code == 130, err
+    assert "interrupted" in err
+
+
 def run_statuses(run: object) -> object:
     def look() -> list[str]:
         try:
