@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,10 +16,11 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import TypeAdapter
 
 from orchestrator.config.sweep_config import DataConfig
 from orchestrator.errors import DataError
-from orchestrator.results.storage import read_record
+from orchestrator.results.storage import read_record, sync
 from orchestrator.training.data_rows import Row, fingerprint, missing_columns, read_rows
 from orchestrator.training.data_tokens import tokenize
 from orchestrator.training.tokenizer import load_tokenizer
@@ -78,7 +80,7 @@ def prepare(data: DataConfig, model_folder: Path, out: Path) -> DataSummary:
         DataError: a source cannot be read, has no usable row, or not the columns of its format.
     """
     inputs_hash = _inputs_hash(data, model_folder)
-    if (present := read_summary(out)) and present.inputs_hash == inputs_hash:
+    if (present := read_summary(out)) and present.inputs_hash == inputs_hash and _is_whole(out, present):
         return present
     # Rows are cut to sequence_length when they are loaded: a longer one is no matter to warn of.
     tokenizer = load_tokenizer(model_folder, model_max_length=10**9)
@@ -123,12 +125,30 @@ def _least_tokens(rows: _Rows) -> int:
 
 
 def read_summary(folder: Path) -> DataSummary | None:
-    """What an earlier `prepare` wrote, or None."""
+    """What an earlier `prepare` wrote; None where there is none, or one that is damaged."""
     try:
-        raw = json.loads(read_record(folder / "summary.json"))
-        return DataSummary(**{**raw, "skipped": tuple((where, why) for where, why in raw["skipped"])})
-    except (OSError, ValueError, TypeError, KeyError):
+        # Not pydantic's own JSON reader: it refuses half a surrogate pair, which a file's name may hold.
+        return TypeAdapter(DataSummary).validate_python(json.loads(read_record(folder / "summary.json")))
+    except (OSError, ValueError, RecursionError):
         return None
+
+
+def _is_whole(folder: Path, summary: DataSummary) -> bool:
+    """Whether the arrays are those that the summary was written for."""
+    try:
+        train, held_out = (_open(folder, split) for split in ("train", "eval"))
+        return _content_hash(train, held_out) == summary.hash
+    except (OSError, ValueError, TypeError, EOFError, OverflowError, RecursionError, MemoryError, zipfile.BadZipFile):
+        # What numpy says of files that are none of its own, or not whole.
+        return False
+
+
+def _open(folder: Path, split: Split) -> _Rows:
+    rows = _Rows(*(np.load(folder / f"{split}.{name}.npy", mmap_mode="r") for name in _FILES))
+    for array, kind in ((rows.tokens, np.int32), (rows.labels, np.bool_), (rows.offsets, np.int64)):
+        if array.dtype != kind or array.ndim != 1:
+            raise ValueError(f"{split}: not the array that was written")
+    return rows
 
 
 def _inputs_hash(data: DataConfig, model_folder: Path) -> str:
@@ -185,7 +205,7 @@ def _content_hash(*splits: _Rows) -> str:
     digest = hashlib.sha256()
     for rows in splits:
         for array in (rows.tokens, rows.labels, rows.offsets):
-            digest.update(np.ascontiguousarray(array).tobytes())
+            digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 
@@ -197,6 +217,8 @@ def _write(out: Path, splits: dict[Split, _Rows], summary: DataSummary) -> None:
             for name in _FILES:
                 np.save(partial / f"{split}.{name}.npy", getattr(rows, name))
         (partial / "summary.json").write_text(json.dumps(asdict(summary), indent=1) + "\n", encoding="utf-8")
+        for file in partial.iterdir():
+            sync(file)
         if out.exists():
             shutil.rmtree(out)
         partial.rename(out)
@@ -232,10 +254,10 @@ def load(folder: Path, split: Split, sequence_length: int, packing: bool) -> Dat
     Raises:
         DataError: cut to this length, no row has anything left to learn.
     """
-    tokens, labels, offsets = (np.load(folder / f"{split}.{name}.npy", mmap_mode="r") for name in _FILES)
-    starts = np.asarray(offsets[:-1])
-    lengths = np.minimum(np.diff(offsets), sequence_length)
-    counted = np.concatenate([[0], np.cumsum(labels, dtype=np.int64)])
+    rows = _open(folder, split)
+    starts = np.asarray(rows.offsets[:-1])
+    lengths = np.minimum(np.diff(rows.offsets), sequence_length)
+    counted = np.concatenate([[0], np.cumsum(rows.labels, dtype=np.int64)])
     row_labels = counted[starts + lengths] - counted[starts]
     kept = np.flatnonzero(row_labels)
     if not len(kept):
@@ -244,7 +266,13 @@ def load(folder: Path, split: Split, sequence_length: int, packing: bool) -> Dat
     bounds = _packed(lengths, sequence_length) if packing else np.arange(len(kept) + 1)
     first = bounds[:-1]
     return Dataset(
-        tokens, labels, starts, lengths, bounds, np.add.reduceat(lengths, first), np.add.reduceat(row_labels, first)
+        rows.tokens,
+        rows.labels,
+        starts,
+        lengths,
+        bounds,
+        np.add.reduceat(lengths, first),
+        np.add.reduceat(row_labels, first),
     )
 
 

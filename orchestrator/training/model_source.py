@@ -87,7 +87,7 @@ def _read_config(file: Path) -> dict[str, Any]:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ModelError(f"{file.parent} holds no config.json: name a folder written by save_pretrained") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{file} cannot be read ({error}): write it again with save_pretrained") from error
     if not isinstance(config, dict):
         raise ModelError(f"{file} holds no JSON object: write it again with save_pretrained")
@@ -97,11 +97,16 @@ def _read_config(file: Path) -> dict[str, Any]:
 def _hub_config(model: str) -> dict[str, Any]:
     if not is_hub_id(model):
         raise ModelError(f"model {model}: there is no such folder, and it is no hub id (owner/name); check the path")
+    try:
+        offline = _is_offline()
+    except ValueError as error:
+        raise ModelError(
+            f"HF_ENDPOINT is no address ({first_line(error)}): set it to one like https://huggingface.co, or unset it"
+        ) from error
     from huggingface_hub import hf_hub_download
 
     # Its retries are told line by line, twice; ours is the one message.
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
-    offline = _is_offline()
     try:
         file = hf_hub_download(model, "config.json", local_files_only=offline)
     except Exception as error:
@@ -112,7 +117,11 @@ def _hub_config(model: str) -> dict[str, Any]:
 
 
 def _is_offline() -> bool:
-    """Whether the hub's name means nothing here: its client would try for 24 s before it says so."""
+    """Whether the hub's name means nothing here: its client would try for 24 s before it says so.
+
+    Raises:
+        ValueError: HF_ENDPOINT is no address; of some huggingface_hub says so as it is imported.
+    """
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -144,7 +153,12 @@ def _fetch(name: str) -> Path:
 
 
 def _require_causal_lm(model: str, config: Mapping[str, Any]) -> None:
-    architectures = tuple(str(name) for name in config.get("architectures") or ())
+    listed = config.get("architectures") or []
+    if not isinstance(listed, list):
+        raise ModelError(
+            f"model {model}: architectures in its config.json is no list: write it again with save_pretrained"
+        )
+    architectures = tuple(str(name) for name in listed)
     if any(name.endswith(CAUSAL_LM_SUFFIXES) for name in architectures) and "auto_map" not in config:
         return
     heads = _causal_lm_heads()

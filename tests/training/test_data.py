@@ -177,6 +177,59 @@ def test_prepared_data_is_found_again_and_made_anew_when_its_source_changes(tiny
     assert data.prepare(DataConfig(train=str(file)), tiny_model, out).hash != first.hash
 
 
+def _other_tokens(file: Path) -> None:
+    np.save(file, np.load(file)[::-1].copy())
+
+
+def _another_type_of_the_same_bytes(file: Path) -> None:
+    np.save(file, np.load(file).view(np.uint8))
+
+
+@pytest.mark.parametrize("name", ["train.tokens", "train.labels", "train.offsets", "eval.tokens"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _other_tokens,
+        _another_type_of_the_same_bytes,
+        Path.unlink,
+        lambda file: file.write_bytes(b""),
+        lambda file: file.write_bytes(b"PK\x03\x04"),
+        lambda file: file.write_bytes(file.read_bytes()[:40]),
+        lambda file: file.write_bytes(file.read_bytes()[:-1]),
+        lambda file: file.write_bytes(file.read_bytes().replace(b"'descr'", b"'d[[cr'")),
+    ],
+)
+def test_prepared_data_that_was_damaged_since_is_made_anew(
+    damage: Callable[[Path], Any], name: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    file, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    _write_jsonl(file, ROWS)
+    first = data.prepare(DataConfig(train=str(file)), tiny_model, out)
+    array = out / f"{name}.npy"
+    written = array.read_bytes()
+    damage(array)
+    assert not array.exists() or array.read_bytes() != written
+    assert data.prepare(DataConfig(train=str(file)), tiny_model, out) == first
+    assert array.read_bytes() == written
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"least_tokens": None}, {"least_tokens": []}, {"least_tokens": {"foo": 9999}}, {"hash": 5}, {"skipped": 3}, None],
+)
+def test_a_damaged_summary_is_none_and_its_data_is_made_anew(
+    changed: dict[str, Any] | None, tiny_model: Path, tmp_path: Path
+) -> None:
+    file, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    _write_jsonl(file, ROWS)
+    first = data.prepare(DataConfig(train=str(file)), tiny_model, out)
+    summary = out / "summary.json"
+    summary.write_text("[" * 100_000 if changed is None else json.dumps(json.loads(summary.read_text()) | changed))
+    assert data.read_summary(out) is None
+    assert data.prepare(DataConfig(train=str(file)), tiny_model, out) == first
+    assert data.read_summary(out) == first
+
+
 def test_an_evaluation_source_of_its_own_is_used_whole(tiny_model: Path, tmp_path: Path) -> None:
     _write_jsonl(tmp_path / "train.jsonl", ROWS)
     _write_jsonl(tmp_path / "eval.jsonl", ROWS[:7])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,7 @@ def _folder(tmp_path: Path, **config: object) -> str:
         ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, "no causal language model of type t5"),
         ({"model_type": "made-up"}, "type made-up"),
         ({"model_type": "made-up", "architectures": ["XForCausalLM"], "auto_map": {}}, "never run"),
+        ({"model_type": "llama", "architectures": 5}, "architectures in its config.json is no list"),
     ],
 )
 def test_a_model_without_a_causal_head_is_refused(config: dict[str, object], said: str, tmp_path: Path) -> None:
@@ -63,7 +65,13 @@ def test_a_causal_model_in_a_local_folder_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [(None, "no config.json"), ("{", "cannot be read"), ("[]", "no JSON object")]
+    ("text", "said"),
+    [
+        (None, "no config.json"),
+        ("{", "cannot be read"),
+        pytest.param("[" * 100_000, "cannot be read", id="deep"),
+        ("[]", "no JSON object"),
+    ],
 )
 def test_a_folder_without_a_readable_config_is_refused(text: str | None, said: str, tmp_path: Path) -> None:
     if text is not None:
@@ -97,6 +105,22 @@ def test_a_hub_model_is_refused_in_words_when_the_hub_is_off(monkeypatch: pytest
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
     assert said.startswith("model nobody/nothing is no local folder")
     assert "HF_HUB_OFFLINE" in said
+
+
+@pytest.mark.parametrize("endpoint", ["https://a..b", "http://[bad"])
+def test_an_endpoint_of_the_hub_that_is_no_address_is_refused(endpoint: str, tmp_path: Path) -> None:
+    code = (
+        "import urllib.request\n"
+        "from orchestrator.training import model_source\n"
+        "from orchestrator.errors import ModelError\n"
+        "urllib.request.getproxies = dict\n"
+        "try: model_source.resolve('nobody/nothing')\n"
+        "except ModelError as error: print(error)\n"
+    )
+    env = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60, env=env)
+    assert done.stdout.startswith("HF_ENDPOINT is no address (")
+    assert done.stdout.endswith("set it to one like https://huggingface.co, or unset it\n")
 
 
 def test_a_hub_that_refuses_connections_is_said_not_to_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
