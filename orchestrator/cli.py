@@ -75,10 +75,13 @@ BUG_EXIT_CODE = 70
 
 
 def _say(text: str) -> None:
+    # Where stderr is closed there is none, and `print` would take stdout.
+    if sys.stderr is None:
+        return
     try:
         print(printable(without_secret(text)), file=sys.stderr, flush=True)
-    except BrokenPipeError:
-        # Who listened has gone away, as a pager does: what is at work goes on.
+    except OSError:
+        # Who listened has gone away, as a pager does, or its disk is full: what is at work goes on.
         _say_the_rest_to_nobody(sys.stderr)
 
 
@@ -110,6 +113,7 @@ def _told_errors() -> Iterator[None]:
             stream.reconfigure(errors="backslashreplace")
     try:
         _log_to_stderr()
+        _look_for_current_folder()
         yield
     except OrchestratorError as error:
         _say(f"error: {error}")
@@ -130,6 +134,13 @@ def _told_errors() -> Iterator[None]:
         story = "".join(traceback.format_exception(error))
         _say(f"{story}error: this is a bug of orchestrator: report it with what stands above")
         raise typer.Exit(BUG_EXIT_CODE) from error
+
+
+def _look_for_current_folder() -> None:
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        raise InputError("the current folder is gone: cd to one that is there") from error
 
 
 def _log_to_stderr() -> None:
@@ -332,7 +343,7 @@ def export(
     to: Annotated[Path, typer.Option("--to", metavar="DIR", help="The folder to write.")],
     trial: Annotated[str | None, typer.Option("--trial", metavar="ID", help="None: the best.")] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into its base, unquantised.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace DIR where it exists.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace DIR where export made it.")] = False,
 ) -> None:
     """Write the recommended adapter, or a trial's, alone or merged into its base, ready for from_pretrained."""
     with _told_errors():

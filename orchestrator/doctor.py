@@ -392,7 +392,8 @@ def _connect_problem(uri: str) -> str | None:
         return None
     try:
         socket.create_connection((host, port or (443 if scheme == "https" else 80)), CONNECT_LIMIT_S).close()
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        # A name that no host can have, as a..b, is a UnicodeError.
         return str(error)
     return None
 

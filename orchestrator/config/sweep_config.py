@@ -35,6 +35,7 @@ from orchestrator.config.search_space import (
     sample,
 )
 from orchestrator.config.trial_config import TrialConfig
+from orchestrator.errors import shown
 
 LOGGED_METRICS = ("eval_loss", "loss", "tokens_per_s", "step_time_s", "peak_memory_bytes", "grad_norm", "cost")
 DEFAULT_SAMPLES = 10
@@ -298,6 +299,13 @@ class EvaluateConfig(_Part):
     """The best trial's adapter, or every completed trial's, as always where a score is an objective."""
 
 
+def _registered_model(name: str) -> str:
+    # As mlflow 3.17 checks it (utils/validation.py), which is asked once the trials have run.
+    if not name.strip() or name in (".", "..") or "/" in name or ":" in name:
+        raise ValueError(f"MLflow takes no model named {shown(name)}: write a name without / and :")
+    return name
+
+
 class TrackingConfig(_Part):
     """Where MLflow's runs go."""
 
@@ -305,7 +313,7 @@ class TrackingConfig(_Part):
     """A tracking server; none: that of MLFLOW_TRACKING_URI, or a database in the storage folder."""
     experiment: str | None = None
     """The sweep's name, where nothing is said."""
-    registered_model: str | None = None
+    registered_model: Annotated[str, AfterValidator(_registered_model)] | None = None
     """The best adapter becomes a version of this registered model."""
 
 

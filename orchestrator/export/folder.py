@@ -11,15 +11,16 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from orchestrator.config.local_path import local_path
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.sweep_file import load
-from orchestrator.errors import InputError, ModelError, StorageError
+from orchestrator.errors import InputError, ModelError, StorageError, shown
 from orchestrator.export.merge import merge as merge_adapter
-from orchestrator.export.model_card import model_card
+from orchestrator.export.model_card import MARK, model_card
 from orchestrator.export.trial_weights import Kind, choose_trial, weights_of
 from orchestrator.results.records import TrialResult
 from orchestrator.results.storage import SweepFolder, read_sweep
@@ -30,6 +31,11 @@ from orchestrator.training.tokenizer import load_tokenizer
 GENERATION = "generation_config.json"
 COPIED = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "config.json", GENERATION)
 CARD = "README.md"
+TOKENIZER = (
+    *("*token*.json", "tokenizer.model", "vocab.*", "merges.txt", "spiece.model", "sentencepiece*.model"),
+    *("chat_template*", "additional_chat_templates"),
+)
+"""What `save_pretrained` of the tokenizers writes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +124,26 @@ def _refuse_to_destroy(to: Path, sweep: SweepFolder, base: _Base) -> None:
     for what, where in kept.items():
         if where.resolve().is_relative_to(goes):
             raise InputError(f"--force would remove {to}, which holds {what}: name another folder with --to")
+    if foreign := _no_export(to):
+        raise InputError(
+            f"--force replaces what `export` made, and {to} {foreign}: name another folder with --to, or remove this "
+            "one yourself"
+        )
+
+
+def _no_export(folder: Path) -> str | None:
+    """What shows that `export` did not make the folder, or that more was put there since."""
+    names = sorted(file.name for file in folder.iterdir())
+    ours = (*COPIED, CARD, *TOKENIZER)
+    for name in names:
+        if not any(fnmatchcase(name, pattern) for pattern in ours):
+            return f"holds {shown(name)}"
+    if names and not {"adapter_config.json", "config.json"} & set(names):
+        return "holds no adapter and no model"
+    card = folder / CARD
+    if names and not (card.is_file() and MARK in card.read_text(encoding="utf-8", errors="replace")):
+        return f"has no {CARD} of an export"
+    return None
 
 
 @contextmanager
@@ -138,8 +164,8 @@ def _written_aside(to: Path) -> Iterator[Path]:
         for rest in (partial, old):
             if rest.is_dir() and not rest.is_symlink():
                 shutil.rmtree(rest, ignore_errors=True)
-            else:
-                rest.unlink(missing_ok=True)
+            elif os.path.lexists(rest):
+                rest.unlink()
 
 
 def _copy(weights: Path, to: Path) -> None:

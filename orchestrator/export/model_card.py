@@ -24,6 +24,10 @@ FROM_BUILTIN = {
 }
 
 
+MARK = "exported from a sweep that `orchestrator` ran."
+"""Stands in every card: `--force` knows an export by it."""
+
+
 def model_card(sweep: SweepResult, trial: TrialResult, kind: Kind, config: SweepConfig | None) -> str:
     """README.md: what was asked, trained and measured, on what data and with what; of a local base only its name."""
     on_hub = _is_on_hub(sweep.model)
@@ -43,7 +47,7 @@ def model_card(sweep: SweepResult, trial: TrialResult, kind: Kind, config: Sweep
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {sweep.name}: trial {trial.trial_id}",
-        f"{what} `{base}`, exported from a sweep that `orchestrator` ran.",
+        f"{what} `{base}`, {MARK}",
         *_remarks(sweep, trial, kind),
         "## Use",
         _snippet(kind),

@@ -6,6 +6,7 @@ differ in their ZeRO stage alone have the same loss, and twice the same is no se
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -161,7 +162,7 @@ def _places(
 def _cells(places: Sequence[tuple[tuple[Any, ...], str]], measured: Sequence[TrialResult], reading: Reading) -> Cells:
     cells: dict[tuple[Any, ...], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for (cell, group), trial in zip(places, measured, strict=True):
-        if (value := reading(trial)) is not None:
+        if (value := reading(trial)) is not None and math.isfinite(value):
             cells[cell][group].append(value)
     return [(place[0], {group: fmean(read) for group, read in cell.items()}) for place, cell in cells.items()]
 

@@ -17,6 +17,8 @@ from orchestrator.results.provenance import run_page
 from orchestrator.results.secrets import without_secret
 
 LIMIT_S = 10.0
+LONGEST_BYTES = 4096
+"""Of a file that holds an address."""
 
 
 def address_of(given: str) -> str:
@@ -28,7 +30,11 @@ def address_of(given: str) -> str:
     url = given
     if given.startswith("@"):
         try:
-            url = local_path(given[1:]).read_text(encoding="utf-8").strip()
+            file = local_path(given[1:])
+            # A device or a pipe may have no end.
+            if file.exists() and not (file.is_file() and file.stat().st_size <= LONGEST_BYTES):
+                raise InputError(f"--notify {given}: is no file of at most 4 KB: name one that holds the address alone")
+            url = file.read_text(encoding="utf-8").strip()
         except (OSError, ValueError) as error:
             raise InputError(f"--notify {given}: the file cannot be read: write the address into it") from error
     try:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -54,7 +55,9 @@ class Progress(tune.Callback):
         self._warned = False
         self._steps, self._read_at = "", 0.0
         self._console = _Stderr(stderr=True, highlight=False)
-        live = sys.stdout.isatty() and sys.stderr.isatty() and "NO_COLOR" not in os.environ
+        # Where a stream is closed, there is none.
+        terminals = all(stream is not None and stream.isatty() for stream in (sys.stdout, sys.stderr))
+        live = terminals and "NO_COLOR" not in os.environ
         self._live = Live(get_renderable=self._panel, console=self._console, refresh_per_second=2) if live else None
 
     def __enter__(self) -> Self:
@@ -66,7 +69,9 @@ class Progress(tune.Callback):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._live:
-            self._live.stop()
+            # A terminal may be gone.
+            with suppress(OSError):
+                self._live.stop()
 
     def __call__(self, record: TrialResult) -> None:
         """Take note of a record, and say so where its status changed or it was evaluated."""
@@ -108,7 +113,11 @@ class Progress(tune.Callback):
     def say(self, text: str) -> None:
         """One line."""
         self._said = time.monotonic()
-        self._console.print(Text(printable(text)), soft_wrap=True)
+        try:
+            self._console.print(Text(printable(text)), soft_wrap=True)
+        except OSError:
+            # As where a disk is full.
+            self._console.quiet = True
 
     def _line(self, record: TrialResult) -> str:
         told = f"{record.trial_id}  {self._label(record)}  {record.status}"

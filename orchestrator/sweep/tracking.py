@@ -12,13 +12,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 
 from orchestrator.config.sweep_config import SweepConfig
-from orchestrator.errors import InputError, StorageError, TrackingUnreachableError
+from orchestrator.errors import InputError, StorageError, TrackingUnreachableError, cut
 from orchestrator.reporting.statistics import objective_of
 from orchestrator.results.records import MetricPoint, SweepResult, TrialResult, TrialStatus
 from orchestrator.results.remote import local_storage
@@ -59,9 +60,19 @@ def tracking_uri(sweep: SweepConfig) -> str:
     """The server that the sweep file names, or MLFLOW_TRACKING_URI, or a database in the storage folder.
 
     Raises:
-        InputError: that database would have no address.
+        InputError: what is named is no address, or that database would have none.
     """
     if named := sweep.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI"):
+        try:
+            parts = urlsplit(named)
+            good = parts.scheme not in ("http", "https") or (bool(parts.hostname) and (parts.port or 1) > 0)
+        except ValueError:
+            good = False
+        if not good:
+            raise InputError(
+                f"the tracking server's address {cut(without_secret(named))} is none: write one such as "
+                "http://mlflow:5000 (tracking.uri, or MLFLOW_TRACKING_URI)"
+            )
         return named
     database = local_storage(sweep.storage) / "mlflow.db"
     if found := sorted(NO_PART_OF_AN_ADDRESS & set(str(database))):

@@ -111,6 +111,12 @@ def test_a_tracking_address_that_is_none_is_the_checks_problem(uri: str, tmp_pat
     assert "it is no address: " in check.detail
 
 
+def test_a_tracking_host_that_can_be_none_is_the_checks_problem(tmp_path: Path) -> None:
+    check = doctor.tracking_check("http://a..b/", tmp_path)
+    assert not check.ok
+    assert "cannot be used" in check.detail
+
+
 def test_gpus_that_ray_hides_from_a_task_without_any_are_looked_at(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import pickle
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -41,3 +44,34 @@ def test_a_bug_has_an_exit_code_of_its_own_and_its_traceback(monkeypatch: pytest
     assert result.exit_code == 70
     assert "RuntimeError: nobody thought of this" in result.stderr
     assert "bug of orchestrator" in result.stderr
+
+
+@pytest.mark.parametrize("to", ["2>&-", "2>/dev/full"])
+def test_messages_that_cannot_be_written_do_not_go_to_stdout_and_change_no_exit_code(to: str) -> None:
+    command = f"exec '{sys.executable}' -c 'from orchestrator.cli import main; main()' status nowhere {to}"
+    done = subprocess.run(["bash", "-c", command], stdout=subprocess.PIPE, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, b"")
+
+
+def test_a_current_folder_that_is_gone_is_told_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = Path("search_spaces/smoke.yaml").absolute()
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    elsewhere = ["run", str(sweep), "--storage", str(tmp_path)]
+    for words in (["plan", str(sweep)], ["run", str(sweep)], elsewhere, ["doctor"]):
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 2, result.stderr
+        assert "the current folder is gone: cd to one that is there" in result.stderr
+
+
+@pytest.mark.parametrize("uri", ["http://[bad", "http://", "http://host:port"])
+def test_a_tracking_address_that_is_none_is_told_before_anything_starts(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    result = CliRunner().invoke(app, ["run", "search_spaces/smoke.yaml", "--storage", str(tmp_path)])
+    assert result.exit_code == 2, result.stderr
+    assert f"address {uri} is none: write one such as" in result.stderr
+    assert list(tmp_path.iterdir()) == []

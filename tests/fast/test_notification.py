@@ -99,6 +99,14 @@ def test_an_address_may_stand_in_a_file_so_that_no_list_of_processes_shows_it(tm
     assert "secret-token" not in str(caught.value)
 
 
+def test_an_address_is_read_from_a_small_file_alone(tmp_path: Path) -> None:
+    large = tmp_path / "large.txt"
+    large.write_text("https://example.com/" + "x" * 5000)
+    for given in ("/dev/zero", tmp_path, large):
+        with pytest.raises(InputError, match="is no file of at most 4 KB"):
+            notification.address_of(f"@{given}")
+
+
 class Listener(Callback):
     """Keeps what it hears."""
 

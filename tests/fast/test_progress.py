@@ -94,3 +94,19 @@ def test_a_sweep_goes_on_though_nobody_listens_any_more(tmp_path: Path, monkeypa
         monkeypatch.undo()
         with contextlib.suppress(BrokenPipeError):
             broken.close()
+
+
+def test_a_sweep_goes_on_though_the_disk_of_its_messages_is_full_or_stderr_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (record,) = records = [made_up_trial({"rank": 8}, status=TrialStatus.RUNNING)]
+    full = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w", buffering=1)
+    for stderr in (full, None):
+        monkeypatch.setattr(sys, "stderr", stderr)
+        progress = progress_of(tmp_path, records, 1.0)
+        progress(record.model_copy(update={"status": TrialStatus.COMPLETED}))
+        progress.say("more")
+    monkeypatch.undo()
+    with contextlib.suppress(OSError):
+        full.close()
+    assert capsys.readouterr().out == ""

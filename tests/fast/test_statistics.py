@@ -278,6 +278,16 @@ def test_effects_compare_trials_that_differ_in_nothing_else() -> None:
     assert precision.explained > rank.explained
 
 
+@pytest.mark.parametrize("speed", [float("inf"), float("nan")])
+def test_a_speed_that_is_no_number_takes_no_part_in_effects(speed: float) -> None:
+    sweep = simulated([2.0, 2.3], 3, 0)
+    broken = [trial.model_copy(update={"tokens_per_s": speed, "step_time_s": speed}) for trial in sweep.trials]
+    (effect,) = main_effects(sweep.model_copy(update={"trials": (*broken[:2], *sweep.trials[2:])}))
+    assert effect.values[1].speed_ratio is not None
+    (effect,) = main_effects(sweep.model_copy(update={"trials": tuple(broken)}))
+    assert effect.values[1].speed_ratio is None
+
+
 def test_intervals_of_effects_cover_the_truth_in_95_percent_of_sweeps() -> None:
     settings = [{"rank": rank, "precision": p} for rank in (8, 16) for p in ("bf16", "nf4")]
     covers = 0

@@ -319,3 +319,9 @@ def test_a_score_decides_in_the_end_and_until_then_eval_loss(tmp_path: Path) -> 
     assert (sweep.primary.metric, sweep.primary.mode) == ("eval_loss", "min")
     file.write_text(to_yaml(sweep))
     assert load(file) == sweep
+
+
+@pytest.mark.parametrize("name", ["''", "' '", "a/b", "'a:b'", "'..'"])
+def test_a_registered_model_that_mlflow_would_refuse_is_a_problem_of_its_line(name: str, tmp_path: Path) -> None:
+    told = problems(tmp_path, f"{yaml.safe_dump(SMALL)}tracking: {{registered_model: {name}}}\n")
+    assert any("write a name without / and :" in message for message in told.values())

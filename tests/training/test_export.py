@@ -153,17 +153,40 @@ def test_a_folder_that_exists_is_kept_unless_it_is_forced(tiny_model: Path, tmp_
     folder = a_sweep(tmp_path / "sweep", tiny_model, {})
     out = tmp_path / "out"
     out.mkdir()
-    (out / "mine.txt").write_text("keep me")
     words = ["export", str(folder.root), "--to", str(out)]
     refused = CliRunner().invoke(app, words)
     assert refused.exit_code == 2
     assert "exists already" in refused.stderr
-    assert [file.name for file in out.iterdir()] == ["mine.txt"]
-    forced = CliRunner().invoke(app, [*words, "--force"])
-    assert forced.exit_code == 0, forced.stderr
+    assert list(out.iterdir()) == []
+    for merge in (["--merge"], []):
+        forced = CliRunner().invoke(app, [*words, *merge, "--force"])
+        assert forced.exit_code == 0, forced.stderr
     assert "peft.AutoPeftModelForCausalLM" in forced.stdout
-    assert not (out / "mine.txt").exists()
+    assert not (out / "model.safetensors").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "sweep"]
+
+
+def test_force_replaces_only_what_export_made(tiny_model: Path, tmp_path: Path) -> None:
+    folder = a_sweep(tmp_path / "sweep", tiny_model, {})
+    other = a_sweep(tmp_path / "other", tiny_model, {})
+    (tmp_path / "mlartifacts" / "1").mkdir(parents=True)
+    (folder.root / "data").mkdir()
+    (folder.root / "data" / "train.jsonl").write_text("{}")
+    out = export(folder, None, tmp_path / "out", merge=False, force=False).folder
+    (out / "mine.txt").write_text("keep me")
+    adapter = next(other.trials()).adapter
+    for to in (other.root, adapter, tmp_path / "mlartifacts", folder.root / "data", out):
+        before = sorted(path.name for path in to.rglob("*"))
+        with pytest.raises(InputError, match=r"--force replaces what `export` made.*remove this one yourself"):
+            export(folder, None, to, merge=False, force=True)
+        assert sorted(path.name for path in to.rglob("*")) == before
+
+
+def test_a_folder_below_a_file_is_told_in_words(tiny_model: Path, tmp_path: Path) -> None:
+    folder = a_sweep(tmp_path / "sweep", tiny_model, {})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"cannot write .*Not a directory"):
+        export(folder, None, tmp_path / "file" / "out", merge=False, force=False)
 
 
 @pytest.mark.parametrize("inside", ["", "sweep", "sweep/trials", "sweep/trials/any/adapter"])
@@ -179,9 +202,8 @@ def test_a_failed_export_leaves_nothing_and_the_old_folder_as_it_was(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = a_sweep(tmp_path / "sweep", tiny_model, {})
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "mine.txt").write_text("keep me")
+    out = export(folder, None, tmp_path / "out", merge=False, force=False).folder
+    before = sorted(file.name for file in out.iterdir())
 
     def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -189,7 +211,7 @@ def test_a_failed_export_leaves_nothing_and_the_old_folder_as_it_was(
     monkeypatch.setattr("orchestrator.export.folder.model_card", full_disk)
     with pytest.raises(StorageError, match="No space left"):
         export(folder, None, out, merge=False, force=True)
-    assert [file.name for file in out.iterdir()] == ["mine.txt"]
+    assert sorted(file.name for file in out.iterdir()) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "sweep"]
 
 
