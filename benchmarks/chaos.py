@@ -238,7 +238,8 @@ class _Chaos:
         elif kill.what == SERVER:
             assert self.server
             self.server.kill()
-            self.server.start()
+            # Waited for, the rest of a quick sweep would pass meanwhile, and with it the kills that are to come.
+            self.server.launch()
         elif victims := find(kill.what, below.values()):
             with contextlib.suppress(psutil.NoSuchProcess):
                 self.draw.choice(victims).kill()

@@ -58,12 +58,16 @@ class FragileServer:
         self.uri = f"http://me:{PASSWORD}@127.0.0.1:{self.port}"
 
     def start(self) -> None:
+        self.launch()
+        wait_until(self.answers, bool, LIMIT_S)
+
+    def launch(self) -> None:
+        """It answers some seconds later."""
         where = ["--backend-store-uri", self.store, "--artifacts-destination", self.artifacts]
         command = [sys.executable, "-m", "mlflow", "server", *where, "--port", str(self.port), "--workers", "1"]
         with (self.folder / "server.log").open("a") as log:
             environment = {**os.environ, **SMALL, **self.more}
             self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)
-        wait_until(self.answers, bool, LIMIT_S)
 
     def answers(self) -> bool:
         try:
