@@ -134,14 +134,16 @@ def _refuse_to_destroy(to: Path, sweep: SweepFolder, base: _Base) -> None:
 def _no_export(folder: Path) -> str | None:
     """What shows that `export` did not make the folder, or that more was put there since."""
     names = sorted(file.name for file in folder.iterdir())
+    if not names:
+        return None
     ours = (*COPIED, CARD, *TOKENIZER)
     for name in names:
         if not any(fnmatchcase(name, pattern) for pattern in ours):
             return f"holds {shown(name)}"
-    if names and not {"adapter_config.json", "config.json"} & set(names):
+    if not {"adapter_config.json", "config.json"} & set(names):
         return "holds no adapter and no model"
     card = folder / CARD
-    if names and not (card.is_file() and MARK in card.read_text(encoding="utf-8", errors="replace")):
+    if not (card.is_file() and MARK in card.read_text(encoding="utf-8", errors="replace")):
         return f"has no {CARD} of an export"
     return None
 

@@ -49,14 +49,16 @@ def bf16_needs_ampere(case: Case) -> str | None:
     return None
 
 
+TORCH_FOR_VOLTA = "torch for CUDA 12.6 (PyTorch's installation page gives the command)"
+
+
 def torch_of_pypi_needs_turing(case: Case) -> str | None:
     """Source: github.com/pytorch/pytorch, issues 172352 and 190385: CUDA 13, which torch 2.13 of PyPI is built for,
     compiles for compute capability 7.5 and newer; the wheels for CUDA 12.6 have kernels for Volta."""
-    capability = case.hardware.compute_capability
-    if capability and capability < (7, 5) and case.hardware.torch_knows_volta is False:
+    if case.hardware.is_before_turing and case.hardware.torch_knows_volta is False:
         return (
             f"precision {case.config.precision}: torch for CUDA 13 has no kernels for {case.hardware.gpu_name}; "
-            "install torch for CUDA 12.6 (PyTorch's installation page gives the command)"
+            f"install {TORCH_FOR_VOLTA}"
         )
     return None
 

@@ -54,6 +54,11 @@ class Hardware:
     torch_knows_volta: bool | None = None
     """torch is built with kernels for GPUs before Turing, as that of PyPI is not."""
 
+    @property
+    def is_before_turing(self) -> bool:
+        """Whether it has a GPU of a compute capability below 7.5, as Volta's."""
+        return self.compute_capability is not None and self.compute_capability < (7, 5)
+
 
 @dataclass(frozen=True, slots=True)
 class _Gpu:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from orchestrator.config.trial_config import Precision
-from orchestrator.planning.compatibility import Case, Rule
+from orchestrator.planning.compatibility import TORCH_FOR_VOLTA, Case, Rule
 from orchestrator.planning.hardware import GIB
 from orchestrator.planning.memory import host_bytes_on
 from orchestrator.planning.model_families import is_known
@@ -130,12 +130,8 @@ def offload_exceeds_the_host(case: Case) -> str | None:
 
 def volta_needs_another_torch(case: Case) -> str | None:
     """Told and not refused where the torch there is not known; see `torch_of_pypi_needs_turing`."""
-    capability = case.hardware.compute_capability
-    if capability and capability < (7, 5) and case.hardware.torch_knows_volta is None:
-        return (
-            f"{case.hardware.gpu_name} needs torch for CUDA 12.6 (PyTorch's installation page gives the command): that "
-            "of PyPI, for CUDA 13, has no kernels for it"
-        )
+    if case.hardware.is_before_turing and case.hardware.torch_knows_volta is None:
+        return f"{case.hardware.gpu_name} needs {TORCH_FOR_VOLTA}: that of PyPI, for CUDA 13, has no kernels for it"
     return None
 
 

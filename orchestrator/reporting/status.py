@@ -36,7 +36,7 @@ def render_status(folder: SweepFolder, now_s: float | None = None) -> str:
     lines += [_trouble(sweep, trial) for trial in trouble[-MAX_REASONS:]]
     if len(trouble) > MAX_REASONS:
         lines.append(f"… {len(trouble) - MAX_REASONS} more went wrong: orchestrator report {folder.shown}")
-    lines += [f"damaged: {record.file}: {record.why.splitlines()[0]}" for record in damaged]
+    lines += [f"damaged: {record}" for record in damaged]
     return "\n".join(lines)
 
 

@@ -106,7 +106,10 @@ def _wait_for_owner(uri: str) -> None:
             log.warning(
                 "a run on %s was at work in %s %.0f s ago: it is waited for until it shows itself again, or has been "
                 "silent for %.0f s and is given up",
-                *(host, uri, found.age_s, LAPSE_S),
+                host,
+                uri,
+                found.age_s,
+                LAPSE_S,
             )
         elif found.owner != before.owner or found.age_s < before.age_s:
             raise FolderError(

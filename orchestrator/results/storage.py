@@ -260,6 +260,10 @@ class DamagedRecord:
     file: Path
     why: str
 
+    def __str__(self) -> str:
+        """In one line."""
+        return f"{self.file}: {self.why.splitlines()[0]}"
+
 
 @contextmanager
 def opened(file: Path) -> Iterator[BinaryIO]:

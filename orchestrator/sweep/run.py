@@ -95,8 +95,7 @@ def run(
         if earlier:
             require_same_question(folder, earlier.sweep, sweep)
             for record in earlier.damaged:
-                why = record.why.splitlines()[0]
-                say(f"damaged: {record.file}: {why}; its trial is run again, unless results.json knows how it ended")
+                say(f"damaged: {record}; its trial is run again, unless results.json knows how it ended")
         try:
             ended = {name for name, trial in earlier.trials.items() if trial.status.is_final} if earlier else ()
             prepared = prepare(sweep, model, folder, address, ended, say)
