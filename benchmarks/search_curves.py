@@ -14,6 +14,8 @@ is in the file, or in the sweep's folder, already is not trained again.
   this package was chosen by them: they say how far what was seen on the other two carries.
 - adapters: low-rank adapters of a perceptron that has learned scikit-learn's digits and is to read them mirrored, over
   five settings: a grid as large as those that searches are for. Committed before any search had seen a curve of it.
+- letters: the same on text: a perceptron that has learned the next letter of the documentation of Python and is to learn
+  that of scikit-learn's data. Committed after the last change to what searches do, before any had seen a curve of it.
 """
 
 from __future__ import annotations
@@ -103,7 +105,23 @@ ADAPTERS = Table(
     },
     steps=27,
 )
-TABLES = {"perceptrons": PERCEPTRONS, "smollm2": SMOLLM2, "regressors": REGRESSORS, "adapters": ADAPTERS}
+LETTERS = Table(
+    DATA / "search_curves_letters.csv",
+    {
+        "rank": [1, 2, 4, 8, 16],
+        "alpha": [2.0, 8.0, 32.0, 128.0],
+        "global_batch_size": [16, 64],
+        "learning_rate": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1],
+    },
+    steps=27,
+)
+TABLES = {
+    "perceptrons": PERCEPTRONS,
+    "smollm2": SMOLLM2,
+    "regressors": REGRESSORS,
+    "adapters": ADAPTERS,
+    "letters": LETTERS,
+}
 SMOLLM2_SWEEP: dict[str, Any] = {
     "name": "search-curves",
     "model": "builtin:smollm2-135m",
@@ -167,43 +185,90 @@ def train_regressor(
         yield step, float(mean_squared_error(eval_y, model.predict(eval_x)))
 
 
+@dataclass(frozen=True, slots=True)
+class Adaptation:
+    """A perceptron of three layers, frozen, and what an adapter is to teach it: rows and their classes."""
+
+    base: Any
+    train: tuple[Any, Any]
+    held_back: tuple[Any, Any]
+
+
 @functools.cache
-def mirrored_digits() -> tuple[Any, tuple[Any, Any], tuple[Any, Any]]:
-    """A perceptron that reads digits; mirrored digits to train an adapter on, and those that are held back."""
+def mirrored_digits() -> Adaptation:
+    """A perceptron that reads digits, and mirrored digits."""
     import torch
     from sklearn.datasets import load_digits
-    from torch import nn
-    from torch.nn.functional import cross_entropy
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
     found, labels = load_digits(return_X_y=True)
     rows, answers = torch.tensor(found / 16, dtype=torch.float32), torch.tensor(labels)
-    base = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
+    base = perceptron(rows[:800], answers[:800], classes=10, epochs=30)
+    mirrored = rows.view(-1, 8, 8).flip(2).flatten(1)
+    return Adaptation(base, (mirrored[800:1100], answers[800:1100]), (mirrored[1100:], answers[1100:]))
+
+
+@functools.cache
+def other_letters() -> Adaptation:
+    """A perceptron that says the letter after six of Python's documentation, and what describes scikit-learn's data."""
+    import torch
+    from pydoc_data.topics import topics
+    from sklearn import datasets
+    from torch.nn.functional import one_hot
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    known = "".join(topics[name] for name in sorted(topics))[:30_000]
+    loaders = (datasets.load_diabetes, datasets.load_breast_cancer, datasets.load_wine)
+    new = "".join(loader().DESCR for loader in loaders)
+    letters = sorted({*known, *new})
+
+    def windows(text: str, count: int) -> tuple[Any, Any]:
+        numbers = torch.tensor([letters.index(letter) for letter in text]).unfold(0, 7, 1)
+        numbers = numbers[torch.randperm(len(numbers))[:count]]
+        return one_hot(numbers[:, :6], len(letters)).float().flatten(1), numbers[:, 6]
+
+    base = perceptron(*windows(known, 8000), classes=len(letters), epochs=4)
+    rows, answers = windows(new, 1300)
+    return Adaptation(base, (rows[:300], answers[:300]), (rows[300:], answers[300:]))
+
+
+def perceptron(rows: Any, answers: Any, *, classes: int, epochs: int) -> Any:
+    """Three layers, trained and frozen."""
+    import torch
+    from torch import nn
+    from torch.nn.functional import cross_entropy
+
+    base = nn.Sequential(
+        nn.Linear(rows.shape[1], 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, classes)
+    )
     optimizer = torch.optim.AdamW(base.parameters(), lr=1e-3)
-    for _ in range(30):
-        for part in torch.randperm(800).split(32):
+    for _ in range(epochs):
+        for part in torch.randperm(len(rows)).split(32):
             optimizer.zero_grad()
             cross_entropy(base(rows[part]), answers[part]).backward()
             optimizer.step()
-    mirrored = rows.view(-1, 8, 8).flip(2).flatten(1)
-    return (
-        base.requires_grad_(requires_grad=False),
-        (mirrored[800:1100], answers[800:1100]),
-        (mirrored[1100:], answers[1100:]),
-    )
+    return base.requires_grad_(requires_grad=False)
 
 
 def train_adapter(
-    rank: int, alpha: float, lora_dropout: float, global_batch_size: int, learning_rate: float
+    adaptation: Callable[[], Adaptation],
+    steps: int,
+    rank: int,
+    alpha: float,
+    global_batch_size: int,
+    learning_rate: float,
+    lora_dropout: float = 0.0,
 ) -> Iterator[tuple[int, float]]:
     """Step and loss on the rows that are held back; an epoch is a step. LoRA (Hu et al. 2021) on every layer."""
     import torch
     from torch.nn.functional import cross_entropy, dropout, relu
 
-    base, (train_x, train_y), (eval_x, eval_y) = mirrored_digits()
+    given = adaptation()
+    (train_x, train_y), (eval_x, eval_y) = given.train, given.held_back
     torch.manual_seed(0)
-    layers = [base[number] for number in (0, 2, 4)]
+    layers = [given.base[number] for number in (0, 2, 4)]
     downs = [torch.nn.Parameter(torch.randn(rank, layer.in_features) / layer.in_features**0.5) for layer in layers]
     ups = [torch.nn.Parameter(torch.zeros(layer.out_features, rank)) for layer in layers]
     optimizer = torch.optim.AdamW([*downs, *ups], lr=learning_rate, weight_decay=0.0)
@@ -215,7 +280,7 @@ def train_adapter(
             rows = rows if number == len(layers) - 1 else relu(rows)
         return rows
 
-    for step in range(1, ADAPTERS.steps + 1):
+    for step in range(1, steps + 1):
         for part in torch.randperm(len(train_x)).split(global_batch_size):
             optimizer.zero_grad()
             cross_entropy(logits(train_x[part], training=True), train_y[part]).backward()
@@ -235,7 +300,7 @@ def make_small(table: Table, train: Callable[..., Iterator[tuple[int, float]]], 
         for count, values in enumerate(missing):
             if time.monotonic() - started > limit_s:
                 return len(missing) - count
-            table.add(values, list(train(*values)))
+            table.add(values, list(train(**dict(zip(table.grid, values, strict=True)))))
     return 0
 
 
@@ -265,7 +330,12 @@ def main() -> None:
     makers = {
         "perceptrons": functools.partial(make_small, PERCEPTRONS, train_perceptron),
         "regressors": functools.partial(make_small, REGRESSORS, train_regressor),
-        "adapters": functools.partial(make_small, ADAPTERS, train_adapter),
+        "adapters": functools.partial(
+            make_small, ADAPTERS, functools.partial(train_adapter, mirrored_digits, ADAPTERS.steps)
+        ),
+        "letters": functools.partial(
+            make_small, LETTERS, functools.partial(train_adapter, other_letters, LETTERS.steps)
+        ),
         "smollm2": functools.partial(make_smollm2, arguments.storage),
     }
     if missing := makers[arguments.table](arguments.limit_s):
