@@ -401,7 +401,8 @@ def _moments(
 
     Gradients of earlier micro-batches are there from the start; those of an offloaded optimizer go to the host bucket
     by bucket (its documentation, "Memory requirements"). Where head and embedding are one, the gradient by way of the
-    head waits for the other, and autograd adds them to a third (measured with torch 2.13's profiler on a CPU).
+    head waits for the other, and autograd adds them to a third (measured with torch 2.13's profiler on a CPU). Nobody
+    needs the logits at the step: the training loop's went with the loss, as those of transformers' Trainer do.
     """
     tokens = _tokens(config)
     kept, at_work, alone, forward = _layer_activations(config, shape, width)
@@ -419,7 +420,7 @@ def _moments(
         (kept + at_work, held, earlier, table),
         (alone, held, gradients.kept, min(waiting, added)),
         (0.0, held, gradients.kept, 2 * waiting + added),
-        (0.0, held, gradients.stepped, gradients.at_step - gradients.stepped),
+        (0.0, 0.0, gradients.stepped, gradients.at_step - gradients.stepped),
     )
 
 
