@@ -266,7 +266,7 @@ def _training(config: TrialConfig, shape: ModelShape, workers: int, width: Width
     is_whole = shards[2] == 1 and config.offload == "none"
     gradients = _Gradients(
         kept=stepped * width.adapter / shards[2],
-        stepped=(4 if config.engine == "deepspeed" else width.adapter) * stepped / shards[1],
+        stepped=_stepped_bytes(config, width, stepped / shards[1]),
         at_step=_step_bytes(config, width, stepped / shards[1]),
         of_a_table=float(shape.embedding_parameters * width.adapter) if config.trains_all_weights else 0.0,
         is_added=not is_whole or config.global_batch_size > at_once,
@@ -337,6 +337,18 @@ def _optimizer_bytes(config: TrialConfig, width: Widths) -> float:
     return moments + (4 if width.adapter == 2 or config.zero_stage else 0)
 
 
+def _stepped_bytes(config: TrialConfig, width: Widths, share: float) -> float:
+    """Gradients as a worker's optimizer takes them: DeepSpeed's in fp32, which ZeRO-3 makes group by group."""
+    if config.engine == "ddp":
+        return share * width.adapter
+    at_once = _stepped_at_once(config, share)
+    return at_once * 4 + (share - at_once) * width.adapter
+
+
+def _stepped_at_once(config: TrialConfig, share: float) -> float:
+    return min(share, ZERO3_STEP_WEIGHTS) if config.zero_stage == 3 else share
+
+
 def _step_bytes(config: TrialConfig, width: Widths, share: float) -> float:
     """Gradients and what else is there for the `share` of weights that a worker steps.
 
@@ -355,7 +367,7 @@ def _step_bytes(config: TrialConfig, width: Widths, share: float) -> float:
         # Without ZeRO half-precision gradients stay beside their fp32 copies (fp16/unfused_optimizer.py, `step`).
         copies = 4 if config.engine == "deepspeed" and each < 4 else 0
         return share * (each + copies + roots)
-    at_once = min(share, ZERO3_STEP_WEIGHTS) if config.zero_stage == 3 else share
+    at_once = _stepped_at_once(config, share)
     flat = each + 4 if each < 4 else each
     return share * each + at_once * max(flat, 4 + roots - each)
 
@@ -389,7 +401,8 @@ def _moments(
 
     Gradients of earlier micro-batches are there from the start; those of an offloaded optimizer go to the host bucket
     by bucket (its documentation, "Memory requirements"). Where head and embedding are one, the gradient by way of the
-    head waits for the other, and autograd adds them to a third (measured with torch 2.13's profiler on a CPU).
+    head waits for the other, and autograd adds them to a third (measured with torch 2.13's profiler on a CPU). Nobody
+    needs the logits at the step: the training loop's went with the loss, as those of transformers' Trainer do.
     """
     tokens = _tokens(config)
     kept, at_work, alone, forward = _layer_activations(config, shape, width)
@@ -407,7 +420,7 @@ def _moments(
         (kept + at_work, held, earlier, table),
         (alone, held, gradients.kept, min(waiting, added)),
         (0.0, held, gradients.kept, 2 * waiting + added),
-        (0.0, held, gradients.stepped, gradients.at_step - gradients.stepped),
+        (0.0, 0.0, gradients.stepped, gradients.at_step - gradients.stepped),
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.planning.compatibility import Case
 from orchestrator.planning.hardware import named_gpu
-from orchestrator.planning.memory import MemoryParts, estimate, host_bytes_on
+from orchestrator.planning.memory import WORKSPACE_BYTES, ZERO3_STEP_WEIGHTS, MemoryParts, estimate, host_bytes_on
 from orchestrator.planning.model_shape import shape_of
 from orchestrator.planning.notes import offload_exceeds_the_host
 from tests.fast.cases import LLAMA_2_7B, LLAMA_32_3B
@@ -61,6 +61,12 @@ def test_gradients_of_earlier_micro_batches_are_there_when_the_loss_is_worked_ou
     assert alone.gradients == 0
     assert accumulated.gradients == THREE_B.parameters * 2
     assert accumulated.activations == alone.activations
+
+
+def test_zero_3_makes_fp32_of_a_billion_gradients_at_a_time() -> None:
+    counted = parts(rank="full", engine="deepspeed", zero_stage=3, gradient_checkpointing=True, sequence_length=128)
+    assert counted.gradients == 4 * ZERO3_STEP_WEIGHTS + 2 * (THREE_B.parameters - ZERO3_STEP_WEIGHTS)
+    assert counted.framework - WORKSPACE_BYTES == 4 * ZERO3_STEP_WEIGHTS, "made flat, once more"
 
 
 def test_the_allocator_is_expected_to_keep_for_training_though_loading_holds_more() -> None:

@@ -11,8 +11,10 @@ import itertools
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.utils._pytree as pytree
@@ -24,6 +26,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.planning.memory import WORKSPACE_BYTES, MemoryParts, _bytes_of, memory_parts
 from orchestrator.planning.model_shape import shape_of
+from orchestrator.training import training_loop
+from orchestrator.training.data import Batch
 
 HALF, FULL = torch.bfloat16, torch.float32
 LLAMA: dict[str, Any] = {
@@ -329,20 +333,33 @@ def profiled_peak(work: Callable[[], None]) -> int:
     return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-@pytest.mark.parametrize("tied", [False, True], ids=["own head", "head is the embedding"])
-def test_a_whole_step_of_all_weights_takes_what_is_predicted(tied: bool, optimizer: Any, micro_batches: int) -> None:
-    narrow = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "tie_word_embeddings": tied}
-    settings = LARGE_VOCABULARY | narrow
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", use_cache=False, **settings)).train()
-    # As it is on a GPU, where torch computes many tensors at once.
-    optim = torch.optim.AdamW if optimizer == "adamw" else torch.optim.SGD
-    stepping = optim(model.parameters(), foreach=True)
+def stepped_once(model: Any, optimizer: str) -> torch.optim.Optimizer:
+    """An optimizer that has its states, and computes many tensors at once, as it does on a GPU."""
+    made = torch.optim.AdamW if optimizer == "adamw" else torch.optim.SGD
+    stepping = made(model.parameters(), foreach=True)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     stepping.step()
     stepping.zero_grad(set_to_none=True)
+    return stepping
+
+
+def beside_what_stays(config: TrialConfig, settings: dict[str, Any]) -> int:
+    parts = predicted(config, settings)
+    return parts.activations + parts.logits + parts.gradients + parts.framework - WORKSPACE_BYTES
+
+
+NARROW = LARGE_VOCABULARY | {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2}
+ALL_WEIGHTS = {"rank": "full", "precision": "fp32", "engine": "ddp", "micro_batch_size": 1}
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("tied", [False, True], ids=["own head", "head is the embedding"])
+def test_a_whole_step_of_all_weights_takes_what_is_predicted(tied: bool, optimizer: Any, micro_batches: int) -> None:
+    settings = NARROW | {"tie_word_embeddings": tied}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", use_cache=False, **settings)).train()
+    stepping = stepped_once(model, optimizer)
 
     def step() -> None:
         ids = torch.zeros((1, 16), dtype=torch.long)
@@ -351,8 +368,23 @@ def test_a_whole_step_of_all_weights_takes_what_is_predicted(tied: bool, optimiz
             torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
         stepping.step()
 
-    trial = {"rank": "full", "precision": "fp32", "engine": "ddp", "optimizer": optimizer, "sequence_length": 16}
-    batch = {"micro_batch_size": 1, "global_batch_size": micro_batches}
-    parts = predicted(TrialConfig.model_validate(trial | batch), settings)
-    counted = parts.activations + parts.logits + parts.gradients + parts.framework - WORKSPACE_BYTES
+    trial = ALL_WEIGHTS | {"optimizer": optimizer, "sequence_length": 16, "global_batch_size": micro_batches}
+    counted = beside_what_stays(TrialConfig.model_validate(trial), settings)
     assert counted == pytest.approx(profiled_peak(step), rel=0.05)
+
+
+def test_the_training_loops_logits_are_gone_when_weights_are_stepped() -> None:
+    # So many that an eighth of the step's bytes would be theirs, and the step still takes most.
+    tokens, settings = 64, NARROW | {"tie_word_embeddings": False}
+    config = TrialConfig.model_validate(ALL_WEIGHTS | {"sequence_length": tokens, "global_batch_size": 1})
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", use_cache=False, **settings)).train()
+    stepping = stepped_once(model, "adamw")
+    engine = SimpleNamespace(forward=lambda input_ids: model(input_ids=input_ids).logits)
+    run: Any = SimpleNamespace(config=config, device="cpu", engine=engine, alive=lambda: None)
+    ids = np.zeros((1, tokens), dtype=np.int64)
+
+    def step() -> None:
+        training_loop._cross_entropy(run, Batch(ids, ids, None)).backward()
+        stepping.step()
+
+    assert beside_what_stays(config, settings) == pytest.approx(profiled_peak(step), rel=0.02)
