@@ -38,14 +38,16 @@ class StopRule(Protocol):
 class Halving:
     """Asynchronous successive halving. Source: Li et al. 2020, A System for Massively Parallel Hyperparameter Tuning.
 
-    At its first evaluation at or past a rung a configuration is compared with all that came there before it: one of
+    At its first evaluation at or past a rung a configuration is compared with all that came there before it, each by its
+    best evaluation so far, which is what counts of a trial in the end: a bad moment at a rung loses nothing. One of
     `factor` goes on, rounded up, since who is stopped is lost for good; ties do, and so does the first. Its repeats
     follow it: all of a configuration go on, or none. A value that is no number is stopped and takes no place in a rung
-    (Tune's own ASHA lets it run: ray 2.60.0).
+    (Tune's own ASHA compares the last values, and lets such a trial run: ray 2.60.0).
     """
 
     def __init__(self, grace: float, factor: int, unit: str) -> None:
         self._grace, self._factor, self._unit = grace, factor, unit
+        self._curves: dict[str, list[tuple[float, float]]] = {}
         self._rungs: dict[int, dict[str, float]] = {}
         self._verdicts: dict[tuple[int, str], str | None] = {}
 
@@ -53,11 +55,12 @@ class Halving:
         """Judge at the highest rung that the evaluation has reached."""
         if heard.value is None:
             return no_number(heard, self._unit)
+        best = min(value for _, value in continued(self._curves, heard, heard.value))
         if heard.at < self._grace:
             return None
         rung = _rung(heard.at / self._grace, self._factor)
         if (rung, heard.configuration_id) not in self._verdicts:
-            self._verdicts[rung, heard.configuration_id] = self._judge(rung, heard, heard.value)
+            self._verdicts[rung, heard.configuration_id] = self._judge(rung, heard, best)
         return self._verdicts[rung, heard.configuration_id]
 
     def _judge(self, rung: int, heard: Heard, value: float) -> str | None:

@@ -258,9 +258,12 @@ class Recorder(tune.Callback):
 class ForgetResults(tune.Callback):
     """The last callback: takes from Tune what nobody reads any more.
 
-    Tune keeps every trial while the sweep lasts, with its last result, statistics of each number in it, a copy of
-    its settings and an answer of its actor (ray 2.60.0).
+    Tune keeps every trial while the sweep lasts, with its last result, statistics of each number in it, three copies of
+    its settings, one of what a slot asks for and an answer of its actor (ray 2.60.0).
     """
+
+    def __init__(self) -> None:
+        self._slot: Any = None
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -272,6 +275,9 @@ class ForgetResults(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Its slot is not told of it again."""
         trial.config = {"trial_id": trial.config["trial_id"]}
+        trial.evaluated_params = trial._Trial__unresolved_config = {}
+        self._slot = self._slot or trial.placement_group_factory
+        trial.placement_group_factory = self._slot
         trial.experiment_tag = ""
         trial.metric_analysis.clear()
         trial.metric_n_steps.clear()

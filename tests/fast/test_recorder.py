@@ -40,10 +40,18 @@ def test_tune_keeps_of_a_trials_results_only_where_they_came_from() -> None:
     assert set(trial.run_metadata.metric_analysis) == {"done"}
     assert max(sizes) < 2 * min(sizes)
 
-    trial.config = {"trial_id": "t-0", "task": ["settings"] * 1000}
-    ForgetResults().on_trial_complete(40, [trial], trial)
-    assert trial.config == {"trial_id": "t-0"}
-    assert not trial.metric_analysis
+
+
+def test_tune_keeps_of_a_trial_that_has_ended_little_more_than_its_name() -> None:
+    forget, sizes = ForgetResults(), []
+    for number in range(3):
+        config = {"trial_id": f"t-{number}", "task": ["settings"] * 1000}
+        trial = Trial("sweep", stub=True, config=config, evaluated_params=dict(config))
+        trial.create_placement_group_factory()
+        forget.on_trial_complete(40, [trial], trial)
+        assert trial.config == {"trial_id": f"t-{number}"}
+        sizes.append(len(pickle.dumps(trial.__dict__)))
+    assert max(sizes) < 2000, sizes
 
 
 def test_a_trial_that_goes_on_has_waited_for_both_of_its_starts(tmp_path: Path) -> None:

@@ -100,6 +100,22 @@ def test_a_second_goes_on_as_soon_as_a_fourth_has_come() -> None:
     assert rule.hear(heard("third", 9, 2.5)) is not None
 
 
+def test_a_bad_moment_at_a_rung_loses_nothing_since_a_trial_counts_by_its_best_evaluation() -> None:
+    rule = Halving(9, 3, "steps")
+    rule.hear(heard("steady", 9, 2.0))
+    rule.hear(heard("uneven", 6, 1.0))
+    assert rule.hear(heard("uneven", 9, 5.0)) is None
+    assert rule.hear(heard("between", 9, 1.5)) is not None
+
+
+def test_a_trial_that_begins_anew_is_judged_by_its_new_curve() -> None:
+    rule = Halving(9, 3, "steps")
+    rule.hear(heard("other", 9, 2.0))
+    rule.hear(heard("anew", 6, 1.0))
+    rule.hear(heard("anew", 3, 5.0))
+    assert rule.hear(heard("anew", 9, 3.0)) is not None
+
+
 def test_equal_values_are_no_reason_to_stop() -> None:
     rule = Halving(9, 3, "steps")
     assert [rule.hear(heard(name, 9, 1.0)) for name in "abc"] == [None, None, None]
