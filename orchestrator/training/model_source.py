@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import os
 import re
 import socket
 import urllib.parse
@@ -42,6 +43,7 @@ def resolve(model: str) -> ModelSource:
     Raises:
         ModelError: there is no such model, it cannot be reached, or it has no causal language-model head.
     """
+    _require_endpoint()
     if model.startswith("builtin:"):
         return ModelSource(model, _builtin_config(model.removeprefix("builtin:")), None)
     path = local_path(model)
@@ -97,13 +99,9 @@ def _read_config(file: Path) -> dict[str, Any]:
 def _hub_config(model: str) -> dict[str, Any]:
     if not is_hub_id(model):
         raise ModelError(f"model {model}: there is no such folder, and it is no hub id (owner/name); check the path")
-    try:
-        offline = _is_offline()
-    except ValueError as error:
-        raise ModelError(
-            f"HF_ENDPOINT is no address ({first_line(error)}): set it to one like https://huggingface.co, or unset it"
-        ) from error
     from huggingface_hub import hf_hub_download
+
+    offline = _is_offline()
 
     # Its retries are told line by line, twice; ours is the one message.
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
@@ -116,12 +114,19 @@ def _hub_config(model: str) -> dict[str, Any]:
     return _read_config(Path(file))
 
 
-def _is_offline() -> bool:
-    """Whether the hub's name means nothing here: its client would try for 24 s before it says so.
+def _require_endpoint() -> None:
+    """With one that is no address, neither huggingface_hub nor transformers can be imported, whatever the model."""
+    try:
+        # As the lookup of its host does.
+        (urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT", "")).hostname or "").encode("idna")
+    except ValueError as error:
+        raise ModelError(
+            f"HF_ENDPOINT is no address ({first_line(error)}): set it to one like https://huggingface.co, or unset it"
+        ) from error
 
-    Raises:
-        ValueError: HF_ENDPOINT is no address; of some huggingface_hub says so as it is imported.
-    """
+
+def _is_offline() -> bool:
+    """Whether the hub's name means nothing here: its client would try for 24 s before it says so."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
