@@ -39,7 +39,7 @@ from orchestrator.sweep.recorder import Recorder
 from orchestrator.sweep.resume import Earlier, read_earlier, require_same_data, require_same_question
 from orchestrator.sweep.scheduler import RuleScheduler
 from orchestrator.sweep.stopper import Stopper, signals_to, sigterm_like_ctrl_c
-from orchestrator.sweep.tracking import Tracker, tracking_uri
+from orchestrator.sweep.tracking import Tracker, require_address, tracking_uri
 from orchestrator.training.inputs import FoundModel
 
 TRACKING_LIMIT_S = 60.0
@@ -80,7 +80,7 @@ def run(
         sweep = _lasting(sweep)
     folder = sweep_folder(sweep.storage, sweep.name)
     # An address that cannot be is told before anything starts.
-    tracking_uri(sweep)
+    require_address(sweep)
     if sweep.search.warm_start:
         # What it teaches is read later; that it is there is known before anything starts.
         earlier_sweep = local_path(sweep.search.warm_start)

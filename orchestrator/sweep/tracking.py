@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag, ViewType
 from mlflow.exceptions import MlflowException
+from mlflow.store.db.db_types import DATABASE_ENGINES
 
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.errors import InputError, StorageError, TrackingUnreachableError, cut
@@ -81,6 +82,26 @@ def tracking_uri(sweep: SweepConfig) -> str:
             f"{' and '.join(found)}: name another folder, or a tracking server (tracking.uri)"
         )
     return f"sqlite:///{database}"
+
+
+def require_address(sweep: SweepConfig) -> None:
+    """Look at the server's address without asking there.
+
+    Raises:
+        InputError: it is none, or none of a kind that MLflow knows.
+    """
+    uri = tracking_uri(sweep)
+    scheme = urlsplit(uri).scheme
+    if scheme in ("http", "https") or scheme.partition("+")[0] in DATABASE_ENGINES:
+        return
+    try:
+        # Packages may add kinds of their own: MLflow alone knows them all.
+        MlflowClient(uri)
+    except Exception as error:
+        raise InputError(
+            f"the tracking server's address {cut(without_secret(uri))} is none that MLflow takes "
+            f"({_first_line(error)}): write one such as http://mlflow:5000 (tracking.uri, or MLFLOW_TRACKING_URI)"
+        ) from error
 
 
 class Tracker:
@@ -449,4 +470,4 @@ def key_of(metric: str) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return without_secret((str(error).splitlines() or [""])[0])[:300]
+    return without_secret((str(error).strip().splitlines() or [""])[0])[:300]

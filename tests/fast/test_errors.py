@@ -66,12 +66,13 @@ def test_a_current_folder_that_is_gone_is_told_in_words(tmp_path: Path, monkeypa
         assert "the current folder is gone: cd to one that is there" in result.stderr
 
 
-@pytest.mark.parametrize("uri", ["http://[bad", "http://", "http://host:port"])
+@pytest.mark.parametrize("uri", ["http://[bad", "http://", "http://host:port", "nonsense://", "mlflow:5000"])
 def test_a_tracking_address_that_is_none_is_told_before_anything_starts(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     result = CliRunner().invoke(app, ["run", "search_spaces/smoke.yaml", "--storage", str(tmp_path)])
     assert result.exit_code == 2, result.stderr
-    assert f"address {uri} is none: write one such as" in result.stderr
+    assert f"address {uri} is none" in result.stderr
+    assert "write one such as http://mlflow:5000 (tracking.uri, or MLFLOW_TRACKING_URI)" in result.stderr
     assert list(tmp_path.iterdir()) == []
