@@ -432,11 +432,17 @@ def _keep_mlflow_short() -> None:
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     # A new database tells of its tables otherwise.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    # Of a database that is locked or fails, statement and stack: the Tracker tells it in a line.
+    logging.getLogger("mlflow.store.db.utils").addFilter(_is_without_stack)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     # Of a model that is logged, each step of it.
     logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)
     # Of a server that is away, each try that is made again: the Tracker tells once that it is away.
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+
+
+def _is_without_stack(record: logging.LogRecord) -> bool:
+    return record.exc_info is None
 
 
 def _is_servers(error: Exception) -> bool:
