@@ -322,6 +322,8 @@ def read_table(folder: SweepFolder) -> SweepResult:
         return SweepResult.model_validate(upgrade(from_json(read_record(folder.results_json))))
     except FileNotFoundError as error:
         raise FolderError(f"{folder.shown} holds no sweep: name a folder that `orchestrator run` made") from error
+    except PermissionError as error:
+        raise FolderError(f"{folder.results_json} may not be read by this account: give it the right to") from error
     except (OSError, ValueError, RecursionError) as error:
         why = " ".join(str(error).split())[:200]
         raise FolderError(f"{folder.results_json} cannot be read ({why}): run the sweep again to rebuild it") from error

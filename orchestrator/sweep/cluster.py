@@ -87,7 +87,7 @@ def connect(address: str | None) -> None:
         )
     except Exception as error:
         # Ray has no type of its own for this; a raylet that takes over 30 s is a bare Exception (ray 2.60.0, node.py).
-        raise not_joined(address, str(error)) from error
+        raise not_joined(address, error) from error
     except SystemExit as ended:
         raise KeyboardInterrupt from ended
     finally:
@@ -96,9 +96,14 @@ def connect(address: str | None) -> None:
             signal.signal(signal.SIGTERM, on_sigterm)
 
 
-def not_joined(address: str, why: str) -> ClusterUnreachableError:
+def not_joined(address: str, error: Exception) -> ClusterUnreachableError:
     """Why a cluster was not joined, out of Ray's words."""
-    why = " ".join(why.split())
+    why = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.filename:
+        return ClusterUnreachableError(
+            f"Ray cannot be used here, since {error.filename} cannot be had ({error.strerror}): mend that, or give Ray "
+            "other folders, by HOME and RAY_TMPDIR"
+        )
     if address == LOCAL:
         return ClusterUnreachableError(
             f"Ray did not start on this machine ({why}): run the same command again when it is less busy, and see "

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import subprocess
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 from orchestrator import errors
 from orchestrator.cli import app
 from orchestrator.errors import OrchestratorError, Problem
+from tests.made_up_sweep import made_up_sweep, made_up_trial, write_made_up
 
 REMEDY = re.compile(r"lower|mend|name|write|set|did you mean", re.IGNORECASE)
 EXAMPLES = [
@@ -76,3 +78,23 @@ def test_a_tracking_address_that_is_none_is_told_before_anything_starts(
     assert f"address {uri} is none" in result.stderr
     assert "write one such as http://mlflow:5000 (tracking.uri, or MLFLOW_TRACKING_URI)" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("locked", ["adapter", "adapter/adapter_model.safetensors", "results.json"])
+def test_what_may_not_be_read_is_told_as_that_and_not_as_missing_or_damaged(locked: str, tmp_path: Path) -> None:
+    trial = made_up_trial({"rank": 8})
+    folder = write_made_up(tmp_path / "sweep", made_up_sweep([trial]))
+    adapter = folder.trial(trial.trial_id).adapter
+    adapter.mkdir(exist_ok=True)
+    (adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    file = folder.results_json if locked == "results.json" else adapter.parent / locked
+    file.chmod(0)
+    # Root reads all but what it gives up the right to.
+    plain = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+    words = ["export", str(folder.root), "--trial", trial.trial_id, "--to", str(tmp_path / "out")]
+    done = subprocess.run(
+        [*plain, sys.executable, "-m", "orchestrator", *words], capture_output=True, text=True, timeout=120, check=False
+    )
+    file.chmod(0o755)
+    assert done.returncode == 2, done.stderr
+    assert f"{file} may not be read by this account: give it the right to" in done.stderr
