@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
-from orchestrator.errors import InputError
+from orchestrator.errors import InputError, cut
 from orchestrator.reporting.recommendation import recommend, trial_to_take
 from orchestrator.results import remote
 from orchestrator.results.records import SweepResult, TrialResult
@@ -31,7 +31,7 @@ def choose_trial(sweep: SweepResult, trial_id: str | None) -> TrialResult:
     if trial_id not in known:
         near = get_close_matches(trial_id, known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"there are {_some(list(known))}"
-        raise InputError(f"--trial {trial_id}: {sweep.name} has no such trial; {hint}")
+        raise InputError(f"--trial {cut(trial_id)}: {sweep.name} has no such trial; {hint}")
     return known[trial_id]
 
 

@@ -44,8 +44,10 @@ def _answer(line: str | bytes, config_of: ConfigOf, shapes: dict[str, ModelShape
         # An `id` that cannot be written back (it is nested too deep) is none.
         identity = json.dumps(raw.get("id")) and raw.get("id")
         return {"id": identity, **_estimated(raw, config_of, shapes)}
-    except (OrchestratorError, OSError, ValueError, TypeError, ArithmeticError, RecursionError) as error:
-        return {"id": identity, "error": str(error) or type(error).__name__}
+    except OrchestratorError as error:
+        return {"id": identity, "error": str(error)}
+    except (OSError, ValueError, TypeError, ArithmeticError, RecursionError) as error:
+        return {"id": identity, "error": cut(str(error)) or type(error).__name__}
 
 
 def _no_json(constant: str) -> Any:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.config.local_path import local_path
 from orchestrator.config.storage_address import SCHEME, is_remote, storage_problem
-from orchestrator.errors import FolderError, StorageError
+from orchestrator.errors import FolderError, StorageError, cut
 from orchestrator.results.storage import CHECKPOINT, CHECKPOINT_PART, TABLE, TRIALS, TUNE, SweepFolder
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def opened(where: str) -> SweepFolder:
     if not is_remote(where):
         return SweepFolder(Path(where))
     if problem := storage_problem(where):
-        raise FolderError(f"{where}: {problem}")
+        raise FolderError(f"{cut(where)}: {problem}")
     uri = where.rstrip("/")
     folder = SweepFolder(copy_of(uri, "reader"), uri)
     # Another sweep may have lain there; the pages are made here, and another command may be about to show one.

@@ -17,7 +17,7 @@ from ray.autoscaler import sdk
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.config.sweep_config import ResourcesConfig
-from orchestrator.errors import ClusterUnreachableError, InputError, StorageError
+from orchestrator.errors import ClusterUnreachableError, InputError, StorageError, cut
 from orchestrator.planning.plan import trials_that_fit, workers_on
 from orchestrator.results import remote, shared_storage
 from orchestrator.results.storage import SweepFolder
@@ -114,7 +114,7 @@ def not_joined(address: str, error: Exception) -> ClusterUnreachableError:
         mend = "take the cluster's versions here, or use `orchestrator submit`, whose driver runs on the cluster's own"
         return ClusterUnreachableError(f"the cluster at {address} cannot be joined ({why}): {mend}")
     mend = "start one with `ray start --head`, or leave --address out"
-    return ClusterUnreachableError(f"no Ray cluster answers at {address} ({why}): {mend}")
+    return ClusterUnreachableError(f"no Ray cluster answers at {cut(address)} ({cut(why)}): {mend}")
 
 
 def _check_reachable(address: str) -> None:
@@ -126,7 +126,7 @@ def _check_reachable(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_LIMIT_S).close()
     except (OSError, ValueError) as error:
         raise ClusterUnreachableError(
-            f"no Ray cluster answers at {address} ({error}): check host and port, or leave --address out"
+            f"no Ray cluster answers at {cut(address)} ({error}): check host and port, or leave --address out"
         ) from error
 
 

@@ -122,7 +122,7 @@ class Tracker:
             if not _is_servers(error):
                 raise
             raise TrackingUnreachableError(
-                f"the tracking server at {without_secret(uri)} does not answer ({_first_line(error)}): start it, "
+                f"the tracking server at {cut(without_secret(uri))} does not answer ({_first_line(error)}): start it, "
                 "or leave tracking.uri out to track in a local database"
             ) from error
         remember_server(without_secret(uri))

@@ -78,7 +78,9 @@ def test_a_cluster_that_does_not_answer_is_told_at_once() -> None:
 
 
 def test_a_cluster_of_another_version_is_not_told_to_be_absent() -> None:
-    told = str(not_joined("head:6379", RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.59.0\n")))
+    told = str(
+        not_joined("head:6379", RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.59.0\n"))
+    )
     assert "Ray: 2.59.0" in told
     assert "orchestrator submit" in told
     assert "no Ray cluster answers" not in told

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import re
@@ -98,3 +99,44 @@ def test_what_may_not_be_read_is_told_as_that_and_not_as_missing_or_damaged(lock
     file.chmod(0o755)
     assert done.returncode == 2, done.stderr
     assert f"{file} may not be read by this account: give it the right to" in done.stderr
+
+
+LONG = "x" * 3000
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["plan", LONG],
+        ["plan", "search_spaces/smoke.yaml", "--gpu", LONG],
+        ["report", LONG],
+        ["report", f"s3://{LONG}?"],
+        ["run", "search_spaces/smoke.yaml", "--address", f"{LONG}:1"],
+        ["run", "search_spaces/smoke.yaml", "--notify", f"@{LONG}"],
+        *(
+            ["plan", "search_spaces/smoke.yaml", "--set", change]
+            for change in (
+                f"model=builtin:{LONG}",
+                f"model=./{LONG}",
+                f"data.train=~{LONG}/rows",
+                f"trial.precision={LONG}",
+                f"trial.target_modules=[{LONG}]",
+                f"objective.metric={LONG}/acc",
+                f"constraints=['eval_loss <= {LONG}']",
+                f"search={{algorithm: tpe, points: [{{rank: {LONG}}}]}}",
+            )
+        ),
+    ],
+)
+def test_a_long_value_is_cut_where_a_message_repeats_it(words: list[str]) -> None:
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code in (2, 3)
+    assert LONG[:100] in result.stderr
+    assert len(result.stderr) < 1500
+
+
+def test_estimate_cuts_long_values_too() -> None:
+    lines = [{"model": f"./{LONG}"}, {"model": {"model_type": LONG, "vision_config": {"depth": 1}}}]
+    answer = CliRunner().invoke(app, ["estimate"], input="\n".join(map(json.dumps, lines)))
+    told = [json.loads(line)["error"] for line in answer.stdout.splitlines()]
+    assert [LONG[:100] in one and len(one) < 500 for one in told] == [True, True]
