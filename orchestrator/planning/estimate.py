@@ -28,7 +28,7 @@ KEYS = ("id", "model", "trial", "workers", "gpu_memory_bytes")
 
 
 def estimate_lines(lines: Iterable[str | bytes], config_of: ConfigOf) -> Iterator[str]:
-    """One answer a line (UTF-8); `config_of` gives the transformers config of a hub id or folder."""
+    """One answer a line (UTF-8, with a byte-order mark or without); `config_of` gives the transformers config of a hub id or folder."""
     shapes: dict[str, ModelShape | ModelError] = {}
     for line in lines:
         if line.strip():
@@ -38,7 +38,8 @@ def estimate_lines(lines: Iterable[str | bytes], config_of: ConfigOf) -> Iterato
 def _answer(line: str | bytes, config_of: ConfigOf, shapes: dict[str, ModelShape | ModelError]) -> dict[str, Any]:
     identity = None
     try:
-        raw = json.loads(line if isinstance(line, str) else line.decode(), parse_constant=_no_json, parse_float=_finite)
+        text = line if isinstance(line, str) else line.decode("utf-8-sig")
+        raw = json.loads(text, parse_constant=_no_json, parse_float=_finite)
         if not isinstance(raw, dict):
             raise InputError('a line is an object, as {"id": 1, "model": "…", "trial": {"rank": 8}}')
         # An `id` that cannot be written back (it is nested too deep) is none.

@@ -51,6 +51,11 @@ def test_a_gpu_that_is_nearly_full_holds_what_is_needed_and_the_allocator_keeps_
     assert small["device_bytes"] > free["allocated_bytes"]
 
 
+def test_a_byte_order_mark_before_a_line_is_passed_over() -> None:
+    marked, plain = estimate_lines([b"\xef\xbb\xbf" + line().encode(), line()], unknown)
+    assert marked == plain
+
+
 @pytest.mark.parametrize(
     ("bad", "told"),
     [
