@@ -13,6 +13,7 @@ from orchestrator.config.names import nearest
 from orchestrator.config.sweep_file import told_of_settings
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import InputError, ModelError, OrchestratorError, cut, shown
+from orchestrator.planning.cheaper import what_fits
 from orchestrator.planning.compatibility import Case, refusals
 from orchestrator.planning.hardware import LARGEST_MEMORY, Hardware
 from orchestrator.planning.memory import estimate
@@ -81,8 +82,9 @@ def _estimated(
     if memory_bytes is not None:
         memory = memory.within(memory_bytes)
         if memory.needed_bytes > memory_bytes:
-            told = f"needs {memory.needed_bytes:,} bytes of {memory_bytes:,}"
-            reasons.append(f"{told}: lower micro_batch_size or use nf4")
+            fits = what_fits(Case(config, shape, hardware, workers), memory_bytes, workers)
+            told = f"fits with {fits}" if fits else "use a smaller model"
+            reasons.append(f"needs {memory.needed_bytes:,} bytes of {memory_bytes:,}; {told}")
     return {
         "allocated_bytes": memory.allocated_bytes,
         "reserved_bytes": memory.reserved_bytes,
