@@ -29,7 +29,7 @@ KEYS = ("id", "model", "trial", "workers", "gpu_memory_bytes")
 
 
 def estimate_lines(lines: Iterable[str | bytes], config_of: ConfigOf) -> Iterator[str]:
-    """One answer a line (UTF-8, with a byte-order mark or without); `config_of` gives the transformers config of a hub id or folder."""
+    """One answer a line (UTF-8); `config_of` gives the transformers config of a hub id or folder."""
     shapes: dict[str, ModelShape | ModelError] = {}
     for line in lines:
         if line.strip():
