@@ -313,6 +313,8 @@ def _unknown_key(path: Path_) -> str:
     name = str(path[-1])
     if len(path) == 1 and name in SETTING_TYPES:
         return "is a setting: it stands under `trial:` or `space:`"
+    if name in DOMAIN_TAGS and path[0] == "space" and len(path) == 3:
+        return "stands beside another kind of values: keep one of them"
     known = _known_keys(path[:-1])
     return f"is no key here{nearest(name, known)}" + (f"; known: {', '.join(known)}" if len(known) <= 12 else "")
 
