@@ -105,7 +105,7 @@ def hardware_for(gpu: str | None, gpus: int | None, memory: str | None) -> Hardw
         memory_bytes = None if memory is None else parse_memory(memory)
         if memory_bytes is not None and memory_bytes < GIB:
             raise InputError(
-                f"--gpu-memory {cut(memory)} is {memory_bytes:,} bytes, less than any GPU has: write it as 80GiB"
+                f"--gpu-memory {shown(memory)} is {memory_bytes:,} bytes, less than any GPU has: write it as 80GiB"
             )
         return named_gpu(gpu, gpus or 1, memory_bytes)
     if gpus or memory:

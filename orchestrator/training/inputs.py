@@ -59,11 +59,14 @@ def require_warm_start(sweep: SweepConfig) -> None:
 
 def missing_here(sweep: SweepConfig) -> Iterator[str]:
     """What cannot be used on this machine, where a plan may be made all the same for one that has it."""
-    for look in (lambda: data_rows.check(sweep.data), lambda: require_warm_start(sweep)):
-        try:
-            look()
-        except (DataError, FolderError) as error:
-            yield str(error)
+    try:
+        data_rows.check(sweep.data)
+    except DataError as error:
+        yield str(error)
+    try:
+        require_warm_start(sweep)
+    except FolderError as error:
+        yield str(error)
 
 
 def look_at(sweep: SweepConfig) -> FoundModel:
