@@ -21,7 +21,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from orchestrator.errors import DataError, InputError, OrchestratorError, StorageError, cut, printable
+from orchestrator.errors import InputError, OrchestratorError, StorageError, cut, printable
 from orchestrator.results.secrets import without_secret
 
 app = typer.Typer(
@@ -175,16 +175,13 @@ def plan(
         from orchestrator.planning.plan_table import render
         from orchestrator.results.remote import local_storage
         from orchestrator.results.storage import newest_sweeps
-        from orchestrator.training import data_rows, inputs
+        from orchestrator.training import inputs
 
         config = load(sweep, overrides or ())
         hardware = hardware_for(config.resources.accelerator if gpu is None else gpu, gpus, gpu_memory)
         config = config.on_hardware(has_gpus=hardware.device == "cuda")
-        try:
-            data_rows.check(config.data)
-        except DataError as error:
-            # A plan may be made where the data is not.
-            _say(f"warning: {error}")
+        for told in inputs.missing_here(config):
+            _say(f"warning: {told}")
         pace = Pace.of(newest_sweeps(local_storage(config.storage), READ_SWEEPS), config.model, hardware)
         planned = plan_sweep(config, inputs.find_model(config).shape, hardware, pace)
         _show(planned.model_dump_json(indent=1) if json else render(planned))

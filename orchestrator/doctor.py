@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict
 
 from orchestrator.config.storage_address import is_remote, storage_problem
 from orchestrator.config.trial_config import Precision, TrialConfig
-from orchestrator.errors import ClusterUnreachableError, first_line
+from orchestrator.errors import ClusterUnreachableError, cut, first_line
 from orchestrator.planning.compatibility import Case, refusals
 from orchestrator.planning.hardware import Hardware, this_machine
 from orchestrator.planning.model_shape import shape_of
@@ -304,13 +304,13 @@ def _storage_check(where: str, asked: bool, nodes: Sequence[Node], token: str | 
     elif problem is None:
         problem = "; ".join(f"from {host}: {space.problem}" for host, space in seen if space.problem) or None
     if problem is not None:
-        return Check(what=f"storage {where}", ok=False, asked=asked, detail=problem)
+        return Check(what=f"storage {cut(where)}", ok=False, asked=asked, detail=problem)
     room = min(
         ((space.free_bytes, space.total_bytes) for _, space in seen if space.free_bytes is not None), default=None
     )
     free = f", {quantities.memory(room[0])} free of {quantities.memory(room[1])}" if room and room[1] else ""
     by = f"writable from {len(seen)} nodes" if len(seen) > 1 else "writable"
-    return Check(what=f"storage {where}", ok=True, asked=asked, detail=by + free)
+    return Check(what=f"storage {cut(where)}", ok=True, asked=asked, detail=by + free)
 
 
 # The cluster
@@ -319,7 +319,7 @@ def _storage_check(where: str, asked: bool, nodes: Sequence[Node], token: str | 
 def _cluster_nodes(address: str, storage: str, token: str | None) -> tuple[list[Node], Check]:
     from orchestrator.sweep import cluster
 
-    what = f"cluster {address}"
+    what = f"cluster {cut(address)}"
     try:
         cluster.connect(address)
     except ClusterUnreachableError as error:
@@ -375,7 +375,7 @@ def tracking_check(named: str | None, storage: Path) -> Check:
     uri = named or os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
         return Check(what="tracking", ok=True, asked=False, detail=f"no server named: {storage / 'mlflow.db'}")
-    what = f"tracking {without_secret(uri)}"
+    what = f"tracking {cut(without_secret(uri))}"
     problem = _connect_problem(uri) or _mlflow_problem(uri)
     detail = f"cannot be used ({problem}): start it, or check its address and credentials" if problem else "answers"
     return Check(what=what, ok=problem is None, asked=named is not None, detail=detail)
@@ -407,8 +407,7 @@ def _mlflow_problem(uri: str) -> str | None:
         MlflowClient(uri).search_experiments(max_results=1)
     except Exception as error:
         # A database's own kinds and missing drivers among them: whatever it is, it is what was asked for.
-        first = first_line(error)
-        return f"{first[:200]}…" if len(first) > 200 else first
+        return cut(first_line(error))
     return None
 
 

@@ -26,7 +26,7 @@ import unicodedata
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-LONGEST_SHOWN = 80
+LONGEST_SHOWN = 200
 """Characters of a value that a message repeats."""
 
 

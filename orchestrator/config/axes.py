@@ -21,6 +21,7 @@ from orchestrator.config.search_space import (
     holds,
     in_order_of_need,
 )
+from orchestrator.errors import cut, shown
 
 Domain = Choice[Any] | Range
 
@@ -78,11 +79,11 @@ class Axis:
         try:
             value = _as_json(self.name, SETTINGS[self.name].validate_python(raw))
         except ValidationError as error:
-            raise ValueError(f"{raw!r} can never hold") from error
+            raise ValueError(f"{shown(raw)} can never hold") from error
         if self.values and value not in self.values:
-            raise ValueError(f"{raw!r} is none of those searched: {', '.join(map(str, self.values))}")
+            raise ValueError(f"{shown(raw)} is none of those searched: {cut(', '.join(map(str, self.values)))}")
         if not self.values and not (_is_number(value) and self.low <= value <= self.high):
-            raise ValueError(f"{raw!r} is not between {self.low:g} and {self.high:g}, where it is searched")
+            raise ValueError(f"{shown(raw)} is not between {self.low:g} and {self.high:g}, where it is searched")
         return value
 
     def _scaled(self, value: float) -> float:

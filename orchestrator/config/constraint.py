@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
+from orchestrator.errors import cut
+
 CONSTRAINED = ("eval_loss", "loss", "tokens_per_s", "step_time_s", "peak_memory_bytes", "cost")
 """The logged metrics that are positive and can be bounded."""
 _FORM = re.compile(r"\s*(\w+)\s*(<=|>=)\s*(\S+)\s*")
@@ -44,7 +46,7 @@ def parse(text: str) -> Constraint:
     try:
         bound = float(TypeAdapter(ByteSize).validate_python(written)) if metric.endswith("_bytes") else float(written)
     except (ValidationError, ValueError) as error:
-        raise ValueError(f"{written} is no number: write it as 24GiB or 1000") from error
+        raise ValueError(f"{cut(written)} is no number: write it as 24GiB or 1000") from error
     if not 0 < bound < math.inf:
-        raise ValueError(f"{written} can bound nothing: name a positive number")
+        raise ValueError(f"{cut(written)} can bound nothing: name a positive number")
     return Constraint(metric, sign == "<=", bound)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from orchestrator.errors import InputError
+from orchestrator.errors import InputError, cut
 
 
 def local_path(written: str | os.PathLike[str]) -> Path:
@@ -19,5 +19,5 @@ def local_path(written: str | os.PathLike[str]) -> Path:
     except RuntimeError as error:
         # No such user; or a container's, that has no entry in passwd and no HOME.
         raise InputError(
-            f"{os.fspath(written)}: no home folder is known for it here: write the path in full, or set HOME"
+            f"{cut(os.fspath(written))}: no home folder is known for it here: write the path in full, or set HOME"
         ) from error

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from orchestrator.errors import cut
+
 OTHER_NAMES = {
     # transformers' TrainingArguments, PEFT's LoraConfig, TRL's SFTConfig, and what people write by hand
     "attn_implementation": "attention",
@@ -39,4 +41,4 @@ def nearest(name: str, known: Iterable[str]) -> str:
     names = [str(k) for k in known]
     other = OTHER_NAMES.get(name.lower())
     found = [other] if other in names else difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f"; did you mean {found[0]}?" if found else ""
+    return f"; did you mean {cut(found[0])}?" if found else ""

@@ -117,7 +117,7 @@ def _read(file: Path) -> tuple[dict[str, Any], Lines]:
             text = opened.read(MAX_BYTES + 1)
     except OSError as error:
         near = nearest(file.name, [entry.name for entry in file.parent.glob("*.y*ml")])
-        raise InputError(f"{file} cannot be read ({error.strerror}): name a sweep file{near}") from error
+        raise InputError(f"{cut(str(file))} cannot be read ({error.strerror}): name a sweep file{near}") from error
     if len(text) > MAX_BYTES:
         raise InputError(f"{file} is no sweep file: it has more than {MAX_BYTES:,} bytes")
     try:
@@ -313,6 +313,8 @@ def _unknown_key(path: Path_) -> str:
     name = str(path[-1])
     if len(path) == 1 and name in SETTING_TYPES:
         return "is a setting: it stands under `trial:` or `space:`"
+    if name in DOMAIN_TAGS and path[0] == "space" and len(path) == 3:
+        return "stands beside another kind of values: keep one of them"
     known = _known_keys(path[:-1])
     return f"is no key here{nearest(name, known)}" + (f"; known: {', '.join(known)}" if len(known) <= 12 else "")
 
@@ -378,11 +380,11 @@ def _problems_of_scores(sweep: SweepConfig) -> Iterator[Problem]:
             continue
         path = f"objective[{i}]" if isinstance(sweep.objective, tuple) else "objective"
         if "mode" not in objective.model_fields_set:
-            yield Problem(f"{path}.mode", f"is missing: max or min, whichever is better of {objective.metric}")
+            yield Problem(f"{path}.mode", f"is missing: max or min, whichever is better of {cut(objective.metric)}")
         task = objective.metric.partition("/")[0]
         if not task.startswith(sweep.evaluate.tasks):
             near = nearest(task, sweep.evaluate.tasks)
-            yield Problem(f"{path}.metric", f"is a score of {task}, which evaluate.tasks does not name{near}")
+            yield Problem(f"{path}.metric", f"is a score of {cut(task)}, which evaluate.tasks does not name{near}")
 
 
 def _problems_of_space(sweep: SweepConfig) -> Iterator[Problem]:
@@ -435,7 +437,7 @@ def _problems_of_search(sweep: SweepConfig) -> Iterator[Problem]:
             continue
         for name, value in point.items():
             if name not in sweep.domains:
-                yield Problem(f"search.points[{i}].{name}", f"is not searched{nearest(name, sweep.domains)}")
+                yield Problem(f"search.points[{i}].{cut(name)}", f"is not searched{nearest(name, sweep.domains)}")
                 continue
             try:
                 axis_of(name, sweep.domains[name]).read(value)
@@ -445,7 +447,7 @@ def _problems_of_search(sweep: SweepConfig) -> Iterator[Problem]:
         yield Problem("search.warm_start", f"teaches {search.algorithm} nothing: leave it out, or use tpe or gp")
     metrics = [objective.metric for objective in sweep.objectives]
     if twice := [metric for metric in metrics if metrics.count(metric) > 1]:
-        yield Problem("objective", f"names {twice[0]} twice: name each metric once")
+        yield Problem("objective", f"names {cut(twice[0])} twice: name each metric once")
     if metrics[0] == "cost":
         yield Problem("objective", "begins with cost, which is what a trial took: name it behind another objective")
     if search.algorithm == "cma_es" and len(sweep.objectives) > 1:
@@ -529,14 +531,14 @@ def _problems_of_pbt(sweep: SweepConfig) -> Iterator[Problem]:
 def _problems_of_condition(condition: Mapping[str, Any], path: str) -> Iterator[Problem]:
     for name, allowed in condition.items():
         if name not in SETTING_TYPES:
-            yield Problem(f"{path}.{name}", f"is no setting{nearest(name, SETTING_TYPES)}")
+            yield Problem(f"{path}.{cut(name)}", f"is no setting{nearest(name, SETTING_TYPES)}")
             continue
         for value in allowed if isinstance(allowed, list) and name != "target_modules" else [allowed]:
             try:
                 SETTINGS[name].validate_python(value)
             except ValidationError as error:
                 sentences = " or ".join(_sentence(d, ()) for d in error.errors(include_url=False))
-                yield Problem(f"{path}.{name}", f"can never hold: {sentences}")
+                yield Problem(f"{path}.{cut(name)}", f"can never hold: {sentences}")
 
 
 def _problems_of_range(name: str, domain: Range, algorithm: str) -> Iterator[Problem]:
@@ -569,7 +571,7 @@ def _with_lines(problems: Iterable[Problem], lines: Lines, overrides: Sequence[s
     for problem in problems:
         path = problem.path
         if override := _override_of(path, overrides):
-            yield Problem(path, f"{problem.message} (from --set {override})")
+            yield Problem(path, f"{problem.message} (from --set {cut(override)})")
             continue
         # A key that is missing has no line: its parent's is the place to write it.
         while path and path not in by_spelling:

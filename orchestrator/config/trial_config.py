@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 AlphaMultiple = Annotated[
     str, StringConstraints(pattern=r"^([0-9]*[1-9][0-9]*(\.[0-9]+)?|[0-9]+\.[0-9]*[1-9][0-9]*)x$", max_length=12)
@@ -41,6 +41,11 @@ CHANGEABLE = ("learning_rate", "weight_decay", "lora_dropout", "max_grad_norm")
 """Settings that may be others from one optimizer step to the next: no weight, state or data order depends on them."""
 
 
+def _unsigned_zero(value: float) -> float:
+    """-0.0 trains as 0.0 does, and would have another name."""
+    return value + 0.0
+
+
 class TrialConfig(BaseModel):
     """The settings of one trial; each has a default, so a sweep file names only what matters to it."""
 
@@ -52,7 +57,7 @@ class TrialConfig(BaseModel):
     """LoRA rank, or `full` to train all weights without an adapter."""
     alpha: Annotated[float, Field(gt=0)] | AlphaMultiple = "2x"
     """LoRA's scaling numerator; `2x` is twice the rank."""
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    lora_dropout: Annotated[float, Field(ge=0, lt=1), AfterValidator(_unsigned_zero)] = 0.0
     """Dropout on the adapter's input."""
     target_modules: Literal["attention", "all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "attention"
     """Modules that get an adapter: `attention` (all attention projections), `all-linear`, or their names."""
@@ -89,7 +94,7 @@ class TrialConfig(BaseModel):
     """What the learning rate does after the warm-up, until `max_steps`."""
     warmup_steps: Annotated[int, Field(strict=True, ge=0)] = 0
     """Optimizer steps over which the learning rate rises from 0."""
-    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, le=1), AfterValidator(_unsigned_zero)] = 0.0
     """AdamW's decoupled weight decay."""
     optimizer: Literal["adamw", "adamw_8bit", "sgd"] = "adamw"
     """The optimizer of the trainable weights; `adamw_8bit` is bitsandbytes'."""

@@ -18,7 +18,7 @@ from typing import Any
 from orchestrator.config.local_path import local_path
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.sweep_file import load
-from orchestrator.errors import InputError, ModelError, StorageError, shown
+from orchestrator.errors import InputError, ModelError, StorageError, cut, shown
 from orchestrator.export.merge import merge as merge_adapter
 from orchestrator.export.model_card import MARK, model_card
 from orchestrator.export.trial_weights import Kind, choose_trial, weights_of
@@ -159,7 +159,9 @@ def _written_aside(to: Path) -> Iterator[Path]:
             to.rename(old)
         partial.rename(to)
     except OSError as error:
-        raise StorageError(f"cannot write {to} ({error}): free some space there, or name another --to") from error
+        raise StorageError(
+            f"cannot write {cut(str(to))} ({cut(str(error))}): free some space there, or name another --to"
+        ) from error
     finally:
         if os.path.lexists(old) and not os.path.lexists(to):
             old.rename(to)

@@ -30,8 +30,14 @@ def merge(base: str, adapter: Path, trial: TrialResult, to: Path) -> None:
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ModelError(f"the base model in {base} cannot be loaded: {error}") from error
     try:
-        merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
+        adapted = PeftModel.from_pretrained(model, str(adapter))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(
+            f"the adapter in {adapter} is damaged, or not one of {base} ({error}): name another with --trial"
+        ) from error
+    try:
+        merged = adapted.merge_and_unload(safe_merge=True)
+    except (ValueError, RuntimeError) as error:
         raise InputError(
             f"the adapter of trial {trial.trial_id} cannot be merged into {base}: {error}; "
             "leave --merge out, or name another with --trial"

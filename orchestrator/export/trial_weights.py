@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
-from orchestrator.errors import InputError
+from orchestrator.errors import InputError, cut
 from orchestrator.reporting.recommendation import recommend, trial_to_take
 from orchestrator.results import remote
 from orchestrator.results.records import SweepResult, TrialResult
@@ -31,7 +31,7 @@ def choose_trial(sweep: SweepResult, trial_id: str | None) -> TrialResult:
     if trial_id not in known:
         near = get_close_matches(trial_id, known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"there are {_some(list(known))}"
-        raise InputError(f"--trial {trial_id}: {sweep.name} has no such trial; {hint}")
+        raise InputError(f"--trial {cut(trial_id)}: {sweep.name} has no such trial; {hint}")
     return known[trial_id]
 
 
@@ -48,6 +48,7 @@ def weights_of(folder: SweepFolder, trial: TrialResult) -> Path:
     remote.fetch_trial(folder, trial.trial_id)
     root = folder.trial(trial.trial_id).root
     where = root / trial.adapter if trial.adapter else folder.trial(trial.trial_id).adapter
+    _require_readable(where)
     if any(where.glob("*.safetensors")):
         if outside := next((file for file in where.iterdir() if not folder.holds(file)), None):
             raise InputError(f"{outside} leads out of the sweep's folder: put the file there, or take the link away")
@@ -58,3 +59,17 @@ def weights_of(folder: SweepFolder, trial: TrialResult) -> Path:
         f"trial {trial.trial_id} has no adapter in {where}: it is {status}{why}, and one is saved at the first "
         "evaluation; name another with --trial"
     )
+
+
+def _require_readable(weights: Path) -> None:
+    """What may not be read is not to be taken for what is not there."""
+    try:
+        for file in weights.iterdir():
+            file.open("rb").close()
+    except PermissionError as error:
+        raise InputError(
+            f"{error.filename} may not be read by this account: give it the right to, or name another with --trial"
+        ) from error
+    except OSError:
+        # There is none, or no file: what that means is told by what is looked for in it.
+        return

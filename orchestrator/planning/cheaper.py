@@ -14,6 +14,8 @@ from orchestrator.planning.memory import MemoryEstimate, estimate_on
 Taken = Callable[[MemoryEstimate], int]
 LOW_RANK = 8
 """Named where a higher rank does not fit."""
+LEAST_LENGTH = 64
+"""Tokens, fewer than which nobody trains on."""
 _OF_NO_MEMORY = {
     name: TrialConfig.model_fields[name].default
     for name in (
@@ -48,6 +50,7 @@ def what_fits(case: Case, memory_bytes: int, most_workers: int) -> str | None:
     """Each single change by which a worker takes no more than this, or the fewest together; None: not even all do.
 
     Those that alter the result least stand in front: a smaller micro-batch, checkpointing, more workers to share among.
+    Shorter sequences, which cut the data, are named where nothing else is enough.
     What leaves the allocator room is named before what would run without.
     """
     return _first_that_fits(replace(case, config=for_memory(case.config)), memory_bytes, most_workers)
@@ -55,8 +58,10 @@ def what_fits(case: Case, memory_bytes: int, most_workers: int) -> str | None:
 
 @lru_cache(maxsize=1024)
 def _first_that_fits(case: Case, memory_bytes: int, most_workers: int) -> str | None:
-    return _what_fits(case, memory_bytes, most_workers, _with_room) or _what_fits(
-        case, memory_bytes, most_workers, _without_room
+    return (
+        _what_fits(case, memory_bytes, most_workers, _with_room)
+        or _what_fits(case, memory_bytes, most_workers, _without_room)
+        or _shorter_that_fits(case, memory_bytes)
     )
 
 
@@ -77,6 +82,18 @@ def _what_fits(case: Case, memory_bytes: int, most_workers: int, taken: Taken) -
     for count in range(2, len(changes) + 1):
         if _fits(case, changes[:count], memory_bytes, taken):
             return " and ".join(change.told for change in changes[:count])
+    return None
+
+
+def _shorter_that_fits(case: Case, memory_bytes: int) -> str | None:
+    """The longest sequences that fit, alone or with all the rest that is cheaper."""
+    for others in ([], _strongest(case)):
+        length = case.config.sequence_length // 2
+        while length >= LEAST_LENGTH:
+            changes = [*others, _Change(f"sequence_length {length}", {"sequence_length": length})]
+            if _fits(case, changes, memory_bytes, _with_room):
+                return " and ".join(change.told for change in changes)
+            length //= 2
     return None
 
 

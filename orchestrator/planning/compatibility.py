@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from orchestrator.config.trial_config import Precision, TrialConfig
+from orchestrator.errors import cut
 from orchestrator.planning.hardware import Hardware
 from orchestrator.planning.model_shape import ModelShape, targeted
 
@@ -219,7 +220,7 @@ def missing_targets(config: TrialConfig, shape: ModelShape) -> str | None:
         return None
     near = get_close_matches(missing[0], known, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
-    return f"target_modules: the model has no {', '.join(missing)}{hint}; it has {', '.join(known)}: name those"
+    return f"target_modules: the model has no {cut(', '.join(missing))}{hint}; it has {', '.join(known)}: name those"
 
 
 def global_batch_must_divide(case: Case) -> str | None:

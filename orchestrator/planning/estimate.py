@@ -13,6 +13,7 @@ from orchestrator.config.names import nearest
 from orchestrator.config.sweep_file import told_of_settings
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import InputError, ModelError, OrchestratorError, cut, shown
+from orchestrator.planning.cheaper import what_fits
 from orchestrator.planning.compatibility import Case, refusals
 from orchestrator.planning.hardware import LARGEST_MEMORY, Hardware
 from orchestrator.planning.memory import estimate
@@ -38,14 +39,17 @@ def estimate_lines(lines: Iterable[str | bytes], config_of: ConfigOf) -> Iterato
 def _answer(line: str | bytes, config_of: ConfigOf, shapes: dict[str, ModelShape | ModelError]) -> dict[str, Any]:
     identity = None
     try:
-        raw = json.loads(line if isinstance(line, str) else line.decode(), parse_constant=_no_json, parse_float=_finite)
+        text = line if isinstance(line, str) else line.decode("utf-8-sig")
+        raw = json.loads(text, parse_constant=_no_json, parse_float=_finite)
         if not isinstance(raw, dict):
             raise InputError('a line is an object, as {"id": 1, "model": "…", "trial": {"rank": 8}}')
         # An `id` that cannot be written back (it is nested too deep) is none.
         identity = json.dumps(raw.get("id")) and raw.get("id")
         return {"id": identity, **_estimated(raw, config_of, shapes)}
-    except (OrchestratorError, OSError, ValueError, TypeError, ArithmeticError, RecursionError) as error:
-        return {"id": identity, "error": str(error) or type(error).__name__}
+    except OrchestratorError as error:
+        return {"id": identity, "error": str(error)}
+    except (OSError, ValueError, TypeError, ArithmeticError, RecursionError) as error:
+        return {"id": identity, "error": cut(str(error)) or type(error).__name__}
 
 
 def _no_json(constant: str) -> Any:
@@ -78,8 +82,9 @@ def _estimated(
     if memory_bytes is not None:
         memory = memory.within(memory_bytes)
         if memory.needed_bytes > memory_bytes:
-            told = f"needs {memory.needed_bytes:,} bytes of {memory_bytes:,}"
-            reasons.append(f"{told}: lower micro_batch_size or use nf4")
+            fits = what_fits(Case(config, shape, hardware, workers), memory_bytes, workers)
+            told = f"fits with {fits}" if fits else "use a smaller model"
+            reasons.append(f"needs {memory.needed_bytes:,} bytes of {memory_bytes:,}; {told}")
     return {
         "allocated_bytes": memory.allocated_bytes,
         "reserved_bytes": memory.reserved_bytes,

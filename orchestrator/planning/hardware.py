@@ -14,7 +14,7 @@ from typing import Literal
 
 import psutil
 
-from orchestrator.errors import InputError, shown
+from orchestrator.errors import InputError, cut, shown
 from orchestrator.planning.nvidia_smi import Gpu, local_gpus
 
 GIB = 2**30
@@ -105,7 +105,7 @@ def hardware_for(gpu: str | None, gpus: int | None, memory: str | None) -> Hardw
         memory_bytes = None if memory is None else parse_memory(memory)
         if memory_bytes is not None and memory_bytes < GIB:
             raise InputError(
-                f"--gpu-memory {memory} is {memory_bytes:,} bytes, less than any GPU has: write it as 80GiB"
+                f"--gpu-memory {shown(memory)} is {memory_bytes:,} bytes, less than any GPU has: write it as 80GiB"
             )
         return named_gpu(gpu, gpus or 1, memory_bytes)
     if gpus or memory:
@@ -121,17 +121,17 @@ def named_gpu(name: str, count: int, memory_bytes: int | None = None) -> Hardwar
     """
     by_spelling = {_plain(known): known for known in GPUS}
     if re.search(r"(?i)\b\d+ ?x\b|\bx ?\d+\b", name):
-        raise InputError(f"--gpu {name} names more than the GPU: name it alone, and say how many with --gpus")
+        raise InputError(f"--gpu {cut(name)} names more than the GPU: name it alone, and say how many with --gpus")
     found = by_spelling.get(_plain(name)) or _meant(name)
     if found is None:
         near = get_close_matches(_plain(name), by_spelling, n=1)
         hint = f"; did you mean {by_spelling[near[0]]}?" if near else ""
-        told = f"{name or repr(name)} (--gpu, or else resources.accelerator) is not known{hint}"
+        told = f"{cut(name) or repr(name)} (--gpu, or else resources.accelerator) is not known{hint}"
         raise InputError(f"{told}; known: {', '.join(GPUS)}: name the nearest with --gpu")
     gpu = GPUS[found]
     memory_bytes = memory_bytes or _named_bytes(name, gpu)
     if memory_bytes is None:
-        raise InputError(f"--gpu {name} has another memory than the {found}: say how much, as --gpu-memory 16GiB")
+        raise InputError(f"--gpu {cut(name)} has another memory than the {found}: say how much, as --gpu-memory 16GiB")
     return Hardware(
         device="cuda",
         gpus=count,

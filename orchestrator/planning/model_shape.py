@@ -137,10 +137,10 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
     inner = config.get("text_config")
     text = inner if isinstance(inner, Mapping) else config
     leaves_out_images = bool(config.get("vision_config")) and config.get("model_type") in IMAGE_PARTS
-    name = str(text.get("model_type", ""))
+    name = cut(str(text.get("model_type", "")))
     for field, part in UNCOUNTED_PARTS.items():
         if (config.get(field) and not (field == "vision_config" and leaves_out_images)) or text.get(field):
-            raise ModelError(f"{cut(name) or 'the model'} has {part}, which no estimate counts yet: take another model")
+            raise ModelError(f"{name or 'the model'} has {part}, which no estimate counts yet: take another model")
     family = family_of(name)
     given = {**family.defaults, **{field: value for field, value in text.items() if value is not None}}
     return replace(_Reader(given, family, name).shape(), leaves_out_images=leaves_out_images)

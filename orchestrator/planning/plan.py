@@ -15,7 +15,7 @@ from orchestrator.config.constraint import parse
 from orchestrator.config.search_space import Trial
 from orchestrator.config.sweep_config import AshaConfig, BudgetConfig, ResourcesConfig, SweepConfig
 from orchestrator.config.trial_config import TrialConfig
-from orchestrator.errors import InputError, ModelError
+from orchestrator.errors import InputError, ModelError, cut
 from orchestrator.planning import budget
 from orchestrator.planning.cheaper import for_memory, what_fits
 from orchestrator.planning.compatibility import Case, missing_targets, refusals
@@ -309,7 +309,7 @@ def require_targets(sweep: SweepConfig, model: ModelShape) -> None:
     """
     for trial in sweep.trials():
         if reason := missing_targets(trial.config, model):
-            raise ModelError(f"model {sweep.model}: {reason}")
+            raise ModelError(f"model {cut(sweep.model)}: {reason}")
 
 
 def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware, pace: Pace = NO_PACE) -> SweepPlan:

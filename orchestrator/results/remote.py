@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.config.local_path import local_path
 from orchestrator.config.storage_address import SCHEME, is_remote, storage_problem
-from orchestrator.errors import FolderError, StorageError
+from orchestrator.errors import FolderError, StorageError, cut
 from orchestrator.results.storage import CHECKPOINT, CHECKPOINT_PART, TABLE, TRIALS, TUNE, SweepFolder
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def opened(where: str) -> SweepFolder:
     if not is_remote(where):
         return SweepFolder(Path(where))
     if problem := storage_problem(where):
-        raise FolderError(f"{where}: {problem}")
+        raise FolderError(f"{cut(where)}: {problem}")
     uri = where.rstrip("/")
     folder = SweepFolder(copy_of(uri, "reader"), uri)
     # Another sweep may have lain there; the pages are made here, and another command may be about to show one.
@@ -164,15 +164,16 @@ class Mirror:
                 list(pool.map(self._bring, changed))
 
     def push(self, wanted: Wanted = everything, *, within: Collection[str] | None = None) -> None:
-        """Carry over what changed here since the last time, and remove what is gone.
+        """Carry over what changed here since the last time, and remove checkpoints that are gone.
 
         within: folders of it, which are looked at alone beside the files at its top, and nothing is removed.
 
-        What speaks of others goes last, so that they are there. A checkpoint that is gone here stays there until the
-        one in its place is whole: another node's workers may have their part still to carry.
+        What speaks of others goes last, so that they are there. Nothing but a checkpoint is ever given up on purpose:
+        whatever else is gone here was removed by somebody from a copy, and stays in the store. A checkpoint stays there
+        until the one in its place is whole: another node's workers may have their part still to carry.
 
         Raises:
-            StorageError: the store cannot be written, or the copy itself is gone, which removes nothing there.
+            StorageError: the store cannot be written, or the copy itself is gone.
         """
         if not self.local.is_dir():
             raise StorageError(
@@ -180,10 +181,9 @@ class Mirror:
                 "has ended"
             )
         with self._lock, _told(self.uri, "written"):
-            here = dict(self._here(within))
             changed = [
                 (name, state)
-                for name, state in here.items()
+                for name, state in self._here(within)
                 if self._same.get(name) != state and wanted(PurePosixPath(name))
             ]
             with ThreadPoolExecutor(TRANSFERS) as pool:
@@ -194,8 +194,8 @@ class Mirror:
                             self._same[name] = state
             if within is not None:
                 return
-            gone = [name for name in self._same if name not in here and wanted(PurePosixPath(name))]
-            gone = [name for name in gone if not (self.local / name).exists()]
+            known = [path for path in map(PurePosixPath, self._same) if is_checkpoint(path) and wanted(path)]
+            gone = [str(path) for path in known if not (self.local / path).exists()]
             needed = self._needed_until_whole(gone)
             self._remove([name for name in gone if PurePosixPath(name).parent not in needed])
 

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 from pydantic_core import from_json
 
-from orchestrator.errors import FolderError, StorageError
+from orchestrator.errors import FolderError, StorageError, cut
 from orchestrator.results.records import MetricPoint, SweepResult, TrialResult, upgrade
 
 _STORAGE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN)
@@ -321,10 +321,14 @@ def read_table(folder: SweepFolder) -> SweepResult:
     try:
         return SweepResult.model_validate(upgrade(from_json(read_record(folder.results_json))))
     except FileNotFoundError as error:
-        raise FolderError(f"{folder.shown} holds no sweep: name a folder that `orchestrator run` made") from error
+        raise FolderError(f"{cut(folder.shown)} holds no sweep: name a folder that `orchestrator run` made") from error
+    except PermissionError as error:
+        raise FolderError(f"{folder.results_json} may not be read by this account: give it the right to") from error
     except (OSError, ValueError, RecursionError) as error:
         why = " ".join(str(error).split())[:200]
-        raise FolderError(f"{folder.results_json} cannot be read ({why}): run the sweep again to rebuild it") from error
+        raise FolderError(
+            f"{cut(str(folder.results_json))} cannot be read ({why}): run the sweep again to rebuild it"
+        ) from error
 
 
 def read_sweep(folder: SweepFolder) -> tuple[SweepResult, tuple[DamagedRecord, ...]]:

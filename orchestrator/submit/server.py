@@ -27,7 +27,7 @@ from ray.job_submission import JobSubmissionClient
 
 from orchestrator.config.storage_address import is_remote
 from orchestrator.config.sweep_config import SweepConfig
-from orchestrator.errors import ClusterUnreachableError, InputError
+from orchestrator.errors import ClusterUnreachableError, InputError, cut
 from orchestrator.results.secrets import without_secret
 from orchestrator.submit.job import (
     Job,
@@ -68,7 +68,7 @@ def dashboard_address(given: str) -> str:
         is_address = False
     if not is_address:
         raise InputError(
-            f"--address {without_secret(given)}: takes the address of Ray's dashboard, as http://HEAD:8265"
+            f"--address {cut(without_secret(given))}: takes the address of Ray's dashboard, as http://HEAD:8265"
         )
     return parts._replace(fragment="").geturl().rstrip("/")
 
@@ -108,7 +108,7 @@ class JobServer:
                 ) from error
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise ClusterUnreachableError(
-                f"no Ray dashboard answers at {self.shown_address} ({str(error).strip()}): check host and port of "
+                f"no Ray dashboard answers at {cut(self.shown_address)} ({str(error).strip()}): check host and port of "
                 "--address, and that the head was started with its dashboard"
             ) from error
 

@@ -17,7 +17,7 @@ from ray.autoscaler import sdk
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.config.sweep_config import ResourcesConfig
-from orchestrator.errors import ClusterUnreachableError, InputError, StorageError
+from orchestrator.errors import ClusterUnreachableError, InputError, StorageError, cut
 from orchestrator.planning.plan import trials_that_fit, workers_on
 from orchestrator.results import remote, shared_storage
 from orchestrator.results.storage import SweepFolder
@@ -87,7 +87,7 @@ def connect(address: str | None) -> None:
         )
     except Exception as error:
         # Ray has no type of its own for this; a raylet that takes over 30 s is a bare Exception (ray 2.60.0, node.py).
-        raise not_joined(address, str(error)) from error
+        raise not_joined(address, error) from error
     except SystemExit as ended:
         raise KeyboardInterrupt from ended
     finally:
@@ -96,9 +96,14 @@ def connect(address: str | None) -> None:
             signal.signal(signal.SIGTERM, on_sigterm)
 
 
-def not_joined(address: str, why: str) -> ClusterUnreachableError:
+def not_joined(address: str, error: Exception) -> ClusterUnreachableError:
     """Why a cluster was not joined, out of Ray's words."""
-    why = " ".join(why.split())
+    why = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.filename:
+        return ClusterUnreachableError(
+            f"Ray cannot be used here, since {error.filename} cannot be had ({error.strerror}): mend that, or give Ray "
+            "other folders, by HOME and RAY_TMPDIR"
+        )
     if address == LOCAL:
         return ClusterUnreachableError(
             f"Ray did not start on this machine ({why}): run the same command again when it is less busy, and see "
@@ -109,7 +114,7 @@ def not_joined(address: str, why: str) -> ClusterUnreachableError:
         mend = "take the cluster's versions here, or use `orchestrator submit`, whose driver runs on the cluster's own"
         return ClusterUnreachableError(f"the cluster at {address} cannot be joined ({why}): {mend}")
     mend = "start one with `ray start --head`, or leave --address out"
-    return ClusterUnreachableError(f"no Ray cluster answers at {address} ({why}): {mend}")
+    return ClusterUnreachableError(f"no Ray cluster answers at {cut(address)} ({cut(why)}): {mend}")
 
 
 def _check_reachable(address: str) -> None:
@@ -121,7 +126,7 @@ def _check_reachable(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_LIMIT_S).close()
     except (OSError, ValueError) as error:
         raise ClusterUnreachableError(
-            f"no Ray cluster answers at {address} ({error}): check host and port, or leave --address out"
+            f"no Ray cluster answers at {cut(address)} ({error}): check host and port, or leave --address out"
         ) from error
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from orchestrator.config.local_path import local_path
-from orchestrator.errors import InputError
+from orchestrator.errors import InputError, cut
 from orchestrator.reporting.findings import Report
 from orchestrator.results.provenance import run_page
 from orchestrator.results.secrets import without_secret
@@ -33,10 +33,12 @@ def address_of(given: str) -> str:
             file = local_path(given[1:])
             # A device or a pipe may have no end.
             if file.exists() and not (file.is_file() and file.stat().st_size <= LONGEST_BYTES):
-                raise InputError(f"--notify {given}: is no file of at most 4 KB: name one that holds the address alone")
+                raise InputError(
+                    f"--notify {cut(given)}: is no file of at most 4 KB: name one that holds the address alone"
+                )
             url = file.read_text(encoding="utf-8").strip()
         except (OSError, ValueError) as error:
-            raise InputError(f"--notify {given}: the file cannot be read: write the address into it") from error
+            raise InputError(f"--notify {cut(given)}: the file cannot be read: write the address into it") from error
     try:
         parts = urlsplit(url)
         good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0

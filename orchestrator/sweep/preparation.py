@@ -12,6 +12,7 @@ import ray
 from orchestrator.config.search_space import Trial
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.trial_config import TrialConfig
+from orchestrator.errors import cut
 from orchestrator.planning.memory import MemoryEstimate, estimate_on
 from orchestrator.planning.model_shape import ModelShape
 from orchestrator.planning.pace import READ_SWEEPS
@@ -111,7 +112,7 @@ def prepare(
         StorageError: not all of its nodes see the folder.
     """
     address = cluster.address_of(address)
-    say("starting Ray here" if address == cluster.LOCAL else f"joining the cluster at {address}")
+    say("starting Ray here" if address == cluster.LOCAL else f"joining the cluster at {cut(address)}")
     cluster.connect(address)
     cluster.require_shared(folder)
     cluster.await_room(sweep.resources, say)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.sweep_file import load
 from orchestrator.config.trial_config import TrialConfig
-from orchestrator.errors import FolderError
+from orchestrator.errors import FolderError, cut
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 from orchestrator.results.storage import (
     DamagedRecord,
@@ -109,10 +109,10 @@ def changes(before: SweepConfig, now: SweepConfig, knows_hardware: bool) -> Iter
     for key in SAME_KEYS:
         old, new = getattr(before, key), getattr(now, key)
         if old != new:
-            yield f"{key} was {old}, now {new}"
+            yield f"{key} was {cut(str(old))}, now {cut(str(new))}"
     # Scores come after training: they may be asked for, and decide, once the trials are there.
     if before.training_objectives != now.training_objectives:
-        yield f"objective was {before.objective}, now {now.objective}"
+        yield f"objective was {cut(str(before.objective))}, now {cut(str(now.objective))}"
     if before.scheduler.pbt != now.scheduler.pbt:
         # Its members began with each other's checkpoints: what they came to belongs to that population.
         yield f"scheduler.pbt was {before.scheduler.pbt}, now {now.scheduler.pbt}"
@@ -123,7 +123,7 @@ def changes(before: SweepConfig, now: SweepConfig, knows_hardware: bool) -> Iter
             continue
         old, new = getattr(before.trial, name), getattr(now.trial, name)
         if old != new:
-            yield f"trial.{name} was {old}, now {new}"
+            yield f"trial.{name} was {cut(str(old))}, now {cut(str(new))}"
 
 
 def kept(earlier: Earlier, planned: frozenset[str]) -> dict[str, TrialResult]:

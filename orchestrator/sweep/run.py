@@ -9,17 +9,11 @@ from dataclasses import dataclass
 from orchestrator.config.local_path import local_path
 from orchestrator.config.storage_address import is_remote
 from orchestrator.config.sweep_config import SweepConfig
-from orchestrator.errors import InputError
 from orchestrator.reporting import quantities, report, statistics
 from orchestrator.reporting.findings import Report
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 from orchestrator.results.remote import sweep_folder
-from orchestrator.results.storage import (
-    SweepFolder,
-    read_sweep,
-    write_atomically,
-    write_sweep,
-)
+from orchestrator.results.storage import SweepFolder, write_atomically, write_sweep
 from orchestrator.sweep import cluster, evaluation, system_metrics
 from orchestrator.sweep.callbacks import Callbacks
 from orchestrator.sweep.carrier import Carrier, carried
@@ -39,8 +33,8 @@ from orchestrator.sweep.recorder import Recorder
 from orchestrator.sweep.resume import Earlier, read_earlier, require_same_data, require_same_question
 from orchestrator.sweep.scheduler import RuleScheduler
 from orchestrator.sweep.stopper import Stopper, signals_to, sigterm_like_ctrl_c
-from orchestrator.sweep.tracking import Tracker, tracking_uri
-from orchestrator.training.inputs import FoundModel
+from orchestrator.sweep.tracking import Tracker, require_address, tracking_uri
+from orchestrator.training.inputs import FoundModel, require_warm_start
 
 TRACKING_LIMIT_S = 60.0
 INTERRUPTED_TRACKING_LIMIT_S = 5.0
@@ -80,16 +74,9 @@ def run(
         sweep = _lasting(sweep)
     folder = sweep_folder(sweep.storage, sweep.name)
     # An address that cannot be is told before anything starts.
-    tracking_uri(sweep)
-    if sweep.search.warm_start:
-        # What it teaches is read later; that it is there is known before anything starts.
-        earlier_sweep = local_path(sweep.search.warm_start)
-        if earlier_sweep.resolve() == folder.root.resolve():
-            raise InputError(
-                f"search.warm_start names this sweep's own folder, {folder.root}, of which it knows everything anyway: "
-                "name another sweep's, or leave it out"
-            )
-        read_sweep(SweepFolder(earlier_sweep))
+    require_address(sweep)
+    # What it teaches is read later; that it is there is known before anything starts.
+    require_warm_start(sweep)
     with only_one(folder) as tenure, sigterm_like_ctrl_c(), carried(folder, tenure) as carrier:
         earlier = read_earlier(folder)
         if earlier:

@@ -18,8 +18,8 @@ def logged(tracking_uri: str, run_id: str) -> Iterator[None]:
 
     A server that does not answer ends the samples and nothing else.
     """
-    # It tells of its start and its end, and that there is no GPU.
-    logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
+    # It tells of its start and its end, that there is no GPU, and of a database that fails.
+    logging.getLogger("mlflow.system_metrics").setLevel(logging.CRITICAL)
     monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=tracking_uri)
     monitor.start()
     try:

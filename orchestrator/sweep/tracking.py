@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag, ViewType
 from mlflow.exceptions import MlflowException
+from mlflow.store.db.db_types import DATABASE_ENGINES
 
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.errors import InputError, StorageError, TrackingUnreachableError, cut
@@ -83,6 +84,26 @@ def tracking_uri(sweep: SweepConfig) -> str:
     return f"sqlite:///{database}"
 
 
+def require_address(sweep: SweepConfig) -> None:
+    """Look at the server's address without asking there.
+
+    Raises:
+        InputError: it is none, or none of a kind that MLflow knows.
+    """
+    uri = tracking_uri(sweep)
+    scheme = urlsplit(uri).scheme
+    if scheme in ("http", "https") or scheme.partition("+")[0] in DATABASE_ENGINES:
+        return
+    try:
+        # Packages may add kinds of their own: MLflow alone knows them all.
+        MlflowClient(uri)
+    except Exception as error:
+        raise InputError(
+            f"the tracking server's address {cut(without_secret(uri))} is none that MLflow takes "
+            f"({_first_line(error)}): write one such as http://mlflow:5000 (tracking.uri, or MLFLOW_TRACKING_URI)"
+        ) from error
+
+
 class Tracker:
     """Writes one sweep to MLflow; every method but the constructor returns at once."""
 
@@ -101,7 +122,7 @@ class Tracker:
             if not _is_servers(error):
                 raise
             raise TrackingUnreachableError(
-                f"the tracking server at {without_secret(uri)} does not answer ({_first_line(error)}): start it, "
+                f"the tracking server at {cut(without_secret(uri))} does not answer ({_first_line(error)}): start it, "
                 "or leave tracking.uri out to track in a local database"
             ) from error
         remember_server(without_secret(uri))
@@ -411,11 +432,17 @@ def _keep_mlflow_short() -> None:
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     # A new database tells of its tables otherwise.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    # Of a database that is locked or fails, statement and stack: the Tracker tells it in a line.
+    logging.getLogger("mlflow.store.db.utils").addFilter(_is_without_stack)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     # Of a model that is logged, each step of it.
     logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)
     # Of a server that is away, each try that is made again: the Tracker tells once that it is away.
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+
+
+def _is_without_stack(record: logging.LogRecord) -> bool:
+    return record.exc_info is None
 
 
 def _is_servers(error: Exception) -> bool:
@@ -449,4 +476,4 @@ def key_of(metric: str) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return without_secret((str(error).splitlines() or [""])[0])[:300]
+    return without_secret((str(error).strip().splitlines() or [""])[0])[:300]

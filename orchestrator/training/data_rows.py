@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from orchestrator.config.local_path import local_path
 from orchestrator.config.sweep_config import DataConfig
-from orchestrator.errors import DataError, first_line
+from orchestrator.errors import DataError, cut, first_line
 
 Role = Literal["train", "eval"]
 Format = Literal["text", "prompt_completion", "messages"]
@@ -59,7 +59,7 @@ def check(data: DataConfig) -> None:
         first = list(itertools.islice(read_rows(source, role), CHECKED_ROWS))
         if len(first) < CHECKED_ROWS and all(row.columns is None for row in first):
             why = f": {first[0].where}: {first[0].why}" if first else ""
-            raise DataError(f"data {source} has no usable row{why}. Mend the rows or name another source")
+            raise DataError(f"data {cut(source)} has no usable row{why}. Mend the rows or name another source")
         seen = dict.fromkeys(str(name) for row in first if row.columns is not None for name in row.columns)
         if told := missing_columns(source, data.format, tuple(seen)):
             raise DataError(told)
@@ -77,8 +77,8 @@ def missing_columns(source: str, data_format: Format, seen: Sequence[str]) -> st
     if not (seen and missing):
         return None
     return (
-        f"data {source} has no column {' or '.join(missing)}, which format: {data_format} reads; "
-        f"columns seen: {', '.join(seen)}. Rename one or choose another format"
+        f"data {cut(source)} has no column {' or '.join(missing)}, which format: {data_format} reads; "
+        f"columns seen: {cut(', '.join(seen))}. Rename one or choose another format"
     )
 
 
@@ -112,7 +112,7 @@ def local_files(source: str) -> list[Path]:
     # `data/rows` beside a folder `data` is a slip of the pen sooner than somebody's data set on the hub.
     is_beside = "/" in source and path.parent.is_dir()
     if path.suffix.lower() in _READERS or is_beside or not _HUB_ID.match(source):
-        raise DataError(f"data {source}: no such file or folder; name one that exists (looked in {Path.cwd()})")
+        raise DataError(f"data {cut(source)}: no such file or folder; name one that exists (looked in {Path.cwd()})")
     return []
 
 
@@ -233,7 +233,7 @@ def _builtin(source: str) -> Callable[[], Iterator[Row]]:
     if source not in builtins:
         nearest = difflib.get_close_matches(source, builtins, n=1, cutoff=0.5)
         hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(builtins)}"
-        raise DataError(f"data {source} does not exist; {hint}")
+        raise DataError(f"data {cut(source)} does not exist; {hint}")
     return builtins[source]
 
 
@@ -292,7 +292,7 @@ def _hub_rows(source: str, role: Role) -> Iterator[Row]:
     except Exception as error:
         # datasets passes on whatever its hub client, its readers and its scripts raise.
         raise DataError(
-            f"data {source} is no local file, and the hub has none to give ({first_line(error)[:200]}); "
+            f"data {cut(source)} is no local file, and the hub has none to give ({cut(first_line(error))}); "
             "check the name, connect to the hub, or name a local file"
         ) from error
     for number, columns in enumerate(dataset):

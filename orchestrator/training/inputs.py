@@ -1,12 +1,17 @@
-"""What a sweep file names, looked at before anything starts: the model, its modules, the data. Loads nothing heavy."""
+"""What a sweep file names, looked at before anything starts: model, modules, data, an earlier sweep. Nothing heavy."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from orchestrator.config.local_path import local_path
 from orchestrator.config.sweep_config import SweepConfig
+from orchestrator.errors import DataError, FolderError, InputError
 from orchestrator.planning.model_shape import ModelShape, shape_of
 from orchestrator.planning.plan import require_targets
+from orchestrator.results.remote import sweep_folder
+from orchestrator.results.storage import SweepFolder, read_sweep
 from orchestrator.training import data_rows, evaluation, model_source
 from orchestrator.training.model_source import ModelSource
 
@@ -29,6 +34,39 @@ def find_model(sweep: SweepConfig) -> FoundModel:
     shape = shape_of(source.config)
     require_targets(sweep, shape)
     return FoundModel(source, shape)
+
+
+def require_warm_start(sweep: SweepConfig) -> None:
+    """Look for the earlier sweep that this one is to learn from, if any.
+
+    Raises:
+        FolderError: there is none where the sweep file says.
+        InputError: it is this sweep itself.
+    """
+    if sweep.search.warm_start is None:
+        return
+    own, earlier = sweep_folder(sweep.storage, sweep.name).root, local_path(sweep.search.warm_start)
+    if earlier.resolve() == own.resolve():
+        raise InputError(
+            f"search.warm_start names this sweep's own folder, {own}, of which it knows everything anyway: name "
+            "another sweep's, or leave it out"
+        )
+    try:
+        read_sweep(SweepFolder(earlier))
+    except FolderError as error:
+        raise FolderError(f"search.warm_start: {error}") from error
+
+
+def missing_here(sweep: SweepConfig) -> Iterator[str]:
+    """What cannot be used on this machine, where a plan may be made all the same for one that has it."""
+    try:
+        data_rows.check(sweep.data)
+    except DataError as error:
+        yield str(error)
+    try:
+        require_warm_start(sweep)
+    except FolderError as error:
+        yield str(error)
 
 
 def look_at(sweep: SweepConfig) -> FoundModel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import os
 import re
 import socket
 import urllib.parse
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.config.local_path import local_path
-from orchestrator.errors import ModelError, first_line
+from orchestrator.errors import ModelError, cut, first_line
 from orchestrator.results.remote import cache_folder
 from orchestrator.training import builtin_models
 
@@ -42,6 +43,7 @@ def resolve(model: str) -> ModelSource:
     Raises:
         ModelError: there is no such model, it cannot be reached, or it has no causal language-model head.
     """
+    _require_endpoint()
     if model.startswith("builtin:"):
         return ModelSource(model, _builtin_config(model.removeprefix("builtin:")), None)
     path = local_path(model)
@@ -79,7 +81,7 @@ def _builtin_config(name: str) -> dict[str, Any]:
     known = [f"builtin:{known}" for known in builtin_models.CONFIGS]
     nearest = difflib.get_close_matches(f"builtin:{name}", known, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(known)}"
-    raise ModelError(f"model builtin:{name} does not exist; {hint}")
+    raise ModelError(f"model builtin:{cut(name)} does not exist; {hint}")
 
 
 def _read_config(file: Path) -> dict[str, Any]:
@@ -96,14 +98,12 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 def _hub_config(model: str) -> dict[str, Any]:
     if not is_hub_id(model):
-        raise ModelError(f"model {model}: there is no such folder, and it is no hub id (owner/name); check the path")
-    try:
-        offline = _is_offline()
-    except ValueError as error:
         raise ModelError(
-            f"HF_ENDPOINT is no address ({first_line(error)}): set it to one like https://huggingface.co, or unset it"
-        ) from error
+            f"model {cut(model)}: there is no such folder, and it is no hub id (owner/name); check the path"
+        )
     from huggingface_hub import hf_hub_download
+
+    offline = _is_offline()
 
     # Its retries are told line by line, twice; ours is the one message.
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
@@ -112,16 +112,23 @@ def _hub_config(model: str) -> dict[str, Any]:
     except Exception as error:
         # Its own kinds, and those of the HTTP library that it uses, which has changed (huggingface_hub 2.4: httpx2).
         why = "the hub is out of reach and its cache here has none" if offline else _hub_problem(error)
-        raise ModelError(f"model {model} is no local folder, and {why}; {_OFFLINE_MEND}") from error
+        raise ModelError(f"model {cut(model)} is no local folder, and {why}; {_OFFLINE_MEND}") from error
     return _read_config(Path(file))
 
 
-def _is_offline() -> bool:
-    """Whether the hub's name means nothing here: its client would try for 24 s before it says so.
+def _require_endpoint() -> None:
+    """With one that is no address, neither huggingface_hub nor transformers can be imported, whatever the model."""
+    try:
+        # As the lookup of its host does.
+        (urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT", "")).hostname or "").encode("idna")
+    except ValueError as error:
+        raise ModelError(
+            f"HF_ENDPOINT is no address ({first_line(error)}): set it to one like https://huggingface.co, or unset it"
+        ) from error
 
-    Raises:
-        ValueError: HF_ENDPOINT is no address; of some huggingface_hub says so as it is imported.
-    """
+
+def _is_offline() -> bool:
+    """Whether the hub's name means nothing here: its client would try for 24 s before it says so."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -139,8 +146,8 @@ def _hub_problem(error: Exception) -> str:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     if isinstance(error, LocalEntryNotFoundError) and error.__cause__:
-        return f"the hub does not answer ({first_line(error.__cause__)[:200]})"
-    return f"the hub has none to give ({first_line(error)[:200]})"
+        return f"the hub does not answer ({cut(first_line(error.__cause__))})"
+    return f"the hub has none to give ({cut(first_line(error))})"
 
 
 def _fetch(name: str) -> Path:
@@ -165,10 +172,10 @@ def _require_causal_lm(model: str, config: Mapping[str, Any]) -> None:
     model_type = str(config.get("model_type"))
     if model_type not in heads:
         hint = " without code of its own, which is never run" if "auto_map" in config else ""
-        raise ModelError(f"model {model}: transformers knows no causal language model of type {model_type}{hint}")
+        raise ModelError(f"model {model}: transformers knows no causal language model of type {cut(model_type)}{hint}")
     if architectures and not set(architectures) & set().union(*heads.values()):
         raise ModelError(
-            f"model {model} has no causal language-model head (it is a {', '.join(architectures)}); "
+            f"model {model} has no causal language-model head (it is a {cut(', '.join(architectures))}); "
             "name a model whose config.json lists a ...ForCausalLM"
         )
 

@@ -10,7 +10,7 @@ pytest.importorskip("ray")
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.errors import ClusterUnreachableError, InputError
 from orchestrator.sweep import cluster
-from orchestrator.sweep.cluster import connect, not_joined, placed, room_for
+from orchestrator.sweep.cluster import LOCAL, connect, not_joined, placed, room_for
 from orchestrator.sweep.preparation import slots_for
 from orchestrator.sweep.worker import GroupShape
 from tests.made_up_sweep import made_up_plan, made_up_sweep, made_up_trial
@@ -78,7 +78,17 @@ def test_a_cluster_that_does_not_answer_is_told_at_once() -> None:
 
 
 def test_a_cluster_of_another_version_is_not_told_to_be_absent() -> None:
-    told = str(not_joined("head:6379", "Version mismatch: The cluster was started with:\n    Ray: 2.59.0\n"))
+    told = str(
+        not_joined("head:6379", RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.59.0\n"))
+    )
     assert "Ray: 2.59.0" in told
     assert "orchestrator submit" in told
     assert "no Ray cluster answers" not in told
+
+
+def test_a_home_that_is_no_folder_is_not_blamed_on_a_busy_machine() -> None:
+    # What Ray raises where HOME is a file (2.60.0).
+    told = str(not_joined(LOCAL, NotADirectoryError(20, "Not a directory", "/etc/passwd/.ray")))
+    assert "/etc/passwd/.ray cannot be had (Not a directory)" in told
+    assert "HOME" in told
+    assert "busy" not in told

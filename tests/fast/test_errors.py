@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import os
 import pickle
 import re
 import subprocess
@@ -12,6 +14,7 @@ from typer.testing import CliRunner
 from orchestrator import errors
 from orchestrator.cli import app
 from orchestrator.errors import OrchestratorError, Problem
+from tests.made_up_sweep import made_up_sweep, made_up_trial, write_made_up
 
 REMEDY = re.compile(r"lower|mend|name|write|set|did you mean", re.IGNORECASE)
 EXAMPLES = [
@@ -66,12 +69,74 @@ def test_a_current_folder_that_is_gone_is_told_in_words(tmp_path: Path, monkeypa
         assert "the current folder is gone: cd to one that is there" in result.stderr
 
 
-@pytest.mark.parametrize("uri", ["http://[bad", "http://", "http://host:port"])
+@pytest.mark.parametrize("uri", ["http://[bad", "http://", "http://host:port", "nonsense://", "mlflow:5000"])
 def test_a_tracking_address_that_is_none_is_told_before_anything_starts(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     result = CliRunner().invoke(app, ["run", "search_spaces/smoke.yaml", "--storage", str(tmp_path)])
     assert result.exit_code == 2, result.stderr
-    assert f"address {uri} is none: write one such as" in result.stderr
+    assert f"address {uri} is none" in result.stderr
+    assert "write one such as http://mlflow:5000 (tracking.uri, or MLFLOW_TRACKING_URI)" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("locked", ["adapter", "adapter/adapter_model.safetensors", "results.json"])
+def test_what_may_not_be_read_is_told_as_that_and_not_as_missing_or_damaged(locked: str, tmp_path: Path) -> None:
+    trial = made_up_trial({"rank": 8})
+    folder = write_made_up(tmp_path / "sweep", made_up_sweep([trial]))
+    adapter = folder.trial(trial.trial_id).adapter
+    adapter.mkdir(exist_ok=True)
+    (adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    file = folder.results_json if locked == "results.json" else adapter.parent / locked
+    file.chmod(0)
+    # Root reads all but what it gives up the right to.
+    plain = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+    words = ["export", str(folder.root), "--trial", trial.trial_id, "--to", str(tmp_path / "out")]
+    done = subprocess.run(
+        [*plain, sys.executable, "-m", "orchestrator", *words], capture_output=True, text=True, timeout=120, check=False
+    )
+    file.chmod(0o755)
+    assert done.returncode == 2, done.stderr
+    assert f"{file} may not be read by this account: give it the right to" in done.stderr
+
+
+LONG = "x" * 3000
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["plan", LONG],
+        ["plan", "search_spaces/smoke.yaml", "--gpu", LONG],
+        ["report", LONG],
+        ["report", f"s3://{LONG}?"],
+        ["run", "search_spaces/smoke.yaml", "--address", f"{LONG}:1"],
+        ["run", "search_spaces/smoke.yaml", "--notify", f"@{LONG}"],
+        *(
+            ["plan", "search_spaces/smoke.yaml", "--set", change]
+            for change in (
+                f"model=builtin:{LONG}",
+                f"model=./{LONG}",
+                f"data.train=~{LONG}/rows",
+                f"trial.precision={LONG}",
+                f"trial.target_modules=[{LONG}]",
+                f"objective.metric={LONG}/acc",
+                f"constraints=['eval_loss <= {LONG}']",
+                f"search={{algorithm: tpe, points: [{{rank: {LONG}}}]}}",
+            )
+        ),
+    ],
+)
+def test_a_long_value_is_cut_where_a_message_repeats_it(words: list[str]) -> None:
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code in (2, 3)
+    assert LONG[:100] in result.stderr
+    assert len(result.stderr) < 1500
+
+
+def test_estimate_cuts_long_values_too() -> None:
+    lines = [{"model": f"./{LONG}"}, {"model": {"model_type": LONG, "vision_config": {"depth": 1}}}]
+    answer = CliRunner().invoke(app, ["estimate"], input="\n".join(map(json.dumps, lines)))
+    told = [json.loads(line)["error"] for line in answer.stdout.splitlines()]
+    assert [LONG[:100] in one and len(one) < 500 for one in told] == [True, True]

@@ -51,6 +51,21 @@ def test_a_gpu_that_is_nearly_full_holds_what_is_needed_and_the_allocator_keeps_
     assert small["device_bytes"] > free["allocated_bytes"]
 
 
+def test_what_does_not_fit_is_told_what_would_help() -> None:
+    logits = {"micro_batch_size": 8, "sequence_length": 4096, "gradient_checkpointing": True, "precision": "nf4"}
+    (got,) = answer(line(trial=logits, gpu_memory_bytes=12 * 2**30))
+    assert got["reasons"][0].endswith(" bytes of 12,884,901,888; fits with micro_batch_size 2")
+    (got,) = answer(line(trial={"precision": "fp32", "micro_batch_size": 1}, gpu_memory_bytes=12 * 2**30))
+    assert got["reasons"][0].endswith("; fits with precision nf4")
+    (got,) = answer(line(gpu_memory_bytes=2**30))
+    assert got["reasons"][0].endswith("; use a smaller model")
+
+
+def test_a_byte_order_mark_before_a_line_is_passed_over() -> None:
+    marked, plain = estimate_lines([b"\xef\xbb\xbf" + line().encode(), line()], unknown)
+    assert marked == plain
+
+
 @pytest.mark.parametrize(
     ("bad", "told"),
     [

@@ -183,7 +183,15 @@ def test_where_no_change_leaves_room_one_that_fits_without_is_named() -> None:
     asked = case(named_gpu("T4", 1), **settings, sequence_length=4096)
     one = estimate_on(asked.config.model_copy(update={"micro_batch_size": 1}), SEVEN_B, 1, asked.hardware)
     assert what_fits(asked, one.device_bytes - 1, 1) == "micro_batch_size 1"
-    assert what_fits(asked, one.needed_bytes - 1, 1) is None
+    assert what_fits(asked, one.needed_bytes - 1, 1) == "sequence_length 1024"
+
+
+def test_shorter_sequences_are_named_where_nothing_else_is_enough_and_weights_alone_fit_nowhere() -> None:
+    settings = {"precision": "nf4", "micro_batch_size": 1, "gradient_checkpointing": True, "rank": 8}
+    asked = case(named_gpu("H100", 1), **settings, sequence_length=4096)
+    short = estimate_on(asked.config.model_copy(update={"sequence_length": 1024}), SEVEN_B, 1, asked.hardware)
+    assert what_fits(asked, short.device_bytes, 1) == "sequence_length 1024"
+    assert what_fits(asked, short.parts.weights, 1) is None
 
 
 def test_resources_that_the_machine_does_not_have_are_warned_of() -> None:

@@ -42,6 +42,14 @@ def test_a_conditional_setting_is_searched_only_where_its_condition_holds() -> N
     ]
 
 
+@pytest.mark.parametrize("setting", ["weight_decay", "lora_dropout"])
+def test_zero_with_a_sign_is_the_same_configuration_as_without(setting: str) -> None:
+    (config,) = grid({}, space(**{setting: [0, -0.0, 0.0]}), [])
+    assert configuration_id(config) == configuration_id(TrialConfig.model_validate({setting: 0}))
+    assert grid({}, space(**{setting: [-0.0]}), []) == (config,)
+    assert configuration_id(TrialConfig.model_validate({setting: -0.0})) == configuration_id(config)
+
+
 def test_an_excluded_configuration_does_not_run() -> None:
     searched = space(precision=["bf16", "nf4"], zero_stage=[2, 3])
     found = grid({}, searched, [{"precision": "nf4", "zero_stage": 3}])

@@ -284,6 +284,13 @@ def test_what_other_tools_call_a_setting_is_understood(tmp_path: Path, other: st
         load(file)
 
 
+@pytest.mark.parametrize("beside", ["choice: [1.0e-4]", "int: [1, 2]", "log_uniform: [1.0e-5, 1.0e-3]"])
+def test_two_kinds_of_values_of_one_setting_are_told_apart_from_an_unknown_key(tmp_path: Path, beside: str) -> None:
+    text = yaml.safe_dump(SMALL) + f"space:\n  learning_rate:\n    uniform: [1.0e-5, 1.0e-3]\n    {beside}\n"
+    (told,) = problems(tmp_path, text).values()
+    assert told == "stands beside another kind of values: keep one of them"
+
+
 def test_a_scheduler_named_without_its_keys_is_shown_how_it_is_written(tmp_path: Path) -> None:
     file = tmp_path / "sweep.yaml"
     file.write_text("name: n\nmodel: m\ndata: {train: d}\nspace: {rank: [1]}\nscheduler: asha\n")

@@ -325,6 +325,29 @@ def test_while_a_sweep_runs_the_trials_that_were_written_are_carried_over_and_at
     assert remote.read_text(folder.location(other))
 
 
+def test_a_copy_that_was_removed_while_the_sweep_runs_takes_nothing_from_the_store(folder: SweepFolder) -> None:
+    with carried(folder, Tenure("")) as carrier:
+        folder.sweep_file.write_text("name: demo")
+        before = folder.trial("u")
+        for file in (before.result, before.metrics, before.adapter / "weights", folder.results_json):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("{}")
+        carrier.push()
+        shutil.rmtree(folder.root)
+        write_result(folder, record(TrialStatus.FAILED))
+        carrier.track(record(TrialStatus.FAILED))
+        folder.sweep_file.write_text("name: demo")
+    kept = remote.opened(folder.shown)
+    assert b"failed" in kept.trial("t").result.read_bytes()
+    assert kept.results_json.exists()
+    remote.fetch_trial(kept, "u")
+    assert {file.name for file in kept.trial("u").root.rglob("*") if file.is_file()} == {
+        "result.json",
+        "metrics.jsonl",
+        "weights",
+    }
+
+
 def test_a_trials_checkpoints_stay_in_the_store_until_its_final_record_is_there(
     folder: SweepFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

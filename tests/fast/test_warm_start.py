@@ -138,6 +138,18 @@ def test_a_sweep_that_would_warm_start_from_itself_is_refused_before_anything_st
     assert not (tmp_path / "a").exists()
 
 
+def test_a_plan_is_made_without_the_sweep_to_learn_from_and_says_what_run_refuses(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    search = {"algorithm": "tpe", "warm_start": str(tmp_path / "nowhere")}
+    raw = {"name": "a", "model": "builtin:tiny-llama", "data": {"train": "builtin:python-docs"}, "search": search}
+    raw |= {"space": {"rank": [8, 16]}, "budget": {"trials": 2}, "storage": str(tmp_path)}
+    file.write_text(yaml.safe_dump(raw))
+    planned, ended = (CliRunner().invoke(app, [command, str(file)]) for command in ("plan", "run"))
+    told = f"search.warm_start: {tmp_path / 'nowhere'} holds no sweep: name a folder that `orchestrator run` made"
+    assert (planned.exit_code, planned.stderr) == (0, f"warning: {told}\n")
+    assert (ended.exit_code, ended.stderr) == (2, f"error: {told}\n")
+
+
 def test_a_warm_start_from_what_is_no_sweep_is_refused(tmp_path: Path) -> None:
     search = {"algorithm": "tpe", "warm_start": str(tmp_path)}
     raw = {"name": "a", "model": "m", "data": {"train": "t"}, "search": search}

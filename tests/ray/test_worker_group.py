@@ -97,7 +97,10 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     cluster.connect(None)
     board = cluster.start_switchboard()
     groups = cluster.start_groups(board, GroupShape(1, 0, 1), MODEL, folder / "groups", ahead=1)
-    yield Bench(board, groups, ray.get(groups.open.remote()), folder / "data", folder)
+    made = Bench(board, groups, ray.get(groups.open.remote()), folder / "data", folder)
+    # Up, whichever test is the first: they look for its processes at once.
+    made.run()
+    yield made
     ray.get(groups.close_all.remote())
     cluster.disconnect()
 

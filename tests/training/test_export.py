@@ -238,6 +238,17 @@ def test_a_trial_without_an_adapter_says_why(status: TrialStatus, told: str, tmp
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_damaged_adapter_is_not_merged_and_not_told_to_be_exported_unmerged(
+    file: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = a_sweep(tmp_path / "sweep", tiny_model, {})
+    adapter = next(folder.trials()).adapter
+    (adapter / file).write_text("{")
+    with pytest.raises(InputError, match=f"the adapter in {adapter} is damaged.*: name another with --trial$"):
+        export(folder, None, tmp_path / "out", merge=True, force=False)
+
+
 def test_pickled_weights_are_never_copied(tiny_model: Path, tmp_path: Path) -> None:
     folder = a_sweep(tmp_path / "sweep", tiny_model, {})
     (next(folder.trials()).adapter / "adapter_model.bin").write_bytes(b"pickle")

@@ -108,13 +108,16 @@ def test_a_hub_model_is_refused_in_words_when_the_hub_is_off(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("endpoint", ["https://a..b", "http://[bad"])
-def test_an_endpoint_of_the_hub_that_is_no_address_is_refused(endpoint: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", ["nobody/nothing", "builtin:tiny-llama", "a local one"])
+def test_an_endpoint_of_the_hub_that_is_no_address_is_refused(endpoint: str, model: str, tmp_path: Path) -> None:
+    if model == "a local one":
+        # What transformers has to be asked about, which cannot be imported then.
+        (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
+        model = str(tmp_path)
     code = (
-        "import urllib.request\n"
         "from orchestrator.training import model_source\n"
         "from orchestrator.errors import ModelError\n"
-        "urllib.request.getproxies = dict\n"
-        "try: model_source.resolve('nobody/nothing')\n"
+        f"try: model_source.resolve({model!r})\n"
         "except ModelError as error: print(error)\n"
     )
     env = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}

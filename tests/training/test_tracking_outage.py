@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import socket
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,9 +24,9 @@ from orchestrator.results.evaluation import Evaluation, write_evaluation
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 from orchestrator.results.secrets import without_secret
 from orchestrator.results.storage import SweepFolder, read_sweep, write_atomically, write_sweep
-from orchestrator.sweep import evaluation
+from orchestrator.sweep import evaluation, system_metrics
 from orchestrator.sweep.delivered import Delivered, read_delivered, write_delivered
-from orchestrator.sweep.tracking import Tracker
+from orchestrator.sweep.tracking import Tracker, tracking_uri
 from tests.made_up_sweep import made_up_point, made_up_sweep, made_up_trial, write_made_up
 from tests.tracking_servers import PASSWORD, FragileServer, Server, late_once, on_sqlite_with_a_login
 from tests.waiting import wait_until
@@ -419,3 +421,26 @@ def test_a_trial_that_a_failing_database_refused_is_told_once_more_at_the_end(
     assert tracker.run_id(result.trials[0].trial_id)
     runs = MlflowClient(f"sqlite:///{database}").search_runs([tracker._experiment_id])
     assert len(runs) == 2
+
+
+def test_a_database_that_fails_is_told_in_our_words_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
+    database = tmp_path / "tracked.db"
+    config, result, folder = a_sweep(tmp_path / "failing", f"sqlite:///{database}")
+    tracker = Tracker(config, SWEEP_ID, folder)
+    with system_metrics.logged(tracking_uri(config), tracker.parent_run_id):
+        # To MLflow the same kind of error as a lock, for which it waits 20 s.
+        change(database, "ALTER TABLE metrics RENAME TO gone")
+        tracker.track(result.trials[0])
+        wait_until(lambda: caplog.text, lambda text: "MLflow does not answer" in text, LIMIT_S)
+    said = capfd.readouterr()
+    assert (said.out, said.err) == ("", "")
+    change(database, "ALTER TABLE gone RENAME TO metrics")
+    assert tracker.finish(LIMIT_S)
+
+
+def change(database: Path, statement: str) -> None:
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        connection.execute(statement)
