@@ -86,14 +86,14 @@ def _what_fits(case: Case, memory_bytes: int, most_workers: int, taken: Taken) -
 
 
 def _shorter_that_fits(case: Case, memory_bytes: int) -> str | None:
-    """The longest sequences that fit, alone or with all the rest that is cheaper."""
-    for others in ([], _strongest(case)):
-        length = case.config.sequence_length // 2
-        while length >= LEAST_LENGTH:
-            changes = [*others, _Change(f"sequence_length {length}", {"sequence_length": length})]
+    """The longest sequences that fit, alone where that is enough, or else with all the rest that is cheaper."""
+    length = case.config.sequence_length // 2
+    while length >= LEAST_LENGTH:
+        shorter = _Change(f"sequence_length {length}", {"sequence_length": length})
+        for changes in ([shorter], [*_strongest(case), shorter]):
             if _fits(case, changes, memory_bytes, _with_room):
                 return " and ".join(change.told for change in changes)
-            length //= 2
+        length //= 2
     return None
 
 
@@ -114,6 +114,9 @@ def _single(case: Case, most_workers: int) -> Iterator[_Change]:
 def _strongest(case: Case) -> list[_Change]:
     config = case.config
     changes: list[_Change] = []
+    sdpa = _Change("attention sdpa", {"attention": "sdpa"})
+    if config.attention == "eager" and not refusals(replace(case, config=config.model_copy(update=sdpa.settings))):
+        changes.append(sdpa)
     if isinstance(config.micro_batch_size, int) and config.micro_batch_size > 1:
         changes.append(_Change("micro_batch_size 1", {"micro_batch_size": 1}))
     if not config.gradient_checkpointing:

@@ -183,7 +183,15 @@ def test_where_no_change_leaves_room_one_that_fits_without_is_named() -> None:
     asked = case(named_gpu("T4", 1), **settings, sequence_length=4096)
     one = estimate_on(asked.config.model_copy(update={"micro_batch_size": 1}), SEVEN_B, 1, asked.hardware)
     assert what_fits(asked, one.device_bytes - 1, 1) == "micro_batch_size 1"
-    assert what_fits(asked, one.needed_bytes - 1, 1) == "sequence_length 1024"
+    shortest_with_all = what_fits(asked, one.needed_bytes - 1, 1)
+    assert shortest_with_all == "micro_batch_size 1 and sequence_length 2048"
+
+
+def test_attention_without_its_scores_is_the_first_that_is_named() -> None:
+    settings = {"attention": "eager", "micro_batch_size": 1, "gradient_checkpointing": True, "sequence_length": 4096}
+    asked = case(named_gpu("H100", 1), **settings)
+    sdpa = estimate_on(asked.config.model_copy(update={"attention": "sdpa"}), SEVEN_B, 1, asked.hardware)
+    assert (what_fits(asked, sdpa.device_bytes, 1) or "").startswith("attention sdpa")
 
 
 def test_shorter_sequences_are_named_where_nothing_else_is_enough_and_weights_alone_fit_nowhere() -> None:
