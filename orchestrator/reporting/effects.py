@@ -35,7 +35,8 @@ class SettingValue:
 
     value: str
     objective: Estimate | None
-    """Over the completed trials; None where none has completed."""
+    """Over the completed trials, and without an interval: they differ in their other settings too, which is no noise.
+    None where none has completed."""
     difference: Estimate | None
     """To the setting's reference value, over pairs of trials that differ in nothing else; its count and interval are
     those of the seeds, so that one seed alone has none."""
@@ -102,7 +103,7 @@ def _effect(sweep: SweepResult, name: str, measured: Sequence[TrialResult]) -> E
     values = tuple(
         SettingValue(
             value=group,
-            objective=estimate(objectives[group]) if objectives[group] else None,
+            objective=Estimate(fmean(own), None, len(own)) if (own := objectives[group]) else None,
             difference=_difference(cells, group, reference) if group != reference else None,
             gain=_difference(cells, group, order[place - 1]) if place else None,
             memory_ratio=_ratio(memory, group, reference) if group != reference else None,
