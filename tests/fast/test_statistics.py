@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from orchestrator.reporting import cost_charts, effect_charts, statistics
@@ -121,6 +123,15 @@ def test_single_runs_take_the_best_and_say_that_noise_is_unknown() -> None:
     assert (answer.basis, answer.label, answer.repeats_needed) == ("single_runs", "rank=8", 3)
     assert "one run each cannot tell" in answer.answer
     assert any("rank=4 is within 0.01 of it" in line for line in answer.evidence)
+
+
+def test_three_repeats_of_a_thousand_configurations_are_compared_in_a_second() -> None:
+    settings = [{"rank": 1 + i % 250, "weight_decay": i // 250 / 10} for i in range(1000)]
+    sweep = simulated([2 + i % 97 / 97 for i in range(1000)], 3, 0, configurations=settings)
+    recommend(simulated([2.0, 2.1], 2, 0))
+    started = time.process_time()
+    recommend(sweep)
+    assert time.process_time() - started < 1.5
 
 
 def test_where_noise_hides_what_matters_it_says_so_and_how_many_repeats_would_do() -> None:
