@@ -77,6 +77,10 @@ class Noise:
     sd: float
     degrees_of_freedom: int
 
+    def half_width(self, comparisons: int, seeds: int) -> float:
+        """Of a difference over so many shared seeds, of an interval that holds for `comparisons` such at once."""
+        return t_quantile(comparisons, self.degrees_of_freedom) * self.sd * math.sqrt(2 / seeds)
+
 
 def label(trial: TrialResult, searched: Sequence[str]) -> str:
     """`rank=8 precision=nf4`: the searched settings alone, and where it began in the middle of another trial."""
@@ -279,8 +283,7 @@ def paired_difference(
     shared = sorted(set(one) & set(other))
     if not shared:
         return None
-    quantile = t_quantile(comparisons, noise.degrees_of_freedom)
-    half_width = quantile * noise.sd * math.sqrt(2 / len(shared))
+    half_width = noise.half_width(comparisons, len(shared))
     return Estimate(fmean(one[repeat] - other[repeat] for repeat in shared), half_width, len(shared))
 
 
