@@ -14,8 +14,8 @@ is in the file, or in the sweep's folder, already is not trained again.
   this package was chosen by them: they say how far what was seen on the other two carries.
 - adapters: low-rank adapters of a perceptron that has learned scikit-learn's digits and is to read them mirrored, over
   five settings: a grid as large as those that searches are for. Committed before any search had seen a curve of it.
-- letters: the same on text: a perceptron that has learned the next letter of the documentation of Python and is to learn
-  that of scikit-learn's data. Committed after the last change to what searches do, before any had seen a curve of it.
+- letters: the same on text: a perceptron that has learned which letter comes next in Python's documentation, and is to
+  learn it of scikit-learn's. Committed after the last change to what searches do, before any had seen a curve of it.
 """
 
 from __future__ import annotations
@@ -212,8 +212,9 @@ def mirrored_digits() -> Adaptation:
 @functools.cache
 def other_letters() -> Adaptation:
     """A perceptron that says the letter after six of Python's documentation, and what describes scikit-learn's data."""
-    import torch
     from pydoc_data.topics import topics
+
+    import torch
     from sklearn import datasets
     from torch.nn.functional import one_hot
 

@@ -6,6 +6,8 @@ from collections.abc import Collection, Sequence
 
 from orchestrator.config.sweep_config import is_score
 from orchestrator.reporting import quantities
+from orchestrator.reporting.effects import measured_trials
+from orchestrator.reporting.noise import one_run_words
 from orchestrator.reporting.statistics import ConfigurationSummary, metric_of
 from orchestrator.results.records import SweepResult, TrialStatus
 
@@ -53,6 +55,9 @@ def caveats(
         told.append(
             f"The scheduler stopped repeats of {_some(early)}: their means stand on the repeats that went well."
         )
+    measured = [trial.configuration_id for trial in measured_trials(sweep)]
+    if len(set(measured)) == len(measured) > 1:
+        told.append(one_run_words(sweep))
     timed = min((steps_of[s.configuration_id] for s in contenders), default=FEW_STEPS)
     if timed < FEW_STEPS:
         told.append(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from orchestrator.planning.plan import SweepPlan
 from orchestrator.reporting import quantities
 from orchestrator.reporting.charts import Figure, Key
+from orchestrator.reporting.noise import ONE_RUN_SPEED
 from orchestrator.reporting.plot import Axis, Bar, Dot, Part, bar_plot, xy_plot
 from orchestrator.reporting.statistics import ConfigurationSummary, are_the_same
 
@@ -115,8 +116,8 @@ def speed_chart(found: Sequence[ConfigurationSummary]) -> Figure | None:
     ]
     fastest, slowest = max(known, key=lambda s: s.tokens_per_s or 0), min(known, key=lambda s: s.tokens_per_s or 0)
     words = f"Tokens a second over all workers of a trial, and in brackets the median step. {_shown(known, found)}."
-    if fastest is not slowest:
-        times = (fastest.tokens_per_s or 0) / (slowest.tokens_per_s or 1)
+    times = (fastest.tokens_per_s or 0) / (slowest.tokens_per_s or 1)
+    if times >= 1 + ONE_RUN_SPEED:
         words += f" {fastest.label} is {times:.2g} times as fast as {slowest.label}."
     svg = bar_plot("Speed", words, bars, Axis("tokens a second", quantities.rate))
     return Figure("Speed", svg, (), words)

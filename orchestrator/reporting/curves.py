@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import fmean, variance
 from typing import Any
 
-from orchestrator.reporting.effects import grouping, sort_key
+from orchestrator.reporting.effects import grouping, measured_trials, places_of, sort_key
 from orchestrator.reporting.statistics import ConfigurationSummary, Estimate, estimate, t_quantile
 from orchestrator.results.records import MetricPoint, SweepResult, TrialStatus
 
@@ -86,6 +86,27 @@ def _losses(found: Iterable[tuple[str, int, Curve]]) -> Losses:
 def evaluations(curve: Curve) -> Curve:
     """The points that were evaluated, with a result that is a number."""
     return tuple(point for point in curve if point.eval_loss is not None and math.isfinite(point.eval_loss))
+
+
+def losses_where_both_were(
+    sweep: SweepResult, curves: Mapping[str, Curve], name: str, value: str, reference: str
+) -> tuple[tuple[int, float, float], ...]:
+    """(repeat, eval_loss with one value of a setting, with another) of each pair of trials that differ in nothing else.
+
+    At the last step that both were evaluated at: stopped trials take part, which have no final objective.
+    """
+    measured = measured_trials(sweep)
+    places = places_of(name, sweep.searched, measured, grouping([getattr(trial.config, name) for trial in measured]))
+    cells: dict[tuple[Any, ...], dict[str, dict[int, float]]] = defaultdict(dict)
+    for (place, group), trial in zip(places, measured, strict=True):
+        evaluated = evaluations(curves.get(trial.trial_id, ()))
+        cells[place][group] = {point.step: point.eval_loss or 0.0 for point in evaluated}
+    found = []
+    for (repeat, *_), cell in cells.items():
+        one, other = cell.get(value, {}), cell.get(reference, {})
+        if shared := one.keys() & other.keys():
+            found.append((repeat, one[max(shared)], other[max(shared)]))
+    return tuple(found)
 
 
 def _mean_curve(identity: str, label: str, settings: tuple[tuple[str, Any], ...], losses: Losses) -> MeanCurve:

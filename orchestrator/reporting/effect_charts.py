@@ -18,7 +18,7 @@ MAX_SETTINGS = 2
 
 
 def effect_charts(metric: str, effects: Sequence[Effect]) -> tuple[Figure, ...]:
-    """What each value of each searched setting does to the objective, with its 95 % interval."""
+    """What each value of each searched setting does to the objective, with its 95 % interval where seeds tell one."""
     figures = (_effect_chart(metric, effect) for effect in effects)
     return tuple(figure for figure in figures if figure)
 
@@ -30,7 +30,7 @@ def _effect_chart(metric: str, effect: Effect) -> Figure | None:
     matched = [value.difference for value in known[1:]]
     estimates: list[Estimate] = [value.objective for value in known if value.objective]
     label = metric
-    words = f"Mean {metric} of the completed trials with each value, with its 95 % interval where it has one."
+    words = f"Mean {metric} of the completed trials with each value, whatever their other settings."
     if known[0] is effect.values[0] and all(d and d.half_width is not None for d in matched):
         estimates = [Estimate(0.0, None, estimates[0].count), *(d for d in matched if d)]
         label = f"change of {metric}"

@@ -35,7 +35,8 @@ class SettingValue:
 
     value: str
     objective: Estimate | None
-    """Over the completed trials; None where none has completed."""
+    """Over the completed trials, and without an interval: they differ in their other settings too, which is no noise.
+    None where none has completed."""
     difference: Estimate | None
     """To the setting's reference value, over pairs of trials that differ in nothing else; its count and interval are
     those of the seeds, so that one seed alone has none."""
@@ -76,10 +77,14 @@ class Effect:
 
 def main_effects(sweep: SweepResult) -> tuple[Effect, ...]:
     """One effect for every searched setting that has at least two values among the trials that were measured."""
-    # What began in the middle of another trial differs from the others in more than its settings.
-    measured = [trial for trial in sweep.trials if trial.status in MEASURED and not trial.started_from]
+    measured = measured_trials(sweep)
     found = [_effect(sweep, name, measured) for name in sweep.searched] if measured else []
     return tuple(effect for effect in found if len(effect.values) > 1)
+
+
+def measured_trials(sweep: SweepResult) -> list[TrialResult]:
+    """Those that can be compared; what began in the middle of another trial differs in more than its settings."""
+    return [trial for trial in sweep.trials if trial.status in MEASURED and not trial.started_from]
 
 
 def _effect(sweep: SweepResult, name: str, measured: Sequence[TrialResult]) -> Effect:
@@ -95,14 +100,14 @@ def _effect(sweep: SweepResult, name: str, measured: Sequence[TrialResult]) -> E
     for trial in measured:
         if (value := final(trial)) is not None:
             objectives[group_of(getattr(trial.config, name))].append(value)
-    places = _places(name, sweep.searched, measured, group_of)
+    places = places_of(name, sweep.searched, measured, group_of)
     cells, memory, speed = (_cells(places, measured, reading) for reading in (final, _memory, _speed))
     paired = {group for found in (cells, memory, speed) for _, cell in found if len(cell) > 1 for group in cell}
     reference = next((group for group in order if group in paired), order[0])
     values = tuple(
         SettingValue(
             value=group,
-            objective=estimate(objectives[group]) if objectives[group] else None,
+            objective=Estimate(fmean(own), None, len(own)) if (own := objectives[group]) else None,
             difference=_difference(cells, group, reference) if group != reference else None,
             gain=_difference(cells, group, order[place - 1]) if place else None,
             memory_ratio=_ratio(memory, group, reference) if group != reference else None,
@@ -145,7 +150,7 @@ def grouping(values: Sequence[Any]) -> Callable[[Any], str]:
     return quarter
 
 
-def _places(
+def places_of(
     name: str, searched: Sequence[str], measured: Sequence[TrialResult], group_of: Callable[[Any], str]
 ) -> Sequence[tuple[tuple[Any, ...], str]]:
     """Of each trial what it has besides the setting, its repeat and all other searched settings; and its value."""
@@ -168,14 +173,15 @@ def _cells(places: Sequence[tuple[tuple[Any, ...], str]], measured: Sequence[Tri
 
 
 def _difference(cells: Cells, group: str, reference: str) -> Estimate | None:
-    return _over_seeds((r, cell[group] - cell[reference]) for r, cell in cells if group in cell and reference in cell)
+    return over_seeds((r, cell[group] - cell[reference]) for r, cell in cells if group in cell and reference in cell)
 
 
 def _ratio(cells: Cells, group: str, reference: str) -> Estimate | None:
-    return _over_seeds((r, cell[group] / cell[reference]) for r, cell in cells if group in cell and cell.get(reference))
+    return over_seeds((r, cell[group] / cell[reference]) for r, cell in cells if group in cell and cell.get(reference))
 
 
-def _over_seeds(pairs: Iterable[tuple[int, float]]) -> Estimate | None:
+def over_seeds(pairs: Iterable[tuple[int, float]]) -> Estimate | None:
+    """The mean of (repeat, value) with its interval, both over the repeats."""
     by_seed: dict[int, list[float]] = defaultdict(list)
     for repeat, value in pairs:
         by_seed[repeat].append(value)

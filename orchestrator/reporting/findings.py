@@ -100,7 +100,7 @@ def build(folder: SweepFolder, now_s: float | None = None) -> Report:
         plan=plan,
         damaged=damaged + unread,
         summaries=found,
-        recommendation=_with_lineage(sweep, _with_settings(sweep, recommend(sweep), levels, effects)),
+        recommendation=_with_lineage(sweep, _with_settings(sweep, recommend(sweep), curves, levels, effects)),
         front=pareto_front(found, sign_of(sweep)),
         effects=effects,
         importances=importances(sweep),
@@ -131,10 +131,14 @@ def _price(sweep_file: str | None) -> float | None:
 
 
 def _with_settings(
-    sweep: SweepResult, recommendation: Recommendation, levels: Mapping[str, Plateau], effects: Sequence[Effect]
+    sweep: SweepResult,
+    recommendation: Recommendation,
+    curves: Mapping[str, Curve],
+    levels: Mapping[str, Plateau],
+    effects: Sequence[Effect],
 ) -> Recommendation:
     """The evidence with what effects and curves add: what settings trade, and whether more of one would still help."""
-    told = list(trades(sweep, effects))
+    told = list(trades(sweep, effects, curves))
     # More of a setting gains no speed, and nobody asks when it stops to.
     if sweep.objective_metric not in COSTS:
         told += [levelling_words(effect.setting, effect.levelling) for effect in effects if effect.levelling]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Literal
 
 from orchestrator.planning.pace import OPEN
 from orchestrator.reporting import objectives, quantities
 from orchestrator.reporting.caveats import caveats
+from orchestrator.reporting.noise import ONE_RUN_SPEED, least_memory, logarithms, memory_of, verdict
 from orchestrator.reporting.statistics import (
     SAME_OBJECTIVE,
     ConfigurationSummary,
@@ -35,6 +37,7 @@ RULE = (
 SAME_MEMORY = 1.02
 CLOSE = 0.01
 FIRST_REPEATS = 3
+UNCLEAR = "no clear difference in memory or speed"
 STEP_SIZES = frozenset({"global_batch_size", "sequence_length", "packing"})
 
 NOT_ENDED = OPEN | {TrialStatus.CANCELLED}
@@ -54,6 +57,10 @@ class Comparison:
     """Share of the best's peak memory that it does not need."""
     speedup: float | None
     """Over the best, by step time, or by tokens a second where steps are not of one size."""
+    memory_differs: bool
+    """By more than its noise; of one run each, by more than repeats usually do."""
+    speed_differs: bool
+    """Likewise."""
     is_within_noise: bool
 
 
@@ -174,17 +181,18 @@ def _compare(
 ) -> tuple[Comparison, ...]:
     best, sign = contenders[0], sign_of(sweep)
     resolution = SAME_OBJECTIVE * abs(best.objective.mean) if best.objective else 0.0
+    values = {summary.configuration_id: summary.objective_by_repeat for summary in contenders}
+    measured = [t for t in sweep.trials if t.status is TrialStatus.COMPLETED and t.configuration_id in values]
+    memory = logarithms(measured, memory_of)
+    slowness = logarithms(measured, lambda trial: _slowness_of(sweep.searched, trial))
+    memory_noise, speed_noise = noise_of(memory), noise_of(slowness)
     comparisons = []
     for other in contenders[1:]:
-        difference = None
-        if noise:
-            difference = paired_difference(
-                other.objective_by_repeat, best.objective_by_repeat, noise, len(contenders) - 1
-            )
-        elif other.objective and best.objective:
-            difference = Estimate(other.objective.mean - best.objective.mean, None, 1)
+        pair = (other.configuration_id, best.configuration_id, len(contenders) - 1)
+        difference = _difference(values, *pair, noise)
         if difference and sign < 0:
             difference = Estimate(-difference.mean, difference.half_width, difference.count)
+        lighter, faster = _difference(memory, *pair, memory_noise), _difference(slowness, *pair, speed_noise)
         comparisons.append(
             Comparison(
                 other.configuration_id,
@@ -192,10 +200,23 @@ def _compare(
                 difference,
                 _saved(other.peak_memory_bytes, best.peak_memory_bytes),
                 _ratio(_slowness(best), _slowness(other)),
+                verdict(lighter, least_memory(sweep)) == "differs",
+                verdict(faster, ONE_RUN_SPEED) == "differs",
                 difference is not None and difference.mean <= max(difference.half_width or 0.0, resolution),
             )
         )
     return tuple(comparisons)
+
+
+def _difference(
+    values: Mapping[str, Mapping[int, float]], other: str, best: str, comparisons: int, noise: Noise | None
+) -> Estimate | None:
+    one, reference = values.get(other), values.get(best)
+    if not one or not reference:
+        return None
+    if noise:
+        return paired_difference(one, reference, noise, comparisons)
+    return Estimate(fmean(one.values()) - fmean(reference.values()), None, 1)
 
 
 def _saved(memory_bytes: int | None, best_bytes: int | None) -> float | None:
@@ -218,10 +239,14 @@ def _cheapest(candidates: Sequence[ConfigurationSummary]) -> ConfigurationSummar
 
 
 def _slowness(summary: ConfigurationSummary) -> float | None:
+    return _slowness_of([name for name, _ in summary.settings], summary)
+
+
+def _slowness_of(searched: Sequence[str], measured: ConfigurationSummary | TrialResult) -> float | None:
     """Step time; seconds a token where steps are not of one size."""
-    if STEP_SIZES.isdisjoint(name for name, _ in summary.settings):
-        return summary.step_time_s
-    return 1 / summary.tokens_per_s if summary.tokens_per_s else None
+    if STEP_SIZES.isdisjoint(searched):
+        return measured.step_time_s
+    return 1 / measured.tokens_per_s if measured.tokens_per_s else None
 
 
 def _ratio(over: float | None, under: float | None) -> float | None:
@@ -239,7 +264,7 @@ def _within_words(comparison: Comparison, best: str) -> str:
     apart = f"is within {quantities.plus_minus(difference.mean, difference.half_width)} of {best}"
     if max(abs(difference.mean), difference.half_width or 0.0) < quantities.NOTHING:
         apart = f"is as good as {best}"
-    return ", ".join([apart, *_cost_words(comparison)])
+    return ", ".join([apart, *(_cost_words(comparison) or [f"with {UNCLEAR}"])])
 
 
 def _apart_from(chosen: ConfigurationSummary, best: ConfigurationSummary) -> str:
@@ -250,16 +275,27 @@ def _apart_from(chosen: ConfigurationSummary, best: ConfigurationSummary) -> str
 
 
 def _cost_words(comparison: Comparison) -> list[str]:
-    """`takes 31 % less memory and is 1.4× faster`; what differs by less than 1 % is left out."""
+    """`takes 31 % less memory and is 1.4× faster`; left out is what differs by less than 1 %, or may be noise."""
     words = []
     saved, speedup = comparison.memory_saved, comparison.speedup
-    if saved is not None and abs(saved) >= 0.01:
+    if saved is not None and abs(saved) >= 0.01 and comparison.memory_differs:
         words.append(f"takes {quantities.share(abs(saved))} {'less' if saved > 0 else 'more'} memory")
-    if speedup is not None and not 0.99 < speedup < 1.01:
+    if speedup is not None and not 0.99 < speedup < 1.01 and comparison.speed_differs:
         times = max(speedup, 1 / speedup)
         shown = f"{times:.2f}" if times < 1.095 else f"{times:.2g}"
         words.append(f"is {shown}× {'faster' if speedup > 1 else 'slower'}")
     return [" and ".join(words)] if words else []
+
+
+def _is_cheaper(
+    sweep: SweepResult, best: ConfigurationSummary, other: ConfigurationSummary, comparison: Comparison
+) -> bool:
+    """Whether the rule would take it were it as good, and not for what may be noise."""
+    if _preferred(sweep, [best, other]) is best:
+        return False
+    lighter = comparison.memory_differs and (comparison.memory_saved or 0.0) > 0
+    faster = comparison.speed_differs and (comparison.speedup or 0.0) > 1
+    return lighter or faster or len(sweep.objectives) > 1
 
 
 def _cheaper_but_worse(
@@ -271,7 +307,7 @@ def _cheaper_but_worse(
     words = []
     for other, comparison in zip(contenders[1:], comparisons, strict=True):
         saves = _cost_words(comparison)
-        if _preferred(sweep, [best, other]) is best or comparison.difference is None or not saves:
+        if not _is_cheaper(sweep, best, other, comparison) or comparison.difference is None or not saves:
             continue
         apart = quantities.plus_minus(comparison.difference.mean, comparison.difference.half_width)
         near = comparison.difference.mean <= CLOSE * abs(best.objective.mean) if best.objective else False
@@ -319,9 +355,9 @@ def _by_single_runs(
     close = []
     for other, comparison in zip(contenders[1:], comparisons, strict=True):
         difference = comparison.difference
-        cheaper = _preferred(sweep, [best, other]) is other
+        cheaper = _is_cheaper(sweep, best, other, comparison)
         if difference and cheaper and best.objective and difference.mean <= CLOSE * abs(best.objective.mean):
-            words = " and ".join(_cost_words(comparison)) or "costs the same"
+            words = " and ".join(_cost_words(comparison)) or f"shows {UNCLEAR}"
             close.append(f"{other.label} is within {difference.mean:.2g} of it, less than 1 %, and {words}.")
     return _make("single_runs", best, answer, [*close[:5], *caveats], comparisons, None, FIRST_REPEATS)
 
@@ -335,7 +371,7 @@ def _by_cost(
     """Ways to compute the same, as ZeRO stages are: their costs decide, and no repeat is needed to see that."""
     best = contenders[0]
     is_least = all(comparison.memory_saved is None or comparison.memory_saved <= 0 for comparison in comparisons)
-    why = "takes the least memory" if is_least else "is the fastest of those within 2 % of the least memory"
+    why = "takes the least memory" if is_least else "is the fastest, by one run each, within 2 % of the least memory"
     if len(sweep.objectives) > 1:
         why = f"is the best of them by {sweep.objectives[1][0]}"
     answer = (

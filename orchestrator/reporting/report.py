@@ -159,6 +159,7 @@ def _page(report: Report) -> dict[str, Any]:
         "part_styles": cost_charts.PART_STYLES,
         "setting_figures": [figure for figure in settings if figure],
         "configurations": [(s, objective_text(s), behind_text(report, s)) for s in report.summaries],
+        "has_repeats": any(len(summary.objective_by_repeat) > 1 for summary in report.summaries),
         "most": PAGE_ROWS,
         "plus_minus": lambda e: quantities.plus_minus(e.mean, e.half_width) if e else "",
         "trials": sorted(sweep.trials, key=lambda t: _place(values[t.trial_id], sign)),

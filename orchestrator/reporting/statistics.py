@@ -77,6 +77,10 @@ class Noise:
     sd: float
     degrees_of_freedom: int
 
+    def half_width(self, comparisons: int, seeds: int) -> float:
+        """Of a difference over so many shared seeds, of an interval that holds for `comparisons` such at once."""
+        return t_quantile(comparisons, self.degrees_of_freedom) * self.sd * math.sqrt(2 / seeds)
+
 
 def label(trial: TrialResult, searched: Sequence[str]) -> str:
     """`rank=8 precision=nf4`: the searched settings alone, and where it began in the middle of another trial."""
@@ -222,16 +226,24 @@ def _fit(values: Mapping[str, Mapping[int, float]]) -> tuple[dict[str, float], f
 
     repeats = sorted({repeat for by_repeat in values.values() for repeat in by_repeat})
     cells = [(i, repeats.index(r), v) for i, by_repeat in enumerate(values.values()) for r, v in by_repeat.items()]
-    design = np.zeros((len(cells), len(values) + len(repeats)))
-    rows = np.arange(len(cells))
-    design[rows, [i for i, _, _ in cells]] = 1
-    design[rows, [len(values) + j for _, j, _ in cells]] = 1
+    places = np.array([i for i, _, _ in cells])
+    seeds = np.zeros((len(cells), len(repeats)))
+    seeds[np.arange(len(cells)), [j for _, j, _ in cells]] = 1
     observed = np.array([value for _, _, value in cells])
     middle = observed.mean()
-    fitted, _, rank, _ = np.linalg.lstsq(design, observed - middle, rcond=None)
-    squares = float(((observed - middle - design @ fitted) ** 2).sum())
-    means = middle + fitted[: len(values)] + fitted[len(values) :].mean()
-    return dict(zip(values, means.tolist(), strict=True)), squares, len(cells) - int(rank)
+    counts = np.bincount(places)
+
+    def own_means(column: Any) -> Any:
+        return np.bincount(places, column) / counts
+
+    # Each configuration's own mean is taken out first (Frisch and Waugh 1933), which leaves a column a seed to fit.
+    of_seeds = np.apply_along_axis(own_means, 0, seeds)
+    own = own_means(observed - middle)
+    residual, columns = observed - middle - own[places], seeds - of_seeds[places]
+    fitted, _, rank, _ = np.linalg.lstsq(columns, residual, rcond=None)
+    squares = float(((residual - columns @ fitted) ** 2).sum())
+    means = middle + own - of_seeds @ fitted + fitted.mean()
+    return dict(zip(values, means.tolist(), strict=True)), squares, len(cells) - len(values) - int(rank)
 
 
 def scattered(values: Mapping[str, Mapping[int, float]]) -> frozenset[str]:
@@ -271,8 +283,7 @@ def paired_difference(
     shared = sorted(set(one) & set(other))
     if not shared:
         return None
-    quantile = t_quantile(comparisons, noise.degrees_of_freedom)
-    half_width = quantile * noise.sd * math.sqrt(2 / len(shared))
+    half_width = noise.half_width(comparisons, len(shared))
     return Estimate(fmean(one[repeat] - other[repeat] for repeat in shared), half_width, len(shared))
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
 from orchestrator.results.records import GitState
 from orchestrator.results.secrets import without_secret
 
+COMMIT, DIRTY = "ORCHESTRATOR_GIT_COMMIT", "ORCHESTRATOR_GIT_DIRTY"
+"""What `submit` tells a job, whose package is no checkout."""
 PACKAGES = ("orchestrator", "torch", "transformers", "peft", "deepspeed", "ray", "mlflow", "bitsandbytes", "flash-attn")
 
 
@@ -25,7 +29,7 @@ def versions() -> dict[str, str]:
 
 
 def git_state(folder: Path) -> GitState | None:
-    """Commit and dirty flag of the checkout around `folder`; None outside of one, or without git.
+    """Commit and dirty flag of the checkout around `folder`; outside of one, or without git, what `submit` told.
 
     A file that git does not know, such as a sweep file of one's own, changes nothing that is trained.
     """
@@ -33,7 +37,15 @@ def git_state(folder: Path) -> GitState | None:
         commit = _git(folder, "rev-parse", "HEAD")
         return GitState(commit=commit, dirty=bool(_git(folder, "status", "--porcelain", "--untracked-files=no")))
     except (OSError, subprocess.SubprocessError):
-        return None
+        told = os.environ.get(COMMIT)
+        return GitState(commit=told, dirty=DIRTY in os.environ) if told else None
+
+
+def told_to_a_job(state: GitState | None) -> Mapping[str, str]:
+    """The environment variables by which a job knows the state of the checkout that it was submitted from."""
+    if state is None:
+        return {}
+    return {COMMIT: state.commit, **({DIRTY: "1"} if state.dirty else {})}
 
 
 def run_page(tracking_uri: str, run_id: str) -> str | None:

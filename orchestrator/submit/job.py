@@ -11,6 +11,8 @@ from typing import Any
 
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.errors import InputError
+from orchestrator.results.provenance import told_to_a_job
+from orchestrator.results.records import GitState
 from orchestrator.submit.package import SWEEP_FILE, WEBHOOK_FILE
 
 MINIMUM_PYTHON = (3, 11)
@@ -25,12 +27,15 @@ def entrypoint(isolation: str, *, notifies: bool) -> str:
     return shlex.join(["python", "-m", "orchestrator", "run", SWEEP_FILE, "--isolation", isolation, *notify])
 
 
-def runtime_env(folder: Path, requirements: Sequence[str]) -> dict[str, Any]:
-    """Ray's description of the job's environment; `requirements` are installed in it."""
+def runtime_env(folder: Path, requirements: Sequence[str], git: GitState | None) -> dict[str, Any]:
+    """Ray's description of the job's environment; `requirements` are installed in it.
+
+    git: of the checkout that it is submitted from. Not a packed file, or a commit alone would make another package.
+    """
     environment: dict[str, Any] = {
         "working_dir": str(folder),
-        # Read by the process that starts and stops the job's driver.
-        "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_LIMIT_S)},
+        # The limit is read by the process that starts and stops the job's driver.
+        "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_LIMIT_S), **told_to_a_job(git)},
     }
     if requirements:
         environment["pip"] = {"packages": list(requirements), "pip_check": False}

@@ -28,6 +28,7 @@ from ray.job_submission import JobSubmissionClient
 from orchestrator.config.storage_address import is_remote
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.errors import ClusterUnreachableError, InputError, cut
+from orchestrator.results.provenance import git_state
 from orchestrator.results.secrets import without_secret
 from orchestrator.submit.job import (
     Job,
@@ -157,7 +158,7 @@ class JobServer:
                 lambda: self._client.submit_job(
                     entrypoint=command,
                     submission_id=job_id,
-                    runtime_env=runtime_env(Path(folder), requirements),
+                    runtime_env=runtime_env(Path(folder), requirements, git_state(Path.cwd())),
                     metadata={SWEEP_KEY: sweep, PACKAGE_KEY: package.digest},
                 )
             )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import uuid
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from orchestrator.config.sweep_file import to_yaml
 from orchestrator.planning.plan import PlannedTrial
+from orchestrator.reporting import quantities
 from orchestrator.results import provenance
 from orchestrator.results.records import PeakMemory, StartedFrom, Suggestion, SweepResult, TrialResult, TrialStatus
 from orchestrator.results.secrets import without_secret
@@ -108,3 +110,22 @@ def write_opening(prepared: Prepared, folder: SweepFolder, records: Iterable[Tri
     for record in records:
         write_result(folder, record)
     write_sweep(folder, result)
+
+
+def start_words(records: Collection[TrialResult], folder: SweepFolder, slots: int, to_try: int | None) -> str:
+    """What is left to do, and what an earlier run has done.
+
+    to_try: how many configurations an adaptive search may propose; None: the trials that wait are all.
+    """
+    found = Counter(record.status for record in records)
+    pending, refused = found[TrialStatus.PENDING], found[TrialStatus.INFEASIBLE]
+    to_run = f"{quantities.counted(pending, 'trial')} to run"
+    if to_try is not None:
+        # It proposes each in the moment a slot is free for it.
+        to_run = f"up to {to_try} configurations to try"
+    told = f"{to_run}, {slots} at a time; {refused} refused; {len(records) - pending - refused} done before"
+    waiting = (record for record in records if record.status is TrialStatus.PENDING)
+    # Where it was cut off is not done, and not lost either.
+    if going_on := sum(bool(folder.trial(record.trial_id).checkpoint_steps()) for record in waiting):
+        told += f"; {going_on} {'goes on from its checkpoint' if going_on == 1 else 'go on from their checkpoints'}"
+    return told

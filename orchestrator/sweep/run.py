@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from orchestrator.config.local_path import local_path
 from orchestrator.config.storage_address import is_remote
 from orchestrator.config.sweep_config import SweepConfig
-from orchestrator.reporting import quantities, report, statistics
+from orchestrator.reporting import report, statistics
 from orchestrator.reporting.findings import Report
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 from orchestrator.results.remote import sweep_folder
@@ -25,6 +25,7 @@ from orchestrator.sweep.opening import (
     opening_records,
     opening_result,
     record_maker,
+    start_words,
     write_opening,
 )
 from orchestrator.sweep.preparation import Prepared, prepare
@@ -143,7 +144,8 @@ def _run_prepared(
     for record in records.values():
         if record.status is not TrialStatus.PENDING:
             tracker.track(record)
-    _say_start(records.values(), prepared, say)
+    to_try = sweep.budget.trials if sweep.search.is_adaptive else None
+    say(start_words(records.values(), folder, prepared.slots, to_try))
     if search.told_at_start:
         say(search.told_at_start)
     with progress, signals_to(stopper), system_metrics.logged(tracking_uri(sweep), tracker.parent_run_id):
@@ -193,17 +195,6 @@ def _stopper(prepared: Prepared, recorder: Recorder, carrier: Carrier) -> Stoppe
         lambda: recorder.trial_seconds() * prepared.shape.gpus / 3600,
         lambda: recorder.storage_error or carrier.away() or lost_actor(),
     )
-
-
-def _say_start(records: Collection[TrialResult], prepared: Prepared, say: Callable[[str], None]) -> None:
-    pending = sum(record.status is TrialStatus.PENDING for record in records)
-    refused = sum(record.status is TrialStatus.INFEASIBLE for record in records)
-    done = len(records) - pending - refused
-    to_run = f"{quantities.counted(pending, 'trial')} to run"
-    if prepared.sweep.search.is_adaptive:
-        # It proposes each in the moment a slot is free for it.
-        to_run = f"up to {prepared.sweep.budget.trials} configurations to try"
-    say(f"{to_run}, {prepared.slots} at a time; {refused} refused; {done} done before")
 
 
 def _finish(

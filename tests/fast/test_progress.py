@@ -12,6 +12,7 @@ import pytest
 
 from orchestrator.results.records import TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder
+from orchestrator.sweep.opening import start_words
 from orchestrator.sweep.progress import Progress
 from tests.made_up_sweep import made_up_trial
 
@@ -50,6 +51,18 @@ def test_a_budget_that_will_do_is_not_told_of(tmp_path: Path, capsys: pytest.Cap
     progress(trials_of(TrialStatus.COMPLETED)[0])
     assert "completed" in (told := capsys.readouterr().err)
     assert "budget.hours" not in told
+
+
+def test_the_start_tells_how_many_trials_go_on_where_they_were_cut_off(tmp_path: Path) -> None:
+    folder, records = SweepFolder(tmp_path), trials_of(TrialStatus.COMPLETED)
+    new = "2 trials to run, 1 at a time; 0 refused; 1 done before"
+    assert start_words(records, folder, 1, None) == new
+    folder.trial(records[1].trial_id).checkpoint(40).mkdir(parents=True)
+    assert start_words(records, folder, 1, None) == f"{new}; 1 goes on from its checkpoint"
+    folder.trial(records[2].trial_id).checkpoint(40).mkdir(parents=True)
+    told = start_words(records, folder, 1, 10)
+    assert told.startswith("up to 10 configurations to try, ")
+    assert told.endswith("; 2 go on from their checkpoints")
 
 
 class Stream(io.StringIO):

@@ -41,7 +41,6 @@ def test_tune_keeps_of_a_trials_results_only_where_they_came_from() -> None:
     assert max(sizes) < 2 * min(sizes)
 
 
-
 def test_tune_keeps_of_a_trial_that_has_ended_little_more_than_its_name() -> None:
     forget, sizes = ForgetResults(), []
     for number in range(3):

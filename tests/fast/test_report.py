@@ -102,6 +102,22 @@ def test_the_text_has_the_answer_the_table_the_reasons_and_what_to_take(tmp_path
     assert text.endswith("of the trials' time was training")
 
 
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_a_spread_is_told_where_there_are_repeats_and_never_one_over_other_settings(
+    tmp_path: Path, repeats: int
+) -> None:
+    settings = [{"rank": rank, "zero_stage": stage} for rank in (8, 32) for stage in (0, 2)]
+    # Stages come to the same loss.
+    sweep = simulated([2.1, 2.1, 2.0, 2.0], repeats, 0, noise_sd=0, configurations=settings)
+    made = built(tmp_path, sweep)
+    page = Page(report.render_html(made)).text
+    for text in (page, report.render_text(made)):
+        assert bool(re.search(r"\d ± \d", text)) is (repeats > 1)
+    assert ("nothing has a ±" in page) is (repeats == 1)
+    ranks = made.effects[0].values
+    assert [value.objective and value.objective.half_width for value in ranks] == [None, None]
+
+
 def test_every_end_is_told_with_its_reason(tmp_path: Path) -> None:
     text = report.render_text(built(tmp_path, of_every_status()))
     for words in ("refused: rank=", "out of memory: rank=", "diverged: rank=", "failed: rank=", "stopped: rank="):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from orchestrator.reporting import cost_charts, effect_charts, statistics
@@ -121,6 +123,44 @@ def test_single_runs_take_the_best_and_say_that_noise_is_unknown() -> None:
     assert (answer.basis, answer.label, answer.repeats_needed) == ("single_runs", "rank=8", 3)
     assert "one run each cannot tell" in answer.answer
     assert any("rank=4 is within 0.01 of it" in line for line in answer.evidence)
+
+
+def test_the_answer_and_its_evidence_tell_no_difference_in_cost_that_may_be_noise() -> None:
+    def evidence(*time_s: float) -> str:
+        trials = [
+            made_up_trial({"rank": 8 * (1 + place % 2)}, place // 2, step_time_s=seconds, memory_bytes=1000 + place % 2)
+            for place, seconds in enumerate(time_s)
+        ]
+        answer = recommend(made_up_sweep(trials))
+        return " ".join([answer.answer, *answer.evidence])
+
+    rule = "Less than 10 % in speed is told as no clear difference"
+    assert "slower" not in evidence(1.0, 1.09)
+    assert "rank=16 is 1.2× slower" in evidence(1.0, 1.2)
+    assert all(rule in evidence(1.0, time_s) for time_s in (1.09, 1.2))
+    # The faster one is taken, since memory is alike.
+    assert "is 1.09× faster" in evidence(1.09, 1.0, 1.19, 1.091, 1.0, 0.92)
+    assert "with no clear difference in memory or speed" in evidence(1.5, 1.0, 1.0, 1.2, 1.2, 1.0)
+    assert rule not in evidence(1.09, 1.0, 1.19, 1.091, 1.0, 0.92)
+
+
+def test_one_run_is_no_cheaper_choice_for_what_may_be_noise() -> None:
+    trials = [
+        made_up_trial({"rank": rank}, objective=value, step_time_s=time_s)
+        for rank, value, time_s in ((8, 2.0, 1.0), (16, 2.01, 0.95), (32, 2.01, 0.8))
+    ]
+    answer = recommend(made_up_sweep(trials))
+    assert not any("rank=16 is within" in line for line in answer.evidence)
+    assert "rank=32 is within 0.01 of it, less than 1 %, and is 1.2× faster." in answer.evidence
+
+
+def test_three_repeats_of_a_thousand_configurations_are_compared_in_a_second() -> None:
+    settings = [{"rank": 1 + i % 250, "weight_decay": i // 250 / 10} for i in range(1000)]
+    sweep = simulated([2 + i % 97 / 97 for i in range(1000)], 3, 0, configurations=settings)
+    recommend(simulated([2.0, 2.1], 2, 0))
+    started = time.process_time()
+    recommend(sweep)
+    assert time.process_time() - started < 1.5
 
 
 def test_where_noise_hides_what_matters_it_says_so_and_how_many_repeats_would_do() -> None:

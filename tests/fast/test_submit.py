@@ -19,6 +19,8 @@ from typer.testing import CliRunner
 from orchestrator.cli import app
 from orchestrator.config.sweep_file import load, text_of
 from orchestrator.errors import ClusterUnreachableError, InputError, OrchestratorError
+from orchestrator.results.provenance import git_state
+from orchestrator.results.records import GitState
 from orchestrator.submit import server
 from orchestrator.submit.job import (
     MINIMUM_PYTHON,
@@ -31,6 +33,7 @@ from orchestrator.submit.job import (
     version_problem,
 )
 from orchestrator.submit.package import SWEEP_FILE, Package, pack, require_room
+from tests.checkout import committed
 
 ROOT = Path(__file__).parent.parent.parent
 NOBODY = "http://127.0.0.1:9"
@@ -134,10 +137,26 @@ def test_a_package_is_known_again_until_anything_in_it_changes(folder: Path) -> 
 def test_nothing_of_the_sweep_file_reaches_the_command_or_the_environment(folder: Path) -> None:
     package = packed(folder, "tracking.uri=https://me:secret@mlflow.example.org")
     assert "secret" in package.sweep
-    environment = runtime_env(folder, [])
+    environment = runtime_env(folder, [], None)
     assert "secret" not in entrypoint("warm", notifies=True) + str(environment)
     assert entrypoint("fresh", notifies=False) == "python -m orchestrator run sweep.yaml --isolation fresh"
     assert "pip" not in environment
+
+
+@pytest.mark.parametrize("is_dirty", [False, True])
+def test_a_jobs_records_have_the_commit_that_it_was_submitted_from(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_dirty: bool
+) -> None:
+    commit = committed(folder)
+    if is_dirty:
+        (folder / "data/train.jsonl").write_text("changed\n")
+    told = runtime_env(folder, [], git_state(folder))["env_vars"]
+    package = tmp_path / "package"
+    package.mkdir()
+    assert git_state(package) is None
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    assert git_state(package) == GitState(commit=commit, dirty=is_dirty)
 
 
 def test_the_webhook_goes_along_in_a_file_and_not_in_the_command(folder: Path, tmp_path: Path) -> None:
@@ -163,7 +182,7 @@ def test_requirements_are_ours_as_they_are_pinned_without_ray(folder: Path) -> N
     assert not any(line.startswith("ray") for line in wanted)
     assert {"torch<2.14,>=2.13", "bitsandbytes<0.51,>=0.50.2"} <= set(wanted)
     assert not any(line.startswith(("pytest", "flash-attn")) for line in wanted)
-    assert RuntimeEnv(**runtime_env(folder, wanted))["pip"]["packages"] == wanted
+    assert RuntimeEnv(**runtime_env(folder, wanted, None))["pip"]["packages"] == wanted
     assert project["requires-python"] == ">=" + ".".join(map(str, MINIMUM_PYTHON))
 
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
+
+import pytest
 
 from orchestrator.reporting import findings, report
+from orchestrator.reporting.curves import Curve
 from orchestrator.reporting.effects import Levelling, main_effects
 from orchestrator.reporting.statistics import Estimate
 from orchestrator.reporting.trades import trades
-from orchestrator.results.records import SweepResult
-from tests.made_up_sweep import made_up_sweep, made_up_trial, write_made_up
+from orchestrator.results.records import PeakMemory, SweepResult, TrialStatus
+from tests.made_up_sweep import made_up_point, made_up_sweep, made_up_trial, write_made_up
 
 
-def told(sweep: SweepResult) -> list[str]:
-    return list(trades(sweep, main_effects(sweep)))
+def told(sweep: SweepResult, curves: Mapping[str, Curve] = MappingProxyType({})) -> list[str]:
+    return list(trades(sweep, main_effects(sweep), curves))
 
 
 def of_attention(**fields: Any) -> SweepResult:
@@ -52,6 +57,8 @@ def test_where_speed_is_the_objective_it_is_told_once_and_nothing_is_said_to_lev
     assert "30 % less memory, 1.50× faster;" in told(sweep)[0]
     made = findings.build(write_made_up(tmp_path / "sweep", sweep))
     assert not any("level" in line for line in made.recommendation.evidence)
+    (line,) = [line for line in made.recommendation.evidence if line.startswith("attention=sdpa")]
+    assert line.count("the same eval_loss at the last evaluation that both reached, ") == 2
     page = report.render_html(made)
     assert "tokens_per_s against memory" in page
     assert "tokens_per_s against speed" not in page
@@ -75,6 +82,64 @@ def test_what_has_no_other_trial_to_be_compared_with_is_not_told() -> None:
         made_up_trial({"precision": "nf4", "learning_rate": 2e-4}),
     ]
     assert told(made_up_sweep(trials, searched=("precision", "learning_rate"))) == []
+
+
+def of_stages(memory: Sequence[int], time_s: Sequence[float], kind: Literal["cuda_allocated", "resident"]) -> str:
+    """What is told of stage 2 against 1, with these measurements of each, in the order of their repeats by turns."""
+    trials = [
+        made_up_trial({"zero_stage": 1 + place % 2}, place // 2, step_time_s=seconds).model_copy(
+            update={"peak_memory": PeakMemory(measured_bytes=size, kind=kind)}
+        )
+        for place, (size, seconds) in enumerate(zip(memory, time_s, strict=True))
+    ]
+    (line,) = told(made_up_sweep(trials, searched=("zero_stage",)))
+    return line.removeprefix("zero_stage=2 against 1, all else alike")
+
+
+@pytest.mark.parametrize(
+    ("memory", "time_s", "kind", "words"),
+    [
+        ((1000, 1030), (1.0, 1.02), "cuda_allocated", "3 % more memory, no clear difference in speed"),
+        ((1000, 1030), (1.0, 1.02), "resident", "no clear difference in memory or speed"),
+        ((1000, 1001), (1.0, 1.0), "cuda_allocated", "as much memory, no clear difference in speed"),
+        ((1000, 900), (1.0, 1.2), "resident", "10 % less memory, 1.20× slower"),
+    ],
+)
+def test_of_one_run_each_what_repeats_may_be_apart_is_no_clear_difference(
+    memory: Sequence[int], time_s: Sequence[float], kind: Literal["cuda_allocated", "resident"], words: str
+) -> None:
+    assert of_stages(memory, time_s, kind) == f", one run each: the same eval_loss, {words}."
+
+
+@pytest.mark.parametrize(
+    ("time_s", "words"),
+    [
+        ((1.0, 1.02, 1.1, 1.122, 0.9, 0.918), "1.02× slower"),
+        ((1.0, 1.4, 1.4, 1.0, 0.8, 1.4), "no clear difference in speed"),
+        ((1.0, 1.0, 1.1, 1.1, 0.9, 0.9), "as fast"),
+    ],
+)
+def test_of_repeats_their_interval_says_whether_speeds_differ(time_s: Sequence[float], words: str) -> None:
+    told = of_stages([1000] * 6, time_s, "resident")
+    assert told == f": the same eval_loss, as much memory, {words}."
+
+
+def test_what_was_stopped_for_its_loss_is_told_with_that_loss_where_both_were_measured(tmp_path: Path) -> None:
+    trials = [
+        made_up_trial({"precision": "fp32", "rank": 8}, objective=3.0, memory_bytes=1000),
+        made_up_trial({"precision": "nf4", "rank": 8}, 0, TrialStatus.STOPPED, 3.7, memory_bytes=800),
+        # Of another rank, and hence of no pair.
+        made_up_trial({"precision": "nf4", "rank": 16}, 0, TrialStatus.STOPPED, 9.0, memory_bytes=800),
+    ]
+    sweep = made_up_sweep(trials, searched=("precision", "rank"))
+    folder = write_made_up(tmp_path / "sweep", sweep)
+    for trial, losses in zip(trials, ((3.5, 3.2, 3.0), (3.7,), (9.0,)), strict=True):
+        points = [made_up_point(5 * (i + 1), loss).model_dump_json() for i, loss in enumerate(losses)]
+        folder.trial(trial.trial_id).metrics.write_text("\n".join(points) + "\n", encoding="utf-8")
+    assert (
+        "precision=nf4 against fp32, all else alike, one run each: eval_loss +0.2000 at the last evaluation that both "
+        "reached, 20 % less memory, no clear difference in speed."
+    ) in findings.build(folder).recommendation.evidence
 
 
 def test_a_higher_value_that_is_worse_is_said_to_be_worse() -> None:

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from orchestrator.results.records import TrialStatus
+from orchestrator.results.records import GitState, TrialStatus
 from orchestrator.results.storage import SweepFolder, read_sweep, read_trial_results
+from tests.checkout import committed
 from tests.ray.clusters import BIN, Head, started_head
 from tests.ray.sweeps import BASE
 from tests.waiting import wait_until
@@ -117,6 +118,7 @@ def test_a_job_is_followed_left_followed_again_stopped_and_resumed(head: Head, t
         space={"max_steps": [2, 600]},
         resources={"cpus_per_worker": 1, "max_concurrent": 1},
     )
+    commit = committed(tmp_path)
     folder = SweepFolder(tmp_path / "sweeps" / "long")
     left = submit(head, "--follow", cwd=tmp_path)
     wait_until(folder.plan.exists, bool, LIMIT_S)
@@ -149,6 +151,7 @@ def test_a_job_is_followed_left_followed_again_stopped_and_resumed(head: Head, t
     assert "1 done before" in out
     after = {t.config.max_steps: t for t in read_sweep(folder)[0].trials}
     assert after[600].status is TrialStatus.COMPLETED
+    assert after[600].git == GitState(commit=commit, dirty=False)
     assert after[2] == before[2]
     assert TOKEN not in ask(head, "GET", "")
 

@@ -9,6 +9,7 @@ import socket
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -49,7 +50,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FragileServer]:
             made.kill()
 
 
-def a_sweep(folder: Path, uri: str) -> tuple[SweepConfig, SweepResult, SweepFolder]:
+def a_sweep(folder: Path, uri: str, **keys: Any) -> tuple[SweepConfig, SweepResult, SweepFolder]:
     result = made_up_sweep([made_up_trial({"rank": rank}) for rank in (2, 4, 8, 16, 32)])
     config = SweepConfig.model_validate(
         {
@@ -58,6 +59,7 @@ def a_sweep(folder: Path, uri: str) -> tuple[SweepConfig, SweepResult, SweepFold
             "data": {"train": "builtin:python-docs"},
             "storage": str(folder),
             "tracking": {"uri": uri},
+            **keys,
         }
     )
     return config, result, write_made_up(folder / "sweep", result)
@@ -268,6 +270,32 @@ def test_a_link_that_leads_out_of_the_sweeps_folder_is_not_sent(server: FragileS
         sent[trial.trial_id] = {file.path for file in MlflowClient(server.uri).list_artifacts(run_id)}
     assert sent[honest.trial_id] == {"log.txt", "result.json", "adapter"}
     assert sent[linked.trial_id] == {"result.json"}
+
+
+def test_a_run_is_named_by_the_searched_settings_shortly_and_without_secrets_and_an_older_one_keeps_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "s3cr3t-Value")
+    space = {"rank": [2, 4, 8], "target_modules": [["q"], ["v"]]}
+    config, _, folder = a_sweep(tmp_path / "named", f"sqlite:///{tmp_path / 'mlflow.db'}", space=space)
+    older, short, long = (
+        made_up_trial({"rank": rank, "target_modules": modules})
+        for rank, modules in ((2, ("q",)), (4, ("s3cr3t-Value", "v")), (8, ("m" * 500,)))
+    )
+    # As an earlier release has left it.
+    client, tracker = MlflowClient(str(config.tracking.uri)), Tracker(config, SWEEP_ID, folder)
+    tags = {"sweep_id": SWEEP_ID, "trial_id": older.trial_id, "mlflow.parentRunId": tracker.parent_run_id}
+    there = client.create_run(tracker._experiment_id, run_name=older.trial_id, tags=tags).info.run_id
+    for trial in (older, short, long):
+        tracker.track(trial)
+    assert tracker.finish(LIMIT_S)
+    assert tracker.run_id(older.trial_id) == there
+    names = {t.trial_id: client.get_run(str(tracker.run_id(t.trial_id))).info.run_name for t in (older, short, long)}
+    assert names[older.trial_id] == older.trial_id
+    assert names[short.trial_id] == f"rank=4 target_modules=[hidden]+v · {short.trial_id}"
+    assert names[long.trial_id].startswith("rank=8 target_modules=mmm")
+    assert names[long.trial_id].endswith(f"m… · {long.trial_id}")
+    assert len(names[long.trial_id]) < 120
 
 
 def test_what_mlflow_does_not_know_to_have_is_told_again_and_is_there_once(
