@@ -39,9 +39,10 @@ class Halving:
     """Asynchronous successive halving. Source: Li et al. 2020, A System for Massively Parallel Hyperparameter Tuning.
 
     At its first evaluation at or past a rung a configuration is compared with all that came there before it, each by
-    its best evaluation so far, which is what counts of a trial in the end: a bad moment loses nothing. One of `factor` goes on, rounded up, since who is stopped is lost for good; ties do, and so does the first. Its repeats
-    follow it: all of a configuration go on, or none. A value that is no number is stopped and takes no place in a rung
-    (Tune's own ASHA compares the last values, and lets such a trial run: ray 2.60.0).
+    its best evaluation so far, which is what counts of a trial in the end: a bad moment loses nothing. One of `factor`
+    goes on, rounded up, since who is stopped is lost for good; ties do, and so does the first. Its repeats follow it:
+    all of a configuration go on, or none. A value that is no number is stopped and takes no place in a rung. (Tune's
+    own ASHA compares the last values, and lets a trial without a number run: ray 2.60.0.)
     """
 
     def __init__(self, grace: float, factor: int, unit: str) -> None:
