@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
+import glob
 import io
 import os
 import re
@@ -476,6 +477,8 @@ def is_storage_failure(error: BaseException) -> bool:
 def write_atomically(path: Path, text: str) -> None:
     """Replace `path`; a reader sees the old text or the new, never half of one.
 
+    What a writer that was killed has left half written of it goes. Of two that write at once, one wins.
+
     Raises:
         StorageError: the file cannot be written.
     """
@@ -487,7 +490,14 @@ def write_atomically(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
+        try:
+            partial.replace(path)
+        except FileNotFoundError:
+            # Another writer has ended meanwhile, and took this for a half of one that is gone.
+            if not path.is_file():
+                raise
+        for half in path.parent.glob(f".{glob.escape(path.name)}.*"):
+            half.unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(
             f"cannot write {path} ({error}): free some space there, or name another --storage"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import math
 from pathlib import Path
 
@@ -60,6 +61,29 @@ def test_damaged_records_are_named_and_the_rest_is_read(tmp_path: Path) -> None:
     results, damaged = read_trial_results(folder)
     assert set(results) == {"a-0"}
     assert {record.file.parent.name for record in damaged} == {"b-0", "c-0"}
+
+
+def test_what_a_killed_writer_left_half_written_goes_with_the_next_write(tmp_path: Path) -> None:
+    half, other = tmp_path / ".result.json.4711", tmp_path / ".results.json.4711"
+    half.write_text('{"schema_ver')
+    other.write_text("")
+    write_atomically(tmp_path / "result.json", "{}")
+    assert {path.name for path in tmp_path.iterdir()} == {"result.json", other.name}
+
+
+def test_of_two_who_write_a_file_at_once_one_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, fsync = tmp_path / "result.json", os.fsync
+
+    def overtaken(descriptor: int) -> None:
+        fsync(descriptor)
+        monkeypatch.setattr(os, "fsync", fsync)
+        monkeypatch.setattr(os, "getpid", lambda: 4711)
+        write_atomically(file, "the other's")
+
+    monkeypatch.setattr(os, "fsync", overtaken)
+    write_atomically(file, "ours")
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+    assert file.read_text() == "the other's"
 
 
 def test_a_file_of_holes_is_not_read(tmp_path: Path) -> None:
