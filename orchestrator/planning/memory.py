@@ -186,11 +186,13 @@ def estimate_on(config: TrialConfig, shape: ModelShape, workers: int, hardware: 
 
 def _bytes_of(config: TrialConfig, device: Literal["cuda", "cpu"], has_bf16: bool) -> Widths:
     precision, on_gpu = config.precision, device == "cuda"
+    # A GPU without bf16 is one before Ampere.
+    repeats_keys = on_gpu and not has_bf16
     half = 2 if on_gpu or has_bf16 else 4
     if precision is Precision.FP32:
-        return Widths(4, 4, 4, 4, 4, 0, 4, 4, 4, on_gpu)
+        return Widths(4, 4, 4, 4, 4, 0, 4, 4, 4, on_gpu, repeats_keys)
     if precision.is_autocast:
-        return Widths(4, 4, 4, 2, 2, 0, 4, 2, 2, on_gpu)
+        return Widths(4, 4, 4, 2, 2, 0, 4, 2, 2, on_gpu, repeats_keys)
     # An adapter of half-precision weights is fp32 and computed with in half under autocast, as transformers' Trainer
     # does; DeepSpeed makes it half again to hold its own copy.
     adapter = 4 if config.engine == "ddp" else half
@@ -200,9 +202,9 @@ def _bytes_of(config: TrialConfig, device: Literal["cuda", "cpu"], has_bf16: boo
         # attention, adapters and head in half. DeepSpeed casts the whole module back (deepspeed 0.19.8, engine.py,
         # _configure_distributed_model).
         linear = NF4_BYTES if precision is Precision.NF4 else INT8_BYTES
-        return Widths(linear, adapter, adapter, adapter, half, half, adapter, half, half, on_gpu)
+        return Widths(linear, adapter, adapter, adapter, half, half, adapter, half, half, on_gpu, repeats_keys)
     adapter = 2 if config.trains_all_weights else adapter
-    return Widths(2, 2, 2, 2, 2, 0, adapter, 2, 2, on_gpu)
+    return Widths(2, 2, 2, 2, 2, 0, adapter, 2, 2, on_gpu, repeats_keys)
 
 
 def host_bytes_on(config: TrialConfig, shape: ModelShape, workers: int, hardware: Hardware) -> int:

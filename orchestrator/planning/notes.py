@@ -84,11 +84,12 @@ def int8_inputs_escape_checkpointing(case: Case) -> str | None:
 def fp32_grouped_queries_write_scores(case: Case) -> str | None:
     """Source: torch, sdp_utils.cpp: flash takes no fp32, the memory-efficient kernel no grouped queries.
 
-    Measured with torch 2.6 (benchmarks/data, the run without checkpointing); not looked at on a GPU with 2.13.
+    Measured with torch 2.6 (benchmarks/data, the run without checkpointing); not looked at on a GPU with 2.13. On GPUs
+    before Ampere training repeats keys and values (training/model.py, `attend_without_grouped_queries`).
     """
     if case.config.precision is not Precision.FP32 or case.config.attention != "sdpa":
         return None
-    if case.hardware.device == "cpu" or case.shape.kv_heads == case.shape.heads:
+    if case.hardware.device == "cpu" or not case.hardware.has_bf16 or case.shape.kv_heads == case.shape.heads:
         return None
     return (
         "precision fp32 with attention sdpa: no fast kernel takes grouped queries, so memory grows with the square of "
