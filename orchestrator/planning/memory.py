@@ -300,6 +300,19 @@ def _linear_bytes(shape: ModelShape, width: Widths) -> float:
     return shape.quantisable_parameters * width.linear + shape.expert_parameters * width.rest
 
 
+def loading_bytes_on(config: TrialConfig, shape: ModelShape, hardware: Hardware) -> int:
+    """What a GPU must have while quantised weights are loaded under ZeRO-3; 0 where the estimate counts loading itself.
+
+    Each worker holds the whole model, which is sharded afterwards: quantised ones skip zero.Init (transformers 5.23,
+    modeling_utils.py, `get_init_context`), and go to the worker's GPU (quantizer_bnb_4bit.py, `update_device_map`). No
+    phase of the estimate, whose measured runs load into shards, by FSDP.
+    """
+    if hardware.device == "cpu" or not config.precision.is_quantized or config.zero_stage < 3:
+        return 0
+    width = _bytes_of(config, hardware.device, hardware.has_bf16)
+    return _loading(shape, width) + WORKSPACE_BYTES + CONTEXT_BYTES
+
+
 def _loading_on_a_cpu(config: TrialConfig, shape: ModelShape, workers: int, width: Widths) -> int:
     """Resident bytes while weights are read: beside what they become, the pages of the file, which is mapped.
 

@@ -21,9 +21,9 @@ from orchestrator.planning.cheaper import for_memory, what_fits
 from orchestrator.planning.compatibility import Case, missing_targets, refusals
 from orchestrator.planning.hardware import GIB, Hardware
 from orchestrator.planning.makespan import Work, simulate
-from orchestrator.planning.memory import CONTEXT_BYTES, MemoryEstimate, estimate_on
+from orchestrator.planning.memory import CONTEXT_BYTES, MemoryEstimate, estimate_on, loading_bytes_on
 from orchestrator.planning.model_shape import ModelShape
-from orchestrator.planning.notes import notes
+from orchestrator.planning.notes import experts_stay_unquantised, notes
 from orchestrator.planning.pace import Pace
 from orchestrator.planning.step_time import Range, step_seconds
 
@@ -216,7 +216,7 @@ def plan_trial(
         return _planned(trial, trial.config, reasons=reasons)
     config = with_micro_batch(trial.config, model, hardware, shape.workers, memory_bytes)
     memory = estimate_on(config, model, shape.workers, hardware)
-    if memory.needed_bytes > memory_bytes:
+    if max(memory.needed_bytes, loading_bytes_on(config, model, hardware)) > memory_bytes:
         told = _does_not_fit(replace(case, config=config), shape, memory, memory_bytes)
         return _planned(trial, config, reasons=(told,), memory=memory)
     step = step_seconds(config, model, hardware, shape.workers, shape.cpus_per_worker, pace.correction(config))
@@ -257,11 +257,21 @@ def with_micro_batch(
 
 def _does_not_fit(case: Case, shape: WorkerShape, memory: MemoryEstimate, memory_bytes: int) -> str:
     """Why, and what would: fewer at a time first, which changes nothing of the trial."""
-    reason = (
-        f"needs about {memory.needed_bytes / GIB:.1f} GiB of memory a worker, of which {memory.parts.biggest} takes "
-        f"{getattr(memory.parts, memory.parts.biggest) / GIB:.1f} GiB, and {memory_bytes / GIB:.1f} GiB are there"
+    of_which = (
+        f"{memory.needed_bytes / GIB:.1f} GiB of memory a worker, of which {memory.parts.biggest} takes "
+        f"{getattr(memory.parts, memory.parts.biggest) / GIB:.1f} GiB"
     )
-    most_workers = int(case.hardware.gpus / shape.gpus_per_worker) if shape.gpus_per_worker else case.workers
+    if memory.needed_bytes <= memory_bytes:
+        loading_bytes = loading_bytes_on(case.config, case.shape, case.hardware)
+        of_which = (
+            f"{loading_bytes / GIB:.1f} GiB of memory a worker while it loads, since under ZeRO-3 each loads the whole "
+            f"model where precision is {case.config.precision}"
+        )
+    reason = f"needs about {of_which}, and {memory_bytes / GIB:.1f} GiB are there"
+    if unquantised := experts_stay_unquantised(case):
+        reason += f" ({unquantised})"
+    # Workers cannot share a GPU.
+    most_workers = int(case.hardware.gpus) if shape.gpus_per_worker == 1 else case.workers
     fits = [_fewer_at_a_time(case.hardware, shape, memory), what_fits(case, memory_bytes, most_workers)]
     told = ", or ".join(hint for hint in fits if hint)
     return f"{reason}; fits with {told}" if told else f"{reason}; use a smaller model"

@@ -108,7 +108,7 @@ def _load(config: TrialConfig, folder: Path, dtype: ComputeDtype, device: torch.
 
 def attend_without_grouped_queries(
     module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **more: Any
-) -> tuple[torch.Tensor, None]:
+) -> Any:
     """transformers' `sdpa` for GPUs before Ampere: with a key and a value for each query head.
 
     They have neither the flash nor the cuDNN kernel, and the memory-efficient one takes no grouped queries, so that
