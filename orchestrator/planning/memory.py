@@ -136,6 +136,11 @@ class MemoryEstimate:
     parts: MemoryParts
 
     @property
+    def measured_bytes(self) -> int:
+        """What a trial's measured peak is comparable with: allocated on a GPU, resident on a CPU."""
+        return self.device_bytes if self.allocated_bytes is None else self.allocated_bytes
+
+    @property
     def needed_bytes(self) -> int:
         """The least that a device must have: on a GPU without what the allocator keeps and can give back."""
         if self.allocated_bytes is None:

@@ -107,12 +107,26 @@ def test_what_the_budget_does_not_hold_is_said_before_the_start() -> None:
     ids=["GPU", "CPU"],
 )
 def test_a_bound_of_memory_that_trials_are_estimated_to_break_is_told(hardware: Hardware, measured: str) -> None:
-    keys: dict[str, Any] = {"space": {"rank": [8, 256]}, "trial": {"max_steps": 10}}
+    keys: dict[str, Any] = {"space": {"rank": [8, 256]}, "trial": {"max_steps": 10, "micro_batch_size": 4}}
     lean, fat = (getattr(trial.memory, measured) for trial in plan(hardware, THREE_B, **keys).trials)
     between = f"peak_memory_bytes <= {(lean + fat) // 2}"
     (warning,) = plan(hardware, THREE_B, constraints=[between], **keys).warnings
     assert warning.startswith(f"estimated not to keep {between}: 1 of 2 trials (the least ")
     assert plan(hardware, THREE_B, constraints=[f"peak_memory_bytes <= {fat}"], **keys).warnings == ()
+
+
+@pytest.mark.parametrize("hardware", [A100, replace(CPU, host_memory_bytes=2**38)], ids=["GPU", "CPU"])
+def test_an_automatic_micro_batch_keeps_to_a_bound_of_memory(hardware: Hardware) -> None:
+    def planned(*constraints: str) -> Any:
+        return plan(hardware, THREE_B, trial={"sequence_length": 512}, constraints=list(constraints)).trials[0]
+
+    free = planned()
+    bound_bytes = int(free.memory.measured_bytes * 0.7)
+    bounded = planned(f"peak_memory_bytes <= {bound_bytes}")
+    assert 1 < bounded.config.micro_batch_size < free.config.micro_batch_size
+    assert bounded.memory.measured_bytes <= bound_bytes
+    assert planned(f"peak_memory_bytes <= {bound_bytes}", "peak_memory_bytes <= 1KiB").config.micro_batch_size == 1
+    assert planned("peak_memory_bytes >= 1KiB", "tokens_per_s <= 1").config == free.config
 
 
 def test_a_trial_that_would_outrun_its_limit_is_warned_of() -> None:
