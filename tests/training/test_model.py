@@ -310,6 +310,19 @@ def test_before_ampere_a_model_with_grouped_queries_hands_each_head_its_own_key_
     assert heads == [(4, 2, 2, True) if attention == "sdpa" else (4, 4, 4, False)]
 
 
+@pytest.mark.parametrize(("capability", "repeats"), [((7, 5), True), ((8, 0), False)], ids=["T4", "A100"])
+def test_grouped_queries_are_repeated_on_gpus_before_ampere_alone(
+    capability: tuple[int, int], repeats: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda folder, **wanted: torch.nn.Identity())
+    of_transformers = AttentionInterface._global_mapping["sdpa"]
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", of_transformers)
+    models._load(tiny(precision="fp16"), tmp_path, "fp16", torch.device("cuda", 0))
+    used = AttentionInterface._global_mapping["sdpa"]
+    assert used is (models.attend_without_grouped_queries if repeats else of_transformers)
+
+
 def test_activations_that_transformers_writes_out_become_torchs_kernel_of_the_same_function() -> None:
     config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64)
     torch.manual_seed(0)
