@@ -80,7 +80,7 @@ class TrialConfig(BaseModel):
     global_batch_size: Annotated[int, Field(strict=True, ge=1, le=2**20)] = 16
     """Sequences an optimizer step over all workers; accumulation follows from it."""
     micro_batch_size: Annotated[int, Field(strict=True, ge=1, le=2**16)] | Literal["auto"] = "auto"
-    """Sequences a worker and forward pass; `auto` is the largest that the memory estimate fits."""
+    """Sequences a worker and forward pass; `auto` is the largest that the memory estimate and `constraints` allow."""
     sequence_length: Annotated[int, Field(strict=True, ge=8, le=2**22)] = 512
     """Tokens a sequence at most; longer rows are cut."""
     packing: bool = False

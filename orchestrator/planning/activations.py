@@ -45,6 +45,9 @@ class Widths:
     """What an adapter's product was given: autocast casts it, and so does PEFT where the types differ."""
     logits: int
     on_gpu: bool
+    repeats_keys: bool
+    """`sdpa` gets a key and a value for each query head, as training gives them on GPUs before Ampere: there the only
+    kernel that writes no scores takes no grouped queries (training/model.py, `attend_without_grouped_queries`)."""
 
 
 def layer_bytes_per_token(config: TrialConfig, shape: ModelShape, width: Widths) -> float:
@@ -171,15 +174,13 @@ def score_bytes(config: TrialConfig, shape: ModelShape, width: Widths) -> float:
 
     Only kernels that write them out have any: eager (softmax in fp32 and its cast), and torch's plain kernel, which
     `sdpa` falls back to in fp32 with grouped queries (torch 2.6 to 2.13, sdp_utils.cpp: the memory-efficient kernel
-    takes no enable_gqa, flash no fp32).
+    takes no enable_gqa, flash no fp32), unless they are repeated.
     """
     length = config.sequence_length
     if not writes_scores(config, shape, width):
-        return (
-            masked_layers(config, shape)
-            / shape.layers
-            * (width.attention * length**2 + _repeated(length, shape, width))
-        )
+        masked = masked_layers(config, shape) / shape.layers
+        repeated = 1 if width.repeats_keys else masked
+        return masked * width.attention * length**2 + repeated * _repeated(length, shape, width)
     scores = float(shape.heads * length * length)
     if config.attention != "eager":
         # In fp32: scaled copies of query and key, and value repeated for each head, in place of what they came from.
@@ -238,7 +239,7 @@ def writes_scores(config: TrialConfig, shape: ModelShape, width: Widths) -> bool
     if not width.on_gpu:
         # A CPU's flash kernel takes fp32 and grouped queries, and no dropout (counted with torch 2.13).
         return shape.attention_dropout
-    return width.attention == 4 and shape.kv_heads < shape.heads
+    return width.attention == 4 and shape.kv_heads < shape.heads and not width.repeats_keys
 
 
 def backward_bytes(config: TrialConfig, shape: ModelShape, width: Widths, tokens: int) -> float:

@@ -35,18 +35,33 @@ def refusals(case: Case) -> tuple[str, ...]:
     return tuple(reason for rule in REFUSALS if (reason := rule(case)))
 
 
+def _half(case: Case) -> str:
+    """The half precision that this device computes and this engine trains all weights in; fp32 where it has none."""
+    if case.hardware.has_bf16 or not case.hardware.has_fp16:
+        return "bf16" if case.hardware.has_bf16 else "fp32"
+    return "amp_fp16" if case.config.engine == "ddp" and case.config.trains_all_weights else "fp16"
+
+
+def _kernel(case: Case) -> str:
+    """The attention that the model has on any device."""
+    return "eager" if case.shape.model_type in WITHOUT_SDPA else "sdpa"
+
+
 def fp16_needs_hardware(case: Case) -> str | None:
     """Source: deepspeed 0.19.8, runtime/engine.py: "Type fp16 is not supported on your device"."""
     if case.config.precision in (Precision.FP16, Precision.AMP_FP16) and not case.hardware.has_fp16:
-        return f"precision {case.config.precision}: this device does not compute fp16; use bf16 or fp32"
+        others = "bf16 or fp32" if case.hardware.has_bf16 else "fp32"
+        return f"precision {case.config.precision}: this device does not compute fp16; use {others}"
     return None
 
 
 def bf16_needs_ampere(case: Case) -> str | None:
     """Source: bfloat16 tensor operations need compute capability 8.0 (CUDA programming guide, table of arithmetic)."""
-    capability = case.hardware.compute_capability
-    if case.config.precision in (Precision.BF16, Precision.AMP_BF16) and capability and capability < (8, 0):
-        return f"precision {case.config.precision}: {case.hardware.gpu_name} does not compute bf16; use fp16"
+    capability, config = case.hardware.compute_capability, case.config
+    if config.precision in (Precision.BF16, Precision.AMP_BF16) and capability and capability < (8, 0):
+        # See `fp16_autocast_excludes_zero`.
+        other = "amp_fp16" if config.precision.is_autocast and config.zero_stage == 0 else _half(case)
+        return f"precision {config.precision}: {case.hardware.gpu_name} does not compute bf16; use {other}"
     return None
 
 
@@ -70,16 +85,18 @@ def flash_attention_needs_ampere(case: Case) -> str | None:
         return None
     capability = case.hardware.compute_capability
     if capability is None or capability < (8, 0):
-        return "attention flash_attention_2: it needs an Ampere GPU or newer; use sdpa"
+        return f"attention flash_attention_2: it needs an Ampere GPU or newer; use {_kernel(case)}"
     if case.config.precision is Precision.FP32:
-        return "attention flash_attention_2: it computes in half precision only; use precision bf16, or sdpa"
+        told = "it computes in half precision only; use precision bf16"
+        return f"attention flash_attention_2: {told}, or attention {_kernel(case)}"
     if case.hardware.has_flash_attention is False:
         return (
             "attention flash_attention_2: flash-attn is not installed; "
-            "pip install --no-build-isolation flash-attn, or use sdpa"
+            f"pip install --no-build-isolation flash-attn, or use {_kernel(case)}"
         )
     if case.shape.head_dim > 256:
-        return f"attention flash_attention_2: heads of {case.shape.head_dim} are wider than its 256; use sdpa"
+        told = f"heads of {case.shape.head_dim} are wider than its 256"
+        return f"attention flash_attention_2: {told}; use {_kernel(case)}"
     return None
 
 
@@ -89,7 +106,7 @@ def attention_must_be_the_models(case: Case) -> str | None:
     if attention == "sdpa" and family in WITHOUT_SDPA:
         return f"attention sdpa: transformers has none for {family} models; use eager"
     if attention == "flash_attention_2" and family in WITHOUT_FLASH_ATTENTION:
-        return f"attention flash_attention_2: transformers has none for {family} models; use eager"
+        return f"attention flash_attention_2: transformers has none for {family} models; use {_kernel(case)}"
     return None
 
 
@@ -138,7 +155,7 @@ def int8_on_cpus_excludes_dora(case: Case) -> str | None:
 def quantisation_needs_an_adapter(case: Case) -> str | None:
     """Source: transformers 5.23, trainer.py: purely quantised models cannot be fine-tuned without adapters."""
     if case.config.precision.is_quantized and case.config.trains_all_weights:
-        return f"rank full: quantised weights ({case.config.precision}) cannot be trained; use a rank, or bf16"
+        return f"rank full: quantised weights ({case.config.precision}) cannot be trained; use a rank, or {_half(case)}"
     return None
 
 
@@ -167,9 +184,10 @@ def fp16_autocast_excludes_zero(case: Case) -> str | None:
     step overflows at stage 1 or 2 the scaler never hears of it, and keeps its scale."""
     config = case.config
     if config.precision is Precision.AMP_FP16 and config.engine == "deepspeed" and config.zero_stage:
+        others = "amp_bf16 or fp16" if case.hardware.has_bf16 else "fp16"
         return (
             f"precision amp_fp16: DeepSpeed clips its gradients before they are unscaled at zero_stage "
-            f"{config.zero_stage}; use zero_stage 0, or precision amp_bf16 or fp16"
+            f"{config.zero_stage}; use zero_stage 0, or precision {others}"
         )
     return None
 

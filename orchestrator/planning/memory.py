@@ -136,6 +136,11 @@ class MemoryEstimate:
     parts: MemoryParts
 
     @property
+    def measured_bytes(self) -> int:
+        """What a trial's measured peak is comparable with: allocated on a GPU, resident on a CPU."""
+        return self.device_bytes if self.allocated_bytes is None else self.allocated_bytes
+
+    @property
     def needed_bytes(self) -> int:
         """The least that a device must have: on a GPU without what the allocator keeps and can give back."""
         if self.allocated_bytes is None:
@@ -186,11 +191,13 @@ def estimate_on(config: TrialConfig, shape: ModelShape, workers: int, hardware: 
 
 def _bytes_of(config: TrialConfig, device: Literal["cuda", "cpu"], has_bf16: bool) -> Widths:
     precision, on_gpu = config.precision, device == "cuda"
+    # A GPU without bf16 is one before Ampere.
+    repeats_keys = on_gpu and not has_bf16
     half = 2 if on_gpu or has_bf16 else 4
     if precision is Precision.FP32:
-        return Widths(4, 4, 4, 4, 4, 0, 4, 4, 4, on_gpu)
+        return Widths(4, 4, 4, 4, 4, 0, 4, 4, 4, on_gpu, repeats_keys)
     if precision.is_autocast:
-        return Widths(4, 4, 4, 2, 2, 0, 4, 2, 2, on_gpu)
+        return Widths(4, 4, 4, 2, 2, 0, 4, 2, 2, on_gpu, repeats_keys)
     # An adapter of half-precision weights is fp32 and computed with in half under autocast, as transformers' Trainer
     # does; DeepSpeed makes it half again to hold its own copy.
     adapter = 4 if config.engine == "ddp" else half
@@ -200,9 +207,9 @@ def _bytes_of(config: TrialConfig, device: Literal["cuda", "cpu"], has_bf16: boo
         # attention, adapters and head in half. DeepSpeed casts the whole module back (deepspeed 0.19.8, engine.py,
         # _configure_distributed_model).
         linear = NF4_BYTES if precision is Precision.NF4 else INT8_BYTES
-        return Widths(linear, adapter, adapter, adapter, half, half, adapter, half, half, on_gpu)
+        return Widths(linear, adapter, adapter, adapter, half, half, adapter, half, half, on_gpu, repeats_keys)
     adapter = 2 if config.trains_all_weights else adapter
-    return Widths(2, 2, 2, 2, 2, 0, adapter, 2, 2, on_gpu)
+    return Widths(2, 2, 2, 2, 2, 0, adapter, 2, 2, on_gpu, repeats_keys)
 
 
 def host_bytes_on(config: TrialConfig, shape: ModelShape, workers: int, hardware: Hardware) -> int:
@@ -296,6 +303,19 @@ def _weight_bytes(shape: ModelShape, width: Widths) -> float:
 def _linear_bytes(shape: ModelShape, width: Widths) -> float:
     """Bytes of the decoder layers' matrices; experts are stored as the rest is."""
     return shape.quantisable_parameters * width.linear + shape.expert_parameters * width.rest
+
+
+def loading_bytes_on(config: TrialConfig, shape: ModelShape, hardware: Hardware) -> int:
+    """What a GPU must have while quantised weights are loaded under ZeRO-3; 0 where the estimate counts loading itself.
+
+    Each worker holds the whole model, which is sharded afterwards: quantised ones skip zero.Init (transformers 5.23,
+    modeling_utils.py, `get_init_context`), and go to the worker's GPU (quantizer_bnb_4bit.py, `update_device_map`). No
+    phase of the estimate, whose measured runs load into shards, by FSDP.
+    """
+    if hardware.device == "cpu" or not config.precision.is_quantized or config.zero_stage < 3:
+        return 0
+    width = _bytes_of(config, hardware.device, hardware.has_bf16)
+    return _loading(shape, width) + WORKSPACE_BYTES + CONTEXT_BYTES
 
 
 def _loading_on_a_cpu(config: TrialConfig, shape: ModelShape, workers: int, width: Widths) -> int:

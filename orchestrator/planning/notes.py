@@ -17,8 +17,9 @@ def notes(case: Case) -> tuple[str, ...]:
 
 
 def zero_on_one_worker(case: Case) -> str | None:
-    """Allowed, since a space may cross stages with workers."""
-    if case.workers == 1 and case.config.zero_stage and case.config.offload == "none":
+    """Allowed, since a space may cross stages with workers; not told of a default, which nobody asked for."""
+    is_named = "zero_stage" in case.config.model_fields_set
+    if is_named and case.workers == 1 and case.config.zero_stage and case.config.offload == "none":
         return f"zero_stage {case.config.zero_stage} with one worker shards nothing"
     return None
 
@@ -47,13 +48,14 @@ def warm_up_that_never_ends(case: Case) -> str | None:
 
 
 def experts_stay_unquantised(case: Case) -> str | None:
-    """Source: transformers 5.23, integrations/bitsandbytes.py, which replaces linear layers; experts are stacked."""
+    """Source: transformers 5.23, integrations/bitsandbytes.py, which replaces linear layers; experts are stacked; peft
+    0.21.2, utils/other.py, `prepare_model_for_kbit_training`, which makes fp32 of what is not quantised."""
     if not case.config.precision.is_quantized or not case.shape.experts:
         return None
     share = case.shape.quantisable_parameters / case.shape.parameters
     return (
         f"precision {case.config.precision} quantises {share:.0%} of this model: transformers 5 stacks a mixture's "
-        "experts, which bitsandbytes leaves as they are"
+        "experts, which bitsandbytes leaves as they are and PEFT makes fp32 as they load"
     )
 
 
@@ -84,11 +86,12 @@ def int8_inputs_escape_checkpointing(case: Case) -> str | None:
 def fp32_grouped_queries_write_scores(case: Case) -> str | None:
     """Source: torch, sdp_utils.cpp: flash takes no fp32, the memory-efficient kernel no grouped queries.
 
-    Measured with torch 2.6 (benchmarks/data, the run without checkpointing); not looked at on a GPU with 2.13.
+    Measured with torch 2.6 (benchmarks/data, the run without checkpointing); not looked at on a GPU with 2.13. On GPUs
+    before Ampere training repeats keys and values (training/model.py, `attend_without_grouped_queries`).
     """
     if case.config.precision is not Precision.FP32 or case.config.attention != "sdpa":
         return None
-    if case.hardware.device == "cpu" or case.shape.kv_heads == case.shape.heads:
+    if case.hardware.device == "cpu" or not case.hardware.has_bf16 or case.shape.kv_heads == case.shape.heads:
         return None
     return (
         "precision fp32 with attention sdpa: no fast kernel takes grouped queries, so memory grows with the square of "

@@ -21,9 +21,9 @@ from orchestrator.planning.cheaper import for_memory, what_fits
 from orchestrator.planning.compatibility import Case, missing_targets, refusals
 from orchestrator.planning.hardware import GIB, Hardware
 from orchestrator.planning.makespan import Work, simulate
-from orchestrator.planning.memory import CONTEXT_BYTES, MemoryEstimate, estimate_on
+from orchestrator.planning.memory import CONTEXT_BYTES, MemoryEstimate, estimate_on, loading_bytes_on
 from orchestrator.planning.model_shape import ModelShape
-from orchestrator.planning.notes import notes
+from orchestrator.planning.notes import experts_stay_unquantised, notes
 from orchestrator.planning.pace import Pace
 from orchestrator.planning.step_time import Range, step_seconds
 
@@ -100,6 +100,8 @@ class WorkerShape:
     cpus_per_worker: float
     limit_bytes: int | None = None
     """The most memory that a worker may take, whatever is there."""
+    bound_bytes: float = math.inf
+    """The most that the constraints let be measured of it."""
 
 
 def worker_shape(resources: ResourcesConfig, hardware: Hardware) -> WorkerShape:
@@ -119,6 +121,12 @@ def worker_shape(resources: ResourcesConfig, hardware: Hardware) -> WorkerShape:
     if not isinstance(gpus, float | int):
         gpus = 1.0 if hardware.device == "cuda" else 0.0
     return WorkerShape(resources.workers_per_trial, float(gpus), resources.cpus_per_worker, resources.memory_per_worker)
+
+
+def bound_bytes(constraints: Sequence[str]) -> float:
+    """The least that is an upper bound of a trial's memory; infinite where there is none."""
+    found = (parse(text) for text in constraints)
+    return min((one.bound for one in found if one.metric == "peak_memory_bytes" and one.is_upper), default=math.inf)
 
 
 def packed_share(trials: Sequence[Trial], model: ModelShape, hardware: Hardware, whole: WorkerShape) -> float:
@@ -214,9 +222,9 @@ def plan_trial(
     reasons = refusals(case)
     if reasons:
         return _planned(trial, trial.config, reasons=reasons)
-    config = with_micro_batch(trial.config, model, hardware, shape.workers, memory_bytes)
+    config = with_micro_batch(trial.config, model, hardware, shape.workers, memory_bytes, shape.bound_bytes)
     memory = estimate_on(config, model, shape.workers, hardware)
-    if memory.needed_bytes > memory_bytes:
+    if max(memory.needed_bytes, loading_bytes_on(config, model, hardware)) > memory_bytes:
         told = _does_not_fit(replace(case, config=config), shape, memory, memory_bytes)
         return _planned(trial, config, reasons=(told,), memory=memory)
     step = step_seconds(config, model, hardware, shape.workers, shape.cpus_per_worker, pace.correction(config))
@@ -239,9 +247,15 @@ def _planned(trial: Trial, config: TrialConfig, **more: object) -> PlannedTrial:
 
 
 def with_micro_batch(
-    config: TrialConfig, model: ModelShape, hardware: Hardware, workers: int, memory_bytes: int
+    config: TrialConfig,
+    model: ModelShape,
+    hardware: Hardware,
+    workers: int,
+    memory_bytes: int,
+    bound_bytes: float = math.inf,
 ) -> TrialConfig:
-    """`auto` becomes the largest divisor of a worker's share of the global batch that fits; 1 where none does.
+    """`auto` becomes the largest divisor of a worker's share of the global batch that fits, and of which no more than
+    the bound is measured; 1 where none does.
 
     With room for all that the allocator is expected to keep: what is ours to choose is not chosen tightly.
     """
@@ -250,18 +264,29 @@ def with_micro_batch(
     share = config.global_batch_size // workers
     for micro in (n for n in range(share, 0, -1) if share % n == 0):
         tried = config.model_copy(update={"micro_batch_size": micro})
-        if estimate_on(tried, model, workers, hardware).device_bytes <= memory_bytes:
+        memory = estimate_on(tried, model, workers, hardware)
+        if memory.device_bytes <= memory_bytes and memory.measured_bytes <= bound_bytes:
             return tried
     return config.model_copy(update={"micro_batch_size": 1})
 
 
 def _does_not_fit(case: Case, shape: WorkerShape, memory: MemoryEstimate, memory_bytes: int) -> str:
     """Why, and what would: fewer at a time first, which changes nothing of the trial."""
-    reason = (
-        f"needs about {memory.needed_bytes / GIB:.1f} GiB of memory a worker, of which {memory.parts.biggest} takes "
-        f"{getattr(memory.parts, memory.parts.biggest) / GIB:.1f} GiB, and {memory_bytes / GIB:.1f} GiB are there"
+    of_which = (
+        f"{memory.needed_bytes / GIB:.1f} GiB of memory a worker, of which {memory.parts.biggest} takes "
+        f"{getattr(memory.parts, memory.parts.biggest) / GIB:.1f} GiB"
     )
-    most_workers = int(case.hardware.gpus / shape.gpus_per_worker) if shape.gpus_per_worker else case.workers
+    if memory.needed_bytes <= memory_bytes:
+        loading_bytes = loading_bytes_on(case.config, case.shape, case.hardware)
+        of_which = (
+            f"{loading_bytes / GIB:.1f} GiB of memory a worker while it loads, since under ZeRO-3 each loads the whole "
+            f"model where precision is {case.config.precision}"
+        )
+    reason = f"needs about {of_which}, and {memory_bytes / GIB:.1f} GiB are there"
+    if unquantised := experts_stay_unquantised(case):
+        reason += f" ({unquantised})"
+    # Workers cannot share a GPU.
+    most_workers = int(case.hardware.gpus) if shape.gpus_per_worker == 1 else case.workers
     fits = [_fewer_at_a_time(case.hardware, shape, memory), what_fits(case, memory_bytes, most_workers)]
     told = ", or ".join(hint for hint in fits if hint)
     return f"{reason}; fits with {told}" if told else f"{reason}; use a smaller model"
@@ -319,6 +344,7 @@ def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware, pace: 
         InputError: it counts money, and no trial holds a GPU that has a price; or it asks for none of the GPUs there.
     """
     shape, wanted = worker_shape(sweep.resources, hardware), sweep.trials()
+    shape = replace(shape, bound_bytes=bound_bytes(sweep.constraints))
     if sweep.resources.gpus_per_worker == "auto" and hardware.device == "cuda" and shape.workers == 1:
         shape = replace(shape, gpus_per_worker=packed_share(wanted, model, hardware, shape))
     if not shape.gpus_per_worker:
@@ -452,7 +478,7 @@ def _beyond_constraints(sweep: SweepConfig, running: Sequence[PlannedTrial]) -> 
         constraint = parse(text)
         if constraint.metric != "peak_memory_bytes":
             continue
-        needs = [trial.memory.allocated_bytes or trial.memory.device_bytes for trial in running if trial.memory]
+        needs = [trial.memory.measured_bytes for trial in running if trial.memory]
         if beyond := [need for need in needs if constraint.excess(need) > 0]:
             told.append(
                 f"estimated not to keep {text}: {len(beyond)} of {len(needs)} trials (the least of them "

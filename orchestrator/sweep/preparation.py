@@ -16,7 +16,14 @@ from orchestrator.errors import cut
 from orchestrator.planning.memory import MemoryEstimate, estimate_on
 from orchestrator.planning.model_shape import ModelShape
 from orchestrator.planning.pace import READ_SWEEPS
-from orchestrator.planning.plan import PlannedTrial, SweepPlan, WorkerShape, gpu_memory_fraction, plan_trial
+from orchestrator.planning.plan import (
+    PlannedTrial,
+    SweepPlan,
+    WorkerShape,
+    bound_bytes,
+    gpu_memory_fraction,
+    plan_trial,
+)
 from orchestrator.planning.step_time import Range, step_seconds
 from orchestrator.results.storage import SweepFolder, newest_sweeps
 from orchestrator.sweep import cluster, gpu_choice
@@ -90,6 +97,7 @@ class Prepared:
                 self.shape.gpus_per_worker,
                 self.shape.cpus_per_worker,
                 self.sweep.resources.memory_per_worker,
+                bound_bytes(self.sweep.constraints),
             ),
             self.plan.worker_memory_bytes,
             self.choice.pace,

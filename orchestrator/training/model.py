@@ -9,15 +9,17 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import deepspeed
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.activations import FastGELUActivation, GELUTanh, NewGELUActivation
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.pytorch_utils import Conv1D
 
 from orchestrator.config.trial_config import Precision, TrialConfig
@@ -88,6 +90,8 @@ def _load(config: TrialConfig, folder: Path, dtype: ComputeDtype, device: torch.
         "quantization_config": _quantization(config.precision, dtype),
         "use_safetensors": True,
     }
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        AttentionInterface.register("sdpa", attend_without_grouped_queries)
     if device.type == "cuda" and config.zero_stage != 3:
         wanted["device_map"] = {"": device}
     try:
@@ -100,6 +104,24 @@ def _load(config: TrialConfig, folder: Path, dtype: ComputeDtype, device: torch.
     if config.precision is Precision.NF4:
         _keep_nf4_differentiable(loaded)
     return loaded
+
+
+def attend_without_grouped_queries(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **more: Any
+) -> Any:
+    """transformers' `sdpa` for GPUs before Ampere: with a key and a value for each query head.
+
+    They have neither the flash nor the cuDNN kernel, and the memory-efficient one takes no grouped queries, so that
+    torch would write the scores out (torch 2.13, sdp_utils.cpp: `check_sm_version`, `check_cudnn_hardware_support`,
+    `check_batch_size_and_num_heads_dense<false>`). With a mask transformers repeats them itself (5.23,
+    integrations/sdpa_attention.py, `use_gqa_in_sdpa`).
+    """
+    groups = getattr(module, "num_key_value_groups", 1)
+    seen: Any = module
+    if mask is None and groups > 1:
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+        seen = SimpleNamespace(is_causal=getattr(module, "is_causal", True))
+    return sdpa_attention_forward(seen, query, key, value, mask, **more)
 
 
 def _keep_nf4_differentiable(model: PreTrainedModel) -> None:

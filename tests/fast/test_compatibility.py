@@ -185,6 +185,48 @@ def test_a_rule_with_several_reasons_knows_each(refused: Case, allowed: Case) ->
     assert refusals(allowed) == ()
 
 
+GEMMA_2 = shape_of(LLAMA | {"model_type": "gemma2", "head_dim": 288})
+
+
+@pytest.mark.parametrize(
+    ("refused", "remedies"),
+    [
+        (case(CPU, precision="fp16"), [{"precision": "fp32"}]),
+        (case(T4, precision="amp_bf16", zero_stage=2), [{"precision": "fp16"}]),
+        (case(T4, precision="amp_bf16", engine="ddp"), [{"precision": "amp_fp16"}]),
+        (case(T4, rank="full", engine="ddp"), [{"precision": "amp_fp16"}]),
+        (case(T4, precision="fp16", shape=GEMMA_2, attention="flash_attention_2"), [{"attention": "eager"}]),
+        (
+            case(precision="fp32", shape=replace(GEMMA_2, head_dim=256), attention="flash_attention_2"),
+            [{"precision": "bf16"}, {"attention": "eager"}],
+        ),
+        (case(shape=GEMMA_2, attention="flash_attention_2"), [{"attention": "eager"}]),
+        (
+            case(replace(H100, has_flash_attention=False), shape=GEMMA_2, attention="flash_attention_2"),
+            [{"attention": "eager"}],
+        ),
+        (case(T4, precision="nf4", rank="full"), [{"rank": 8}, {"precision": "fp16"}]),
+        (case(CPU, precision="nf4", rank="full"), [{"precision": "fp32"}]),
+        (case(T4, precision="amp_fp16", zero_stage=2), [{"zero_stage": 0}, {"precision": "fp16"}]),
+    ],
+    ids=lambda c: "",
+)
+def test_a_remedy_is_refused_by_no_other_rule(refused: Case, remedies: list[dict[str, Any]]) -> None:
+    (reason,) = refusals(refused)
+    told = reason.partition("use ")[2]
+    for remedy in remedies:
+        (value,) = remedy.values()
+        assert value == 8 or str(value) in told.replace(",", "").split()
+        remedied = TrialConfig.model_validate(refused.config.model_dump() | remedy)
+        assert refusals(replace(refused, config=remedied)) == ()
+
+
+def test_a_stage_that_nobody_named_is_not_told_to_shard_nothing() -> None:
+    by_default = Case(TrialConfig(micro_batch_size=1), SHAPE, H100, 1)
+    assert by_default.config.zero_stage == 2
+    assert noting.zero_on_one_worker(by_default) is None
+
+
 def test_missing_target_modules_name_those_that_the_model_has() -> None:
     reason = missing_targets(TrialConfig(target_modules=("q_porj", "k_proj")), SHAPE)
     assert reason is not None

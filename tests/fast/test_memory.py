@@ -11,7 +11,7 @@ from orchestrator.planning.compatibility import Case
 from orchestrator.planning.hardware import named_gpu
 from orchestrator.planning.memory import WORKSPACE_BYTES, ZERO3_STEP_WEIGHTS, MemoryParts, estimate, host_bytes_on
 from orchestrator.planning.model_shape import shape_of
-from orchestrator.planning.notes import offload_exceeds_the_host
+from orchestrator.planning.notes import fp32_grouped_queries_write_scores, offload_exceeds_the_host
 from tests.fast.cases import LLAMA_2_7B, LLAMA_32_3B
 
 SEVEN_B, THREE_B = shape_of(LLAMA_2_7B), shape_of(LLAMA_32_3B)
@@ -34,6 +34,19 @@ def test_autocast_spares_qlora_the_scores_that_fp32_attention_with_grouped_queri
 
     assert growth("nf4") < 4.1
     assert growth("fp32") > 6
+
+
+def test_before_ampere_keys_repeated_for_each_query_head_take_the_place_of_scores() -> None:
+    def activations(length: int, precision: str, has_bf16: bool) -> int:
+        config = TrialConfig(precision=precision, micro_batch_size=1, global_batch_size=1, sequence_length=length)
+        return estimate(config, THREE_B, 1, "cuda", has_bf16).parts.activations
+
+    repeated = THREE_B.layers * 2 * 2 * 4096 * (THREE_B.heads - THREE_B.kv_heads) * THREE_B.head_dim
+    assert activations(4096, "fp16", False) - activations(4096, "fp16", True) == pytest.approx(repeated, rel=0.01)
+    assert activations(8192, "fp32", False) < 2.1 * activations(4096, "fp32", False)
+    fp32 = TrialConfig(precision="fp32")
+    assert fp32_grouped_queries_write_scores(Case(fp32, THREE_B, named_gpu("H100", 1), 1))
+    assert fp32_grouped_queries_write_scores(Case(fp32, THREE_B, named_gpu("T4", 1), 1)) is None
 
 
 def test_eager_attention_grows_with_the_square_of_the_sequence() -> None:

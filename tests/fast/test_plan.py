@@ -14,7 +14,14 @@ from orchestrator.errors import InputError, ModelError
 from orchestrator.planning.cheaper import what_fits
 from orchestrator.planning.compatibility import refusals
 from orchestrator.planning.hardware import Hardware, cpu_half_precision, named_gpu, parse_memory
-from orchestrator.planning.memory import CONTEXT_BYTES, estimate, estimate_on, memory_parts, trainable_parameters
+from orchestrator.planning.memory import (
+    CONTEXT_BYTES,
+    estimate,
+    estimate_on,
+    loading_bytes_on,
+    memory_parts,
+    trainable_parameters,
+)
 from orchestrator.planning.model_shape import shape_of
 from orchestrator.planning.plan import TIGHT, SweepPlan, gpu_memory_fraction, plan_sweep
 from orchestrator.planning.plan_table import render
@@ -100,12 +107,26 @@ def test_what_the_budget_does_not_hold_is_said_before_the_start() -> None:
     ids=["GPU", "CPU"],
 )
 def test_a_bound_of_memory_that_trials_are_estimated_to_break_is_told(hardware: Hardware, measured: str) -> None:
-    keys: dict[str, Any] = {"space": {"rank": [8, 256]}, "trial": {"max_steps": 10}}
+    keys: dict[str, Any] = {"space": {"rank": [8, 256]}, "trial": {"max_steps": 10, "micro_batch_size": 4}}
     lean, fat = (getattr(trial.memory, measured) for trial in plan(hardware, THREE_B, **keys).trials)
     between = f"peak_memory_bytes <= {(lean + fat) // 2}"
     (warning,) = plan(hardware, THREE_B, constraints=[between], **keys).warnings
     assert warning.startswith(f"estimated not to keep {between}: 1 of 2 trials (the least ")
     assert plan(hardware, THREE_B, constraints=[f"peak_memory_bytes <= {fat}"], **keys).warnings == ()
+
+
+@pytest.mark.parametrize("hardware", [A100, replace(CPU, host_memory_bytes=2**38)], ids=["GPU", "CPU"])
+def test_an_automatic_micro_batch_keeps_to_a_bound_of_memory(hardware: Hardware) -> None:
+    def planned(*constraints: str) -> Any:
+        return plan(hardware, THREE_B, trial={"sequence_length": 512}, constraints=list(constraints)).trials[0]
+
+    free = planned()
+    bound_bytes = int(free.memory.measured_bytes * 0.7)
+    bounded = planned(f"peak_memory_bytes <= {bound_bytes}")
+    assert 1 < bounded.config.micro_batch_size < free.config.micro_batch_size
+    assert bounded.memory.measured_bytes <= bound_bytes
+    assert planned(f"peak_memory_bytes <= {bound_bytes}", "peak_memory_bytes <= 1KiB").config.micro_batch_size == 1
+    assert planned("peak_memory_bytes >= 1KiB", "tokens_per_s <= 1").config == free.config
 
 
 def test_a_trial_that_would_outrun_its_limit_is_warned_of() -> None:
@@ -200,6 +221,86 @@ def test_shorter_sequences_are_named_where_nothing_else_is_enough_and_weights_al
     short = estimate_on(asked.config.model_copy(update={"sequence_length": 1024}), SEVEN_B, 1, asked.hardware)
     assert what_fits(asked, short.device_bytes, 1) == "sequence_length 1024"
     assert what_fits(asked, short.parts.weights, 1) is None
+
+
+@pytest.mark.parametrize(("rank", "figure"), [(64, "device_bytes"), (8, "needed_bytes")], ids=["room", "no room"])
+def test_the_longest_sequences_that_fit_are_named_with_the_fewest_other_changes(rank: int, figure: str) -> None:
+    settings = {"precision": "nf4", "micro_batch_size": 1, "gradient_checkpointing": True, "rank": rank}
+    asked = case(named_gpu("H100", 1), **settings, attention="eager", sequence_length=4096)
+    half = asked.config.model_copy(update={"attention": "sdpa", "sequence_length": 2048})
+    memory_bytes = getattr(estimate_on(half, SEVEN_B, 1, asked.hardware), figure)
+    assert what_fits(asked, memory_bytes, 1) == "attention sdpa and sequence_length 2048"
+
+
+def of_all_weights(hardware: Hardware, **settings: Any) -> str:
+    trial = {"rank": "full", "micro_batch_size": 1, "gradient_checkpointing": True, "sequence_length": 512, **settings}
+    (reason,) = plan(hardware, trial=trial).trials[0].reasons
+    return reason.partition("fits with ")[2]
+
+
+def test_where_all_weights_are_trained_a_cheaper_optimizer_and_its_offload_are_named_with_what_they_need() -> None:
+    assert of_all_weights(named_gpu("H200", 1, 120 * 2**30)) == "offload optimizer, or optimizer adamw_8bit"
+    plain = of_all_weights(named_gpu("A100-40GB", 1), engine="ddp")
+    assert plain == "offload optimizer with engine deepspeed and zero_stage 2"
+    both = of_all_weights(named_gpu("A100-40GB", 1), optimizer="adamw_8bit", zero_stage=1)
+    assert both == "offload optimizer with optimizer adamw and zero_stage 2"
+    assert of_all_weights(named_gpu("RTX-4090", 1), precision="fp32") == "offload optimizer and precision bf16"
+
+
+def test_to_shard_weights_deepspeed_is_named_where_torch_alone_would_step() -> None:
+    settings = {"precision": "bf16", "micro_batch_size": 1, "sequence_length": 256, "engine": "ddp"}
+
+    def fits(workers: int) -> str:
+        resources = {"workers_per_trial": workers}
+        (reason,) = plan(named_gpu("T4", 8), trial=settings, resources=resources).trials[0].reasons
+        return reason.partition("fits with ")[2]
+
+    settings |= {"precision": "fp16"}
+    assert "engine deepspeed with zero_stage 3" in fits(2)
+    assert "workers_per_trial 2 with engine deepspeed and zero_stage 3" in fits(1)
+
+
+def test_more_workers_are_not_named_where_trials_share_a_gpu() -> None:
+    trial = {"micro_batch_size": 1, "sequence_length": 256, "gradient_checkpointing": True}
+    (reason,) = plan(named_gpu("A10G", 4), trial=trial, resources={"gpus_per_worker": 0.5}).trials[0].reasons
+    assert reason.endswith("fits with precision nf4")
+
+
+def test_quantised_weights_under_zero_3_are_refused_where_a_gpu_cannot_hold_them_whole_while_they_load() -> None:
+    """DeepSpeed shards them only when each worker has loaded all of them."""
+
+    trial = {"precision": "nf4", "micro_batch_size": 1, "sequence_length": 64, "gradient_checkpointing": True}
+    loading = loading_bytes_on(TrialConfig(precision="nf4", zero_stage=3), SEVEN_B, A100)
+
+    def reasons(beside: int, stage: int) -> tuple[str, ...]:
+        hardware = named_gpu("A100", 8, int((loading + beside) / 0.97) + 1)
+        resources = {"workers_per_trial": 8}
+        return plan(hardware, trial=trial | {"zero_stage": stage}, resources=resources).trials[0].reasons
+
+    (told,) = reasons(-2, 3)
+    assert "of memory a worker while it loads" in told
+    assert reasons(0, 3) == ()
+    assert all("zero_stage 3" not in told for told in reasons(-(2**28), 2))
+    assert reasons(-(2**28), 2)
+
+
+MIXTURE = shape_of(
+    LLAMA_2_7B | {"model_type": "mixtral", "num_local_experts": 6, "num_experts_per_tok": 2, "num_hidden_layers": 16}
+)
+
+
+def test_a_quantised_mixture_that_does_not_fit_is_told_that_its_experts_are_not_quantised_and_that_bf16_fits() -> None:
+    trial = {"precision": "nf4", "micro_batch_size": 1, "gradient_checkpointing": True, "target_modules": "attention"}
+    (reason,) = plan(named_gpu("A100-40GB", 1), MIXTURE, trial=trial).trials[0].reasons
+    assert "bitsandbytes leaves as they are and PEFT makes fp32" in reason
+    assert reason.endswith("fits with precision bf16")
+    assert not plan(named_gpu("A100-40GB", 1), MIXTURE, trial=trial | {"precision": "bf16"}).refused
+
+
+def test_a_change_that_is_refused_itself_hides_none_of_the_others() -> None:
+    settings = {"precision": "fp32", "micro_batch_size": 16, "global_batch_size": 16, "sequence_length": 512}
+    bare = replace(named_gpu("A100", 1), has_bitsandbytes=False)
+    assert what_fits(case(bare, **settings, rank=4096), 48 * 2**30, 1) == ("micro_batch_size 1 and rank 8")
 
 
 def test_resources_that_the_machine_does_not_have_are_warned_of() -> None:

@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
+    AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     Gemma3Config,
@@ -21,6 +22,7 @@ from transformers import (
     GPT2LMHeadModel,
     GPTNeoXConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedConfig,
 )
 
@@ -280,6 +282,45 @@ def test_of_gemma_3_the_language_model_is_trained_as_counted_and_its_adapter_fit
     assert [name for name, _ in loaded.named_modules() if "vision" in name and "lora" in name] == []
     with torch.no_grad():
         torch.testing.assert_close(loaded(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "without grouped queries"])
+def test_before_ampere_a_model_with_grouped_queries_hands_each_head_its_own_key_and_computes_the_same(
+    attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).double().eval()
+    ids = torch.arange(16)[None]
+    expected = model(ids).logits
+    heads = []
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **more: Any) -> torch.Tensor:
+        heads.append((query.shape[1], key.shape[1], value.shape[1], more.get("enable_gqa", False)))
+        return kernel(query, key, value, **more)
+
+    kernel = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+    if attention != "sdpa":
+        monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", models.attend_without_grouped_queries)
+    assert torch.allclose(model(ids).logits, expected, rtol=1e-9, atol=1e-12)
+    assert heads == [(4, 2, 2, True) if attention == "sdpa" else (4, 4, 4, False)]
+
+
+@pytest.mark.parametrize(("capability", "repeats"), [((7, 5), True), ((8, 0), False)], ids=["T4", "A100"])
+def test_grouped_queries_are_repeated_on_gpus_before_ampere_alone(
+    capability: tuple[int, int], repeats: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda folder, **wanted: torch.nn.Identity())
+    of_transformers = AttentionInterface._global_mapping["sdpa"]
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", of_transformers)
+    models._load(tiny(precision="fp16"), tmp_path, "fp16", torch.device("cuda", 0))
+    used = AttentionInterface._global_mapping["sdpa"]
+    assert used is (models.attend_without_grouped_queries if repeats else of_transformers)
 
 
 def test_activations_that_transformers_writes_out_become_torchs_kernel_of_the_same_function() -> None:
