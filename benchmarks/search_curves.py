@@ -13,8 +13,8 @@ is in the file, or in the sweep's folder, already is not trained again.
 - regressors: multilayer perceptrons of two layers, with other settings, on scikit-learn's diabetes data. Nothing in
   this package was chosen by them: they say how far what was seen on the other two carries.
 - adapters: low-rank adapters of a perceptron that has learned scikit-learn's digits and is to read them mirrored, over
-  five settings: a grid as large as those that searches are for. Committed before any search had seen a curve of it; what
-  it showed is why rungs compare best evaluations.
+  five settings: a grid as large as those that searches are for. Committed before any search had seen a curve of it;
+  that rungs compare best evaluations comes of what it showed.
 - letters: the same on text: a perceptron that has learned which letter comes next in Python's documentation, and is to
   learn it of scikit-learn's. Committed after the last change to what searches do, before any had seen a curve of it.
 """
