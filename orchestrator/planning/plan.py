@@ -25,7 +25,7 @@ from orchestrator.planning.memory import CONTEXT_BYTES, MemoryEstimate, estimate
 from orchestrator.planning.model_shape import ModelShape
 from orchestrator.planning.notes import notes
 from orchestrator.planning.pace import Pace
-from orchestrator.planning.step_time import Range, step_seconds
+from orchestrator.planning.step_time import Placement, Range, step_seconds
 
 NO_PACE = Pace()
 SPARE = 0.97
@@ -73,6 +73,8 @@ class SweepPlan(_Part):
     hardware: str
     workers_per_trial: int
     gpus_per_worker: float
+    gpu_shared_by: int = 1
+    """Trials at a time on a GPU."""
     concurrent: int
     worker_memory_bytes: int
     """What one worker may take of its device."""
@@ -100,6 +102,8 @@ class WorkerShape:
     cpus_per_worker: float
     limit_bytes: int | None = None
     """The most memory that a worker may take, whatever is there."""
+    gpu_shared_by: int = 1
+    """Trials at a time on a GPU."""
 
 
 def worker_shape(resources: ResourcesConfig, hardware: Hardware) -> WorkerShape:
@@ -201,6 +205,16 @@ def workers_on(cpus: float, gpus: float, cpus_per_worker: float, gpus_per_worker
     return min(by_cpu, int(gpus * per_gpu + 1e-9))
 
 
+def sharing(gpus_per_worker: float, at_once: int) -> int:
+    """Trials at a time on one GPU, of so many at a time: Ray fills one before it takes another."""
+    return max(1, min(int(1 / gpus_per_worker + 1e-9), at_once)) if 0 < gpus_per_worker < 1 else 1
+
+
+def placement(shape: WorkerShape) -> Placement:
+    """Where a trial's workers run."""
+    return Placement(shape.workers, shape.cpus_per_worker, shape.gpu_shared_by)
+
+
 def trials_that_fit(rooms: Sequence[int], workers: int, *, on_one_node: bool) -> int:
     """Trials at a time on nodes that have room for so many workers each, a trial's on one of them or spread."""
     return sum(room // workers for room in rooms) if on_one_node else sum(rooms) // workers
@@ -219,7 +233,7 @@ def plan_trial(
     if memory.needed_bytes > memory_bytes:
         told = _does_not_fit(replace(case, config=config), shape, memory, memory_bytes)
         return _planned(trial, config, reasons=(told,), memory=memory)
-    step = step_seconds(config, model, hardware, shape.workers, shape.cpus_per_worker, pace.correction(config))
+    step = step_seconds(config, model, hardware, placement(shape), pace.correction(config, shape.gpu_shared_by))
     whole = step.times(config.max_steps).plus(pace.once_s + pace.evaluations_s(config))
     return _planned(
         trial,
@@ -324,6 +338,7 @@ def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware, pace: 
     if not shape.gpus_per_worker:
         _require_no_money(sweep)
     concurrent = max_concurrent(wanted, sweep.resources, model, hardware, shape)
+    shape = replace(shape, gpu_shared_by=sharing(shape.gpus_per_worker, min(concurrent, len(wanted))))
     memory_bytes = memory_for_a_worker(hardware, shape, concurrent)
     trials = tuple(
         _with_cost(plan_trial(trial, model, hardware, shape, memory_bytes, pace), sweep.budget) for trial in wanted
@@ -345,6 +360,7 @@ def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware, pace: 
         hardware=_describe(hardware),
         workers_per_trial=shape.workers,
         gpus_per_worker=shape.gpus_per_worker,
+        gpu_shared_by=shape.gpu_shared_by,
         concurrent=concurrent,
         worker_memory_bytes=memory_bytes,
         searched=tuple(sweep.domains),

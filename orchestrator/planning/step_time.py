@@ -2,6 +2,8 @@
 
 A micro-batch takes what its slowest resource takes: floating-point work, reading the weights, or starting kernels. What
 goes over a link (gradients, gathered or offloaded weights) comes on top; that some of it overlaps is within the range.
+Trials that share a GPU take turns on it, one's kernels while another starts its own (NVIDIA's Multi-Process Service
+documentation: without MPS the kernels of several processes are time-sliced).
 """
 
 from __future__ import annotations
@@ -54,6 +56,17 @@ class Range:
 UNMEASURED = Range(1 / SPREAD, 1.0, SPREAD)
 
 
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a trial's workers run."""
+
+    workers: int
+    cpus: float
+    """Of each worker."""
+    gpu_shared_by: int = 1
+    """Trials at a time on a worker's GPU."""
+
+
 def step_flops(config: TrialConfig, shape: ModelShape) -> float:
     """FLOPs of one optimizer step over all workers.
 
@@ -75,15 +88,18 @@ def step_seconds(
     config: TrialConfig,
     shape: ModelShape,
     hardware: Hardware,
-    workers: int,
-    cpus: float,
+    placement: Placement,
     correction: Range = UNMEASURED,
 ) -> Range:
     """Seconds an optimizer step takes; `correction` is measured over predicted, as `planning.pace` knows it."""
-    seconds = step_flops(config, shape) / (_speed(config, hardware, cpus) * workers) * _slowdown(config)
+    workers = placement.workers
+    seconds = step_flops(config, shape) / (_speed(config, hardware, placement.cpus) * workers) * _slowdown(config)
     if hardware.device == "cuda":
-        seconds = max(seconds, _micro_batches(config, workers) * _least_seconds(config, shape, hardware))
-        seconds += _link_seconds(config, shape, hardware, workers)
+        passes, turns = _micro_batches(config, workers) * _passes(config), placement.gpu_shared_by
+        reading = passes * _weight_bytes(config, shape) / hardware.bandwidth_bytes_per_s
+        starting = passes / 2 * LAYER_STARTS_S * shape.layers
+        seconds = max(turns * max(seconds, reading), starting)
+        seconds += turns * _link_seconds(config, shape, hardware, workers)
     return correction.times(seconds)
 
 
@@ -103,12 +119,6 @@ def _micro_batches(config: TrialConfig, workers: int) -> float:
 def _passes(config: TrialConfig) -> int:
     """Times that a micro-batch goes over the weights."""
     return 3 if config.gradient_checkpointing else 2
-
-
-def _least_seconds(config: TrialConfig, shape: ModelShape, hardware: Hardware) -> float:
-    """Of a micro-batch, however small."""
-    reading = _passes(config) * _weight_bytes(config, shape) / hardware.bandwidth_bytes_per_s
-    return max(reading, LAYER_STARTS_S * shape.layers * _passes(config) / 2)
 
 
 def _weight_bytes(config: TrialConfig, shape: ModelShape) -> float:

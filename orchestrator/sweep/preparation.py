@@ -16,7 +16,14 @@ from orchestrator.errors import cut
 from orchestrator.planning.memory import MemoryEstimate, estimate_on
 from orchestrator.planning.model_shape import ModelShape
 from orchestrator.planning.pace import READ_SWEEPS
-from orchestrator.planning.plan import PlannedTrial, SweepPlan, WorkerShape, gpu_memory_fraction, plan_trial
+from orchestrator.planning.plan import (
+    PlannedTrial,
+    SweepPlan,
+    WorkerShape,
+    gpu_memory_fraction,
+    placement,
+    plan_trial,
+)
 from orchestrator.planning.step_time import Range, step_seconds
 from orchestrator.results.storage import SweepFolder, newest_sweeps
 from orchestrator.sweep import cluster, gpu_choice
@@ -77,7 +84,7 @@ class Prepared:
 
     def step_seconds(self, config: TrialConfig) -> Range:
         """What a step takes, before anything measured corrects it."""
-        return step_seconds(config, self.model, self.choice.hardware, self.shape.workers, self.shape.cpus_per_worker)
+        return step_seconds(config, self.model, self.choice.hardware, placement(self._worker_shape))
 
     def plan_trial(self, trial: Trial) -> PlannedTrial:
         """The plan's own decision, for a trial that an adaptive search proposes."""
@@ -85,14 +92,19 @@ class Prepared:
             trial,
             self.model,
             self.choice.hardware,
-            WorkerShape(
-                self.shape.workers,
-                self.shape.gpus_per_worker,
-                self.shape.cpus_per_worker,
-                self.sweep.resources.memory_per_worker,
-            ),
+            self._worker_shape,
             self.plan.worker_memory_bytes,
             self.choice.pace,
+        )
+
+    @property
+    def _worker_shape(self) -> WorkerShape:
+        return WorkerShape(
+            self.shape.workers,
+            self.shape.gpus_per_worker,
+            self.shape.cpus_per_worker,
+            self.sweep.resources.memory_per_worker,
+            self.plan.gpu_shared_by,
         )
 
 

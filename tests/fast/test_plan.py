@@ -18,7 +18,7 @@ from orchestrator.planning.memory import CONTEXT_BYTES, estimate, estimate_on, m
 from orchestrator.planning.model_shape import shape_of
 from orchestrator.planning.plan import TIGHT, SweepPlan, gpu_memory_fraction, plan_sweep
 from orchestrator.planning.plan_table import render
-from orchestrator.planning.step_time import step_seconds
+from orchestrator.planning.step_time import Placement, step_seconds
 from tests.fast.cases import A100, CPU, LLAMA_2_7B, LLAMA_32_3B, SMOLLM2_135M, case
 
 SEVEN_B, THREE_B = shape_of(LLAMA_2_7B), shape_of(LLAMA_32_3B)
@@ -327,6 +327,21 @@ def test_trials_share_a_gpu_by_the_memory_of_the_largest() -> None:
     assert gpu_memory_fraction(alone, A100) is None
 
 
+def test_sharing_a_gpu_makes_no_trial_cheaper_that_keeps_it_busy() -> None:
+    long = {"precision": "bf16", "micro_batch_size": 1, "sequence_length": 4096, "max_steps": 900}
+    space = {"learning_rate": [n * 1e-5 for n in range(1, 5)]}
+    whole = plan(A100, shape_of(SMOLLM2_135M), trial=long, space=space)
+    shared = plan(A100, shape_of(SMOLLM2_135M), trial=long, space=space, resources={"gpus_per_worker": 0.25})
+    assert (whole.gpu_shared_by, shared.gpu_shared_by) == (1, 4)
+    assert shared.trials[0].seconds > 3.9 * whole.trials[0].seconds
+    assert shared.gpu_hours[1] == pytest.approx(whole.gpu_hours[1], rel=0.02)
+
+
+def test_no_more_trials_share_a_gpu_than_there_are() -> None:
+    found = plan(A100, shape_of(SMOLLM2_135M), space={"rank": [4, 8]}, resources={"gpus_per_worker": 0.1})
+    assert found.gpu_shared_by == 2
+
+
 def test_workers_of_one_trial_never_share_a_gpu() -> None:
     small = {"precision": "nf4", "micro_batch_size": 1, "global_batch_size": 4, "sequence_length": 256}
     assert plan(A100, trial=small, resources={"gpus_per_worker": "auto", "workers_per_trial": 2}).gpus_per_worker == 1
@@ -379,7 +394,7 @@ def test_a_higher_zero_stage_never_holds_more_model_states(precision: str, worke
 def test_time_grows_with_work_and_shrinks_with_workers() -> None:
     def seconds(workers: int = 1, **changes: Any) -> float:
         config = TrialConfig(micro_batch_size=1, **changes)
-        return step_seconds(config, SEVEN_B, A100, workers, 4).expected
+        return step_seconds(config, SEVEN_B, A100, Placement(workers, 4)).expected
 
     assert seconds(sequence_length=1024) > seconds(sequence_length=512)
     assert seconds(gradient_checkpointing=True) > seconds()

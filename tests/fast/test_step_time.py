@@ -7,7 +7,7 @@ import pytest
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.planning.hardware import GPUS, Hardware, named_gpu
 from orchestrator.planning.model_shape import ModelShape, shape_of
-from orchestrator.planning.step_time import SPREAD, UNMEASURED, Range, step_flops, step_seconds
+from orchestrator.planning.step_time import SPREAD, UNMEASURED, Placement, Range, step_flops, step_seconds
 from tests.fast.cases import CPU, LLAMA_2_7B, SMOLLM2_135M
 
 SEVEN_B = shape_of(LLAMA_2_7B)
@@ -15,10 +15,16 @@ SMALL = shape_of(SMOLLM2_135M)
 
 
 def seconds(
-    hardware: Hardware, shape: ModelShape = SEVEN_B, workers: int = 1, correction: Range = UNMEASURED, **settings: Any
+    hardware: Hardware,
+    shape: ModelShape = SEVEN_B,
+    workers: int = 1,
+    correction: Range = UNMEASURED,
+    gpu_shared_by: int = 1,
+    **settings: Any,
 ) -> float:
     config = TrialConfig.model_validate({"micro_batch_size": 1, "precision": "bf16"} | settings)
-    return step_seconds(config, shape, hardware, workers, 2, correction).expected
+    placement = Placement(workers, 2, gpu_shared_by=gpu_shared_by)
+    return step_seconds(config, shape, hardware, placement, correction).expected
 
 
 def test_the_step_that_was_measured_on_two_cores_lies_within_the_range() -> None:
@@ -33,6 +39,14 @@ def test_a_small_micro_batch_waits_for_memory_or_for_its_kernels_and_a_large_one
     assert one_by_one > 10 * at_once
     long = {"sequence_length": 4096, "global_batch_size": 8}
     assert seconds(h100, **long) == seconds(h100, **long, micro_batch_size=8)
+
+
+def test_trials_that_share_a_gpu_take_turns_on_it_and_start_their_kernels_at_once() -> None:
+    a100, long = named_gpu("A100", 1), {"sequence_length": 2048}
+    assert seconds(a100, gpu_shared_by=7, **long) == pytest.approx(7 * seconds(a100, **long))
+    short = {"sequence_length": 64, "global_batch_size": 1}
+    assert seconds(a100, SMALL, gpu_shared_by=2, **short) == seconds(a100, SMALL, **short)
+    assert seconds(a100, SMALL, gpu_shared_by=1000, **short) > seconds(a100, SMALL, **short)
 
 
 def test_gathered_and_offloaded_weights_go_over_a_link_that_may_be_slow() -> None:
