@@ -25,7 +25,7 @@ from orchestrator.planning.memory import CONTEXT_BYTES, MemoryEstimate, estimate
 from orchestrator.planning.model_shape import ModelShape
 from orchestrator.planning.notes import notes
 from orchestrator.planning.pace import Pace
-from orchestrator.planning.step_time import Placement, Range, step_seconds
+from orchestrator.planning.step_time import NODE_LINK_BYTES_PER_S, Placement, Range, step_seconds
 
 NO_PACE = Pace()
 SPARE = 0.97
@@ -90,6 +90,8 @@ class SweepPlan(_Part):
     cost: tuple[float, float, float] | None
     measured: int = 0
     """Trials on such a device by whose speed the times are corrected."""
+    assumptions: tuple[str, ...] = ()
+    """What the times take for granted, and nobody has measured."""
     warnings: tuple[str, ...]
 
 
@@ -210,9 +212,11 @@ def sharing(gpus_per_worker: float, at_once: int) -> int:
     return max(1, min(int(1 / gpus_per_worker + 1e-9), at_once)) if 0 < gpus_per_worker < 1 else 1
 
 
-def placement(shape: WorkerShape) -> Placement:
-    """Where a trial's workers run."""
-    return Placement(shape.workers, shape.cpus_per_worker, shape.gpu_shared_by)
+@cache
+def placement(hardware: Hardware, shape: WorkerShape) -> Placement:
+    """Where a trial's workers run: on one node where one has room for them."""
+    nodes = math.ceil(shape.workers / max(1, *_rooms(hardware, shape)))
+    return Placement(shape.workers, shape.cpus_per_worker, shape.gpu_shared_by, nodes)
 
 
 def trials_that_fit(rooms: Sequence[int], workers: int, *, on_one_node: bool) -> int:
@@ -233,7 +237,9 @@ def plan_trial(
     if memory.needed_bytes > memory_bytes:
         told = _does_not_fit(replace(case, config=config), shape, memory, memory_bytes)
         return _planned(trial, config, reasons=(told,), memory=memory)
-    step = step_seconds(config, model, hardware, placement(shape), pace.correction(config, shape.gpu_shared_by))
+    step = step_seconds(
+        config, model, hardware, placement(hardware, shape), pace.correction(config, shape.gpu_shared_by)
+    )
     whole = step.times(config.max_steps).plus(pace.once_s + pace.evaluations_s(config))
     return _planned(
         trial,
@@ -372,6 +378,7 @@ def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware, pace: 
         gpu_hours=(hours.low, hours.expected, hours.high),
         cost=_costs(sweep.budget, hours),
         measured=len(pace.steps),
+        assumptions=_assumptions(running, placement(hardware, shape).nodes, pace),
         warnings=_too_few(shape, hardware) + _warnings(sweep, running, makespan, hours),
     )
 
@@ -423,6 +430,19 @@ def _generations(work: Work, interval_steps: int) -> Iterator[Work]:
     """A member's trials: each of them begins anew and trains for an interval."""
     for first in range(0, work.steps, interval_steps):
         yield replace(work, steps=min(interval_steps, work.steps - first), grace_steps=interval_steps)
+
+
+def _assumptions(running: Sequence[PlannedTrial], nodes: int, pace: Pace) -> tuple[str, ...]:
+    """Until trials were measured here, whose times have all of it in them."""
+    if pace.steps:
+        return ()
+    told = []
+    if any(not trial.config.packing for trial in running):
+        told.append("rows fill sequence_length: shorter ones take less time, and less memory where none is as long")
+    if running and nodes > 1:
+        speed = f"{NODE_LINK_BYTES_PER_S * 8 / 1e9:.0f} Gb/s"
+        told.append(f"{speed} between the {nodes} nodes that a trial's workers lie on")
+    return tuple(told)
 
 
 def _too_few(shape: WorkerShape, hardware: Hardware) -> tuple[str, ...]:

@@ -63,6 +63,7 @@ def _totals(plan: SweepPlan) -> list[str]:
         lines.append(f"GPU-hours: about {hours[1]:.2f} ({hours[0]:.2f} to {hours[2]:.2f})")
     if plan.cost:
         lines.append(f"cost: about {plan.cost[1]:.2f} ({plan.cost[0]:.2f} to {plan.cost[2]:.2f})")
+    lines += [f"assumed: {assumption}" for assumption in plan.assumptions]
     return lines + [f"warning: {warning}" for warning in plan.warnings]
 
 

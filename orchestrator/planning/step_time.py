@@ -28,8 +28,10 @@ INT8_SLOWDOWN = 2.0
 EAGER_SLOWDOWN = 1.15
 LAYER_STARTS_S = 1.5e-3
 """Starting the kernels of a layer with adapters, forward and backward: some 150 of them at 10 µs each. Not measured."""
-HOST_LINK_BYTES_PER_S = 25e9
-"""PCIe 4 with 16 lanes, as copies reach it: what offloaded weights and gradients go over."""
+HOST_LINK_BYTES_PER_S, OLD_HOST_LINK_BYTES_PER_S = 25e9, 12e9
+"""PCIe 4 with 16 lanes, and PCIe 3 of GPUs before Ampere, as copies reach them: what offloaded weights go over."""
+NODE_LINK_BYTES_PER_S = 12.5e9
+"""100 Gb/s between two nodes, as AWS prints for g5.48xlarge (8 A10G): 50 for 4 T4, 400 for 8 A100, 3,200 for 8 H100."""
 WEIGHT_BYTES = {Precision.BF16: 2.0, Precision.FP16: 2.0, Precision.INT8: 1.0, Precision.NF4: 0.52}
 """A weight of the decoder layers; 4 where it is not named."""
 SPREAD = 2.0
@@ -65,6 +67,8 @@ class Placement:
     """Of each worker."""
     gpu_shared_by: int = 1
     """Trials at a time on a worker's GPU."""
+    nodes: int = 1
+    """That the workers lie on."""
 
 
 def step_flops(config: TrialConfig, shape: ModelShape) -> float:
@@ -99,7 +103,7 @@ def step_seconds(
         reading = passes * _weight_bytes(config, shape) / hardware.bandwidth_bytes_per_s
         starting = passes / 2 * LAYER_STARTS_S * shape.layers
         seconds = max(turns * max(seconds, reading), starting)
-        seconds += turns * _link_seconds(config, shape, hardware, workers)
+        seconds += turns * _link_seconds(config, shape, hardware, placement)
     return correction.times(seconds)
 
 
@@ -125,21 +129,28 @@ def _weight_bytes(config: TrialConfig, shape: ModelShape) -> float:
     return shape.linear_parameters * WEIGHT_BYTES.get(config.precision, 4.0)
 
 
-def _link_seconds(config: TrialConfig, shape: ModelShape, hardware: Hardware, workers: int) -> float:
+def _link_seconds(config: TrialConfig, shape: ModelShape, hardware: Hardware, placement: Placement) -> float:
     """A ring all-reduce sends 2 (n - 1) / n of the gradients; ZeRO-3 gathers the weights in every pass (Rajbhandari et
-    al. 2020, arXiv:1910.02054, section 7); offloaded weights come from the host in every pass."""
+    al. 2020, arXiv:1910.02054, section 7); offloaded weights come from the host in every pass. A ring is as fast as
+    its slowest link."""
+    workers = placement.workers
     others = (workers - 1) / workers
     micro_batches = _micro_batches(config, workers)
     passed_bytes = micro_batches * _passes(config) * _weight_bytes(config, shape)
     width = 2 if config.precision in (Precision.BF16, Precision.FP16) or config.precision.is_quantized else 4
     gradient_bytes = trainable_parameters(config, shape) * width
     sent_bytes = 2 * others * gradient_bytes + (others * passed_bytes if config.zero_stage == 3 else 0.0)
-    seconds = sent_bytes / hardware.interconnect_bytes_per_s if sent_bytes else 0.0
+    link = hardware.interconnect_bytes_per_s
+    if placement.nodes > 1:
+        link = min(link, NODE_LINK_BYTES_PER_S)
+    seconds = sent_bytes / link if sent_bytes else 0.0
+    is_old = hardware.compute_capability is not None and hardware.compute_capability < (8, 0)
+    host_link = OLD_HOST_LINK_BYTES_PER_S if is_old else HOST_LINK_BYTES_PER_S
     if config.offload != "none":
         # Gradients to the host, weights back; each worker has its share.
-        seconds += 2 * gradient_bytes / workers / HOST_LINK_BYTES_PER_S
+        seconds += 2 * gradient_bytes / workers / host_link
     if config.offload == "optimizer_and_parameters":
-        seconds += passed_bytes / workers / HOST_LINK_BYTES_PER_S
+        seconds += passed_bytes / workers / host_link
     return seconds
 
 

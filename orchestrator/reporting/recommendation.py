@@ -30,9 +30,9 @@ from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 RULE = (
     "Of the configurations whose objective is within the noise of the best (the 95 % interval of their difference, "
     "seed by seed, contains 0, by Tukey's studentised range, since the best of them is chosen by the same data; or it "
-    "differs by less than 0.01 %), take the one with the least peak memory; of those within 2 % of it, the fastest. Only completed trials "
-    "compete; where several objectives are named, those on the Pareto front do, and the next objective takes the place "
-    "of memory."
+    "differs by less than 0.01 %), take the one with the least peak memory; of those within 2 % of it, the fastest. "
+    "Only completed trials compete; where several objectives are named, those on the Pareto front do, and the next "
+    "objective takes the place of memory."
 )
 SAME_MEMORY = 1.02
 CLOSE = 0.01

@@ -24,7 +24,7 @@ from orchestrator.planning.plan import (
     placement,
     plan_trial,
 )
-from orchestrator.planning.step_time import Range, step_seconds
+from orchestrator.planning.step_time import Placement, Range, step_seconds
 from orchestrator.results.storage import SweepFolder, newest_sweeps
 from orchestrator.sweep import cluster, gpu_choice
 from orchestrator.sweep.gpu_choice import Choice
@@ -84,7 +84,7 @@ class Prepared:
 
     def step_seconds(self, config: TrialConfig) -> Range:
         """What a step takes, before anything measured corrects it."""
-        return step_seconds(config, self.model, self.choice.hardware, placement(self._worker_shape))
+        return step_seconds(config, self.model, self.choice.hardware, self._placement)
 
     def plan_trial(self, trial: Trial) -> PlannedTrial:
         """The plan's own decision, for a trial that an adaptive search proposes."""
@@ -96,6 +96,10 @@ class Prepared:
             self.plan.worker_memory_bytes,
             self.choice.pace,
         )
+
+    @property
+    def _placement(self) -> Placement:
+        return placement(self.choice.hardware, self._worker_shape)
 
     @property
     def _worker_shape(self) -> WorkerShape:

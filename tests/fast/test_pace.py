@@ -84,7 +84,8 @@ def test_a_trial_that_failed_or_has_no_prediction_is_left_out() -> None:
     [
         ("NVIDIA A100-SXM4-80GB", "A100", True),
         ("NVIDIA A100-PCIE-40GB", "A100", False),
-        ("NVIDIA A100-PCIE-40GB", "A100-40GB", True),
+        ("NVIDIA A100-PCIE-40GB", "A100-40GB", False),
+        ("NVIDIA A100-PCIE-40GB", "A100-PCIe-40GB", True),
         ("NVIDIA H100 80GB HBM3", "H100", True),
         ("NVIDIA GeForce RTX 4090", "RTX-4090", True),
         ("NVIDIA GeForce RTX 5090", "RTX-4090", False),

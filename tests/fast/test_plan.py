@@ -16,18 +16,20 @@ from orchestrator.planning.compatibility import refusals
 from orchestrator.planning.hardware import Hardware, cpu_half_precision, named_gpu, parse_memory
 from orchestrator.planning.memory import CONTEXT_BYTES, estimate, estimate_on, memory_parts, trainable_parameters
 from orchestrator.planning.model_shape import shape_of
-from orchestrator.planning.plan import TIGHT, SweepPlan, gpu_memory_fraction, plan_sweep
+from orchestrator.planning.pace import Pace
+from orchestrator.planning.plan import NO_PACE, TIGHT, SweepPlan, gpu_memory_fraction, plan_sweep
 from orchestrator.planning.plan_table import render
 from orchestrator.planning.step_time import Placement, step_seconds
 from tests.fast.cases import A100, CPU, LLAMA_2_7B, LLAMA_32_3B, SMOLLM2_135M, case
+from tests.made_up_sweep import made_up_sweep, made_up_trial
 
 SEVEN_B, THREE_B = shape_of(LLAMA_2_7B), shape_of(LLAMA_32_3B)
 
 
-def plan(hardware: Hardware, model: Any = SEVEN_B, **keys: Any) -> SweepPlan:
+def plan(hardware: Hardware, model: Any = SEVEN_B, pace: Pace = NO_PACE, **keys: Any) -> SweepPlan:
     raw = {"name": "p", "model": "builtin:tiny-llama", "data": {"train": "builtin:python-docs"}, **keys}
     sweep = SweepConfig.model_validate(raw).on_hardware(has_gpus=hardware.device == "cuda")
-    return plan_sweep(sweep, model, hardware)
+    return plan_sweep(sweep, model, hardware, pace)
 
 
 def test_published_parameter_counts() -> None:
@@ -340,6 +342,20 @@ def test_sharing_a_gpu_makes_no_trial_cheaper_that_keeps_it_busy() -> None:
 def test_no_more_trials_share_a_gpu_than_there_are() -> None:
     found = plan(A100, shape_of(SMOLLM2_135M), space={"rank": [4, 8]}, resources={"gpus_per_worker": 0.1})
     assert found.gpu_shared_by == 2
+
+
+def test_what_the_times_take_for_granted_is_told_once_and_not_where_trials_were_measured() -> None:
+    spread = {"trial": {"global_batch_size": 16, "zero_stage": 3}, "resources": {"workers_per_trial": 16}}
+    two_nodes = plan(named_gpu("A100", 16), space={"rank": [4, 8]}, **spread)
+    rows, network = two_nodes.assumptions
+    assert "rows fill sequence_length" in rows
+    assert "100 Gb/s between the 2 nodes" in network
+    assert render(two_nodes).count("assumed: ") == 2
+    assert plan(A100, trial={"packing": True}).assumptions == ()
+    trial = made_up_trial({}).model_copy(update={"predicted_step_time_s": 1.0})
+    measured = Pace.of([made_up_sweep([trial])], "made-up", named_gpu("A10G", 1))
+    assert measured.steps
+    assert plan(A100, pace=measured).assumptions == ()
 
 
 def test_workers_of_one_trial_never_share_a_gpu() -> None:

@@ -20,10 +20,11 @@ def seconds(
     workers: int = 1,
     correction: Range = UNMEASURED,
     gpu_shared_by: int = 1,
+    nodes: int = 1,
     **settings: Any,
 ) -> float:
     config = TrialConfig.model_validate({"micro_batch_size": 1, "precision": "bf16"} | settings)
-    placement = Placement(workers, 2, gpu_shared_by=gpu_shared_by)
+    placement = Placement(workers, 2, gpu_shared_by, nodes)
     return step_seconds(config, shape, hardware, placement, correction).expected
 
 
@@ -55,6 +56,23 @@ def test_gathered_and_offloaded_weights_go_over_a_link_that_may_be_slow() -> Non
         assert seconds(gpu, workers=4, zero_stage=3) > least * seconds(gpu, workers=4, zero_stage=2)
     whole = {"zero_stage": 3, "offload": "optimizer_and_parameters"}
     assert seconds(nvlink, workers=4, **whole) > seconds(nvlink, workers=4, zero_stage=3)
+
+
+def test_workers_on_several_nodes_wait_for_the_network() -> None:
+    spread = {"workers": 16, "zero_stage": 3, "global_batch_size": 16}
+    gathered_bytes = 2 * 2 * SEVEN_B.linear_parameters * 15 / 16
+    more = seconds(named_gpu("A100", 16), nodes=2, **spread) - seconds(named_gpu("A100", 16), **spread)
+    assert more == pytest.approx(gathered_bytes * (1 / 12.5e9 - 1 / 300e9), rel=0.01)
+    assert seconds(named_gpu("A100", 16), nodes=2) == seconds(named_gpu("A100", 16))
+
+
+def test_offloaded_weights_take_twice_as_long_to_a_gpu_in_an_older_slot() -> None:
+    def coming(gpu: str) -> float:
+        settings = {"precision": "fp16", "zero_stage": 3, "global_batch_size": 1}
+        hardware = named_gpu(gpu, 1)
+        return seconds(hardware, **settings, offload="optimizer_and_parameters") - seconds(hardware, **settings)
+
+    assert coming("T4") == pytest.approx(coming("V100")) == pytest.approx(25 / 12 * coming("A100"))
 
 
 @pytest.mark.parametrize("rank", [8, "full"])
