@@ -32,6 +32,9 @@ HOST_LINK_BYTES_PER_S, OLD_HOST_LINK_BYTES_PER_S = 25e9, 12e9
 """PCIe 4 with 16 lanes, and PCIe 3 of GPUs before Ampere, as copies reach them: what offloaded weights go over."""
 NODE_LINK_BYTES_PER_S = 12.5e9
 """100 Gb/s between two nodes, as AWS prints for g5.48xlarge (8 A10G): 50 for 4 T4, 400 for 8 A100, 3,200 for 8 H100."""
+CPU_OPTIMIZER_S = {"adamw": 6.5e-9, "sgd": 3.1e-9}
+"""Of a weight on one core, as we measured torch's own optimizers, neither fused nor of several tensors at once (torch
+2.13, 60 million weights, AVX2): what DeepSpeed steps offloaded weights with here. A worker's threads are its CPUs."""
 WEIGHT_BYTES = {Precision.BF16: 2.0, Precision.FP16: 2.0, Precision.INT8: 1.0, Precision.NF4: 0.52}
 """A weight of the decoder layers; 4 where it is not named."""
 SPREAD = 2.0
@@ -104,6 +107,9 @@ def step_seconds(
         starting = passes / 2 * LAYER_STARTS_S * shape.layers
         seconds = max(turns * max(seconds, reading), starting)
         seconds += turns * _link_seconds(config, shape, hardware, placement)
+        if config.offload != "none":
+            stepped = trainable_parameters(config, shape) / workers
+            seconds += stepped * CPU_OPTIMIZER_S[config.optimizer] / max(1, int(placement.cpus))
     return correction.times(seconds)
 
 
@@ -126,7 +132,11 @@ def _passes(config: TrialConfig) -> int:
 
 
 def _weight_bytes(config: TrialConfig, shape: ModelShape) -> float:
-    return shape.linear_parameters * WEIGHT_BYTES.get(config.precision, 4.0)
+    """Of the decoder layers; a mixture's experts are not quantised, but as wide as the rest: see `planning.memory`."""
+    width = rest = WEIGHT_BYTES.get(config.precision, 4.0)
+    if config.precision.is_quantized:
+        rest = 4.0 if config.engine == "ddp" else 2.0
+    return shape.quantisable_parameters * width + shape.expert_parameters * rest
 
 
 def _link_seconds(config: TrialConfig, shape: ModelShape, hardware: Hardware, placement: Placement) -> float:
