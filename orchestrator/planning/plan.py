@@ -13,7 +13,14 @@ from pydantic import BaseModel, ConfigDict
 
 from orchestrator.config.constraint import parse
 from orchestrator.config.search_space import Trial
-from orchestrator.config.sweep_config import AshaConfig, BudgetConfig, ResourcesConfig, SweepConfig
+from orchestrator.config.sweep_config import (
+    AshaConfig,
+    BudgetConfig,
+    ExtrapolationConfig,
+    MedianConfig,
+    ResourcesConfig,
+    SweepConfig,
+)
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import InputError, ModelError, cut
 from orchestrator.planning import budget
@@ -355,10 +362,14 @@ def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware, pace: 
     launched = list(itertools.islice(itertools.cycle(running), len(trials))) if proposes else running
     # Hyperband's first bracket, which most trials are in, is ASHA; nobody can say whom the other rules will stop.
     asha = sweep.scheduler.asha or sweep.scheduler.hyperband
-    works = [_work(trial, pace.once_s, asha) for trial in launched]
+    works = [
+        _work(trial, f"{trial.configuration_id} {place // len(running)}", pace.once_s, asha, sweep.budget)
+        for place, trial in enumerate(launched)
+    ]
     if pbt := sweep.scheduler.pbt:
         works = [part for work in works for part in _generations(work, pbt.interval_steps)]
-    taken = simulate(works, concurrent, asha.reduction_factor if asha else None)
+    alone = _alone(running, model, hardware, shape)
+    taken = simulate(works, concurrent, asha.reduction_factor if asha else None, shape.gpu_shared_by, alone)
     makespan, hours = taken.makespan_s, taken.trials_s.times(shape.workers * shape.gpus_per_worker / 3600)
     return SweepPlan(
         name=sweep.name,
@@ -399,6 +410,19 @@ def _require_no_money(sweep: SweepConfig) -> None:
         )
 
 
+def _alone(running: Sequence[PlannedTrial], model: ModelShape, hardware: Hardware, shape: WorkerShape) -> float:
+    """The mean share of a trial's step that is left where it has a shared GPU for itself."""
+    if shape.gpu_shared_by == 1 or not running:
+        return 1.0
+    shared = placement(hardware, shape)
+    whole = replace(shared, gpu_shared_by=1)
+
+    def step_s(trial: PlannedTrial, where: Placement) -> float:
+        return step_seconds(trial.config, model, hardware, where).expected
+
+    return sum(step_s(trial, whole) / step_s(trial, shared) for trial in running) / len(running)
+
+
 def _with_cost(trial: PlannedTrial, limits: BudgetConfig) -> PlannedTrial:
     if trial.gpu_hours is None or limits.price_per_gpu_hour is None:
         return trial
@@ -416,14 +440,17 @@ def _describe(hardware: Hardware) -> str:
     return f"{hardware.gpus} × {hardware.gpu_name}, {(hardware.gpu_memory_bytes or 0) / GIB:.0f} GiB each"
 
 
-def _work(trial: PlannedTrial, once_s: float, asha: AshaConfig | None) -> Work:
+def _work(
+    trial: PlannedTrial, configuration: str, once_s: float, asha: AshaConfig | None, limits: BudgetConfig
+) -> Work:
     """Its evaluations are spread over its steps: who is stopped early makes fewer."""
     assert trial.seconds is not None
     assert trial.seconds_range is not None
     whole = Range(trial.seconds_range[0], trial.seconds, trial.seconds_range[1])
     steps = trial.config.max_steps
     grace_steps = _grace_steps(asha, trial) if asha else steps
-    return Work(once_s, whole.plus(-once_s).times(1 / steps), steps, trial.config.eval_every, grace_steps)
+    step_s, limit_s = whole.plus(-once_s).times(1 / steps), (limits.trial_hours or math.inf) * 3600
+    return Work(once_s, step_s, steps, trial.config.eval_every, grace_steps, configuration, limit_s)
 
 
 def _generations(work: Work, interval_steps: int) -> Iterator[Work]:
@@ -455,9 +482,9 @@ def _too_few(shape: WorkerShape, hardware: Hardware) -> tuple[str, ...]:
     )
 
 
-def _grace_steps(asha: AshaConfig, trial: PlannedTrial) -> float:
+def _grace_steps(scheduler: AshaConfig | MedianConfig | ExtrapolationConfig, trial: PlannedTrial) -> float:
     """The grace that a trial gets, as optimizer steps: tokens at full sequences, seconds as the plan expects them."""
-    grace, unit = asha.grace
+    grace, unit = scheduler.grace
     config = trial.config
     if unit == "tokens":
         return grace / (config.global_batch_size * config.sequence_length)
@@ -468,10 +495,11 @@ def _grace_steps(asha: AshaConfig, trial: PlannedTrial) -> float:
 
 def _warnings(sweep: SweepConfig, running: Sequence[PlannedTrial], makespan: Range, hours: Range) -> tuple[str, ...]:
     told: tuple[str, ...] = () if running else ("no trial of this sweep can run: see the reasons above",)
-    asha = sweep.scheduler.asha
-    if asha and running and all(trial.config.max_steps <= _grace_steps(asha, trial) for trial in running):
-        grace, unit = asha.grace
-        told += (f"asha stops nobody: no trial has more steps than grace_{unit} ({grace:g}); lower it",)
+    for name, part in sweep.scheduler:
+        graceful = isinstance(part, AshaConfig | MedianConfig | ExtrapolationConfig)
+        if graceful and running and all(trial.config.max_steps <= _grace_steps(part, trial) for trial in running):
+            grace, unit = part.grace
+            told += (f"{name} stops nobody: no trial has more steps than grace_{unit} ({grace:g}); lower it",)
     limit_s = (sweep.budget.trial_hours or math.inf) * 3600
     if too_long := [trial for trial in running if (trial.seconds or 0) > limit_s]:
         told += (

@@ -448,3 +448,22 @@ def test_gpu_hours_and_cost_are_those_of_the_trials_and_add_up() -> None:
     assert sum(trial.gpu_hours for trial in priced.trials) == pytest.approx(priced.gpu_hours[1])
     assert sum(trial.cost for trial in priced.trials) == pytest.approx(priced.cost[1])
     assert plan(A100).trials[0].cost is None
+
+
+@pytest.mark.parametrize(
+    "scheduler", [{"asha": {}}, {"hyperband": {}}, {"median": {}}, {"median": {}, "extrapolation": {}}]
+)
+def test_a_grace_as_long_as_the_trials_is_told_of_every_scheduler(scheduler: dict[str, dict[str, int]]) -> None:
+    def told(grace: int) -> list[str]:
+        keys = {name: {"grace_steps": grace} for name in scheduler}
+        found = plan(A100, trial={"max_steps": 50}, scheduler=keys)
+        return [warning.split(" stops nobody")[0] for warning in found.warnings if "stops nobody" in warning]
+
+    assert told(50) == list(scheduler)
+    assert told(49) == []
+
+
+def test_a_plan_counts_no_trial_beyond_the_budgets_trial_hours() -> None:
+    cut = plan(A100, space={"rank": [8, 16]}, trial={"max_steps": 100_000}, budget={"trial_hours": 0.5})
+    assert cut.gpu_hours == pytest.approx((1.0, 1.0, 1.0))
+    assert any("to be ended there: 2 of 2 trials" in warning for warning in cut.warnings)
