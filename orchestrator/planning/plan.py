@@ -475,11 +475,17 @@ def _assumptions(running: Sequence[PlannedTrial], nodes: int, pace: Pace) -> tup
 def _too_few(shape: WorkerShape, hardware: Hardware) -> tuple[str, ...]:
     if sum(_rooms(hardware, shape)) >= shape.workers:
         return ()
-    each = f"{shape.cpus_per_worker:g} CPUs and {shape.gpus_per_worker:g} GPUs"
+    each = f"{counted(shape.cpus_per_worker, 'CPU')} and {counted(shape.gpus_per_worker, 'GPU')} each"
+    there = f"{counted(hardware.cpus, 'CPU')} and {counted(hardware.gpus, 'GPU')}"
     return (
-        f"a trial takes {shape.workers} workers of {each} each, and there are {hardware.cpus} CPUs and {hardware.gpus} "
-        "GPUs: not one can start there; lower resources, or name the cluster's GPUs with --gpu and --gpus",
+        f"a trial takes {counted(shape.workers, 'worker')} of {each}, and the cluster has {there}: not one can start "
+        "there; lower resources, or name the cluster's GPUs with --gpu and --gpus",
     )
+
+
+def counted(count: float, noun: str) -> str:
+    """`1 GPU`, `0.5 CPUs`."""
+    return f"{count:g} {noun}{'s' * (count != 1)}"
 
 
 def _grace_steps(scheduler: AshaConfig | MedianConfig | ExtrapolationConfig, trial: PlannedTrial) -> float:

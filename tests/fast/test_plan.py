@@ -18,7 +18,7 @@ from orchestrator.planning.memory import CONTEXT_BYTES, estimate, estimate_on, m
 from orchestrator.planning.model_shape import shape_of
 from orchestrator.planning.pace import Pace
 from orchestrator.planning.plan import NO_PACE, TIGHT, SweepPlan, gpu_memory_fraction, plan_sweep
-from orchestrator.planning.plan_table import render
+from orchestrator.planning.plan_table import duration, render
 from orchestrator.planning.step_time import Placement, step_seconds
 from tests.fast.cases import A100, CPU, LLAMA_2_7B, LLAMA_32_3B, SMOLLM2_135M, case
 from tests.made_up_sweep import made_up_sweep, made_up_trial
@@ -356,6 +356,27 @@ def test_what_the_times_take_for_granted_is_told_once_and_not_where_trials_were_
     measured = Pace.of([made_up_sweep([trial])], "made-up", named_gpu("A10G", 1))
     assert measured.steps
     assert plan(A100, pace=measured).assumptions == ()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(89.4, "89 s"), (90, "1.5 min"), (599, "10 min"), (5399, "90 min"), (5400, "1.5 h")]
+)
+def test_a_duration_is_told_to_two_digits(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+def test_one_of_a_thing_is_told_as_one() -> None:
+    switched = plan(A100, space={"packing": [True, False]})
+    assert "  true  " in render(switched)
+    one_measured = switched.model_copy(update={"measured": 1})
+    assert "by the speed of 1 trial that ran here" in render(one_measured)
+    search = {"search": {"algorithm": "tpe"}, "budget": {"trials": 4}, "trial": {"max_steps": 10}}
+    told = render(plan(A100, space={"learning_rate": {"log_uniform": [1e-5, 1e-3]}}, **search))
+    (line,) = [line for line in told.splitlines() if "of these examples" in line]
+    assert line.startswith("up to 4 trials, 8 at a time; 0 of these examples are refused; they take ")
+    assert " to " not in line.partition("; they take ")[2]
+    (alone,) = [w for w in plan(CPU, resources={"gpus_per_worker": 1}).warnings if "not one can start" in w]
+    assert alone.startswith("a trial takes 1 worker of 1 CPU and 1 GPU each, and the cluster has 2 CPUs and 0 GPUs")
 
 
 def test_workers_of_one_trial_never_share_a_gpu() -> None:
