@@ -14,21 +14,21 @@ from orchestrator.planning.step_time import Range
 def shortfalls(budget: BudgetConfig, hours: Range, gpu_hours: Range) -> tuple[str, ...]:
     """What of a plan the budget does not hold, or may not."""
     told = []
-    for name, unit, limit, needed in _limits(budget, hours, gpu_hours):
+    for name, verb, unit, limit, needed in _limits(budget, hours, gpu_hours):
         if needed.high <= limit:
             continue
         if needed.expected > limit:
-            said = f"about {needed.expected:.3g}{unit} are needed, and budget.{name} is {limit:g}: "
-            told.append(said + "the sweep will end before its last trials; raise it, or search fewer values")
+            said = f"the sweep {verb}s about {needed.expected:.3g}{unit}, and budget.{name} is {limit:g}: "
+            told.append(said + "it will end before its last trials; raise it, or search fewer values")
         else:
-            told.append(f"up to {needed.high:.3g}{unit} may be needed, and budget.{name} is {limit:g}")
+            told.append(f"the sweep may {verb} up to {needed.high:.3g}{unit}, and budget.{name} is {limit:g}")
     return tuple(told)
 
 
 def exhausted(budget: BudgetConfig, hours: float, gpu_hours: float) -> str | None:
     """The key whose limit is reached by what is spent, None while nothing is."""
     spent = (Range(used, used, used) for used in (hours, gpu_hours))
-    return next((f"budget.{name}" for name, _, limit, used in _limits(budget, *spent) if used.low >= limit), None)
+    return next((f"budget.{name}" for name, _, _, limit, used in _limits(budget, *spent) if used.low >= limit), None)
 
 
 def unspent(budget: BudgetConfig, hours: float, gpu_hours: float) -> tuple[str, ...]:
@@ -36,18 +36,18 @@ def unspent(budget: BudgetConfig, hours: float, gpu_hours: float) -> tuple[str, 
     spent = (Range(used, used, used) for used in (hours, gpu_hours))
     return tuple(
         f"{max(0.0, limit - used.low):.3g} of budget.{name} {limit:g}"
-        for name, _, limit, used in _limits(budget, *spent)
+        for name, _, _, limit, used in _limits(budget, *spent)
     )
 
 
-def _limits(budget: BudgetConfig, hours: Range, gpu_hours: Range) -> Iterator[tuple[str, str, float, Range]]:
-    """Each limit that is set: its key, its unit, and what it is compared with."""
+def _limits(budget: BudgetConfig, hours: Range, gpu_hours: Range) -> Iterator[tuple[str, str, str, float, Range]]:
+    """Each limit that is set: its key, what a sweep does of it, in which unit, and what it is compared with."""
     if budget.hours is not None:
-        yield "hours", " hours", budget.hours, hours
+        yield "hours", "take", " hours", budget.hours, hours
     if budget.gpu_hours is not None:
-        yield "gpu_hours", " GPU-hours", budget.gpu_hours, gpu_hours
+        yield "gpu_hours", "take", " GPU-hours", budget.gpu_hours, gpu_hours
     if budget.cost is not None and budget.price_per_gpu_hour:
-        yield "cost", " of money", budget.cost, gpu_hours.times(budget.price_per_gpu_hour)
+        yield "cost", "cost", "", budget.cost, gpu_hours.times(budget.price_per_gpu_hour)
 
 
 def cost(budget: BudgetConfig, gpu_hours: float) -> float | None:

@@ -71,14 +71,17 @@ class _Gpu:
 
 
 # NVIDIA's data sheets: memory, compute capability, dense half-precision tensor TFLOP/s, fp32 TFLOP/s, GB/s of memory,
-# and GB/s one way to another GPU: half of what is printed for NVLink, 16 or 32 for PCIe 3 or 4 with 16 lanes.
+# and GB/s one way to another GPU: half of what is printed for NVLink; 16, 32 or 64 for PCIe 3, 4 or 5 with 16 lanes.
 GPUS = {
     "T4": _Gpu(15, (7, 5), 65, 8.1, 300, 16),
-    "V100": _Gpu(32, (7, 0), 112, 14, 900, 150),
+    "V100": _Gpu(32, (7, 0), 125, 15.7, 900, 150),
+    "V100-PCIe": _Gpu(32, (7, 0), 112, 14, 900, 16),
     "A10": _Gpu(22.5, (8, 6), 125, 31.2, 600, 32),
     "A10G": _Gpu(22.5, (8, 6), 70, 35, 600, 32),
     "A100-40GB": _Gpu(40, (8, 0), 312, 19.5, 1555, 300),
     "A100": _Gpu(80, (8, 0), 312, 19.5, 2039, 300),
+    "A100-PCIe-40GB": _Gpu(40, (8, 0), 312, 19.5, 1555, 32),
+    "A100-PCIe": _Gpu(80, (8, 0), 312, 19.5, 1935, 32),
     "A6000": _Gpu(48, (8, 6), 155, 38.7, 768, 32),
     "RTX-3090": _Gpu(24, (8, 6), 71, 35.6, 936, 32),
     "RTX-4080": _Gpu(16, (8, 9), 97, 48.7, 717, 32),
@@ -86,6 +89,7 @@ GPUS = {
     "L4": _Gpu(22.5, (8, 9), 121, 30.3, 300, 32),
     "L40S": _Gpu(45, (8, 9), 362, 91.6, 864, 32),
     "H100": _Gpu(80, (9, 0), 989, 67, 3350, 450),
+    "H100-PCIe": _Gpu(80, (9, 0), 756, 51, 2000, 64),
     "H200": _Gpu(141, (9, 0), 989, 67, 4800, 450),
     "B200": _Gpu(180, (10, 0), 2250, 80, 8000, 900),
 }

@@ -1,21 +1,21 @@
-"""How long a sweep takes: its trials go through the slots under its scheduler, simulated before anything runs."""
+"""How long a sweep takes: its trials go through the slots under its own scheduler, simulated before anything runs."""
 
 from __future__ import annotations
 
-import bisect
 import heapq
 import math
 import random
-from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator.planning.step_time import Range
+from orchestrator.search.stopping import Halving, Heard
 
 FIRST_START_S = Range(15.0, 25.0, 60.0)
 """From the command to a slot's first step: Ray, worker groups, imports, once a slot. On 2 CPU cores, idle to busy."""
 DRAWS = 5
-"""So many orders of the trials from the worst to the best: nobody knows which it will be."""
+"""So many orders of the configurations from the worst to the best: nobody knows which it will be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,10 @@ class Work:
     """The scheduler hears of a trial only so often."""
     grace_steps: float
     """Steps to its first rung."""
+    configuration: str
+    """Its repeats go on together or not at all."""
+    limit_s: float = math.inf
+    """When it is ended, wherever it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,20 +45,37 @@ class Simulated:
     """All trials' seconds together."""
 
 
-def simulate(works: Sequence[Work], slots: int, factor: int | None) -> Simulated:
-    """Low and expected where one of `factor` trials goes on from each rung (None: all do).
+def simulate(
+    works: Sequence[Work], slots: int, factor: int | None, gpu_shared_by: int = 1, alone: float = 1.0
+) -> Simulated:
+    """Low and expected where one of `factor` configurations goes on from each rung (None: all do).
 
-    High if nobody is stopped, as where every trial beats those before it.
+    High if nobody is stopped, as where every configuration beats those before it.
+
+    Args:
+        works: the trials, in their order.
+        slots: trials at a time.
+        factor: of successive halving.
+        gpu_shared_by: trials at a time on a GPU, whose turns are in each step's time.
+        alone: the share of a step's time that is left where a trial has the GPU for itself.
     """
     if not works:
         return Simulated(Range(0.0, 0.0, 0.0), Range(0.0, 0.0, 0.0))
-    orders = [random.Random(draw).sample(range(len(works)), len(works)) for draw in range(DRAWS if factor else 1)]
-    start = FIRST_START_S
-    low = [_once(works, [work.step_s.low for work in works], start.low, order, slots, factor) for order in orders]
-    expected = [
-        _once(works, [work.step_s.expected for work in works], start.expected, order, slots, factor) for order in orders
+    slots = min(slots, len(works))
+    names = list(dict.fromkeys(work.configuration for work in works))
+    draws = range(DRAWS if factor else 1)
+    orders = [
+        dict(zip(names, random.Random(draw).sample(range(len(names)), len(names)), strict=True)) for draw in draws
     ]
-    high = _once(works, [work.step_s.high for work in works], start.high, orders[0], slots, None)
+
+    def slowness(at_once: int) -> float:
+        return max(alone, math.ceil(at_once * gpu_shared_by / slots) / gpu_shared_by)
+
+    start = FIRST_START_S
+    fast, usual, slow = ([getattr(work.step_s, end) for work in works] for end in ("low", "expected", "high"))
+    low = [_once(works, fast, start.low, order, slots, factor, slowness) for order in orders]
+    expected = [_once(works, usual, start.expected, order, slots, factor, slowness) for order in orders]
+    high = _once(works, slow, start.high, orders[0], slots, None, slowness)
     ranges = (
         Range(min(run[i] for run in low), sum(run[i] for run in expected) / len(expected), high[i]) for i in (0, 1)
     )
@@ -65,56 +86,54 @@ def _once(
     works: Sequence[Work],
     step_s: Sequence[float],
     start_s: float,
-    quality: Sequence[int],
+    place: Mapping[str, int],
     slots: int,
     factor: int | None,
+    slowness: Callable[[int], float],
 ) -> tuple[float, float]:
-    """One run: when its last trial ends, and the seconds of all."""
+    """One run: when its last trial ends, and the seconds of all.
+
+    Its clock is that of trials that share GPUs as planned; the fewer are left at the end, the faster it goes.
+    """
+    rule = Halving(1.0, factor, "graces") if factor else None
     waiting = deque(range(len(works)))
-    rungs: dict[int, list[int]] = defaultdict(list)
-    events: list[tuple[float, int, int, int]] = []
-    ended_s = trials_s = 0.0
+    events: list[tuple[float, int, int, float]] = []
 
-    def go_on(now_s: float, trial: int, done: int) -> None:
-        rung, step = _next_stop(works[trial], done, factor)
-        heapq.heappush(events, (now_s + (step - done) * step_s[trial], trial, rung, step))
+    def go_on(trial: int, begun_s: float, done: int) -> None:
+        step = _next_stop(works[trial], done, factor)
+        heapq.heappush(events, (begun_s + _taken_s(works[trial], step, step_s[trial]), trial, step, begun_s))
 
-    for _ in range(min(slots, len(works))):
-        first = waiting.popleft()
-        go_on(start_s + works[first].besides_s, first, 0)
+    for _ in range(slots):
+        go_on(waiting.popleft(), start_s, 0)
+    clock_s = ended_s = start_s
+    trials_s = 0.0
     while events:
-        now_s, trial, rung, step = heapq.heappop(events)
-        if step < works[trial].steps and factor and _goes_on(rungs[rung], quality[trial], factor):
-            go_on(now_s, trial, step)
-            continue
-        ended_s = now_s
-        trials_s += works[trial].besides_s + step * step_s[trial]
-        if waiting:
-            following = waiting.popleft()
-            go_on(now_s + works[following].besides_s, following, 0)
+        at_once = len(events)
+        now_s, trial, step, begun_s = heapq.heappop(events)
+        passed_s = (now_s - clock_s) * slowness(at_once)
+        clock_s, ended_s, trials_s = now_s, ended_s + passed_s, trials_s + at_once * passed_s
+        work = works[trial]
+        is_stopped = rule is not None and rule.hear(_heard(work, trial, step, place[work.configuration])) is not None
+        if step < work.steps and not is_stopped and _taken_s(work, step, step_s[trial]) < work.limit_s:
+            go_on(trial, begun_s, step)
+        elif waiting:
+            go_on(waiting.popleft(), now_s, 0)
     return ended_s, trials_s
 
 
-def _next_stop(work: Work, done: int, factor: int | None) -> tuple[int, int]:
-    """The next rung's number, and the step at which it is told: the first evaluation at or after it, or the end."""
+def _taken_s(work: Work, step: int, step_s: float) -> float:
+    return min(work.limit_s, work.besides_s + step * step_s)
+
+
+def _heard(work: Work, trial: int, step: int, place: int) -> Heard:
+    return Heard(str(trial), work.configuration, step / work.grace_steps, place, work.steps / work.grace_steps)
+
+
+def _next_stop(work: Work, done: int, factor: int | None) -> int:
+    """The step at which the next rung is told: the first evaluation at or after it, or the end."""
     if factor is None:
-        return 0, work.steps
-    number, rung = 0, work.grace_steps
+        return work.steps
+    rung = work.grace_steps
     while rung <= done:
-        number, rung = number + 1, rung * factor
-    step = math.ceil(rung / work.eval_every) * work.eval_every
-    while rung * factor <= step:
-        number, rung = number + 1, rung * factor
-    return number, min(work.steps, step)
-
-
-def _goes_on(reached: list[int], quality: int, factor: int) -> bool:
-    """Among the first 1 / factor of those that were here before it (ray 2.60.0, async_hyperband.py, cutoff)."""
-    place = (len(reached) - 1) * (1 - 1 / factor)
-    below = int(place)
-    cutoff = None
-    if reached:
-        above = reached[min(below + 1, len(reached) - 1)]
-        cutoff = reached[below] + (place - below) * (above - reached[below])
-    bisect.insort(reached, quality)
-    return cutoff is None or quality >= cutoff
+        rung *= factor
+    return min(work.steps, math.ceil(rung / work.eval_every) * work.eval_every)

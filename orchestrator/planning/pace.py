@@ -15,7 +15,7 @@ from orchestrator.planning.step_time import UNMEASURED, Range
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 
 KIND = ("precision", "engine", "zero_stage", "offload", "attention", "gradient_checkpointing")
-"""Within one value of all these, the prediction is wrong by about the same factor."""
+"""Within one value of all these, on shared or on whole GPUs, the prediction is wrong by about the same factor."""
 SPREAD_ALIKE, SPREAD_OTHERS = 1.25, 1.6
 """At least so far from the median ratio, each way, lies a trial of a kind that was measured, or of another."""
 READ_SWEEPS = 10
@@ -63,9 +63,10 @@ class Pace:
         """Of all that a trial makes."""
         return self.evaluation_s * _evaluations(config)
 
-    def correction(self, config: TrialConfig) -> Range:
+    def correction(self, config: TrialConfig, gpu_shared_by: int = 1) -> Range:
         """Measured over predicted, as it is expected of this configuration."""
-        alike = [measured.ratio for measured in self.steps if measured.kind == _kind_of(config)]
+        kind = _kind_of(config, gpu_shared_by)
+        alike = [measured.ratio for measured in self.steps if measured.kind == kind]
         if alike:
             return _around(alike, SPREAD_ALIKE)
         every = [measured.ratio for measured in self.steps]
@@ -77,7 +78,7 @@ def _measured(trial: TrialResult) -> _Measured | None:
     steps = trial.steps_trained
     if last is None or steps < FEWEST_STEPS or not predicted_s or last.seconds <= 0:
         return None
-    return _Measured(_kind_of(trial.config), last.seconds / steps / predicted_s)
+    return _Measured(_kind_of(trial.config, trial.gpu_shared_by), last.seconds / steps / predicted_s)
 
 
 def _once_s(trial: TrialResult) -> float:
@@ -95,8 +96,8 @@ def _evaluations(config: TrialConfig) -> int:
     return math.ceil(config.max_steps / config.eval_every)
 
 
-def _kind_of(config: TrialConfig) -> tuple[object, ...]:
-    return tuple(getattr(config, name) for name in KIND)
+def _kind_of(config: TrialConfig, gpu_shared_by: int) -> tuple[object, ...]:
+    return (gpu_shared_by > 1, *(getattr(config, name) for name in KIND))
 
 
 def _around(ratios: list[float], least: float) -> Range:
@@ -124,11 +125,11 @@ def left_s(
         if trial.status in OPEN:
             open_.append((trial, planned))
         elif trial.timing.total_s > 0:
-            for key in (_kind_of(trial.config), "all"):
+            for key in (_kind_of(trial.config, trial.gpu_shared_by), "all"):
                 took[key] = took[key][0] + trial.timing.total_s, took[key][1] + planned
 
     def pace(trial: TrialResult) -> float:
-        kind = _kind_of(trial.config)
+        kind = _kind_of(trial.config, trial.gpu_shared_by)
         seconds, planned = took[kind if kind in took else "all"]
         return seconds / planned if planned else 1.0
 

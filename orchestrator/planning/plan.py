@@ -13,7 +13,14 @@ from pydantic import BaseModel, ConfigDict
 
 from orchestrator.config.constraint import parse
 from orchestrator.config.search_space import Trial
-from orchestrator.config.sweep_config import AshaConfig, BudgetConfig, ResourcesConfig, SweepConfig
+from orchestrator.config.sweep_config import (
+    AshaConfig,
+    BudgetConfig,
+    ExtrapolationConfig,
+    MedianConfig,
+    ResourcesConfig,
+    SweepConfig,
+)
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import InputError, ModelError, cut
 from orchestrator.planning import budget
@@ -25,7 +32,7 @@ from orchestrator.planning.memory import CONTEXT_BYTES, MemoryEstimate, estimate
 from orchestrator.planning.model_shape import ModelShape
 from orchestrator.planning.notes import experts_stay_unquantised, notes
 from orchestrator.planning.pace import Pace
-from orchestrator.planning.step_time import Range, step_seconds
+from orchestrator.planning.step_time import NODE_LINK_BYTES_PER_S, Placement, Range, step_seconds
 
 NO_PACE = Pace()
 SPARE = 0.97
@@ -73,6 +80,8 @@ class SweepPlan(_Part):
     hardware: str
     workers_per_trial: int
     gpus_per_worker: float
+    gpu_shared_by: int = 1
+    """Trials at a time on a GPU."""
     concurrent: int
     worker_memory_bytes: int
     """What one worker may take of its device."""
@@ -88,6 +97,8 @@ class SweepPlan(_Part):
     cost: tuple[float, float, float] | None
     measured: int = 0
     """Trials on such a device by whose speed the times are corrected."""
+    assumptions: tuple[str, ...] = ()
+    """What the times take for granted, and nobody has measured."""
     warnings: tuple[str, ...]
 
 
@@ -102,6 +113,8 @@ class WorkerShape:
     """The most memory that a worker may take, whatever is there."""
     bound_bytes: float = math.inf
     """The most that the constraints let be measured of it."""
+    gpu_shared_by: int = 1
+    """Trials at a time on a GPU."""
 
 
 def worker_shape(resources: ResourcesConfig, hardware: Hardware) -> WorkerShape:
@@ -209,6 +222,18 @@ def workers_on(cpus: float, gpus: float, cpus_per_worker: float, gpus_per_worker
     return min(by_cpu, int(gpus * per_gpu + 1e-9))
 
 
+def sharing(gpus_per_worker: float, at_once: int) -> int:
+    """Trials at a time on one GPU, of so many at a time: Ray fills one before it takes another."""
+    return max(1, min(int(1 / gpus_per_worker + 1e-9), at_once)) if 0 < gpus_per_worker < 1 else 1
+
+
+@cache
+def placement(hardware: Hardware, shape: WorkerShape) -> Placement:
+    """Where a trial's workers run: on one node where one has room for them."""
+    nodes = math.ceil(shape.workers / max(1, *_rooms(hardware, shape)))
+    return Placement(shape.workers, shape.cpus_per_worker, shape.gpu_shared_by, nodes)
+
+
 def trials_that_fit(rooms: Sequence[int], workers: int, *, on_one_node: bool) -> int:
     """Trials at a time on nodes that have room for so many workers each, a trial's on one of them or spread."""
     return sum(room // workers for room in rooms) if on_one_node else sum(rooms) // workers
@@ -227,7 +252,9 @@ def plan_trial(
     if max(memory.needed_bytes, loading_bytes_on(config, model, hardware)) > memory_bytes:
         told = _does_not_fit(replace(case, config=config), shape, memory, memory_bytes)
         return _planned(trial, config, reasons=(told,), memory=memory)
-    step = step_seconds(config, model, hardware, shape.workers, shape.cpus_per_worker, pace.correction(config))
+    step = step_seconds(
+        config, model, hardware, placement(hardware, shape), pace.correction(config, shape.gpu_shared_by)
+    )
     whole = step.times(config.max_steps).plus(pace.once_s + pace.evaluations_s(config))
     return _planned(
         trial,
@@ -350,6 +377,7 @@ def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware, pace: 
     if not shape.gpus_per_worker:
         _require_no_money(sweep)
     concurrent = max_concurrent(wanted, sweep.resources, model, hardware, shape)
+    shape = replace(shape, gpu_shared_by=sharing(shape.gpus_per_worker, min(concurrent, len(wanted))))
     memory_bytes = memory_for_a_worker(hardware, shape, concurrent)
     trials = tuple(
         _with_cost(plan_trial(trial, model, hardware, shape, memory_bytes, pace), sweep.budget) for trial in wanted
@@ -360,10 +388,14 @@ def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware, pace: 
     launched = list(itertools.islice(itertools.cycle(running), len(trials))) if proposes else running
     # Hyperband's first bracket, which most trials are in, is ASHA; nobody can say whom the other rules will stop.
     asha = sweep.scheduler.asha or sweep.scheduler.hyperband
-    works = [_work(trial, pace.once_s, asha) for trial in launched]
+    works = [
+        _work(trial, f"{trial.configuration_id} {place // len(running)}", pace.once_s, asha, sweep.budget)
+        for place, trial in enumerate(launched)
+    ]
     if pbt := sweep.scheduler.pbt:
         works = [part for work in works for part in _generations(work, pbt.interval_steps)]
-    taken = simulate(works, concurrent, asha.reduction_factor if asha else None)
+    alone = _alone(running, model, hardware, shape)
+    taken = simulate(works, concurrent, asha.reduction_factor if asha else None, shape.gpu_shared_by, alone)
     makespan, hours = taken.makespan_s, taken.trials_s.times(shape.workers * shape.gpus_per_worker / 3600)
     return SweepPlan(
         name=sweep.name,
@@ -371,6 +403,7 @@ def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware, pace: 
         hardware=_describe(hardware),
         workers_per_trial=shape.workers,
         gpus_per_worker=shape.gpus_per_worker,
+        gpu_shared_by=shape.gpu_shared_by,
         concurrent=concurrent,
         worker_memory_bytes=memory_bytes,
         searched=tuple(sweep.domains),
@@ -382,6 +415,7 @@ def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware, pace: 
         gpu_hours=(hours.low, hours.expected, hours.high),
         cost=_costs(sweep.budget, hours),
         measured=len(pace.steps),
+        assumptions=_assumptions(running, placement(hardware, shape).nodes, pace),
         warnings=_too_few(shape, hardware) + _warnings(sweep, running, makespan, hours),
     )
 
@@ -402,6 +436,19 @@ def _require_no_money(sweep: SweepConfig) -> None:
         )
 
 
+def _alone(running: Sequence[PlannedTrial], model: ModelShape, hardware: Hardware, shape: WorkerShape) -> float:
+    """The mean share of a trial's step that is left where it has a shared GPU for itself."""
+    if shape.gpu_shared_by == 1 or not running:
+        return 1.0
+    shared = placement(hardware, shape)
+    whole = replace(shared, gpu_shared_by=1)
+
+    def step_s(trial: PlannedTrial, where: Placement) -> float:
+        return step_seconds(trial.config, model, hardware, where).expected
+
+    return sum(step_s(trial, whole) / step_s(trial, shared) for trial in running) / len(running)
+
+
 def _with_cost(trial: PlannedTrial, limits: BudgetConfig) -> PlannedTrial:
     if trial.gpu_hours is None or limits.price_per_gpu_hour is None:
         return trial
@@ -419,14 +466,17 @@ def _describe(hardware: Hardware) -> str:
     return f"{hardware.gpus} × {hardware.gpu_name}, {(hardware.gpu_memory_bytes or 0) / GIB:.0f} GiB each"
 
 
-def _work(trial: PlannedTrial, once_s: float, asha: AshaConfig | None) -> Work:
+def _work(
+    trial: PlannedTrial, configuration: str, once_s: float, asha: AshaConfig | None, limits: BudgetConfig
+) -> Work:
     """Its evaluations are spread over its steps: who is stopped early makes fewer."""
     assert trial.seconds is not None
     assert trial.seconds_range is not None
     whole = Range(trial.seconds_range[0], trial.seconds, trial.seconds_range[1])
     steps = trial.config.max_steps
     grace_steps = _grace_steps(asha, trial) if asha else steps
-    return Work(once_s, whole.plus(-once_s).times(1 / steps), steps, trial.config.eval_every, grace_steps)
+    step_s, limit_s = whole.plus(-once_s).times(1 / steps), (limits.trial_hours or math.inf) * 3600
+    return Work(once_s, step_s, steps, trial.config.eval_every, grace_steps, configuration, limit_s)
 
 
 def _generations(work: Work, interval_steps: int) -> Iterator[Work]:
@@ -435,19 +485,38 @@ def _generations(work: Work, interval_steps: int) -> Iterator[Work]:
         yield replace(work, steps=min(interval_steps, work.steps - first), grace_steps=interval_steps)
 
 
+def _assumptions(running: Sequence[PlannedTrial], nodes: int, pace: Pace) -> tuple[str, ...]:
+    """Until trials were measured here, whose times have all of it in them."""
+    if pace.steps:
+        return ()
+    told = []
+    if any(not trial.config.packing for trial in running):
+        told.append("rows fill sequence_length: shorter ones take less time, and less memory where none is as long")
+    if running and nodes > 1:
+        speed = f"{NODE_LINK_BYTES_PER_S * 8 / 1e9:.0f} Gb/s"
+        told.append(f"{speed} between the {nodes} nodes that a trial's workers lie on")
+    return tuple(told)
+
+
 def _too_few(shape: WorkerShape, hardware: Hardware) -> tuple[str, ...]:
     if sum(_rooms(hardware, shape)) >= shape.workers:
         return ()
-    each = f"{shape.cpus_per_worker:g} CPUs and {shape.gpus_per_worker:g} GPUs"
+    each = f"{counted(shape.cpus_per_worker, 'CPU')} and {counted(shape.gpus_per_worker, 'GPU')} each"
+    there = f"{counted(hardware.cpus, 'CPU')} and {counted(hardware.gpus, 'GPU')}"
     return (
-        f"a trial takes {shape.workers} workers of {each} each, and there are {hardware.cpus} CPUs and {hardware.gpus} "
-        "GPUs: not one can start there; lower resources, or name the cluster's GPUs with --gpu and --gpus",
+        f"a trial takes {counted(shape.workers, 'worker')} of {each}, and the cluster has {there}: not one can start "
+        "there; lower resources, or name the cluster's GPUs with --gpu and --gpus",
     )
 
 
-def _grace_steps(asha: AshaConfig, trial: PlannedTrial) -> float:
+def counted(count: float, noun: str) -> str:
+    """`1 GPU`, `0.5 CPUs`."""
+    return f"{count:g} {noun}{'s' * (count != 1)}"
+
+
+def _grace_steps(scheduler: AshaConfig | MedianConfig | ExtrapolationConfig, trial: PlannedTrial) -> float:
     """The grace that a trial gets, as optimizer steps: tokens at full sequences, seconds as the plan expects them."""
-    grace, unit = asha.grace
+    grace, unit = scheduler.grace
     config = trial.config
     if unit == "tokens":
         return grace / (config.global_batch_size * config.sequence_length)
@@ -458,10 +527,11 @@ def _grace_steps(asha: AshaConfig, trial: PlannedTrial) -> float:
 
 def _warnings(sweep: SweepConfig, running: Sequence[PlannedTrial], makespan: Range, hours: Range) -> tuple[str, ...]:
     told: tuple[str, ...] = () if running else ("no trial of this sweep can run: see the reasons above",)
-    asha = sweep.scheduler.asha
-    if asha and running and all(trial.config.max_steps <= _grace_steps(asha, trial) for trial in running):
-        grace, unit = asha.grace
-        told += (f"asha stops nobody: no trial has more steps than grace_{unit} ({grace:g}); lower it",)
+    for name, part in sweep.scheduler:
+        graceful = isinstance(part, AshaConfig | MedianConfig | ExtrapolationConfig)
+        if graceful and running and all(trial.config.max_steps <= _grace_steps(part, trial) for trial in running):
+            grace, unit = part.grace
+            told += (f"{name} stops nobody: no trial has more steps than grace_{unit} ({grace:g}); lower it",)
     limit_s = (sweep.budget.trial_hours or math.inf) * 3600
     if too_long := [trial for trial in running if (trial.seconds or 0) > limit_s]:
         told += (

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from orchestrator.planning.hardware import GIB
-from orchestrator.planning.plan import PlannedTrial, SweepPlan
+from orchestrator.planning.plan import PlannedTrial, SweepPlan, counted
 
 PROPOSES = "proposes one configuration after the other"
 
@@ -24,7 +24,7 @@ def render(plan: SweepPlan) -> str:
         lines.append(f"refused ({len(trials)}): {reason}")
         lines.append(f"  {_some([_label(trial, plan.searched) for trial in trials])}")
     for note, trials in _grouped((note, trial) for trial in runs for note in trial.notes):
-        lines.append(f"note ({len(trials)} trial{'s' * (len(trials) != 1)}): {note}")
+        lines.append(f"note ({counted(len(trials), 'trial')}): {note}")
     return "\n".join([*lines, *_totals(plan)])
 
 
@@ -56,33 +56,40 @@ def _totals(plan: SweepPlan) -> list[str]:
         return lines + [f"warning: {warning}" for warning in plan.warnings]
     lines.append(
         f"time: about {duration(expected)} ({duration(low)} to {duration(high)})"
-        + (f", by the speed of {plan.measured} trials that ran here" if plan.measured else "")
+        + (f", by the speed of {counted(plan.measured, 'trial')} that ran here" if plan.measured else "")
     )
     if plan.gpus_per_worker:
         hours = plan.gpu_hours
         lines.append(f"GPU-hours: about {hours[1]:.2f} ({hours[0]:.2f} to {hours[2]:.2f})")
     if plan.cost:
         lines.append(f"cost: about {plan.cost[1]:.2f} ({plan.cost[0]:.2f} to {plan.cost[2]:.2f})")
+    lines += [f"assumed: {assumption}" for assumption in plan.assumptions]
     return lines + [f"warning: {warning}" for warning in plan.warnings]
 
 
 def _trials(plan: SweepPlan) -> str:
     run = "1 trial runs" if plan.runs == 1 else f"{plan.runs} trials run"
-    refused = "1 is refused" if plan.refused == 1 else f"{plan.refused} are refused"
-    return f"{run}, {plan.concurrent} at a time; {refused}"
+    return f"{run}, {plan.concurrent} at a time; {plan.refused} {_is(plan.refused)} refused"
 
 
 def _proposals(plan: SweepPlan) -> str:
     told = f"a population of {len(plan.trials)}" if plan.proposed_by == "pbt" else f"up to {len(plan.trials)} trials"
-    told += f", {plan.concurrent} at a time; {plan.refused} of these examples are refused"
+    told += f", {plan.concurrent} at a time; {plan.refused} of these examples {_is(plan.refused)} refused"
     known = [(t.memory.device_bytes, t.seconds) for t in plan.trials if not t.reasons and t.memory and t.seconds]
     if not known:
         return told
     memory, seconds = zip(*known, strict=True)
-    return (
-        f"{told}; the others take {min(memory) / GIB:.2f} to {max(memory) / GIB:.2f} GiB and "
-        f"{duration(min(seconds))} to {duration(max(seconds))} each"
-    )
+    least, most = f"{min(memory) / GIB:.2f}", f"{max(memory) / GIB:.2f}"
+    each = f"{_between(least, most)} GiB and {_between(duration(min(seconds)), duration(max(seconds)))} each"
+    return f"{told}; {'the others' if plan.refused else 'they'} take {each}"
+
+
+def _between(low: str, high: str) -> str:
+    return low if low == high else f"{low} to {high}"
+
+
+def _is(count: int) -> str:
+    return "is" if count == 1 else "are"
 
 
 def _grouped(pairs: Any) -> list[tuple[str, list[PlannedTrial]]]:
@@ -102,13 +109,15 @@ def _some(labels: Sequence[str]) -> str:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, float):
         return f"{value:.4g}"
     return "+".join(value) if isinstance(value, tuple) else str(value)
 
 
 def duration(seconds: float) -> str:
-    """`45 s`, `12 min` or `3.5 h`."""
+    """`45 s`, `1.5 min`, `12 min` or `3.5 h`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.2g} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -2,6 +2,8 @@
 
 A micro-batch takes what its slowest resource takes: floating-point work, reading the weights, or starting kernels. What
 goes over a link (gradients, gathered or offloaded weights) comes on top; that some of it overlaps is within the range.
+Trials that share a GPU take turns on it, one's kernels while another starts its own (NVIDIA's Multi-Process Service
+documentation: without MPS the kernels of several processes are time-sliced).
 """
 
 from __future__ import annotations
@@ -26,8 +28,13 @@ INT8_SLOWDOWN = 2.0
 EAGER_SLOWDOWN = 1.15
 LAYER_STARTS_S = 1.5e-3
 """Starting the kernels of a layer with adapters, forward and backward: some 150 of them at 10 µs each. Not measured."""
-HOST_LINK_BYTES_PER_S = 25e9
-"""PCIe 4 with 16 lanes, as copies reach it: what offloaded weights and gradients go over."""
+HOST_LINK_BYTES_PER_S, OLD_HOST_LINK_BYTES_PER_S = 25e9, 12e9
+"""PCIe 4 with 16 lanes, and PCIe 3 of GPUs before Ampere, as copies reach them: what offloaded weights go over."""
+NODE_LINK_BYTES_PER_S = 12.5e9
+"""100 Gb/s between two nodes, as AWS prints for g5.48xlarge (8 A10G): 50 for 4 T4, 400 for 8 A100, 3,200 for 8 H100."""
+CPU_OPTIMIZER_S = {"adamw": 6.5e-9, "sgd": 3.1e-9}
+"""Of a weight on one core, as we measured torch's own optimizers, neither fused nor of several tensors at once (torch
+2.13, 60 million weights, AVX2): what DeepSpeed steps offloaded weights with here. A worker's threads are its CPUs."""
 WEIGHT_BYTES = {Precision.BF16: 2.0, Precision.FP16: 2.0, Precision.INT8: 1.0, Precision.NF4: 0.52}
 """A weight of the decoder layers; 4 where it is not named."""
 SPREAD = 2.0
@@ -54,6 +61,19 @@ class Range:
 UNMEASURED = Range(1 / SPREAD, 1.0, SPREAD)
 
 
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a trial's workers run."""
+
+    workers: int
+    cpus: float
+    """Of each worker."""
+    gpu_shared_by: int = 1
+    """Trials at a time on a worker's GPU."""
+    nodes: int = 1
+    """That the workers lie on."""
+
+
 def step_flops(config: TrialConfig, shape: ModelShape) -> float:
     """FLOPs of one optimizer step over all workers.
 
@@ -75,15 +95,21 @@ def step_seconds(
     config: TrialConfig,
     shape: ModelShape,
     hardware: Hardware,
-    workers: int,
-    cpus: float,
+    placement: Placement,
     correction: Range = UNMEASURED,
 ) -> Range:
     """Seconds an optimizer step takes; `correction` is measured over predicted, as `planning.pace` knows it."""
-    seconds = step_flops(config, shape) / (_speed(config, hardware, cpus) * workers) * _slowdown(config)
+    workers = placement.workers
+    seconds = step_flops(config, shape) / (_speed(config, hardware, placement.cpus) * workers) * _slowdown(config)
     if hardware.device == "cuda":
-        seconds = max(seconds, _micro_batches(config, workers) * _least_seconds(config, shape, hardware))
-        seconds += _link_seconds(config, shape, hardware, workers)
+        passes, turns = _micro_batches(config, workers) * _passes(config), placement.gpu_shared_by
+        reading = passes * _weight_bytes(config, shape) / hardware.bandwidth_bytes_per_s
+        starting = passes / 2 * LAYER_STARTS_S * shape.layers
+        seconds = max(turns * max(seconds, reading), starting)
+        seconds += turns * _link_seconds(config, shape, hardware, placement)
+        if config.offload != "none":
+            stepped = trainable_parameters(config, shape) / workers
+            seconds += stepped * CPU_OPTIMIZER_S[config.optimizer] / max(1, int(placement.cpus))
     return correction.times(seconds)
 
 
@@ -105,31 +131,36 @@ def _passes(config: TrialConfig) -> int:
     return 3 if config.gradient_checkpointing else 2
 
 
-def _least_seconds(config: TrialConfig, shape: ModelShape, hardware: Hardware) -> float:
-    """Of a micro-batch, however small."""
-    reading = _passes(config) * _weight_bytes(config, shape) / hardware.bandwidth_bytes_per_s
-    return max(reading, LAYER_STARTS_S * shape.layers * _passes(config) / 2)
-
-
 def _weight_bytes(config: TrialConfig, shape: ModelShape) -> float:
-    return shape.linear_parameters * WEIGHT_BYTES.get(config.precision, 4.0)
+    """Of the decoder layers; a mixture's experts are not quantised, but as wide as the rest: see `planning.memory`."""
+    width = rest = WEIGHT_BYTES.get(config.precision, 4.0)
+    if config.precision.is_quantized:
+        rest = 4.0 if config.engine == "ddp" else 2.0
+    return shape.quantisable_parameters * width + shape.expert_parameters * rest
 
 
-def _link_seconds(config: TrialConfig, shape: ModelShape, hardware: Hardware, workers: int) -> float:
+def _link_seconds(config: TrialConfig, shape: ModelShape, hardware: Hardware, placement: Placement) -> float:
     """A ring all-reduce sends 2 (n - 1) / n of the gradients; ZeRO-3 gathers the weights in every pass (Rajbhandari et
-    al. 2020, arXiv:1910.02054, section 7); offloaded weights come from the host in every pass."""
+    al. 2020, arXiv:1910.02054, section 7); offloaded weights come from the host in every pass. A ring is as fast as
+    its slowest link."""
+    workers = placement.workers
     others = (workers - 1) / workers
     micro_batches = _micro_batches(config, workers)
     passed_bytes = micro_batches * _passes(config) * _weight_bytes(config, shape)
     width = 2 if config.precision in (Precision.BF16, Precision.FP16) or config.precision.is_quantized else 4
     gradient_bytes = trainable_parameters(config, shape) * width
     sent_bytes = 2 * others * gradient_bytes + (others * passed_bytes if config.zero_stage == 3 else 0.0)
-    seconds = sent_bytes / hardware.interconnect_bytes_per_s if sent_bytes else 0.0
+    link = hardware.interconnect_bytes_per_s
+    if placement.nodes > 1:
+        link = min(link, NODE_LINK_BYTES_PER_S)
+    seconds = sent_bytes / link if sent_bytes else 0.0
+    is_old = hardware.compute_capability is not None and hardware.compute_capability < (8, 0)
+    host_link = OLD_HOST_LINK_BYTES_PER_S if is_old else HOST_LINK_BYTES_PER_S
     if config.offload != "none":
         # Gradients to the host, weights back; each worker has its share.
-        seconds += 2 * gradient_bytes / workers / HOST_LINK_BYTES_PER_S
+        seconds += 2 * gradient_bytes / workers / host_link
     if config.offload == "optimizer_and_parameters":
-        seconds += passed_bytes / workers / HOST_LINK_BYTES_PER_S
+        seconds += passed_bytes / workers / host_link
     return seconds
 
 

@@ -94,12 +94,14 @@ def evidence(
     labels = {summary.configuration_id: summary.label for summary in sound}
     names = " and ".join(metric for metric, _ in sweep.objectives)
     on_front = front(costs)
-    worst = tuple(map(max, zip(*costs.values(), strict=True)))
-    best = tuple(map(min, zip(*costs.values(), strict=True)))
-    box = math.prod(w - b for w, b in zip(worst, best, strict=True))
-    share = hypervolume([costs[identity] for identity in on_front], worst) / box if box else 1.0
-    told.append(
-        f"Pareto front of {names}: {', '.join(labels[identity] for identity in on_front)}; its hypervolume is "
-        f"{quantities.share(share)} of the box between the best and the worst value of each."
-    )
-    return tuple(told)
+    line = f"Pareto front of {names}: {', '.join(labels[identity] for identity in on_front)}"
+    # Where none lies behind the front, the worst values are its own: two of them would always come to nothing.
+    if len(on_front) < len(costs):
+        worst = tuple(map(max, zip(*costs.values(), strict=True)))
+        best = tuple(map(min, zip(*costs.values(), strict=True)))
+        box = math.prod(w - b for w, b in zip(worst, best, strict=True))
+        share = hypervolume([costs[identity] for identity in on_front], worst) / box if box else 1.0
+        line += (
+            f"; its hypervolume is {quantities.share(share)} of the box between the best and the worst value of each"
+        )
+    return (*told, f"{line}.")

@@ -39,10 +39,13 @@ def duration(seconds: float | None) -> str:
 
 
 def step_time(seconds: float | None) -> str:
-    """Seconds a step: `84 ms`, `1.32 s`."""
+    """Seconds a step: `84 ms`, `1.32 s`, `1234 s`."""
     if seconds is None:
         return UNKNOWN
-    return f"{seconds * 1000:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+    # From here on three digits round to 1,000, which would have an exponent.
+    if seconds >= 999.5:
+        return f"{seconds:.0f} s"
+    return f"{seconds * 1000:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"
 
 
 def rate(tokens_per_s: float | None) -> str:

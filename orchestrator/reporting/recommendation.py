@@ -29,10 +29,10 @@ from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 
 RULE = (
     "Of the configurations whose objective is within the noise of the best (the 95 % interval of their difference, "
-    "seed by seed, contains 0, corrected for the number of comparisons by Bonferroni; or it differs by less than "
-    "0.01 %), take the one with the least peak memory; of those within 2 % of it, the fastest. Only completed trials "
-    "compete; where several objectives are named, those on the Pareto front do, and the next objective takes the place "
-    "of memory."
+    "seed by seed, contains 0, by Tukey's studentised range, since the best of them is chosen by the same data; or it "
+    "differs by less than 0.01 %), take the one with the least peak memory; of those within 2 % of it, the fastest. "
+    "Only completed trials compete; where several objectives are named, those on the Pareto front do, and the next "
+    "objective takes the place of memory."
 )
 SAME_MEMORY = 1.02
 CLOSE = 0.01
@@ -188,7 +188,7 @@ def _compare(
     memory_noise, speed_noise = noise_of(memory), noise_of(slowness)
     comparisons = []
     for other in contenders[1:]:
-        pair = (other.configuration_id, best.configuration_id, len(contenders) - 1)
+        pair = (other.configuration_id, best.configuration_id, len(contenders))
         difference = _difference(values, *pair, noise)
         if difference and sign < 0:
             difference = Estimate(-difference.mean, difference.half_width, difference.count)
@@ -209,13 +209,13 @@ def _compare(
 
 
 def _difference(
-    values: Mapping[str, Mapping[int, float]], other: str, best: str, comparisons: int, noise: Noise | None
+    values: Mapping[str, Mapping[int, float]], other: str, best: str, configurations: int, noise: Noise | None
 ) -> Estimate | None:
     one, reference = values.get(other), values.get(best)
     if not one or not reference:
         return None
     if noise:
-        return paired_difference(one, reference, noise, comparisons)
+        return paired_difference(one, reference, noise, configurations)
     return Estimate(fmean(one.values()) - fmean(reference.values()), None, 1)
 
 

@@ -83,7 +83,7 @@ def _verdict(
         return None
     # Pooled over configurations, as in the recommendation: two seeds alone tell next to nothing of their noise.
     noise = noise_of(logarithms(measured_trials(sweep), reading))
-    half_width = noise.half_width(1, ratio.count) if noise else None
+    half_width = noise.half_width(2, ratio.count) if noise else None
     return verdict(Estimate(math.log(ratio.mean), half_width, ratio.count), least)
 
 

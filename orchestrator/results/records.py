@@ -197,6 +197,8 @@ class TrialResult(_Record):
     step_time_s: Measured | None = None
     predicted_step_time_s: Measured | None = None
     """Before anything measured corrects it: by what both are apart, later plans are."""
+    gpu_shared_by: Annotated[int, Field(ge=1)] = 1
+    """Trials at a time on its GPU, as planned."""
     trainable_parameters: int | None = None
     peak_memory: PeakMemory | None = None
     timing: Timing = Timing()

@@ -6,6 +6,7 @@ clock, and decides on as if there had been none.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import math
 from collections.abc import Iterable
@@ -48,7 +49,7 @@ class Halving:
     def __init__(self, grace: float, factor: int, unit: str) -> None:
         self._grace, self._factor, self._unit = grace, factor, unit
         self._curves: dict[str, list[tuple[float, float]]] = {}
-        self._rungs: dict[int, dict[str, float]] = {}
+        self._rungs: dict[int, list[float]] = {}
         self._verdicts: dict[tuple[int, str], str | None] = {}
 
     def hear(self, heard: Heard) -> str | None:
@@ -64,9 +65,9 @@ class Halving:
         return self._verdicts[rung, heard.configuration_id]
 
     def _judge(self, rung: int, heard: Heard, value: float) -> str | None:
-        there = self._rungs.setdefault(rung, {})
-        there[heard.configuration_id] = value
-        better = sum(other < value for other in there.values())
+        there = self._rungs.setdefault(rung, [])
+        bisect.insort(there, value)
+        better = bisect.bisect_left(there, value)
         if better < math.ceil(len(there) / self._factor):
             return None
         return f"{better} of {len(there)} configurations were better at {heard.at:g} {self._unit}"

@@ -73,6 +73,7 @@ def _new_record(
         **made_with,
         notes=planned.notes,
         predicted_step_time_s=prepared.step_seconds(planned.config).expected if planned.memory else None,
+        gpu_shared_by=prepared.plan.gpu_shared_by,
         peak_memory=PeakMemory(
             predicted_bytes=predicted, available_bytes=prepared.plan.worker_memory_bytes, kind=prepared.memory_kind
         ),

@@ -22,9 +22,10 @@ from orchestrator.planning.plan import (
     WorkerShape,
     bound_bytes,
     gpu_memory_fraction,
+    placement,
     plan_trial,
 )
-from orchestrator.planning.step_time import Range, step_seconds
+from orchestrator.planning.step_time import Placement, Range, step_seconds
 from orchestrator.results.storage import SweepFolder, newest_sweeps
 from orchestrator.sweep import cluster, gpu_choice
 from orchestrator.sweep.gpu_choice import Choice
@@ -84,7 +85,7 @@ class Prepared:
 
     def step_seconds(self, config: TrialConfig) -> Range:
         """What a step takes, before anything measured corrects it."""
-        return step_seconds(config, self.model, self.choice.hardware, self.shape.workers, self.shape.cpus_per_worker)
+        return step_seconds(config, self.model, self.choice.hardware, self._placement)
 
     def plan_trial(self, trial: Trial) -> PlannedTrial:
         """The plan's own decision, for a trial that an adaptive search proposes."""
@@ -92,15 +93,24 @@ class Prepared:
             trial,
             self.model,
             self.choice.hardware,
-            WorkerShape(
-                self.shape.workers,
-                self.shape.gpus_per_worker,
-                self.shape.cpus_per_worker,
-                self.sweep.resources.memory_per_worker,
-                bound_bytes(self.sweep.constraints),
-            ),
+            self._worker_shape,
             self.plan.worker_memory_bytes,
             self.choice.pace,
+        )
+
+    @property
+    def _placement(self) -> Placement:
+        return placement(self.choice.hardware, self._worker_shape)
+
+    @property
+    def _worker_shape(self) -> WorkerShape:
+        return WorkerShape(
+            self.shape.workers,
+            self.shape.gpus_per_worker,
+            self.shape.cpus_per_worker,
+            self.sweep.resources.memory_per_worker,
+            bound_bytes(self.sweep.constraints),
+            self.plan.gpu_shared_by,
         )
 
 

@@ -20,8 +20,8 @@ def test_a_plan_that_the_budget_holds_even_at_worst_is_not_warned_of() -> None:
 def test_what_will_not_fit_is_told_from_what_may_not() -> None:
     (will,) = shortfalls(BudgetConfig(hours=1.5), NEEDED, NEEDED)
     (may,) = shortfalls(BudgetConfig(gpu_hours=3), NEEDED, NEEDED)
-    assert will.startswith("about 2 hours are needed, and budget.hours is 1.5: the sweep will end before")
-    assert may == "up to 4 GPU-hours may be needed, and budget.gpu_hours is 3"
+    assert will.startswith("the sweep takes about 2 hours, and budget.hours is 1.5: it will end before")
+    assert may == "the sweep may take up to 4 GPU-hours, and budget.gpu_hours is 3"
 
 
 def test_a_limit_is_exhausted_once_it_is_reached() -> None:
@@ -36,8 +36,8 @@ def test_money_is_a_limit_like_the_others() -> None:
     limits = BudgetConfig(cost=5, price_per_gpu_hour=2)
     (will,) = shortfalls(BudgetConfig(cost=3, price_per_gpu_hour=2), NEEDED, NEEDED)
     (may,) = shortfalls(limits, NEEDED, NEEDED)
-    assert will.startswith("about 4 of money are needed, and budget.cost is 3: the sweep will end before")
-    assert may == "up to 8 of money may be needed, and budget.cost is 5"
+    assert will.startswith("the sweep costs about 4, and budget.cost is 3: it will end before")
+    assert may == "the sweep may cost up to 8, and budget.cost is 5"
     assert exhausted(limits, hours=9, gpu_hours=2.4) is None
     assert exhausted(limits, hours=9, gpu_hours=2.5) == "budget.cost"
     with pytest.raises(ValidationError, match="cost needs price_per_gpu_hour"):

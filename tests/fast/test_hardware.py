@@ -57,6 +57,10 @@ def test_a_gpu_is_known_by_any_spelling(name: str) -> None:
         ("NVIDIA A100-SXM4-40GB", "A100-40GB"),
         ("A100-40G", "A100-40GB"),
         ("A100-80G", "A100"),
+        ("NVIDIA A100-PCIE-40GB", "A100-PCIe-40GB"),
+        ("NVIDIA A100 80GB PCIe", "A100-PCIe"),
+        ("NVIDIA H100 PCIe", "H100-PCIe"),
+        ("Tesla V100-PCIE-16GB", "V100-PCIe"),
         ("Tesla T4", "T4"),
     ],
 )
@@ -118,6 +122,14 @@ def test_the_table_holds_no_absurd_figure(name: str) -> None:
     assert 5e13 < gpu.half_flops < 3e15
     assert 5e12 < gpu.fp32_flops < 1.1e14
     assert 2e11 < gpu.bandwidth_bytes_per_s < 1e13
+
+
+@pytest.mark.parametrize("name", ["V100", "A100", "A100-40GB", "H100"])
+def test_a_card_in_a_slot_reaches_others_no_faster_than_the_slot(name: str) -> None:
+    board, card = named_gpu(name, 2), named_gpu(name.replace("100", "100-PCIe"), 2)
+    assert card.interconnect_bytes_per_s < board.interconnect_bytes_per_s / 4
+    assert card.half_flops <= board.half_flops
+    assert card.gpu_memory_bytes == board.gpu_memory_bytes
 
 
 def test_named_memory_takes_the_place_of_the_tables() -> None:

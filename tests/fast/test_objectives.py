@@ -103,6 +103,22 @@ def test_the_front_of_several_objectives_stands_in_the_report() -> None:
     assert "hypervolume" in told
 
 
+def test_a_front_behind_which_nobody_lies_has_no_hypervolume() -> None:
+    objectives = (("eval_loss", "min"), ("peak_memory_bytes", "min"))
+    both = [
+        made_up_trial({"rank": 8}, objective=2.0, memory_bytes=2 * GIB),
+        made_up_trial({"rank": 16}, objective=1.9, memory_bytes=3 * GIB),
+    ]
+    behind = made_up_trial({"rank": 32}, objective=2.2, memory_bytes=4 * GIB)
+    for trials, share in ((both, None), ([*both, behind], "83 %")):
+        sweep = made_up_sweep(trials).model_copy(update={"objectives": objectives})
+        found = summaries(sweep)
+        (told,) = evidence(sweep, found, found)
+        assert "rank=16, rank=8" in told
+        assert ("hypervolume" in told) == bool(share)
+        assert not share or share in told
+
+
 def test_the_front_of_hundreds_is_told_at_once() -> None:
     """The hypervolume of all of them takes some 15 seconds, and is no other than that of the front."""
     rng = random.Random(0)

@@ -46,6 +46,13 @@ def test_another_kind_is_corrected_by_all_and_less_surely() -> None:
     assert alike.high < other.high < UNMEASURED.high * 2.0
 
 
+def test_a_whole_gpu_is_another_kind_than_one_that_trials_share() -> None:
+    shared = ran({}, 3.0).model_copy(update={"gpu_shared_by": 4})
+    pace = pace_of(shared, ran({"rank": 16}, 1.5))
+    assert pace.correction(TrialConfig()).expected == pytest.approx(1.5)
+    assert pace.correction(TrialConfig(), gpu_shared_by=2).expected == pytest.approx(3.0)
+
+
 def test_what_ran_on_another_device_says_nothing() -> None:
     assert pace_of(ran({}, 2.0), hardware=CPU).correction(TrialConfig()) == UNMEASURED
     assert pace_of(ran({}, 2.0), hardware=named_gpu("A100", 1)).correction(TrialConfig()) == UNMEASURED
@@ -77,7 +84,8 @@ def test_a_trial_that_failed_or_has_no_prediction_is_left_out() -> None:
     [
         ("NVIDIA A100-SXM4-80GB", "A100", True),
         ("NVIDIA A100-PCIE-40GB", "A100", False),
-        ("NVIDIA A100-PCIE-40GB", "A100-40GB", True),
+        ("NVIDIA A100-PCIE-40GB", "A100-40GB", False),
+        ("NVIDIA A100-PCIE-40GB", "A100-PCIe-40GB", True),
         ("NVIDIA H100 80GB HBM3", "H100", True),
         ("NVIDIA GeForce RTX 4090", "RTX-4090", True),
         ("NVIDIA GeForce RTX 5090", "RTX-4090", False),

@@ -23,18 +23,20 @@ from orchestrator.planning.memory import (
     trainable_parameters,
 )
 from orchestrator.planning.model_shape import shape_of
-from orchestrator.planning.plan import TIGHT, SweepPlan, gpu_memory_fraction, plan_sweep
-from orchestrator.planning.plan_table import render
-from orchestrator.planning.step_time import step_seconds
+from orchestrator.planning.pace import Pace
+from orchestrator.planning.plan import NO_PACE, TIGHT, SweepPlan, gpu_memory_fraction, plan_sweep
+from orchestrator.planning.plan_table import duration, render
+from orchestrator.planning.step_time import Placement, step_seconds
 from tests.fast.cases import A100, CPU, LLAMA_2_7B, LLAMA_32_3B, SMOLLM2_135M, case
+from tests.made_up_sweep import made_up_sweep, made_up_trial
 
 SEVEN_B, THREE_B = shape_of(LLAMA_2_7B), shape_of(LLAMA_32_3B)
 
 
-def plan(hardware: Hardware, model: Any = SEVEN_B, **keys: Any) -> SweepPlan:
+def plan(hardware: Hardware, model: Any = SEVEN_B, pace: Pace = NO_PACE, **keys: Any) -> SweepPlan:
     raw = {"name": "p", "model": "builtin:tiny-llama", "data": {"train": "builtin:python-docs"}, **keys}
     sweep = SweepConfig.model_validate(raw).on_hardware(has_gpus=hardware.device == "cuda")
-    return plan_sweep(sweep, model, hardware)
+    return plan_sweep(sweep, model, hardware, pace)
 
 
 def test_published_parameter_counts() -> None:
@@ -428,6 +430,56 @@ def test_trials_share_a_gpu_by_the_memory_of_the_largest() -> None:
     assert gpu_memory_fraction(alone, A100) is None
 
 
+def test_sharing_a_gpu_makes_no_trial_cheaper_that_keeps_it_busy() -> None:
+    long = {"precision": "bf16", "micro_batch_size": 1, "sequence_length": 4096, "max_steps": 900}
+    space = {"learning_rate": [n * 1e-5 for n in range(1, 5)]}
+    whole = plan(A100, shape_of(SMOLLM2_135M), trial=long, space=space)
+    shared = plan(A100, shape_of(SMOLLM2_135M), trial=long, space=space, resources={"gpus_per_worker": 0.25})
+    assert (whole.gpu_shared_by, shared.gpu_shared_by) == (1, 4)
+    assert shared.trials[0].seconds > 3.9 * whole.trials[0].seconds
+    assert shared.gpu_hours[1] == pytest.approx(whole.gpu_hours[1], rel=0.02)
+
+
+def test_no_more_trials_share_a_gpu_than_there_are() -> None:
+    found = plan(A100, shape_of(SMOLLM2_135M), space={"rank": [4, 8]}, resources={"gpus_per_worker": 0.1})
+    assert found.gpu_shared_by == 2
+
+
+def test_what_the_times_take_for_granted_is_told_once_and_not_where_trials_were_measured() -> None:
+    spread = {"trial": {"global_batch_size": 16, "zero_stage": 3}, "resources": {"workers_per_trial": 16}}
+    two_nodes = plan(named_gpu("A100", 16), space={"rank": [4, 8]}, **spread)
+    rows, network = two_nodes.assumptions
+    assert "rows fill sequence_length" in rows
+    assert "100 Gb/s between the 2 nodes" in network
+    assert render(two_nodes).count("assumed: ") == 2
+    assert plan(A100, trial={"packing": True}).assumptions == ()
+    trial = made_up_trial({}).model_copy(update={"predicted_step_time_s": 1.0})
+    measured = Pace.of([made_up_sweep([trial])], "made-up", named_gpu("A10G", 1))
+    assert measured.steps
+    assert plan(A100, pace=measured).assumptions == ()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(89.4, "89 s"), (90, "1.5 min"), (599, "10 min"), (5399, "90 min"), (5400, "1.5 h")]
+)
+def test_a_duration_is_told_to_two_digits(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+def test_one_of_a_thing_is_told_as_one() -> None:
+    switched = plan(A100, space={"packing": [True, False]})
+    assert "  true  " in render(switched)
+    one_measured = switched.model_copy(update={"measured": 1})
+    assert "by the speed of 1 trial that ran here" in render(one_measured)
+    search = {"search": {"algorithm": "tpe"}, "budget": {"trials": 4}, "trial": {"max_steps": 10}}
+    told = render(plan(A100, space={"learning_rate": {"log_uniform": [1e-5, 1e-3]}}, **search))
+    (line,) = [line for line in told.splitlines() if "of these examples" in line]
+    assert line.startswith("up to 4 trials, 8 at a time; 0 of these examples are refused; they take ")
+    assert " to " not in line.partition("; they take ")[2]
+    (alone,) = [w for w in plan(CPU, resources={"gpus_per_worker": 1}).warnings if "not one can start" in w]
+    assert alone.startswith("a trial takes 1 worker of 1 CPU and 1 GPU each, and the cluster has 2 CPUs and 0 GPUs")
+
+
 def test_workers_of_one_trial_never_share_a_gpu() -> None:
     small = {"precision": "nf4", "micro_batch_size": 1, "global_batch_size": 4, "sequence_length": 256}
     assert plan(A100, trial=small, resources={"gpus_per_worker": "auto", "workers_per_trial": 2}).gpus_per_worker == 1
@@ -480,7 +532,7 @@ def test_a_higher_zero_stage_never_holds_more_model_states(precision: str, worke
 def test_time_grows_with_work_and_shrinks_with_workers() -> None:
     def seconds(workers: int = 1, **changes: Any) -> float:
         config = TrialConfig(micro_batch_size=1, **changes)
-        return step_seconds(config, SEVEN_B, A100, workers, 4).expected
+        return step_seconds(config, SEVEN_B, A100, Placement(workers, 4)).expected
 
     assert seconds(sequence_length=1024) > seconds(sequence_length=512)
     assert seconds(gradient_checkpointing=True) > seconds()
@@ -518,3 +570,22 @@ def test_gpu_hours_and_cost_are_those_of_the_trials_and_add_up() -> None:
     assert sum(trial.gpu_hours for trial in priced.trials) == pytest.approx(priced.gpu_hours[1])
     assert sum(trial.cost for trial in priced.trials) == pytest.approx(priced.cost[1])
     assert plan(A100).trials[0].cost is None
+
+
+@pytest.mark.parametrize(
+    "scheduler", [{"asha": {}}, {"hyperband": {}}, {"median": {}}, {"median": {}, "extrapolation": {}}]
+)
+def test_a_grace_as_long_as_the_trials_is_told_of_every_scheduler(scheduler: dict[str, dict[str, int]]) -> None:
+    def told(grace: int) -> list[str]:
+        keys = {name: {"grace_steps": grace} for name in scheduler}
+        found = plan(A100, trial={"max_steps": 50}, scheduler=keys)
+        return [warning.split(" stops nobody")[0] for warning in found.warnings if "stops nobody" in warning]
+
+    assert told(50) == list(scheduler)
+    assert told(49) == []
+
+
+def test_a_plan_counts_no_trial_beyond_the_budgets_trial_hours() -> None:
+    cut = plan(A100, space={"rank": [8, 16]}, trial={"max_steps": 100_000}, budget={"trial_hours": 0.5})
+    assert cut.gpu_hours == pytest.approx((1.0, 1.0, 1.0))
+    assert any("to be ended there: 2 of 2 trials" in warning for warning in cut.warnings)

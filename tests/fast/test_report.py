@@ -476,6 +476,14 @@ def test_durations_read_as_people_say_them(seconds: float | None, words: str) ->
 
 
 @pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.084, "84 ms"), (0.9994, "999 ms"), (0.9996, "1 s"), (1.324, "1.32 s"), (999.6, "1000 s"), (1234, "1234 s")],
+)
+def test_a_steps_time_has_no_exponent(seconds: float, words: str) -> None:
+    assert quantities.step_time(seconds) == words
+
+
+@pytest.mark.parametrize(
     ("mean", "half_width", "words"),
     [
         (2.41312, 0.0123, "2.413 ± 0.012"),
