@@ -145,9 +145,9 @@ REFUSED_BY_RULE: dict[str, tuple[Callable[[list[Manifest]], object], str]] = {
         lambda m: the(m, "RayJob/sweep")["spec"].pop("submitterConfig"),
         "lost connections of its submitter",
     ),
-    "submitter that is moved": (
-        lambda m: the(m, "RayJob/sweep")["spec"]["submitterPodTemplate"]["metadata"].pop("annotations"),
-        "RayJob/sweep submitter: an autoscaler may move it",
+    "submitter that nobody asks whether its head lives": (
+        lambda m: the(m, "RayJob/sweep")["spec"]["submitterPodTemplate"]["spec"]["containers"][0].pop("livenessProbe"),
+        "would follow the log of a head that is gone",
     ),
     "head that is moved": (
         lambda m: the(m, "RayJob/sweep")["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["metadata"].pop(

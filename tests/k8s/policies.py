@@ -188,16 +188,16 @@ def sweeps_end_and_resume(manifests: list[Manifest]) -> Iterator[str]:
         )
         if spec.get("submitterConfig", {}).get("backoffLimit", 0) < SUBMITTER_RETRIES:
             yield f"{name_of(job)}: a few lost connections of its submitter would end a healthy sweep"
+        if "livenessProbe" not in spec["submitterPodTemplate"]["spec"]["containers"][0]:
+            yield f"{name_of(job)}: its submitter would follow the log of a head that is gone for ever"
         if SHELL & set(spec.get("entrypoint", "")):
             yield f"{name_of(job)}: the entrypoint has characters that the submitter's shell would act on"
 
 
 def a_sweep_is_not_moved_to_tidy_up(manifests: list[Manifest]) -> Iterator[str]:
-    """Autoscalers empty nodes that are little used: the driver would start again, and the submitter counts it."""
+    """Autoscalers empty nodes that are little used: the driver would start again, or trials."""
     for pod in pods(manifests):
-        if (pod.is_ray or wiring.SUBMITTER.items() <= pod.labels.items()) and not (
-            STAYS.items() <= pod.metadata.get("annotations", {}).items()
-        ):
+        if pod.is_ray and not STAYS.items() <= pod.metadata.get("annotations", {}).items():
             yield f"{pod.owner}: an autoscaler may move it"
 
 
