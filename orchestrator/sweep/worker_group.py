@@ -123,8 +123,8 @@ class WorkerGroups:
             run_config=RunConfig(
                 name=f"group-{group_id}",
                 storage_path=self._storage,
-                # Of a node that was drained it would start the workers again by itself, without end, and their processes
-                # would meet under names that are taken: what follows is failure_policy's (ray 2.60.0, api/config.py).
+                # Of a node that was drained Ray would start the workers again itself, without end, and their processes
+                # would meet under names that are taken (2.60.0, api/config.py): what follows is failure_policy's.
                 failure_config=FailureConfig(max_preemption_failures=0),  # type: ignore[call-arg]
             ),
         )
