@@ -319,6 +319,39 @@ def test_what_mlflow_does_not_know_to_have_is_told_again_and_is_there_once(
     assert (run.data.params["micro_batch_size"], run.data.tags["now.micro_batch_size"]) == ("1", "2")
 
 
+def test_a_server_whose_database_is_of_yesterday_is_told_what_came_since_and_not_what_a_person_has_deleted(
+    tmp_path: Path,
+) -> None:
+    database = tmp_path / "mlflow.db"
+    config, result, folder = a_sweep(tmp_path / "restored", f"sqlite:///{database}")
+    before, across, since, deleted = result.trials[:4]
+    client = MlflowClient(f"sqlite:///{database}")
+    tracker = Tracker(config, SWEEP_ID, folder)
+    for trial in (before, deleted):
+        tracker.track(trial)
+    client.delete_run(delivered(tracker, deleted))
+    own = folder.trial(across.trial_id)
+    own.checkpoint(own.read_metrics()[0].step).mkdir()
+    tracker.track(across.model_copy(update={"status": TrialStatus.RUNNING}))
+    wait_until(lambda: tracker._trials[across.trial_id].offset_bytes, bool, LIMIT_S)
+    delivered(tracker, before)
+    dump = database.read_bytes()
+    for trial in (across, since):
+        tracker.track(trial)
+    assert tracker.finish(LIMIT_S)
+
+    database.write_bytes(dump)
+    again = Tracker(config, SWEEP_ID, folder)
+    for trial in (before, across, since, deleted):
+        again.track(trial)
+    assert again.finish(LIMIT_S)
+    runs = {trial.trial_id: str(again.run_id(trial.trial_id)) for trial in (before, across, since)}
+    assert_equal_to_disk(Server(f"sqlite:///{database}", None, None), folder, runs)
+    made = client.search_runs([again._experiment_id], f"tags.trial_id = '{deleted.trial_id}'")
+    assert made == []
+    assert len(client.search_runs([again._experiment_id])) == 1 + len(runs)
+
+
 def begins(folder: SweepFolder, trial: TrialResult, steps: int, time_ms: int) -> None:
     """Its curve anew, with a checkpoint after the last of so many steps."""
     own = folder.trial(trial.trial_id)
@@ -409,6 +442,25 @@ def test_a_run_whose_making_is_answered_too_late_is_not_made_twice(
         assert tracker.finish(LIMIT_S)
     made = MlflowClient(server.uri).search_runs([tracker._experiment_id])
     assert sorted(run.data.tags["kind"] for run in made) == ["sweep", "trial"]
+
+
+def test_a_file_that_takes_too_long_keeps_no_other_trial_back_and_gets_more_time(
+    server: FragileServer, tmp_path: Path
+) -> None:
+    with late_once(server, "/log.txt", 3.0) as uri:
+        config, result, folder = a_sweep(tmp_path / "large", uri)
+        large, *others = result.trials
+        folder.trial(large.trial_id).log.write_text("of many GB\n")
+        tracker = Tracker(config, SWEEP_ID, folder)
+        tracker.track(large)
+        wait_until(lambda: tracker._trials[large.trial_id].late, lambda late: late == 1, LIMIT_S)
+        for trial in others:
+            tracker.track(trial)
+        assert tracker.finish(LIMIT_S)
+    runs = {trial.trial_id: str(tracker.run_id(trial.trial_id)) for trial in result.trials}
+    ended = {trial_id: MlflowClient(server.uri).get_run(run_id).info.end_time for trial_id, run_id in runs.items()}
+    assert max(ended, key=lambda trial_id: ended[trial_id]) == large.trial_id
+    assert_equal_to_disk(server, folder, runs)
 
 
 def test_what_comes_last_is_sent_once_more_where_its_first_answer_is_lost(
