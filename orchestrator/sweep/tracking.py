@@ -421,6 +421,28 @@ class Tracker:
         self._client.log_batch(run_id, metrics=metrics)
 
 
+def awaited_tracker(
+    sweep: SweepConfig, sweep_id: str, folder: SweepFolder, limit_s: float, say: Callable[[str], None]
+) -> Tracker:
+    """A Tracker once its server answers: one that is deployed together with the sweep may need minutes more.
+
+    Raises:
+        TrackingUnreachableError: it does not answer within `limit_s` either.
+    """
+    until_s = time.monotonic() + limit_s
+    attempt = 0
+    while True:
+        try:
+            return Tracker(sweep, sweep_id, folder)
+        except TrackingUnreachableError as error:
+            if time.monotonic() >= until_s:
+                raise
+            attempt += 1
+            if attempt == 1:
+                say(f"{error}; waiting for it, {limit_s / 60:.0f} minutes at most")
+        time.sleep(failure_policy.pause_s(min(attempt, 4)))
+
+
 class _TrackedTrial:
     """How much of a trial MLflow has."""
 

@@ -27,7 +27,7 @@ from orchestrator.results.secrets import without_secret
 from orchestrator.results.storage import SweepFolder, read_sweep, write_atomically, write_sweep
 from orchestrator.sweep import evaluation, system_metrics
 from orchestrator.sweep.delivered import Delivered, read_delivered, write_delivered
-from orchestrator.sweep.tracking import Tracker, tracking_uri
+from orchestrator.sweep.tracking import Tracker, awaited_tracker, tracking_uri
 from tests.made_up_sweep import made_up_point, made_up_sweep, made_up_trial, write_made_up
 from tests.tracking_servers import PASSWORD, FragileServer, Server, late_once, on_sqlite_with_a_login
 from tests.waiting import wait_until
@@ -134,6 +134,28 @@ def test_an_outage_loses_nothing_adds_nothing_and_stops_nobody(
     assert_equal_to_disk(server, folder, runs)
     everything = MlflowClient(server.uri).search_runs([again._experiment_id])
     assert len(everything) == 1 + len(result.trials)
+
+
+def test_a_server_that_comes_up_late_is_waited_for_where_that_was_asked_and_told_once(
+    server: FragileServer, tmp_path: Path
+) -> None:
+    config, result, folder = a_sweep(tmp_path / "early", server.uri)
+    server.kill()
+    said: list[str] = []
+    with pytest.raises(TrackingUnreachableError):
+        awaited_tracker(config, SWEEP_ID, folder, 0.0, said.append)
+    said.clear()
+
+    def start_it(told: str) -> None:
+        said.append(told)
+        server.launch()
+
+    tracker = awaited_tracker(config, SWEEP_ID, folder, LIMIT_S, start_it)
+    assert len(said) == 1
+    assert "does not answer" in said[0]
+    assert "waiting for it, 3 minutes at most" in said[0]
+    tracker.track(result.trials[0])
+    assert tracker.finish(LIMIT_S)
 
 
 def test_a_server_that_is_away_is_told_of_once_though_a_trial_has_nothing_new_to_tell_it(
