@@ -85,7 +85,7 @@ class FragileServer:
 
 @contextmanager
 def late_once(server: FragileServer, path: str, late_s: float) -> Iterator[str]:
-    """An address of the server at which the first answer for `path` comes late; the server does what it is asked."""
+    """The server's address, at which the first answer for a path that ends so is late; it does what it is asked."""
     made = threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
@@ -93,7 +93,7 @@ def late_once(server: FragileServer, path: str, late_s: float) -> Iterator[str]:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             there = f"http://127.0.0.1:{server.port}{self.path}"
             got = requests.request(self.command, there, data=body, headers=dict(self.headers), timeout=LIMIT_S)
-            if self.path == path and not made.is_set():
+            if self.path.endswith(path) and not made.is_set():
                 made.set()
                 time.sleep(late_s)
             with contextlib.suppress(OSError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -26,6 +27,8 @@ from orchestrator.sweep.worker import ACCELERATOR, GroupShape
 CONNECT_LIMIT_S = 5.0
 NODE_LIMIT_S = 180.0
 """A node that starts its first worker may take minutes."""
+JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""What a Ray job's driver is told of its job (ray 2.60.0, dashboard/modules/job/job_supervisor.py)."""
 LOCAL = "local"
 SCALE_UP_LOOK_S = 2.0
 # Read by Ray in this process and handed on to its workers; each is our need, and a user's own value wins.
@@ -60,7 +63,15 @@ def address_of(address: str | None) -> str:
 
 def runs_in_a_job() -> bool:
     """Whether this process is the driver of a Ray job, whose working directory is removed after it."""
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    return JOB in os.environ
+
+
+def node_limit_s(job: str | None) -> float:
+    """How long a node may take to its first answer, by what stands in `JOB`: it installs the job's packages first."""
+    environment = (json.loads(job).get("runtime_env") if job else None) or {}
+    if not environment.get("pip"):
+        return NODE_LIMIT_S
+    return max(NODE_LIMIT_S, float((environment.get("config") or {}).get("setup_timeout_seconds", 0)))
 
 
 def connect(address: str | None) -> None:
@@ -148,17 +159,18 @@ def ask_every_node(look: Any, *arguments: Any) -> Iterator[tuple[Mapping[str, An
         ): node
         for node in _alive()
     }
-    ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=NODE_LIMIT_S)
+    limit_s = node_limit_s(os.environ.get(JOB))
+    ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=limit_s)
     for task in ready:
         try:
             yield asked[task], ray.get(task)
         except ray.exceptions.RayError as error:
             yield asked[task], error
     for task in late:
-        yield asked[task], TimeoutError(f"no answer in {NODE_LIMIT_S:.0f} s")
+        yield asked[task], TimeoutError(f"no answer in {limit_s:.0f} s")
 
 
-def require_shared(folder: SweepFolder) -> None:
+def require_shared(folder: SweepFolder, say: Callable[[str], None]) -> None:
     """Ask every node of a cluster that has several.
 
     Raises:
@@ -166,6 +178,8 @@ def require_shared(folder: SweepFolder) -> None:
     """
     if len(nodes()) < 2:
         return
+    if (limit_s := node_limit_s(os.environ.get(JOB))) > NODE_LIMIT_S:
+        say(f"waiting for all nodes to install the job's packages, {limit_s / 60:.0f} minutes at most")
     if folder.remote:
         _require_access(folder.remote)
         return

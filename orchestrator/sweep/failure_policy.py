@@ -21,6 +21,10 @@ SILENCE_LIMIT_S = 600.0
 SILENCES = 10.0
 """So many times the longest silence that was seen, and at least SILENCE_LIMIT_S, is a hang."""
 
+UPLOAD_BYTES_PER_S = 10 * 10**6
+"""So fast a file goes at least through MLflow's server to its store; the server answers once it is there."""
+MOST_DOUBLINGS = 5
+
 
 @dataclass(frozen=True, slots=True)
 class Retry:
@@ -63,6 +67,11 @@ def silence_limit_s(longest_s: float | None) -> float:
     longest_s: the longest time without one so far; None before the first step.
     """
     return START_LIMIT_S if longest_s is None else max(SILENCE_LIMIT_S, SILENCES * longest_s)
+
+
+def upload_limit_s(answer_limit_s: float, size_bytes: int, late: int) -> float:
+    """How long to wait for an answer to a file; `late` is how often there was none before."""
+    return (answer_limit_s + size_bytes / UPLOAD_BYTES_PER_S) * 2.0 ** min(late, MOST_DOUBLINGS)
 
 
 TrackingFailure = Literal["away", "gone", "refused"]

@@ -27,7 +27,7 @@ from orchestrator.export.merge import merged_dtype
 from orchestrator.reporting.statistics import objective_of
 from orchestrator.results.records import SweepResult, TrialResult
 from orchestrator.results.storage import SweepFolder
-from orchestrator.sweep.tracking import key_of, tracking_uri, twice
+from orchestrator.sweep.tracking import key_of, time_to_upload, tracking_uri, twice
 
 ALIAS = "champion"
 """Of the registered model's newest best version."""
@@ -95,7 +95,8 @@ def _log(client: MlflowClient, result: SweepResult, best: TrialResult, run_id: s
         exported = export(folder, best.trial_id, Path(temporary) / "exported", merge=False, force=False)
         about = {"run_id": run_id, "model_id": logged.model_id, "artifact_path": logged.artifact_location}
         written = write_model(exported, best.config, Path(temporary) / "model", about)
-        client.log_model_artifacts(logged.model_id, str(written))
+        with time_to_upload(file for file in written.rglob("*") if file.is_file()):
+            client.log_model_artifacts(logged.model_id, str(written))
     client.finalize_logged_model(logged.model_id, "READY")
     return str(logged.model_id)
 

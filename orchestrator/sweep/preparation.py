@@ -132,7 +132,7 @@ def prepare(
     address = cluster.address_of(address)
     say("starting Ray here" if address == cluster.LOCAL else f"joining the cluster at {cut(address)}")
     cluster.connect(address)
-    cluster.require_shared(folder)
+    cluster.require_shared(folder, say)
     cluster.await_room(sweep.resources, say)
     choice = gpu_choice.choose(sweep, model, newest_sweeps(folder.root.parent, READ_SWEEPS), say)
     sweep, plan = choice.sweep, choice.plan

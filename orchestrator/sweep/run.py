@@ -34,10 +34,11 @@ from orchestrator.sweep.recorder import Recorder
 from orchestrator.sweep.resume import Earlier, read_earlier, require_same_data, require_same_question
 from orchestrator.sweep.scheduler import RuleScheduler
 from orchestrator.sweep.stopper import Stopper, signals_to, sigterm_like_ctrl_c
-from orchestrator.sweep.tracking import Tracker, require_address, tracking_uri
+from orchestrator.sweep.tracking import Tracker, awaited_tracker, require_address, tracking_uri
 from orchestrator.training.inputs import FoundModel, require_warm_start
 
 TRACKING_LIMIT_S = 60.0
+TRACKING_WAIT_S = 600.0
 INTERRUPTED_TRACKING_LIMIT_S = 5.0
 """Kubernetes gives 30 s from SIGTERM to SIGKILL; what MLflow lacks is on disk, and the next run carries it over."""
 
@@ -118,7 +119,9 @@ def _run_prepared(
     new_record = record_maker(prepared)
     records = opening_records(prepared, folder, earlier, new_record)
     result = opening_result(prepared, earlier, records, started_at)
-    tracker = Tracker(sweep, result.sweep_id, folder)
+    # Nobody looks on where a job starts, and the server may have been deployed in the same moment.
+    wait_s = TRACKING_WAIT_S if cluster.runs_in_a_job() else 0.0
+    tracker = awaited_tracker(sweep, result.sweep_id, folder, wait_s, say)
     result = result.model_copy(update={"mlflow_run_id": tracker.parent_run_id})
     write_opening(prepared, folder, records.values(), result)
     carrier.push()

@@ -6,12 +6,15 @@ server is: no trial waits for it. Runs are found again by their tags, so a resum
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from mlflow import MlflowClient
@@ -36,6 +39,10 @@ Answer = TypeVar("Answer")
 INTERVAL_S = 1.0
 KEPT_EVERY_S = 5.0
 BATCH = 1000
+PAGE = 200
+"""Of runs with all that they hold."""
+ANSWER_LIMIT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+"""MLflow's own variable: seconds for each of its calls, a file's upload too."""
 NO_PART_OF_AN_ADDRESS = frozenset("%?#")
 """In a path within one they mean something else (mlflow 3.17, sqlalchemy 2)."""
 METRICS = (
@@ -116,6 +123,8 @@ class Tracker:
         _keep_mlflow_short()
         self._folder, self._sweep_id, self._sweep = folder, sweep_id, sweep
         uri = tracking_uri(sweep)
+        self._delivered = read_delivered(folder, without_secret(uri), sweep_id)
+        self._delivered.is_complete = False
         try:
             twice(lambda: self._connect(uri))
         except Exception as error:
@@ -127,8 +136,6 @@ class Tracker:
             ) from error
         remember_server(without_secret(uri))
         self._trials: dict[str, _TrackedTrial] = {}
-        self._delivered = read_delivered(folder, without_secret(uri), sweep_id)
-        self._delivered.is_complete = False
         # An older release kept no such file, but a run's id once all of the trial had arrived.
         self._believes_records = not folder.tracking.exists()
         self._is_kept, self._kept_at_s = False, 0.0
@@ -145,6 +152,8 @@ class Tracker:
         self._experiment_id = self._find_experiment(self._sweep, uri)
         self.parent_run_id = self._find_run(self._sweep.name, {})
         self._resume()
+        if self._delivered.trials:
+            self._forget_what_is_lost()
 
     def track(self, result: TrialResult) -> None:
         """Take note of a trial's newest state."""
@@ -225,6 +234,24 @@ class Tracker:
         run = self._client.create_run(self._experiment_id, run_name=name, tags={**wanted, **kind})
         return str(run.info.run_id)
 
+    def _forget_what_is_lost(self) -> None:
+        """Where the server's database is an older one again, all it lacks is told once more."""
+        # Runs that a person has deleted too: they are not to come back.
+        which: Any = ([self._experiment_id], f"tags.sweep_id = '{self._sweep_id}'", ViewType.ALL, PAGE)
+        page = self._client.search_runs(*which)
+        there = {run.info.run_id: run.info.status for run in page}
+        while page.token:
+            page = self._client.search_runs(*which, page_token=page.token)
+            there |= {run.info.run_id: run.info.status for run in page}
+        known = self._delivered.trials
+        self._delivered.trials = {
+            trial_id: kept
+            if there[run_id] != "RUNNING"
+            else kept.model_copy(update={"offset_bytes": 0, "status": None})
+            for trial_id, kept in known.items()
+            if (run_id := kept.run_id) in there
+        }
+
     def _resume(self) -> None:
         self._client.update_run(self.parent_run_id, status="RUNNING")
         if self._sweep.question:
@@ -242,6 +269,8 @@ class Tracker:
             until_s = self._closing_until_s
             with self._lock:
                 behind = [trial for trial in self._trials.values() if trial.is_behind or trial.is_running]
+            # One whose files do not arrive keeps nobody waiting.
+            behind.sort(key=lambda trial: trial.late)
             self._carry_all(behind)
             if until_s and (time.monotonic() > until_s or not any(trial.is_behind for trial in behind)):
                 return
@@ -314,7 +343,7 @@ class Tracker:
         is_new = result.status is not trial.carried
         if is_new:
             if result.status is not TrialStatus.RUNNING:
-                self._close_trial(trial.run_id, result)
+                self._close_trial(trial, trial.run_id, result)
             trial.carried = result.status
         return bool(points) or is_new or not was_open
 
@@ -357,7 +386,7 @@ class Tracker:
         self._client.update_run(run_id, status="RUNNING")
         return run_id
 
-    def _close_trial(self, run_id: str, result: TrialResult) -> None:
+    def _close_trial(self, tracked: _TrackedTrial, run_id: str, result: TrialResult) -> None:
         tags = {"status": result.status.value, "reason": result.reason or "", "notes": "; ".join(result.notes)}
         self._client.log_batch(run_id, tags=[RunTag(key, value[:5000]) for key, value in tags.items() if value])
         if result.best and result.status.is_final:
@@ -365,13 +394,24 @@ class Tracker:
             if value is not None:
                 self._client.log_metric(run_id, f"best_{self._sweep.primary.metric}", value, result.best.time_ms)
         self._log_searched_numbers(run_id, result)
-        trial = self._folder.trial(result.trial_id)
-        for file in (trial.deepspeed, trial.log, trial.result):
-            if self._folder.holds(file):
-                self._client.log_artifact(run_id, str(file))
-        if trial.adapter.is_dir() and all(self._folder.holds(file) for file in trial.adapter.iterdir()):
-            self._client.log_artifacts(run_id, str(trial.adapter), "adapter")
+        try:
+            self._send_files(run_id, result, tracked.late)
+        except MlflowException:
+            tracked.late += 1
+            raise
         self._client.set_terminated(run_id, RUN_STATUS.get(result.status, "FAILED"))
+
+    def _send_files(self, run_id: str, result: TrialResult, late: int) -> None:
+        trial = self._folder.trial(result.trial_id)
+        files = [file for file in (trial.deepspeed, trial.log, trial.result) if self._folder.holds(file)]
+        adapter = list(trial.adapter.iterdir()) if trial.adapter.is_dir() else []
+        if not all(self._folder.holds(file) for file in adapter):
+            adapter = []
+        with time_to_upload([*files, *adapter], late):
+            for file in files:
+                self._client.log_artifact(run_id, str(file))
+            if adapter:
+                self._client.log_artifacts(run_id, str(trial.adapter), "adapter")
 
     def _log_searched_numbers(self, run_id: str, result: TrialResult) -> None:
         """As metrics too: MLflow sorts parameters as text, 128 before 8 (3.17.2)."""
@@ -379,6 +419,28 @@ class Tracker:
         numbers = {name: value for name, value in values.items() if type(value) in (int, float)}
         metrics = [Metric(f"setting/{name}", value, 0, 0) for name, value in numbers.items()]
         self._client.log_batch(run_id, metrics=metrics)
+
+
+def awaited_tracker(
+    sweep: SweepConfig, sweep_id: str, folder: SweepFolder, limit_s: float, say: Callable[[str], None]
+) -> Tracker:
+    """A Tracker once its server answers: one that is deployed together with the sweep may need minutes more.
+
+    Raises:
+        TrackingUnreachableError: it does not answer within `limit_s` either.
+    """
+    until_s = time.monotonic() + limit_s
+    attempt = 0
+    while True:
+        try:
+            return Tracker(sweep, sweep_id, folder)
+        except TrackingUnreachableError as error:
+            if time.monotonic() >= until_s:
+                raise
+            attempt += 1
+            if attempt == 1:
+                say(f"{error}; waiting for it, {limit_s / 60:.0f} minutes at most")
+        time.sleep(failure_policy.pause_s(min(attempt, 4)))
 
 
 class _TrackedTrial:
@@ -391,6 +453,8 @@ class _TrackedTrial:
         self.is_open = False
         """Whether this process has set its run going."""
         self.is_refused = False
+        self.late = 0
+        """How often its files did not arrive, though all else before them had: they may be too large for the way."""
 
     def forget_run(self) -> None:
         """It is gone: another one is made, and gets all there is."""
@@ -422,12 +486,26 @@ def twice(ask: Callable[[], Answer]) -> Answer:
         return ask()
 
 
+@contextlib.contextmanager
+def time_to_upload(files: Iterable[Path], late: int = 0) -> Iterator[None]:
+    """Within it MLflow waits as long as the largest of these files may take."""
+    # It reads the variable at each call, and its calls for files take no other limit (3.17.2, http_artifact_repo.py).
+    _keep_mlflow_short()
+    before = os.environ[ANSWER_LIMIT]
+    largest_bytes = max((file.stat().st_size for file in files), default=0)
+    os.environ[ANSWER_LIMIT] = str(math.ceil(failure_policy.upload_limit_s(float(before), largest_bytes, late)))
+    try:
+        yield
+    finally:
+        os.environ[ANSWER_LIMIT] = before
+
+
 def _keep_mlflow_short() -> None:
     """In its tries and in what it says."""
     # MLflow itself would try for four minutes, and make a run twice where only the answer was late (3.17.2,
     # utils/request_utils.py): the Tracker tries again itself, and looks first whether it is there.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault(ANSWER_LIMIT, "10")
     # Every run that ends is told on stdout otherwise, where the sweep's answer goes alone.
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     # A new database tells of its tables otherwise.

@@ -97,7 +97,7 @@ class WorkerGroups:
         return group_id
 
     def _fit(self, group_id: str, avoided: Collection[str]) -> None:
-        from ray.train import RunConfig, ScalingConfig
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
 
         class LeanTrainer(TorchTrainer):
@@ -120,19 +120,38 @@ class WorkerGroups:
                 placement_strategy="STRICT_PACK" if shape.on_one_node else "PACK",
                 label_selector={NODE_ID_LABEL_KEY: f"!in({','.join(avoided)})"} if avoided else None,
             ),
-            run_config=RunConfig(name=f"group-{group_id}", storage_path=self._storage),
+            run_config=RunConfig(
+                name=f"group-{group_id}",
+                storage_path=self._storage,
+                # Of a node that was drained Ray would start the workers again itself, without end, and their processes
+                # would meet under names that are taken (2.60.0, api/config.py): what follows is failure_policy's.
+                failure_config=FailureConfig(max_preemption_failures=0),  # type: ignore[call-arg]
+            ),
         )
         try:
             trainer.fit()
         except Exception as error:
             # Whatever Ray raises here means the same: this group is gone, and its trial needs another.
             log.warning("worker group %s is gone: %s", group_id, error)
-            reason = f"a worker or its node died ({type(error).__name__}: {_first_line(error)})"
+            reason = why_lost(error)
             ranks = tuple(getattr(error, "worker_failures", ()))
             room: Any = ray.get(self._board.lose_group.remote(group_id, reason, ranks))
             if room is not None:
                 # A controller that was killed leaves it behind, and with it what the next group would need.
                 remove_placement_group(room)
+
+
+def why_lost(error: Exception) -> str:
+    """What took a group's workers, by what `TorchTrainer.fit` raised."""
+    # Ray Train wraps what took a worker (ray 2.60.0, train/v2/_internal/execution/worker_group/worker_group.py).
+    deaths = [getattr(one, "health_check_failure", one) for one in getattr(error, "worker_failures", {}).values()]
+    if any(isinstance(death, ray.exceptions.OutOfMemoryError) for death in deaths):
+        # No word on what the trial needs: it may have been another's greed, and Ray chooses whom it ends.
+        return (
+            "Ray's memory monitor ended a worker, since its node was running out of host memory: lower "
+            "resources.max_concurrent, take nodes with more memory, or, without GPUs, set resources.memory_per_worker"
+        )
+    return f"a worker or its node died ({type(error).__name__}: {_first_line(error)})"
 
 
 def _first_line(error: Exception) -> str:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +11,9 @@ pytest.importorskip("ray")
 
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.errors import ClusterUnreachableError, InputError
+from orchestrator.submit.job import INSTALL_LIMIT_S, runtime_env
 from orchestrator.sweep import cluster
-from orchestrator.sweep.cluster import LOCAL, connect, not_joined, placed, room_for
+from orchestrator.sweep.cluster import LOCAL, NODE_LIMIT_S, connect, node_limit_s, not_joined, placed, room_for
 from orchestrator.sweep.preparation import slots_for
 from orchestrator.sweep.worker import GroupShape
 from tests.made_up_sweep import made_up_plan, made_up_sweep, made_up_trial
@@ -67,6 +70,14 @@ def test_trials_that_share_the_hosts_memory_run_as_many_at_a_time_as_it_was_plan
 def test_a_trial_that_fits_nowhere_is_refused_with_what_the_cluster_has() -> None:
     with pytest.raises(InputError, match=r"4 CPUs and 0 GPUs.*lower resources"):
         room_for(GroupShape(1, 1, 1), [{"CPU": 4.0}])
+
+
+def test_a_node_that_installs_the_jobs_packages_is_waited_for_as_long_as_that_may_take() -> None:
+    def limit_s(*requirements: str) -> float:
+        return node_limit_s(json.dumps({"runtime_env": runtime_env(Path(), requirements, None), "metadata": {}}))
+
+    assert limit_s("torch==2.13") == INSTALL_LIMIT_S
+    assert limit_s() == node_limit_s(json.dumps({"runtime_env": None})) == node_limit_s(None) == NODE_LIMIT_S
 
 
 def test_a_cluster_that_does_not_answer_is_told_at_once() -> None:

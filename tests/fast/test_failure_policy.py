@@ -12,6 +12,7 @@ from orchestrator.sweep.failure_policy import (
     pause_s,
     silence_limit_s,
     tracking_failure,
+    upload_limit_s,
 )
 
 S = TrialStatus
@@ -42,6 +43,13 @@ def test_only_what_came_from_outside_is_tried_again_and_not_for_ever(
 def test_a_trial_that_failed_twice_on_a_node_keeps_away_from_it() -> None:
     assert avoided_nodes([]) == avoided_nodes(["a"]) == avoided_nodes(["a", "b"]) == frozenset()
     assert avoided_nodes(["a", "b", "a"]) == {"a"}
+
+
+def test_a_large_file_gets_longer_to_arrive_and_longer_still_where_it_did_not() -> None:
+    assert upload_limit_s(10, 0, 0) == 10
+    assert upload_limit_s(10, 5 * 10**9, 0) == 510
+    assert upload_limit_s(10, 5 * 10**9, 1) == 1020
+    assert upload_limit_s(10, 0, 10_000) < 600
 
 
 def test_the_pauses_grow_and_stay_bounded() -> None:

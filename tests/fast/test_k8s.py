@@ -145,9 +145,9 @@ REFUSED_BY_RULE: dict[str, tuple[Callable[[list[Manifest]], object], str]] = {
         lambda m: the(m, "RayJob/sweep")["spec"].pop("submitterConfig"),
         "lost connections of its submitter",
     ),
-    "submitter that is moved": (
-        lambda m: the(m, "RayJob/sweep")["spec"]["submitterPodTemplate"]["metadata"].pop("annotations"),
-        "RayJob/sweep submitter: an autoscaler may move it",
+    "submitter that nobody asks whether its head lives": (
+        lambda m: the(m, "RayJob/sweep")["spec"]["submitterPodTemplate"]["spec"]["containers"][0].pop("livenessProbe"),
+        "would follow the log of a head that is gone",
     ),
     "head that is moved": (
         lambda m: the(m, "RayJob/sweep")["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["metadata"].pop(
@@ -219,6 +219,11 @@ REFUSED_IN: list[tuple[str, Callable[[list[Manifest]], object], str]] = [
         PRODUCTION,
         lambda m: policy(m, "postgres")["ingress"][0]["from"].pop(),
         "no policy lets CronJob/mlflow-backup in",
+    ),
+    (
+        PRODUCTION,
+        lambda m: policy(m, "mlflow")["egress"][2]["to"][0]["ipBlock"].update(cidr="169.254.0.0/16"),
+        "NetworkPolicy/mlflow: lets pods reach the metadata service",
     ),
     (PRODUCTION, lambda m: m.remove(the(m, "NetworkPolicy/ray-to-redis")), "lets it out to StatefulSet/redis"),
     (
@@ -529,6 +534,19 @@ def test_the_patch_for_a_registry_with_a_login_renders(tmp_path: Path) -> None:
     accounts = of_kind(render(mine), "ServiceAccount")
     assert len(accounts) >= 5
     assert all(account["imagePullSecrets"] == [{"name": "registry"}] for account in accounts)
+
+
+def test_the_patch_for_an_object_store_of_an_own_network_renders_and_breaks_no_rule(tmp_path: Path) -> None:
+    (patch,) = re.findall(r"`({target: {kind: NetworkPolicy.*?})`", (K8S / "README.md").read_text())
+    shutil.copytree(K8S, tmp_path / "k8s")
+    mine = tmp_path / "k8s" / "overlays" / "mine"
+    mine.mkdir()
+    for block in ("10.1.2.3/32", "169.254.170.23/32"):
+        named = patch.replace("10.1.2.3/32", block)
+        (mine / "kustomization.yaml").write_text(f"resources: [../gpu]\npatches:\n  - {named}\n")
+        manifests = render(mine)
+        assert policy(manifests, "ray")["egress"][-1]["to"] == [{"ipBlock": {"cidr": block}}]
+        assert policies.problems(manifests) == []
 
 
 def test_the_dashboard_asks_for_metrics_that_ray_has() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Callable, Iterator
+from ipaddress import ip_network
 from typing import Any
 
 from tests.k8s import wiring
@@ -16,6 +17,8 @@ SHELL = set("'\"`;|&$><\\()")
 BINARY = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 # The cloud's metadata service, which hands out the node's credentials.
 METADATA_SERVICE = "169.254.0.0/16"
+# EKS's agent there, which hands out a pod's own.
+POD_IDENTITY = "169.254.170.23/32"
 KUBERNETES_GRACE_S = 30
 STAYS = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "karpenter.sh/do-not-disrupt": "true"}
 SUBMITTER_RETRIES = 100
@@ -145,8 +148,13 @@ def nothing_is_reached_from_outside(manifests: list[Manifest]) -> Iterator[str]:
                     yield f"{name_of(policy)}: lets more in than pods of a name ({peer})"
         for rule in policy["spec"].get("egress", []):
             for peer in rule.get("to", []):
-                if "ipBlock" in peer and METADATA_SERVICE not in peer["ipBlock"].get("except", []):
+                if "ipBlock" in peer and _holds_the_metadata_service(peer["ipBlock"]):
                     yield f"{name_of(policy)}: lets pods reach the metadata service"
+
+
+def _holds_the_metadata_service(block: dict[str, Any]) -> bool:
+    is_near = ip_network(block["cidr"]).overlaps(ip_network(METADATA_SERVICE))
+    return is_near and block["cidr"] != POD_IDENTITY and METADATA_SERVICE not in block.get("except", [])
 
 
 def ray_is_set_up_for_sweeps(manifests: list[Manifest]) -> Iterator[str]:
@@ -188,16 +196,16 @@ def sweeps_end_and_resume(manifests: list[Manifest]) -> Iterator[str]:
         )
         if spec.get("submitterConfig", {}).get("backoffLimit", 0) < SUBMITTER_RETRIES:
             yield f"{name_of(job)}: a few lost connections of its submitter would end a healthy sweep"
+        if "livenessProbe" not in spec["submitterPodTemplate"]["spec"]["containers"][0]:
+            yield f"{name_of(job)}: its submitter would follow the log of a head that is gone for ever"
         if SHELL & set(spec.get("entrypoint", "")):
             yield f"{name_of(job)}: the entrypoint has characters that the submitter's shell would act on"
 
 
 def a_sweep_is_not_moved_to_tidy_up(manifests: list[Manifest]) -> Iterator[str]:
-    """Autoscalers empty nodes that are little used: the driver would start again, and the submitter counts it."""
+    """Autoscalers empty nodes that are little used: the driver would start again, or trials."""
     for pod in pods(manifests):
-        if (pod.is_ray or wiring.SUBMITTER.items() <= pod.labels.items()) and not (
-            STAYS.items() <= pod.metadata.get("annotations", {}).items()
-        ):
+        if pod.is_ray and not STAYS.items() <= pod.metadata.get("annotations", {}).items():
             yield f"{pod.owner}: an autoscaler may move it"
 
 

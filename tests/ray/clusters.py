@@ -70,7 +70,7 @@ def started_head(variables: Mapping[str, str], *more: str, cpus: int = 2, port: 
 
 
 @contextmanager
-def joined_node(head: Head, *, hides: Path | None = None) -> Iterator[None]:
+def joined_node(head: Head, *, hides: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
     """A second node with two CPUs; `hides` is a folder of which it sees one of its own in that place."""
     command = [str(BIN / "ray"), "start", f"--address={head.address}", "--num-cpus=2", "--block"]
     # Far more than the head's, as that of a node with GPUs: whoever asks for memory alone is put there (ray 2.60.0).
@@ -80,14 +80,15 @@ def joined_node(head: Head, *, hides: Path | None = None) -> Iterator[None]:
         command = ["unshare", "--mount", "bash", "-c", inside]
     process = subprocess.Popen(
         command,
-        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+        # So long it drains where it is told to end; Ray's own 30 s prove no more.
+        env={**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
     try:
         wait_until(lambda: _cpus_of(head), lambda cpus: cpus == 4, 180)
-        yield
+        yield process
     finally:
         end_all(process)
         # Ray notices after some seconds; until then it would still be counted.
@@ -133,8 +134,9 @@ def _asked(address: str, question: str) -> Any:
 
 def end_all(process: subprocess.Popen[bytes]) -> None:
     """Not `ray stop`, which would end every other cluster of this machine too."""
-    below = psutil.Process(process.pid).children(recursive=True)
-    for one in [*below, psutil.Process(process.pid)]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            one.kill()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        whole = psutil.Process(process.pid)
+        for one in [*whole.children(recursive=True), whole]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
     process.wait(30)

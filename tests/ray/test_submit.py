@@ -157,11 +157,11 @@ def test_a_job_is_followed_left_followed_again_stopped_and_resumed(head: Head, t
 
 
 def test_a_job_ends_with_the_exit_code_of_its_sweep_and_tells_the_webhook(head: Head, tmp_path: Path) -> None:
-    write_sweep_file(tmp_path, name="bad", space={"rank": [2]}, tracking={"uri": "http://127.0.0.1:1"})
+    write_sweep_file(tmp_path, name="bad", space={"rank": [2]}, storage="/proc/nothing")
     with webhook() as (url, told):
         exit_code, out, err = ended(submit(head, "--follow", "--notify", url, cwd=tmp_path))
     assert exit_code == 3, out + err
-    assert "does not answer" in out
+    assert "cannot write to /proc/nothing/bad" in out
     (body,) = told
     assert (body["name"], body["status"]) == ("bad", "failed")
     assert url not in ask(head, "GET", "")

@@ -27,7 +27,7 @@ from orchestrator.results.secrets import without_secret
 from orchestrator.results.storage import SweepFolder, read_sweep, write_atomically, write_sweep
 from orchestrator.sweep import evaluation, system_metrics
 from orchestrator.sweep.delivered import Delivered, read_delivered, write_delivered
-from orchestrator.sweep.tracking import Tracker, tracking_uri
+from orchestrator.sweep.tracking import Tracker, awaited_tracker, tracking_uri
 from tests.made_up_sweep import made_up_point, made_up_sweep, made_up_trial, write_made_up
 from tests.tracking_servers import PASSWORD, FragileServer, Server, late_once, on_sqlite_with_a_login
 from tests.waiting import wait_until
@@ -134,6 +134,28 @@ def test_an_outage_loses_nothing_adds_nothing_and_stops_nobody(
     assert_equal_to_disk(server, folder, runs)
     everything = MlflowClient(server.uri).search_runs([again._experiment_id])
     assert len(everything) == 1 + len(result.trials)
+
+
+def test_a_server_that_comes_up_late_is_waited_for_where_that_was_asked_and_told_once(
+    server: FragileServer, tmp_path: Path
+) -> None:
+    config, result, folder = a_sweep(tmp_path / "early", server.uri)
+    server.kill()
+    said: list[str] = []
+    with pytest.raises(TrackingUnreachableError):
+        awaited_tracker(config, SWEEP_ID, folder, 0.0, said.append)
+    said.clear()
+
+    def start_it(told: str) -> None:
+        said.append(told)
+        server.launch()
+
+    tracker = awaited_tracker(config, SWEEP_ID, folder, LIMIT_S, start_it)
+    assert len(said) == 1
+    assert "does not answer" in said[0]
+    assert "waiting for it, 3 minutes at most" in said[0]
+    tracker.track(result.trials[0])
+    assert tracker.finish(LIMIT_S)
 
 
 def test_a_server_that_is_away_is_told_of_once_though_a_trial_has_nothing_new_to_tell_it(
@@ -295,7 +317,7 @@ def test_a_run_is_named_by_the_searched_settings_shortly_and_without_secrets_and
     assert names[short.trial_id] == f"rank=4 target_modules=[hidden]+v · {short.trial_id}"
     assert names[long.trial_id].startswith("rank=8 target_modules=mmm")
     assert names[long.trial_id].endswith(f"m… · {long.trial_id}")
-    assert len(names[long.trial_id]) < 120
+    assert len(names[long.trial_id]) < 250
 
 
 def test_what_mlflow_does_not_know_to_have_is_told_again_and_is_there_once(
@@ -317,6 +339,39 @@ def test_what_mlflow_does_not_know_to_have_is_told_again_and_is_there_once(
     assert_equal_to_disk(server, folder, {trial.trial_id: run_id})
     run = MlflowClient(server.uri).get_run(run_id)
     assert (run.data.params["micro_batch_size"], run.data.tags["now.micro_batch_size"]) == ("1", "2")
+
+
+def test_a_server_whose_database_is_of_yesterday_is_told_what_came_since_and_not_what_a_person_has_deleted(
+    tmp_path: Path,
+) -> None:
+    database = tmp_path / "mlflow.db"
+    config, result, folder = a_sweep(tmp_path / "restored", f"sqlite:///{database}")
+    before, across, since, deleted = result.trials[:4]
+    client = MlflowClient(f"sqlite:///{database}")
+    tracker = Tracker(config, SWEEP_ID, folder)
+    for trial in (before, deleted):
+        tracker.track(trial)
+    client.delete_run(delivered(tracker, deleted))
+    own = folder.trial(across.trial_id)
+    own.checkpoint(own.read_metrics()[0].step).mkdir()
+    tracker.track(across.model_copy(update={"status": TrialStatus.RUNNING}))
+    wait_until(lambda: tracker._trials[across.trial_id].offset_bytes, bool, LIMIT_S)
+    delivered(tracker, before)
+    dump = database.read_bytes()
+    for trial in (across, since):
+        tracker.track(trial)
+    assert tracker.finish(LIMIT_S)
+
+    database.write_bytes(dump)
+    again = Tracker(config, SWEEP_ID, folder)
+    for trial in (before, across, since, deleted):
+        again.track(trial)
+    assert again.finish(LIMIT_S)
+    runs = {trial.trial_id: str(again.run_id(trial.trial_id)) for trial in (before, across, since)}
+    assert_equal_to_disk(Server(f"sqlite:///{database}", None, None), folder, runs)
+    made = client.search_runs([again._experiment_id], f"tags.trial_id = '{deleted.trial_id}'")
+    assert made == []
+    assert len(client.search_runs([again._experiment_id])) == 1 + len(runs)
 
 
 def begins(folder: SweepFolder, trial: TrialResult, steps: int, time_ms: int) -> None:
@@ -409,6 +464,25 @@ def test_a_run_whose_making_is_answered_too_late_is_not_made_twice(
         assert tracker.finish(LIMIT_S)
     made = MlflowClient(server.uri).search_runs([tracker._experiment_id])
     assert sorted(run.data.tags["kind"] for run in made) == ["sweep", "trial"]
+
+
+def test_a_file_that_takes_too_long_keeps_no_other_trial_back_and_gets_more_time(
+    server: FragileServer, tmp_path: Path
+) -> None:
+    with late_once(server, "/log.txt", 3.0) as uri:
+        config, result, folder = a_sweep(tmp_path / "large", uri)
+        large, *others = result.trials
+        folder.trial(large.trial_id).log.write_text("of many GB\n")
+        tracker = Tracker(config, SWEEP_ID, folder)
+        tracker.track(large)
+        wait_until(lambda: tracker._trials[large.trial_id].late, lambda late: late == 1, LIMIT_S)
+        for trial in others:
+            tracker.track(trial)
+        assert tracker.finish(LIMIT_S)
+    runs = {trial.trial_id: str(tracker.run_id(trial.trial_id)) for trial in result.trials}
+    ended = {trial_id: MlflowClient(server.uri).get_run(run_id).info.end_time for trial_id, run_id in runs.items()}
+    assert max(ended, key=lambda trial_id: ended[trial_id]) == large.trial_id
+    assert_equal_to_disk(server, folder, runs)
 
 
 def test_what_comes_last_is_sent_once_more_where_its_first_answer_is_lost(
