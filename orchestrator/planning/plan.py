@@ -300,8 +300,8 @@ def with_micro_batch(
 def _does_not_fit(case: Case, shape: WorkerShape, memory: MemoryEstimate, memory_bytes: int) -> str:
     """Why, and what would: fewer at a time first, which changes nothing of the trial."""
     of_which = (
-        f"{memory.needed_bytes / GIB:.1f} GiB of memory a worker, of which {memory.parts.biggest} takes "
-        f"{getattr(memory.parts, memory.parts.biggest) / GIB:.1f} GiB"
+        f"{memory.needed_bytes / GIB:.1f} GiB of memory a worker, of which "
+        f"{getattr(memory.parts, memory.parts.biggest) / GIB:.1f} GiB for {memory.parts.biggest}"
     )
     if memory.needed_bytes <= memory_bytes:
         loading_bytes = loading_bytes_on(case.config, case.shape, case.hardware)
