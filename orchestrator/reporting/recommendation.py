@@ -185,7 +185,7 @@ def _compare(
     measured = [t for t in sweep.trials if t.status is TrialStatus.COMPLETED and t.configuration_id in values]
     memory = logarithms(measured, memory_of)
     slowness = logarithms(measured, lambda trial: _slowness_of(sweep.searched, trial))
-    memory_noise, speed_noise = noise_of(memory), noise_of(slowness)
+    memory_noise, speed_noise, least = noise_of(memory), noise_of(slowness), least_memory(sweep)
     comparisons = []
     for other in contenders[1:]:
         pair = (other.configuration_id, best.configuration_id, len(contenders))
@@ -200,7 +200,7 @@ def _compare(
                 difference,
                 _saved(other.peak_memory_bytes, best.peak_memory_bytes),
                 _ratio(_slowness(best), _slowness(other)),
-                verdict(lighter, least_memory(sweep)) == "differs",
+                verdict(lighter, least) == "differs",
                 verdict(faster, ONE_RUN_SPEED) == "differs",
                 difference is not None and difference.mean <= max(difference.half_width or 0.0, resolution),
             )
