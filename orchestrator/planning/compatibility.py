@@ -175,10 +175,21 @@ def fp16_autocast_excludes_zero(case: Case) -> str | None:
 
 
 def packing_needs_positions(case: Case) -> str | None:
-    """Source: transformers 5.23, masking_utils.py: packed rows are told apart by `position_ids`, which not all take."""
-    if case.config.packing and case.shape.model_type in WITHOUT_POSITIONS:
-        family = case.shape.model_type
+    """Source: transformers 5.23, masking_utils.py and modeling_flash_attention_utils.py: packed rows are told apart by
+    `position_ids`. Not all models take them (BLOOM), give them to the mask (opt/modeling_opt.py, `create_causal_mask`),
+    or pass them on to flash attention (gpt_bigcode/modeling_gpt_bigcode.py, `block`)."""
+    family = case.shape.model_type
+    if not case.config.packing:
+        return None
+    if family in WITHOUT_POSITIONS:
         return f"packing: {family} models take no position_ids, by which packed rows are kept apart; use false"
+    if case.config.attention == "flash_attention_2":
+        if family in FLASH_WITHOUT_POSITIONS:
+            return (
+                f"packing: in {family} models packed rows see each other under flash_attention_2; use eager, or false"
+            )
+    elif family in MASK_WITHOUT_POSITIONS:
+        return f"packing: in {family} models packed rows see each other; use false"
     return None
 
 
@@ -264,6 +275,9 @@ WITHOUT_FLASH_ATTENTION = frozenset(
     }
 )
 WITHOUT_POSITIONS = frozenset({"bloom", "mpt"})
+# They take `position_ids` and keep them from what would tell packed rows apart (tests/training/test_packed_rows.py).
+MASK_WITHOUT_POSITIONS = frozenset({"biogpt", "falcon", "opt", "xglm"})
+FLASH_WITHOUT_POSITIONS = frozenset({"gpt_bigcode", "gpt_neo", "gptj", "persimmon"})
 REFUSALS: tuple[Rule, ...] = (
     fp16_needs_hardware,
     bf16_needs_ampere,

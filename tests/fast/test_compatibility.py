@@ -27,6 +27,7 @@ LLAMA = {
 }
 SHAPE = shape_of(LLAMA)
 BLOOM = shape_of({"model_type": "bloom", "hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 100})
+OPT, STARCODER = replace(SHAPE, model_type="opt"), replace(SHAPE, model_type="gpt_bigcode")
 MIXTRAL = shape_of(LLAMA | {"model_type": "mixtral", "num_local_experts": 8})
 GEMMA_3 = shape_of(
     {"model_type": "gemma3", "text_config": LLAMA, "vision_config": {"model_type": "siglip_vision_model"}}
@@ -176,6 +177,11 @@ def test_a_note_is_told_of_its_case_alone(name: str) -> None:
         (case(precision="amp_bf16", hardware=T4), case(precision="amp_fp16", hardware=T4)),
         (case(rank="full", rslora=True), case(rank="full")),
         (case(shape=BLOOM, attention="flash_attention_2"), case(shape=BLOOM, attention="eager")),
+        (case(shape=OPT, packing=True), case(shape=OPT, packing=True, attention="flash_attention_2")),
+        (
+            case(shape=STARCODER, packing=True, attention="flash_attention_2"),
+            case(shape=STARCODER, packing=True, attention="eager"),
+        ),
         (case(shape=MIXTRAL, target_modules=("w2",), dora=True), case(shape=MIXTRAL, target_modules=("w2",))),
     ],
     ids=lambda c: "",

@@ -59,7 +59,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen3-MoE": ("Qwen3Moe", QWEN_MOE),
     "OLMo": ("Olmo", LLAMA),
     "OLMo 2": ("Olmo2", LLAMA),
-    "OLMoE": ("Olmoe", LLAMA | {"num_experts": 4}),
+    "OLMoE": ("Olmoe", LLAMA | {"num_experts": 4, "num_experts_per_tok": 2}),
     "Cohere": ("Cohere", LLAMA),
     "Granite": ("Granite", LLAMA),
     "SmolLM3": ("SmolLM3", LLAMA),
