@@ -98,15 +98,20 @@ def _load(config: TrialConfig, folder: Path, dtype: ComputeDtype, device: torch.
             f"{config.attention}: {error}"
         ) from error
     if config.precision is Precision.NF4:
-        _keep_nf4_differentiable(loaded)
+        _make_nf4_trainable(loaded, is_sharded=config.zero_stage == 3)
     return loaded
 
 
-def _keep_nf4_differentiable(model: PreTrainedModel) -> None:
+def _make_nf4_trainable(model: PreTrainedModel, is_sharded: bool) -> None:
+    # An extra: only its own users need it.
     from bitsandbytes.nn import Linear4bit
+
+    from orchestrator.training import four_bit
 
     for module in model.modules():
         if isinstance(module, Linear4bit):
+            if is_sharded:
+                module.__class__ = four_bit.Linear4bit
             # On CPUs with AVX512-BF16 the first evaluation packs the weights anew for a kernel without a backward pass,
             # and training goes on with that: no gradient reaches the layers below (0.50.2, nn/modules.py, forward).
             module.support_avx512bf16_for_cpu = False
