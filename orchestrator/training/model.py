@@ -256,7 +256,7 @@ def save(model: torch.nn.Module, folder: Path, writes: bool) -> None:
 
     Every worker must call it, since under ZeRO-3 all of them hold parts; the one with `writes` writes.
     """
-    weights = _whole_weights(model)
+    weights = _whole_weights(model, writes)
     if not writes:
         return
     # One process writes here: what one that was killed left is written over.
@@ -279,15 +279,17 @@ def save(model: torch.nn.Module, folder: Path, writes: bool) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of what is trained, gathered one at a time; PEFT only warns when it is given shards."""
-    weights = {}
+def _whole_weights(model: torch.nn.Module, keeps: bool) -> dict[str, torch.Tensor]:
+    """Copies of what is trained, gathered one at a time, for the worker that `keeps` them; PEFT only warns when it is
+    given shards."""
+    weights: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if not parameter.requires_grad:
             continue
         with _gathered(parameter):
-            weights[name] = parameter.detach().to("cpu", copy=True).contiguous()
-        if weights[name].numel() != getattr(parameter, "ds_numel", parameter.numel()):
+            if keeps:
+                weights[name] = parameter.detach().to("cpu", copy=True).contiguous()
+        if keeps and weights[name].numel() != getattr(parameter, "ds_numel", parameter.numel()):
             raise RuntimeError(f"{name} was not gathered before saving: a shard is no adapter")
     return weights
 

@@ -139,6 +139,12 @@ def test_an_adapter_is_on_the_disk_before_it_takes_its_place(
     assert synced[-1] == (tmp_path.name, True)
 
 
+def test_a_worker_that_writes_nothing_keeps_no_copy_of_what_is_trained(tiny_model: Path) -> None:
+    model = models.build(tiny(), tiny_model, "fp32", CPU, zero3=None)
+    assert len(models._whole_weights(model, keeps=True)) == sum(p.requires_grad for p in model.parameters())
+    assert models._whole_weights(model, keeps=False) == {}
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_the_saved_adapter_reproduces_the_best_evaluation(
     stage: int, tiny_model: Path, tiny_data: Path, tmp_path: Path
