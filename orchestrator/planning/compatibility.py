@@ -217,7 +217,8 @@ def whole_training_leaves_nothing_out(case: Case) -> str | None:
 
 
 def targets_must_exist(case: Case) -> str | None:
-    """Source: peft 0.21.2, tuners/tuners_utils.py: target modules that match nothing are an error."""
+    """Source: peft 0.21.2, tuners/tuners_utils.py: target modules that match nothing are an error; and
+    training/model.py, `find_target_modules`: a mixture's experts are no modules (transformers 5.23 stacks them)."""
     return missing_targets(case.config, case.shape)
 
 
@@ -229,6 +230,8 @@ def missing_targets(config: TrialConfig, shape: ModelShape) -> str | None:
     missing = [name for name in targets if name.rpartition(".")[2] not in known]
     if not missing:
         return None
+    if missing[0].rpartition(".")[2] in shape.stacked:
+        return f"target_modules: {missing[0]} is part of a mixture's experts, which have no names; use all-linear"
     near = get_close_matches(missing[0], known, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     return f"target_modules: the model has no {cut(', '.join(missing))}{hint}; it has {', '.join(known)}: name those"

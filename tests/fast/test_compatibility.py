@@ -182,7 +182,14 @@ def test_a_note_is_told_of_its_case_alone(name: str) -> None:
             case(shape=STARCODER, packing=True, attention="flash_attention_2"),
             case(shape=STARCODER, packing=True, attention="eager"),
         ),
-        (case(shape=MIXTRAL, target_modules=("w2",), dora=True), case(shape=MIXTRAL, target_modules=("w2",))),
+        (
+            case(shape=MIXTRAL, target_modules="all-linear", dora=True),
+            case(shape=MIXTRAL, target_modules="all-linear"),
+        ),
+        (
+            case(shape=MIXTRAL, target_modules=("q_proj", "experts.w2")),
+            case(shape=MIXTRAL, target_modules=("q_proj", "o_proj")),
+        ),
     ],
     ids=lambda c: "",
 )
@@ -196,6 +203,11 @@ def test_missing_target_modules_name_those_that_the_model_has() -> None:
     assert reason is not None
     assert "no q_porj (did you mean q_proj?)" in reason
     assert "it has q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj" in reason
+
+
+def test_experts_that_are_named_are_told_as_what_has_no_names() -> None:
+    reason = missing_targets(TrialConfig(target_modules=("w1", "w3", "w2")), MIXTRAL)
+    assert reason == "target_modules: w1 is part of a mixture's experts, which have no names; use all-linear"
 
 
 def test_a_trial_with_several_faults_hears_of_all() -> None:
