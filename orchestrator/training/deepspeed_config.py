@@ -54,6 +54,8 @@ def deepspeed_config(config: TrialConfig, workers: int, dtype: ComputeDtype, on_
         "zero_optimization": _zero(config, on_gpu),
         "steps_per_print": 2**31 - 1,
         "wall_clock_breakdown": False,
+        # It would wait for the device at every micro-batch (deepspeed 0.19.8, utils/timer.py), as DDP does not.
+        "timers": {"throughput": {"enabled": False}},
     }
 
 

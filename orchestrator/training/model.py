@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 import random
 import re
 import shutil
@@ -99,6 +100,10 @@ def _load(config: TrialConfig, folder: Path, dtype: ComputeDtype, device: torch.
         ) from error
     if config.precision is Precision.NF4:
         _make_nf4_trainable(loaded, is_sharded=config.zero_stage == 3)
+    if config.precision is Precision.INT8:
+        # At every product of a layer that is given bf16 it says that it casts (0.50.2, autograd/_functions.py): log.txt
+        # would hold nothing else.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     return loaded
 
 

@@ -202,6 +202,7 @@ def _joined(place: WorkerPlace, pipe: Connection) -> None:
     worker_process._join(place, torch.device("cpu"))
     groups = torch.distributed.group.WORLD, torch.distributed.new_group()
     limits = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+    limits.append(distributed_c10d._get_default_store().timeout.total_seconds())
     pipe.send((os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"], limits, distributed_c10d.default_pg_nccl_timeout))
 
 
@@ -211,7 +212,7 @@ def test_an_nccl_error_leaves_no_signal_that_later_trials_look_for() -> None:
 
 def test_a_worker_waits_for_the_others_as_long_as_a_trial_may_take_to_start() -> None:
     for ((_, limits, nccl_limit),) in in_workers(2, _joined):
-        assert limits == [START_LIMIT_S] * 2
+        assert limits == [START_LIMIT_S] * 3
         assert nccl_limit.total_seconds() == START_LIMIT_S
 
 
