@@ -13,19 +13,27 @@ S = TrialStatus
 
 
 @pytest.mark.parametrize(
-    ("exit_code", "may_be_memory", "status", "may_pass"),
+    ("exit_code", "may_be_memory", "on_gpu", "status", "may_pass"),
     [
-        (-signal.SIGKILL, True, S.OUT_OF_MEMORY, False),
-        (-signal.SIGKILL, False, S.FAILED, True),
-        (-signal.SIGTERM, True, S.FAILED, True),
-        (TEMPLATE_DIED, False, S.FAILED, True),
-        (-signal.SIGSEGV, False, S.FAILED, False),
-        (3, False, S.FAILED, False),
+        (-signal.SIGKILL, True, False, S.OUT_OF_MEMORY, False),
+        (-signal.SIGKILL, True, True, S.FAILED, True),
+        (-signal.SIGKILL, False, False, S.FAILED, True),
+        (-signal.SIGTERM, True, False, S.FAILED, True),
+        (TEMPLATE_DIED, False, False, S.FAILED, True),
+        (-signal.SIGSEGV, False, False, S.FAILED, False),
+        (3, False, True, S.FAILED, False),
     ],
 )
-def test_only_the_out_of_memory_killers_kill_is_a_lack_of_memory_and_other_kills_may_pass(
-    exit_code: int, may_be_memory: bool, status: TrialStatus, may_pass: bool
+def test_only_the_out_of_memory_killers_kill_on_a_cpu_is_the_trials_lack_of_memory_and_other_kills_may_pass(
+    exit_code: int, may_be_memory: bool, on_gpu: bool, status: TrialStatus, may_pass: bool
 ) -> None:
-    end = unexpected_end(exit_code, may_be_memory)
+    end = unexpected_end(exit_code, may_be_memory, on_gpu)
     assert (end.status, end.may_pass) == (status, may_pass)
     assert end.reason
+
+
+def test_host_memory_that_runs_out_beside_a_gpu_is_told_as_that() -> None:
+    reason = unexpected_end(-signal.SIGKILL, may_be_memory=True, on_gpu=True).reason
+    assert reason is not None
+    assert "host memory ran out: lower offload" in reason
+    assert "micro_batch_size" not in reason
