@@ -126,12 +126,17 @@ def int8_excludes_zero3(case: Case) -> str | None:
     return None
 
 
-def int8_on_cpus_excludes_dora(case: Case) -> str | None:
+def quantised_dora_needs_a_gpu(case: Case) -> str | None:
     """Source: peft 0.21.2, utils/integrations.py, `dequantize_module_weight`: on a CPU it moves the weight that DoRA
-    looks at, which loses its scale (bitsandbytes 0.50, nn/modules.py, `Int8Params.to`): the next forward pass fails."""
+    looks at. An int8 weight loses its scale by that (bitsandbytes 0.50, nn/modules.py, `Int8Params.to`), and the next
+    forward pass fails; a 4-bit one what ZeRO-3 keeps at the parameter, and the backward pass fails."""
     config = case.config
-    if config.dora and config.precision is Precision.INT8 and case.hardware.device == "cpu":
+    if not config.dora or case.hardware.device != "cpu":
+        return None
+    if config.precision is Precision.INT8:
         return "dora: PEFT cannot read int8 weights again and again on a CPU; use precision nf4, or dora false"
+    if config.precision is Precision.NF4 and config.zero_stage == 3:
+        return "dora: PEFT takes nf4 weights from ZeRO-3 on a CPU; use zero_stage 2, or dora false"
     return None
 
 
@@ -290,7 +295,7 @@ REFUSALS: tuple[Rule, ...] = (
     expert_adapters_are_plain,
     offload_needs_zero,
     int8_excludes_zero3,
-    int8_on_cpus_excludes_dora,
+    quantised_dora_needs_a_gpu,
     quantisation_needs_an_adapter,
     quantisation_needs_bitsandbytes,
     eight_bit_adamw_needs_bitsandbytes,

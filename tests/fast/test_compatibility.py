@@ -62,7 +62,7 @@ REFUSED: dict[str, tuple[Case, Case]] = {
     ),
     "offload_needs_zero": (case(zero_stage=1, offload="optimizer"), case(zero_stage=2, offload="optimizer")),
     "int8_excludes_zero3": (case(precision="int8", zero_stage=3), case(precision="int8", zero_stage=2)),
-    "int8_on_cpus_excludes_dora": (case(CPU, precision="int8", dora=True), case(precision="int8", dora=True)),
+    "quantised_dora_needs_a_gpu": (case(CPU, precision="int8", dora=True), case(precision="int8", dora=True)),
     "quantisation_needs_an_adapter": (case(precision="nf4", rank="full"), case(precision="nf4", rank=8)),
     "quantisation_needs_bitsandbytes": (
         case(replace(H100, has_bitsandbytes=False), precision="nf4"),
@@ -177,6 +177,10 @@ def test_a_note_is_told_of_its_case_alone(name: str) -> None:
         (case(precision="amp_bf16", hardware=T4), case(precision="amp_fp16", hardware=T4)),
         (case(rank="full", rslora=True), case(rank="full")),
         (case(shape=BLOOM, attention="flash_attention_2"), case(shape=BLOOM, attention="eager")),
+        (
+            case(CPU, precision="nf4", dora=True, zero_stage=3, workers=2),
+            case(CPU, precision="nf4", dora=True, zero_stage=2, workers=2),
+        ),
         (case(shape=OPT, packing=True), case(shape=OPT, packing=True, attention="flash_attention_2")),
         (
             case(shape=STARCODER, packing=True, attention="flash_attention_2"),
