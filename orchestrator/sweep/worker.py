@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -99,7 +99,7 @@ def serve(config: dict[str, Any]) -> None:
     rank, local_rank = context.get_world_rank(), context.get_local_rank()
     node = WorkerNode(ray.get_runtime_context().get_node_id(), socket.gethostname())
     ray.get(board.come_up.remote(group_id, rank, node, get_current_placement_group()))
-    os.environ["OMP_NUM_THREADS"] = str(max(1, int(shape.cpus_per_worker)))
+    os.environ |= environment(shape, os.environ)
     template = multiprocessing.get_context("forkserver")
     template.set_forkserver_preload([TEMPLATE])
     _start_template()
@@ -115,6 +115,16 @@ def serve(config: dict[str, Any]) -> None:
             board.send.remote(group_id, turn, rank, TrialEnd(TrialStatus.PREEMPTED, str(error), None))
     if turn:
         leave_nothing(task, group_id)
+
+
+def environment(shape: GroupShape, given: Mapping[str, str]) -> dict[str, str]:
+    """What the template is to find in its environment besides, before torch reads it."""
+    more = {"OMP_NUM_THREADS": str(max(1, int(shape.cpus_per_worker)))}
+    if not any(name in given for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
+        # Pinned host memory would be rounded up to a power of two, which takes of what ZeRO offloads up to twice as
+        # much as there is (torch 2.13, ATen/core/CachingHostAllocator.h, `roundSize`).
+        more["PYTORCH_ALLOC_CONF"] = "pinned_max_round_threshold_mb:64"
+    return more
 
 
 def _start_template() -> None:

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("ray")
 
 from orchestrator.results.records import TrialStatus
-from orchestrator.sweep.worker import TEMPLATE_DIED, unexpected_end
+from orchestrator.sweep.worker import TEMPLATE_DIED, GroupShape, environment, unexpected_end
 
 S = TrialStatus
 
@@ -37,3 +37,10 @@ def test_host_memory_that_runs_out_beside_a_gpu_is_told_as_that() -> None:
     assert reason is not None
     assert "host memory ran out: lower offload" in reason
     assert "micro_batch_size" not in reason
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_large_pinned_memory_is_not_rounded_up_unless_the_user_set_up_the_allocator(name: str) -> None:
+    shape = GroupShape(1, 1.0, 4.0)
+    assert environment(shape, {})["PYTORCH_ALLOC_CONF"] == "pinned_max_round_threshold_mb:64"
+    assert environment(shape, {name: "expandable_segments:True"}) == {"OMP_NUM_THREADS": "4"}
