@@ -73,7 +73,8 @@ def _optimizer(config: TrialConfig) -> dict[str, Any]:
 
 
 def _precision(config: TrialConfig, dtype: ComputeDtype) -> dict[str, Any]:
-    # data_types.grad_accum_dtype is left alone: one unlike the model's is refused without ZeRO.
+    # data_types.grad_accum_dtype is left alone: one unlike the model's is refused without ZeRO. So half-precision
+    # gradients are summed in half precision (deepspeed 0.19.8, engine.py, get_data_types), where DDP's adapter is fp32.
     if config.precision.is_autocast:
         autocast = "bfloat16" if config.precision is Precision.AMP_BF16 else "float16"
         return {"torch_autocast": {"enabled": True, "dtype": autocast}}
