@@ -143,12 +143,17 @@ def int8_excludes_zero3(case: Case) -> str | None:
     return None
 
 
-def int8_on_cpus_excludes_dora(case: Case) -> str | None:
+def quantised_dora_needs_a_gpu(case: Case) -> str | None:
     """Source: peft 0.21.2, utils/integrations.py, `dequantize_module_weight`: on a CPU it moves the weight that DoRA
-    looks at, which loses its scale (bitsandbytes 0.50, nn/modules.py, `Int8Params.to`): the next forward pass fails."""
+    looks at. An int8 weight loses its scale by that (bitsandbytes 0.50, nn/modules.py, `Int8Params.to`), and the next
+    forward pass fails; a 4-bit one what ZeRO-3 keeps at the parameter, and the backward pass fails."""
     config = case.config
-    if config.dora and config.precision is Precision.INT8 and case.hardware.device == "cpu":
+    if not config.dora or case.hardware.device != "cpu":
+        return None
+    if config.precision is Precision.INT8:
         return "dora: PEFT cannot read int8 weights again and again on a CPU; use precision nf4, or dora false"
+    if config.precision is Precision.NF4 and config.zero_stage == 3:
+        return "dora: PEFT takes nf4 weights from ZeRO-3 on a CPU; use zero_stage 2, or dora false"
     return None
 
 
@@ -193,10 +198,21 @@ def fp16_autocast_excludes_zero(case: Case) -> str | None:
 
 
 def packing_needs_positions(case: Case) -> str | None:
-    """Source: transformers 5.23, masking_utils.py: packed rows are told apart by `position_ids`, which not all take."""
-    if case.config.packing and case.shape.model_type in WITHOUT_POSITIONS:
-        family = case.shape.model_type
+    """Source: transformers 5.23, masking_utils.py and modeling_flash_attention_utils.py: packed rows are told apart by
+    `position_ids`. Not all models take them (BLOOM), give them to the mask (opt/modeling_opt.py, `create_causal_mask`),
+    or pass them on to flash attention (gpt_bigcode/modeling_gpt_bigcode.py, `block`)."""
+    family = case.shape.model_type
+    if not case.config.packing:
+        return None
+    if family in WITHOUT_POSITIONS:
         return f"packing: {family} models take no position_ids, by which packed rows are kept apart; use false"
+    if case.config.attention == "flash_attention_2":
+        if family in FLASH_WITHOUT_POSITIONS:
+            return (
+                f"packing: in {family} models packed rows see each other under flash_attention_2; use eager, or false"
+            )
+    elif family in MASK_WITHOUT_POSITIONS:
+        return f"packing: in {family} models packed rows see each other; use false"
     return None
 
 
@@ -224,7 +240,8 @@ def whole_training_leaves_nothing_out(case: Case) -> str | None:
 
 
 def targets_must_exist(case: Case) -> str | None:
-    """Source: peft 0.21.2, tuners/tuners_utils.py: target modules that match nothing are an error."""
+    """Source: peft 0.21.2, tuners/tuners_utils.py: target modules that match nothing are an error; and
+    training/model.py, `find_target_modules`: a mixture's experts are no modules (transformers 5.23 stacks them)."""
     return missing_targets(case.config, case.shape)
 
 
@@ -236,6 +253,8 @@ def missing_targets(config: TrialConfig, shape: ModelShape) -> str | None:
     missing = [name for name in targets if name.rpartition(".")[2] not in known]
     if not missing:
         return None
+    if missing[0].rpartition(".")[2] in shape.stacked:
+        return f"target_modules: {missing[0]} is part of a mixture's experts, which have no names; use all-linear"
     near = get_close_matches(missing[0], known, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     return f"target_modules: the model has no {cut(', '.join(missing))}{hint}; it has {', '.join(known)}: name those"
@@ -282,6 +301,9 @@ WITHOUT_FLASH_ATTENTION = frozenset(
     }
 )
 WITHOUT_POSITIONS = frozenset({"bloom", "mpt"})
+# They take `position_ids` and keep them from what would tell packed rows apart (tests/training/test_packed_rows.py).
+MASK_WITHOUT_POSITIONS = frozenset({"biogpt", "falcon", "opt", "xglm"})
+FLASH_WITHOUT_POSITIONS = frozenset({"gpt_bigcode", "gpt_neo", "gptj", "persimmon"})
 REFUSALS: tuple[Rule, ...] = (
     fp16_needs_hardware,
     bf16_needs_ampere,
@@ -291,7 +313,7 @@ REFUSALS: tuple[Rule, ...] = (
     expert_adapters_are_plain,
     offload_needs_zero,
     int8_excludes_zero3,
-    int8_on_cpus_excludes_dora,
+    quantised_dora_needs_a_gpu,
     quantisation_needs_an_adapter,
     quantisation_needs_bitsandbytes,
     eight_bit_adamw_needs_bitsandbytes,

@@ -122,8 +122,14 @@ class ModelShape:
 
     @cached_property
     def adaptable(self) -> tuple[str, ...]:
-        """Names of the modules that can carry an adapter."""
-        return tuple(dict.fromkeys(matrix.name for matrix in self.matrices if matrix.adapter != "none"))
+        """Names of the modules that can carry an adapter of their own."""
+        named = dict.fromkeys(matrix.name for matrix in self.matrices if matrix.adapter != "none")
+        return tuple(name for name in named if name not in self.stacked)
+
+    @cached_property
+    def stacked(self) -> frozenset[str]:
+        """Names of a mixture's matrices that are no modules, and that only an adapter on all matrices reaches."""
+        return frozenset(matrix.name for matrix in self.matrices if matrix.is_expert and matrix.adapter != "none")
 
 
 def shape_of(config: Mapping[str, Any]) -> ModelShape:

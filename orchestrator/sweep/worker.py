@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -99,7 +99,7 @@ def serve(config: dict[str, Any]) -> None:
     rank, local_rank = context.get_world_rank(), context.get_local_rank()
     node = WorkerNode(ray.get_runtime_context().get_node_id(), socket.gethostname())
     ray.get(board.come_up.remote(group_id, rank, node, get_current_placement_group()))
-    os.environ["OMP_NUM_THREADS"] = str(max(1, int(shape.cpus_per_worker)))
+    os.environ |= environment(shape, os.environ)
     template = multiprocessing.get_context("forkserver")
     template.set_forkserver_preload([TEMPLATE])
     _start_template()
@@ -110,11 +110,21 @@ def serve(config: dict[str, Any]) -> None:
         task = replace(assignment.task, model_folder=model_folder)
         try:
             here, keep = on_this_node(task, assignment.place, group_id)
-            _run_trial(board, group_id, replace(assignment, task=here), keep)
+            _run_trial(board, group_id, replace(assignment, task=here), keep, on_gpu=shape.gpus_per_worker > 0)
         except StorageError as error:
             board.send.remote(group_id, turn, rank, TrialEnd(TrialStatus.PREEMPTED, str(error), None))
     if turn:
         leave_nothing(task, group_id)
+
+
+def environment(shape: GroupShape, given: Mapping[str, str]) -> dict[str, str]:
+    """What the template is to find in its environment besides, before torch reads it."""
+    more = {"OMP_NUM_THREADS": str(max(1, int(shape.cpus_per_worker)))}
+    if not any(name in given for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
+        # Pinned host memory would be rounded up to a power of two, which takes of what ZeRO offloads up to twice as
+        # much as there is (torch 2.13, ATen/core/CachingHostAllocator.h, `roundSize`).
+        more["PYTORCH_ALLOC_CONF"] = "pinned_max_round_threshold_mb:64"
+    return more
 
 
 def _start_template() -> None:
@@ -143,7 +153,7 @@ def _without_main_module() -> Iterator[None]:
             main.__file__ = file
 
 
-def _run_trial(board: Any, group_id: str, assignment: Assignment, keep: Keep) -> None:
+def _run_trial(board: Any, group_id: str, assignment: Assignment, keep: Keep, on_gpu: bool) -> None:
     reports, child_end = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("forkserver").Process(
         target=run_child, args=(assignment.task, assignment.place, child_end), daemon=True
@@ -171,7 +181,7 @@ def _run_trial(board: Any, group_id: str, assignment: Assignment, keep: Keep) ->
     process.join()
     if not ended:
         may_be_memory = oom_kills is None or oom_kills != _oom_kills()
-        end = STOPPED if stopped.is_set() else late or unexpected_end(process.exitcode, may_be_memory)
+        end = STOPPED if stopped.is_set() else late or unexpected_end(process.exitcode, may_be_memory, on_gpu)
         # It was killed before it could do so itself.
         trial_log.hide_secrets(TrialFolder(Path(assignment.task.trial_folder)).worker_log(rank))
         _keep_before(end, keep)
@@ -202,14 +212,19 @@ def _kill_when_told(board: Any, group_id: str, turn: int, process: ForkServerPro
             process.kill()
 
 
-def unexpected_end(exit_code: int | None, may_be_memory: bool) -> TrialEnd:
+def unexpected_end(exit_code: int | None, may_be_memory: bool, on_gpu: bool) -> TrialEnd:
     """What it means that a trial's process is gone without a word.
 
     may_be_memory: the kernel's out-of-memory killer struck meanwhile, or cannot be asked.
     """
     if exit_code == -signal.SIGKILL and may_be_memory:
-        reason = "its process was killed (SIGKILL), most likely because host memory ran out: lower micro_batch_size"
-        return TrialEnd(TrialStatus.OUT_OF_MEMORY, reason, None)
+        reason = "its process was killed (SIGKILL), most likely because host memory ran out: lower "
+        if not on_gpu:
+            return TrialEnd(TrialStatus.OUT_OF_MEMORY, f"{reason}micro_batch_size", None)
+        # It says nothing of the GPU: a smaller micro-batch would not help, and no other trial is too large by it. What
+        # else was on the node decides whether it passes.
+        reason += "offload or resources.max_concurrent, so that a node holds less at once"
+        return TrialEnd(TrialStatus.FAILED, reason, None, may_pass=True)
     if exit_code in (-signal.SIGKILL, -signal.SIGTERM, TEMPLATE_DIED):
         by = "with the template that it was forked from" if exit_code == TEMPLATE_DIED else "from outside"
         return TrialEnd(TrialStatus.FAILED, f"its process was killed {by}", None, may_pass=True)

@@ -7,6 +7,7 @@ import contextlib
 import math
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -18,10 +19,12 @@ import torch
 from orchestrator.errors import StorageError
 from orchestrator.results.records import MetricPoint
 from orchestrator.training import device as devices
-from orchestrator.training.task import TrialProgress
+from orchestrator.training.task import START_LIMIT_S, TrialProgress
 
 WARM_UP_STEPS = 2
 """Left out of speeds: the first steps allocate, compile and autotune."""
+SIGN_OF_LIFE_S = 5.0
+"""How often a worker that saves shows that it lives."""
 Phase = Literal["data", "model", "training", "evaluation", "saving"]
 
 
@@ -73,7 +76,7 @@ class Ledger:
         self.reserved_bytes: int | None = None
         self.has_adapter = False
         self.alive: Callable[[], None] = lambda: None
-        """Told at every micro-batch."""
+        """Told at every micro-batch, and while something is saved."""
         self.went_on_from: int | None = None
 
     def state(self) -> dict[str, Any]:
@@ -103,6 +106,26 @@ class Ledger:
     def begin_after(self, step: int, state: Mapping[str, Any]) -> None:
         """Begin with another trial's checkpoint after `step`: its tokens count, its time and best are its own."""
         self.step, self.tokens = step, state["tokens"]
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """The phase in which a large model is gathered and written for longer than silence is allowed: signs of life,
+        for as long as a start may take. Every worker must be in it until the slowest has done."""
+        done, until_s = threading.Event(), time.monotonic() + START_LIMIT_S
+
+        def tell() -> None:
+            while not done.wait(SIGN_OF_LIFE_S) and time.monotonic() < until_s:
+                self.alive()
+
+        teller = threading.Thread(target=tell, daemon=True)
+        teller.start()
+        try:
+            with self.phase("saving"):
+                yield
+        finally:
+            # What it tells goes through the pipe that the worker's own reports take: not both at once.
+            done.set()
+            teller.join()
 
     @contextlib.contextmanager
     def phase(self, name: Phase) -> Iterator[None]:

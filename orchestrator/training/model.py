@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 import random
 import re
 import shutil
@@ -102,7 +103,11 @@ def _load(config: TrialConfig, folder: Path, dtype: ComputeDtype, device: torch.
             f"{config.attention}: {error}"
         ) from error
     if config.precision is Precision.NF4:
-        _keep_nf4_differentiable(loaded)
+        _make_nf4_trainable(loaded, is_sharded=config.zero_stage == 3)
+    if config.precision is Precision.INT8:
+        # At every product of a layer that is given bf16 it says that it casts (0.50.2, autograd/_functions.py): log.txt
+        # would hold nothing else.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     return loaded
 
 
@@ -124,11 +129,16 @@ def attend_without_grouped_queries(
     return sdpa_attention_forward(seen, query, key, value, mask, **more)
 
 
-def _keep_nf4_differentiable(model: PreTrainedModel) -> None:
+def _make_nf4_trainable(model: PreTrainedModel, is_sharded: bool) -> None:
+    # An extra: only its own users need it.
     from bitsandbytes.nn import Linear4bit
+
+    from orchestrator.training import four_bit
 
     for module in model.modules():
         if isinstance(module, Linear4bit):
+            if is_sharded:
+                module.__class__ = four_bit.Linear4bit
             # On CPUs with AVX512-BF16 the first evaluation packs the weights anew for a kernel without a backward pass,
             # and training goes on with that: no gradient reaches the layers below (0.50.2, nn/modules.py, forward).
             module.support_avx512bf16_for_cpu = False
@@ -273,7 +283,7 @@ def save(model: torch.nn.Module, folder: Path, writes: bool) -> None:
 
     Every worker must call it, since under ZeRO-3 all of them hold parts; the one with `writes` writes.
     """
-    weights = _whole_weights(model)
+    weights = _whole_weights(model, writes)
     if not writes:
         return
     # One process writes here: what one that was killed left is written over.
@@ -296,15 +306,17 @@ def save(model: torch.nn.Module, folder: Path, writes: bool) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of what is trained, gathered one at a time; PEFT only warns when it is given shards."""
-    weights = {}
+def _whole_weights(model: torch.nn.Module, keeps: bool) -> dict[str, torch.Tensor]:
+    """Copies of what is trained, gathered one at a time, for the worker that `keeps` them; PEFT only warns when it is
+    given shards."""
+    weights: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if not parameter.requires_grad:
             continue
         with _gathered(parameter):
-            weights[name] = parameter.detach().to("cpu", copy=True).contiguous()
-        if weights[name].numel() != getattr(parameter, "ds_numel", parameter.numel()):
+            if keeps:
+                weights[name] = parameter.detach().to("cpu", copy=True).contiguous()
+        if keeps and weights[name].numel() != getattr(parameter, "ds_numel", parameter.numel()):
             raise RuntimeError(f"{name} was not gathered before saving: a shard is no adapter")
     return weights
 

@@ -21,7 +21,7 @@ from orchestrator.results.storage import TrialFolder
 from orchestrator.training import data as trial_data
 from orchestrator.training import device as devices
 from orchestrator.training import model as models
-from orchestrator.training.agreement import largest, sum_over_workers, told_by_first
+from orchestrator.training.agreement import all_say_yes, largest, sum_over_workers, told_by_first
 from orchestrator.training.checkpoint import Checkpoints, random_states, set_random_states
 from orchestrator.training.deepspeed_config import compute_dtype, deepspeed_config, scales_loss
 from orchestrator.training.engine import DdpEngine, DeepSpeedEngine, Engine
@@ -94,7 +94,7 @@ def train(task: TrialTask, place: WorkerPlace, ledger: Ledger, report: Report) -
                 report(ledger.progress())
             is_left = step + 1 == task.last_step
             if is_left or (step + 1 < task.until_step and checkpoints.is_due(evaluated)):
-                with ledger.phase("saving"):
+                with ledger.saving():
                     written = checkpoints.save(step + 1, state_of(run, ledger), metrics.fileno())
                 if is_left and not written:
                     raise StorageError(
@@ -268,8 +268,10 @@ def evaluate_and_keep(run: Run, point: MetricPoint, ledger: Ledger) -> MetricPoi
     improves = ledger.improves(point, run.task.objective_metric, run.task.objective_mode)
     # Clocks differ between workers, and saving takes all of them: worker 0 decides.
     if told_by_first(int(improves), run.device, run.place.world_size):
-        with ledger.phase("saving"):
+        with ledger.saving():
             models.save(run.model, TrialFolder(Path(run.task.trial_folder)).adapter, writes=run.place.rank == 0)
+            # The one that writes: the others would wait for it in the next step, where silence is a hang.
+            all_say_yes(True, run.device, run.place.world_size)
         ledger.best = point
         ledger.has_adapter = True
     return point

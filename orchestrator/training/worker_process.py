@@ -164,10 +164,11 @@ def _join(place: WorkerPlace, device: torch.device) -> None:
     # minutes, as torch has it. Its own defaults, which DeepSpeed's groups take (0.19.8, comm/torch.py, new_group).
     distributed_c10d.default_pg_timeout = timedelta(seconds=START_LIMIT_S)
     distributed_c10d.default_pg_nccl_timeout = distributed_c10d.default_pg_timeout  # type: ignore[attr-defined]
+    # The store waits by its own clock for who comes late, as a first worker whose node still fetches the model does.
     store: Store = (
         HashStore()
         if place.world_size == 1 and place.store_port == 0
-        else TCPStore(place.store_host, place.store_port, is_master=False)
+        else TCPStore(place.store_host, place.store_port, is_master=False, timeout=timedelta(seconds=START_LIMIT_S))
     )
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",

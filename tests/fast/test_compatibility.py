@@ -27,6 +27,7 @@ LLAMA = {
 }
 SHAPE = shape_of(LLAMA)
 BLOOM = shape_of({"model_type": "bloom", "hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 100})
+OPT, STARCODER = replace(SHAPE, model_type="opt"), replace(SHAPE, model_type="gpt_bigcode")
 MIXTRAL = shape_of(LLAMA | {"model_type": "mixtral", "num_local_experts": 8})
 GEMMA_3 = shape_of(
     {"model_type": "gemma3", "text_config": LLAMA, "vision_config": {"model_type": "siglip_vision_model"}}
@@ -61,7 +62,7 @@ REFUSED: dict[str, tuple[Case, Case]] = {
     ),
     "offload_needs_zero": (case(zero_stage=1, offload="optimizer"), case(zero_stage=2, offload="optimizer")),
     "int8_excludes_zero3": (case(precision="int8", zero_stage=3), case(precision="int8", zero_stage=2)),
-    "int8_on_cpus_excludes_dora": (case(CPU, precision="int8", dora=True), case(precision="int8", dora=True)),
+    "quantised_dora_needs_a_gpu": (case(CPU, precision="int8", dora=True), case(precision="int8", dora=True)),
     "quantisation_needs_an_adapter": (case(precision="nf4", rank="full"), case(precision="nf4", rank=8)),
     "quantisation_needs_bitsandbytes": (
         case(replace(H100, has_bitsandbytes=False), precision="nf4"),
@@ -176,7 +177,23 @@ def test_a_note_is_told_of_its_case_alone(name: str) -> None:
         (case(precision="amp_bf16", hardware=T4), case(precision="amp_fp16", hardware=T4)),
         (case(rank="full", rslora=True), case(rank="full")),
         (case(shape=BLOOM, attention="flash_attention_2"), case(shape=BLOOM, attention="eager")),
-        (case(shape=MIXTRAL, target_modules=("w2",), dora=True), case(shape=MIXTRAL, target_modules=("w2",))),
+        (
+            case(CPU, precision="nf4", dora=True, zero_stage=3, workers=2),
+            case(CPU, precision="nf4", dora=True, zero_stage=2, workers=2),
+        ),
+        (case(shape=OPT, packing=True), case(shape=OPT, packing=True, attention="flash_attention_2")),
+        (
+            case(shape=STARCODER, packing=True, attention="flash_attention_2"),
+            case(shape=STARCODER, packing=True, attention="eager"),
+        ),
+        (
+            case(shape=MIXTRAL, target_modules="all-linear", dora=True),
+            case(shape=MIXTRAL, target_modules="all-linear"),
+        ),
+        (
+            case(shape=MIXTRAL, target_modules=("q_proj", "experts.w2")),
+            case(shape=MIXTRAL, target_modules=("q_proj", "o_proj")),
+        ),
     ],
     ids=lambda c: "",
 )
@@ -232,6 +249,11 @@ def test_missing_target_modules_name_those_that_the_model_has() -> None:
     assert reason is not None
     assert "no q_porj (did you mean q_proj?)" in reason
     assert "it has q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj" in reason
+
+
+def test_experts_that_are_named_are_told_as_what_has_no_names() -> None:
+    reason = missing_targets(TrialConfig(target_modules=("w1", "w3", "w2")), MIXTRAL)
+    assert reason == "target_modules: w1 is part of a mixture's experts, which have no names; use all-linear"
 
 
 def test_a_trial_with_several_faults_hears_of_all() -> None:

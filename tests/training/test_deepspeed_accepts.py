@@ -17,6 +17,7 @@ def test_deepspeeds_own_classes_accept_the_configuration(name: str) -> None:
     accepted = DeepSpeedConfig(settings)
     assert accepted.gradient_accumulation_steps == 4
     assert accepted.zero_config.stage == settings["zero_optimization"]["stage"]
+    assert not accepted.timers_config.enabled
     assert _precision(accepted) == _precision_asked(name)
 
 

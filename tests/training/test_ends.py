@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import time
 import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -202,6 +203,7 @@ def _joined(place: WorkerPlace, pipe: Connection) -> None:
     worker_process._join(place, torch.device("cpu"))
     groups = torch.distributed.group.WORLD, torch.distributed.new_group()
     limits = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+    limits.append(distributed_c10d._get_default_store().timeout.total_seconds())
     pipe.send((os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"], limits, distributed_c10d.default_pg_nccl_timeout))
 
 
@@ -211,8 +213,51 @@ def test_an_nccl_error_leaves_no_signal_that_later_trials_look_for() -> None:
 
 def test_a_worker_waits_for_the_others_as_long_as_a_trial_may_take_to_start() -> None:
     for ((_, limits, nccl_limit),) in in_workers(2, _joined):
-        assert limits == [START_LIMIT_S] * 2
+        assert limits == [START_LIMIT_S] * 3
         assert nccl_limit.total_seconds() == START_LIMIT_S
+
+
+def _saved_slowly(place: WorkerPlace, pipe: Connection, task: TrialTask) -> None:
+    from orchestrator.training import ledger as ledgers
+    from orchestrator.training import training_loop, worker_process
+
+    def slow(*_: Any, writes: bool) -> None:
+        time.sleep(0.5 * writes)
+
+    ledgers.SIGN_OF_LIFE_S, training_loop.models.save = 0.1, slow  # type: ignore[assignment]
+    worker_process._join(place, torch.device("cpu"))
+    ledger = Ledger(torch.device("cpu"), 0.0)
+    trial = training_loop.set_up(task, place, ledger)
+    point = training_loop.optimizer_step(trial, 0, ledger)
+    told: list[float] = []
+    ledger.alive = lambda: told.append(time.monotonic())
+    training_loop.evaluate_and_keep(trial, point, ledger)
+    count = len(told)
+    time.sleep(0.3)
+    pipe.send((ledger.seconds["saving"], count, len(told)))
+
+
+def test_a_worker_lives_while_it_or_another_saves_and_no_longer(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    task = make_task(tiny(), tiny_model, tiny_data, tmp_path / "trial")
+    for ((saving_s, told, told_later),) in in_workers(2, _saved_slowly, task):
+        assert saving_s >= 0.4
+        assert 2 <= told == told_later
+
+
+def test_saving_that_takes_longer_than_a_start_may_is_silent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from orchestrator.training import ledger as ledgers
+
+    monkeypatch.setattr(ledgers, "SIGN_OF_LIFE_S", 0.01)
+    monkeypatch.setattr(ledgers, "START_LIMIT_S", 0.1)
+    ledger, told = Ledger(torch.device("cpu"), 0.0), []
+    ledger.alive = lambda: told.append(time.monotonic())
+    with ledger.saving():
+        began_s = time.monotonic()
+        time.sleep(0.5)
+    assert told
+    assert told[-1] - began_s < 0.4
 
 
 def test_an_error_of_ours_is_told_in_its_own_words(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:

@@ -91,7 +91,15 @@ def test_peft_really_loses_the_scale_of_an_int8_weight_on_a_cpu() -> None:
     layer.to("cpu").requires_grad_(False)
     layer(torch.randn(2, 64))
     dequantize_module_weight(layer)
-    assert layer.weight.SCB is None, "PEFT keeps it now: drop int8_on_cpus_excludes_dora"
+    assert layer.weight.SCB is None, "PEFT keeps it now: drop quantised_dora_needs_a_gpu"
+
+
+def test_peft_really_makes_another_parameter_of_a_4_bit_weight_on_a_cpu() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    layer = bitsandbytes.nn.Linear4bit(64, 32, bias=False, quant_type="nf4").to("cpu")
+    sharded = layer.weight
+    dequantize_module_weight(layer)
+    assert layer.weight is not sharded, "PEFT leaves it alone now: quantised_dora_needs_a_gpu is for int8 only"
 
 
 def test_deepspeed_takes_every_configuration_that_is_allowed() -> None:

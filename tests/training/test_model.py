@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import warnings
 from pathlib import Path
@@ -104,6 +105,37 @@ def test_alpha_and_rslora_reach_the_adapter(tiny_model: Path) -> None:
     assert scaling(alpha=8, rslora=True) == 2
 
 
+def test_an_int8_models_products_fill_no_log(tiny_model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    functions = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed").autograd._functions
+
+    def product() -> None:
+        layer = bitsandbytes_layer()
+        inputs = torch.randn(2, 64, dtype=torch.bfloat16, requires_grad=True)
+        functions.MatMul8bitLt.apply(inputs, layer.weight, None, None, layer.state)
+
+    with caplog.at_level(logging.WARNING, functions.__name__):
+        product()
+    assert "inputs will be cast" in caplog.text, "bitsandbytes tells nothing now: drop the logger's level"
+    caplog.clear()
+    level = logging.getLogger(functions.__name__).level
+    try:
+        models.build(tiny(precision="int8"), tiny_model, "bf16", CPU, zero3=None)
+        product()
+    finally:
+        logging.getLogger(functions.__name__).setLevel(level)
+    assert caplog.text == ""
+
+
+def bitsandbytes_layer() -> Any:
+    from bitsandbytes.nn import Linear8bitLt
+
+    layer = Linear8bitLt(64, 32, bias=False, has_fp16_weights=False, threshold=6.0)
+    layer.load_state_dict({"weight": torch.randn(32, 64)})
+    layer.to("cpu")
+    layer(torch.randn(2, 64))
+    return layer
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_adapter_trained_under_zero_3_is_saved_whole(
     workers: int, tiny_model: Path, tiny_data: Path, tmp_path: Path
@@ -139,6 +171,12 @@ def test_an_adapter_is_on_the_disk_before_it_takes_its_place(
     files = {(file.name, False) for file in folder.iterdir()}
     assert set(synced[:-1]) == {*files, (".adapter.new", False)}
     assert synced[-1] == (tmp_path.name, True)
+
+
+def test_a_worker_that_writes_nothing_keeps_no_copy_of_what_is_trained(tiny_model: Path) -> None:
+    model = models.build(tiny(), tiny_model, "fp32", CPU, zero3=None)
+    assert len(models._whole_weights(model, keeps=True)) == sum(p.requires_grad for p in model.parameters())
+    assert models._whole_weights(model, keeps=False) == {}
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -1,0 +1,95 @@
+"""In every family packed rows are kept apart, or the plan refuses to pack."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations import flash_attention
+
+from orchestrator.config.trial_config import TrialConfig
+from orchestrator.planning.compatibility import Case, packing_needs_positions
+from orchestrator.planning.hardware import named_gpu
+from orchestrator.planning.model_shape import shape_of
+from tests.training.test_model_shape_counts import FAMILIES as COUNTED
+from tests.training.test_model_shape_counts import GPT2, LLAMA, TOKENS
+
+BIOGPT = {name: value for name, value in LLAMA.items() if name != "num_key_value_heads"}
+XGLM = {"vocab_size": 1000, "d_model": 64, "num_layers": 2, "attention_heads": 4, "ffn_dim": 176, **TOKENS}
+GPT_NEO = {
+    "vocab_size": 1000,
+    "hidden_size": 64,
+    "num_layers": 2,
+    "num_heads": 4,
+    "attention_types": [[["global"], 2]],
+    **TOKENS,
+}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = COUNTED | {
+    "BioGPT": ("BioGpt", BIOGPT),
+    "XGLM": ("XGLM", XGLM),
+    "GPT-Neo": ("GPTNeo", GPT_NEO),
+    "Persimmon": ("Persimmon", BIOGPT),
+    "CodeGen": ("CodeGen", GPT2 | {"rotary_dim": 8}),
+    "MPT": ("Mpt", {"vocab_size": 1000, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 128}),
+}
+FIRST, SECOND = torch.arange(10, 21)[None], torch.arange(30, 39)[None]
+TOGETHER = torch.cat([FIRST, SECOND], 1)
+POSITIONS = torch.cat([torch.arange(FIRST.shape[1]), torch.arange(SECOND.shape[1])])[None]
+
+
+def built(name: str, attention: str) -> Any:
+    kind, settings = FAMILIES[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**settings)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    model.config.use_cache = False
+    return model
+
+
+def is_refused(model: Any, attention: str) -> bool:
+    shape = replace(shape_of(LLAMA), model_type=model.config.model_type)
+    config = TrialConfig.model_validate({"packing": True, "attention": attention})
+    return packing_needs_positions(Case(config, shape, named_gpu("H100", 1), 1)) is not None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_row_packed_behind_another_is_what_it_is_alone_or_packing_is_refused(name: str, attention: str) -> None:
+    try:
+        model = built(name, attention)
+    except ValueError as error:
+        pytest.skip(str(error).split(". ")[0])
+    takes_positions = {} if model.config.model_type in ("bloom", "mpt") else {"position_ids": POSITIONS}
+    packed = model(input_ids=TOGETHER, **takes_positions).logits[:, FIRST.shape[1] :]
+    is_apart = torch.allclose(packed, model(input_ids=SECOND).logits, atol=1e-4)
+    assert is_apart is not is_refused(model, attention)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_flash_attention_is_told_where_rows_begin_or_packing_is_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = []
+
+    def kernel(query: Any, _key: Any, value: Any, *_: Any, **more: Any) -> torch.Tensor:
+        told.append(more.get("position_ids") is not None)
+        return query.new_zeros(*query.shape[:3], value.shape[-1])
+
+    # The kernel needs a GPU; what it is given does not.
+    monkeypatch.setattr(PreTrainedModel, "_check_and_adjust_attn_implementation", lambda _self, asked, *_a, **_k: asked)
+    monkeypatch.setattr(flash_attention, "_flash_attention_forward", kernel)
+    model = built(name, "flash_attention_2").bfloat16()
+    if not model._supports_flash_attn:
+        pytest.skip("transformers has no flash attention for it")
+    own = importlib.import_module(type(model).__module__)
+    monkeypatch.setattr(own, "_flash_attention_forward", kernel, raising=False)
+    model(input_ids=TOGETHER, position_ids=POSITIONS)
+    assert told
+    assert all(told) is not is_refused(model, "flash_attention_2")
