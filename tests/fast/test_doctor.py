@@ -65,7 +65,7 @@ def test_every_value_of_every_setting_is_answered_once() -> None:
 @pytest.mark.parametrize(
     ("hardware", "setting", "value", "told"),
     [
-        (CPU, "precision", "fp16", "use bf16 or fp32"),
+        (CPU, "precision", "fp16", "use fp32"),
         (CPU, "attention", "flash_attention_2", "use sdpa"),
         (V100, "precision", "bf16", "use fp16"),
         (BARE, "attention", "flash_attention_2", "pip install --no-build-isolation flash-attn"),
