@@ -85,17 +85,19 @@ def _without_room(memory: MemoryEstimate) -> int:
 
 
 def _shorter_that_fits(case: Case, strongest: Sequence[_Change], memory_bytes: int) -> str | None:
-    """The longest sequences that fit, alone where that is enough, or else with the fewest of the other changes."""
-    length = case.config.sequence_length // 2
-    if not _fewest(case, strongest, (_Change({"sequence_length": LEAST_LENGTH}),), memory_bytes, _without_room):
+    """The first half, or half of that, that fits, alone or else with the fewest of the other changes."""
+    length = case.config.sequence_length
+    if length <= LEAST_LENGTH or not _fewest(
+        case, strongest, (_Change({"sequence_length": LEAST_LENGTH}),), memory_bytes, _without_room
+    ):
         # Asked once, since of thousands that fit at no length each would be asked for all.
         return None
-    while length >= LEAST_LENGTH:
+    while length > LEAST_LENGTH:
+        length = max(length // 2, LEAST_LENGTH)
         shorter = _Change({"sequence_length": length})
         for taken in (_with_room, _without_room):
             if changes := _fewest(case, strongest, (shorter,), memory_bytes, taken):
                 return " and ".join(_told(case, changes))
-        length //= 2
     return None
 
 

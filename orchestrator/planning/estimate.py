@@ -82,9 +82,12 @@ def _estimated(
     if memory_bytes is not None:
         memory = memory.within(memory_bytes)
         if memory.needed_bytes > memory_bytes:
-            fits = what_fits(Case(config, shape, hardware, workers), memory_bytes, workers)
-            told = f"fits with {fits}" if fits else "use a smaller model"
-            reasons.append(f"needs {memory.needed_bytes:,} bytes of {memory_bytes:,}; {told}")
+            told = f"needs {memory.needed_bytes:,} bytes of {memory_bytes:,}"
+            if not reasons:
+                # What another rule refuses would be refused with every change.
+                fits = what_fits(Case(config, shape, hardware, workers), memory_bytes, workers)
+                told += f"; fits with {fits}" if fits else "; use a smaller model"
+            reasons.append(told)
     return {
         "allocated_bytes": memory.allocated_bytes,
         "reserved_bytes": memory.reserved_bytes,

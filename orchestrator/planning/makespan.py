@@ -1,4 +1,4 @@
-"""How long a sweep takes: its trials go through the slots under its own scheduler, simulated before anything runs."""
+"""How long a sweep takes: its trials go through the slots under its own halving, simulated before anything runs."""
 
 from __future__ import annotations
 

@@ -230,7 +230,7 @@ def sharing(gpus_per_worker: float, at_once: int) -> int:
 @cache
 def placement(hardware: Hardware, shape: WorkerShape) -> Placement:
     """Where a trial's workers run: on one node where one has room for them."""
-    nodes = math.ceil(shape.workers / max(1, *_rooms(hardware, shape)))
+    nodes = min(max(1, hardware.nodes), math.ceil(shape.workers / max(1, *_rooms(hardware, shape))))
     return Placement(shape.workers, shape.cpus_per_worker, shape.gpu_shared_by, nodes)
 
 
@@ -377,13 +377,20 @@ def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware, pace: 
     if not shape.gpus_per_worker:
         _require_no_money(sweep)
     concurrent = max_concurrent(wanted, sweep.resources, model, hardware, shape)
-    shape = replace(shape, gpu_shared_by=sharing(shape.gpus_per_worker, min(concurrent, len(wanted))))
     memory_bytes = memory_for_a_worker(hardware, shape, concurrent)
-    trials = tuple(
-        _with_cost(plan_trial(trial, model, hardware, shape, memory_bytes, pace), sweep.budget) for trial in wanted
-    )
-    running = [trial for trial in trials if not trial.reasons]
     proposes = sweep.search.is_adaptive
+
+    def planned(shape: WorkerShape) -> tuple[PlannedTrial, ...]:
+        each = (plan_trial(trial, model, hardware, shape, memory_bytes, pace) for trial in wanted)
+        return tuple(_with_cost(trial, sweep.budget) for trial in each)
+
+    trials = planned(shape)
+    # What is refused shares no GPU; whether a trial is refused does not hang on how many do.
+    runnable = len(wanted) if proposes else sum(not trial.reasons for trial in trials)
+    shape = replace(shape, gpu_shared_by=sharing(shape.gpus_per_worker, min(concurrent, runnable)))
+    if shape.gpu_shared_by > 1:
+        trials = planned(shape)
+    running = [trial for trial in trials if not trial.reasons]
     # An adaptive search proposes another where one is refused: all its trials run.
     launched = list(itertools.islice(itertools.cycle(running), len(trials))) if proposes else running
     # Hyperband's first bracket, which most trials are in, is ASHA; nobody can say whom the other rules will stop.

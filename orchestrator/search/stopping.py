@@ -48,7 +48,7 @@ class Halving:
 
     def __init__(self, grace: float, factor: int, unit: str) -> None:
         self._grace, self._factor, self._unit = grace, factor, unit
-        self._curves: dict[str, list[tuple[float, float]]] = {}
+        self._falls: dict[str, list[tuple[float, float]]] = {}
         self._rungs: dict[int, list[float]] = {}
         self._verdicts: dict[tuple[int, str], str | None] = {}
 
@@ -56,13 +56,22 @@ class Halving:
         """Judge at the highest rung that the evaluation has reached."""
         if heard.value is None:
             return no_number(heard, self._unit)
-        best = min(value for _, value in continued(self._curves, heard, heard.value))
+        best = self._best(heard, heard.value)
         if heard.at < self._grace:
             return None
         rung = _rung(heard.at / self._grace, self._factor)
         if (rung, heard.configuration_id) not in self._verdicts:
             self._verdicts[rung, heard.configuration_id] = self._judge(rung, heard, best)
         return self._verdicts[rung, heard.configuration_id]
+
+    def _best(self, heard: Heard, value: float) -> float:
+        """Of the trial so far; of a trial that begins anew what it had beyond here is forgotten."""
+        falls = self._falls.setdefault(heard.trial_id, [])
+        while falls and falls[-1][0] >= heard.at:
+            falls.pop()
+        if not falls or value < falls[-1][1]:
+            falls.append((heard.at, value))
+        return falls[-1][1]
 
     def _judge(self, rung: int, heard: Heard, value: float) -> str | None:
         there = self._rungs.setdefault(rung, [])

@@ -164,6 +164,8 @@ def gone_on_with(old: TrialResult, new: TrialResult, folder: TrialFolder) -> Tri
             "config": new.config.model_copy(update={"micro_batch_size": min(sizes, default="auto")}),
             "notes": tuple(dict.fromkeys((*new.notes, *old.notes))),
             "peak_memory": new.peak_memory,
+            "predicted_step_time_s": new.predicted_step_time_s,
+            "gpu_shared_by": new.gpu_shared_by,
             "timing": old.timing.model_copy(update={"total_s": old.timing.phases_s}),
             "mlflow_run_id": None,
         }

@@ -24,7 +24,15 @@ from orchestrator.planning.memory import (
 )
 from orchestrator.planning.model_shape import shape_of
 from orchestrator.planning.pace import Pace
-from orchestrator.planning.plan import NO_PACE, TIGHT, SweepPlan, gpu_memory_fraction, plan_sweep
+from orchestrator.planning.plan import (
+    NO_PACE,
+    TIGHT,
+    SweepPlan,
+    WorkerShape,
+    gpu_memory_fraction,
+    placement,
+    plan_sweep,
+)
 from orchestrator.planning.plan_table import duration, render
 from orchestrator.planning.step_time import Placement, step_seconds
 from tests.fast.cases import A100, CPU, LLAMA_2_7B, LLAMA_32_3B, SMOLLM2_135M, case
@@ -443,6 +451,21 @@ def test_sharing_a_gpu_makes_no_trial_cheaper_that_keeps_it_busy() -> None:
 def test_no_more_trials_share_a_gpu_than_there_are() -> None:
     found = plan(A100, shape_of(SMOLLM2_135M), space={"rank": [4, 8]}, resources={"gpus_per_worker": 0.1})
     assert found.gpu_shared_by == 2
+
+
+def test_refused_trials_share_no_gpu() -> None:
+    resources = {"gpus_per_worker": 0.125}
+    alone = plan(A100, shape_of(SMOLLM2_135M), space={"precision": ["bf16"]}, resources=resources)
+    beside = plan(A100, shape_of(SMOLLM2_135M), space={"precision": ["bf16", "int8"]}, resources=resources)
+    refused = plan(
+        A100, shape_of(SMOLLM2_135M), space={"sequence_length": [1024, 10**6, 2 * 10**6]}, resources=resources
+    )
+    assert (alone.gpu_shared_by, beside.gpu_shared_by) == (1, 2)
+    assert (refused.refused, refused.gpu_shared_by) == (2, 1)
+
+
+def test_a_trial_lies_on_no_more_nodes_than_there_are() -> None:
+    assert placement(A100, WorkerShape(4, 1.0, 1.0)).nodes == 1
 
 
 def test_what_the_times_take_for_granted_is_told_once_and_not_where_trials_were_measured() -> None:
