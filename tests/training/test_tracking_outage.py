@@ -475,7 +475,7 @@ def test_a_file_that_takes_too_long_keeps_no_other_trial_back_and_gets_more_time
         folder.trial(large.trial_id).log.write_text("of many GB\n")
         tracker = Tracker(config, SWEEP_ID, folder)
         tracker.track(large)
-        wait_until(lambda: tracker._trials[large.trial_id].late, lambda late: late == 1, LIMIT_S)
+        wait_until(lambda: tracker._trials[large.trial_id].late, lambda late: late >= 1, LIMIT_S)
         for trial in others:
             tracker.track(trial)
         assert tracker.finish(LIMIT_S)

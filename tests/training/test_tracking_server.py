@@ -72,7 +72,8 @@ def tracked(
     with start(root) as server, pytest.MonkeyPatch.context() as patch:
         for name, value in server.environment().items():
             patch.setenv(name, value)
-        # Logging a model names the server to all of this process.
+        # Logging a model names the server to all of this process, here and in the tests before.
+        mlflow.set_tracking_uri(None)
         patch.setenv("MLFLOW_TRACKING_URI", server.uri)
         # A busy machine is no outage.
         patch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "120")
