@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag, ViewType
+from mlflow.entities import Metric, Param, Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.store.db.db_types import DATABASE_ENGINES
 
@@ -239,17 +239,17 @@ class Tracker:
         # Runs that a person has deleted too: they are not to come back.
         which: Any = ([self._experiment_id], f"tags.sweep_id = '{self._sweep_id}'", ViewType.ALL, PAGE)
         page = self._client.search_runs(*which)
-        there = {run.info.run_id: run.info.status for run in page}
+        runs = list(page)
         while page.token:
             page = self._client.search_runs(*which, page_token=page.token)
-            there |= {run.info.run_id: run.info.status for run in page}
-        known = self._delivered.trials
+            runs += page
+        there = {run.info.run_id: run for run in runs}
         self._delivered.trials = {
             trial_id: kept
-            if there[run_id] != "RUNNING"
+            if _has_all(there[kept.run_id], kept)
             else kept.model_copy(update={"offset_bytes": 0, "status": None})
-            for trial_id, kept in known.items()
-            if (run_id := kept.run_id) in there
+            for trial_id, kept in self._delivered.trials.items()
+            if kept.run_id in there
         }
 
     def _resume(self) -> None:
@@ -532,6 +532,13 @@ def _meaning(error: Exception) -> failure_policy.TrackingFailure:
     if _is_servers(error) and not isinstance(error, ImportError):
         return failure_policy.tracking_failure(getattr(error, "error_code", None))
     return "refused"
+
+
+def _has_all(run: Run, kept: TrialDelivery) -> bool:
+    """Whether it holds the end that the trial was told with; one that could go on may have ended so twice."""
+    if kept.status is None or not kept.status.is_final or run.info.status == "RUNNING":
+        return False
+    return bool(run.data.tags.get("status") == kept.status.value)
 
 
 def _started_from(result: TrialResult) -> list[RunTag]:

@@ -374,6 +374,37 @@ def test_a_server_whose_database_is_of_yesterday_is_told_what_came_since_and_not
     assert len(client.search_runs([again._experiment_id])) == 1 + len(runs)
 
 
+@pytest.mark.parametrize("last", [TrialStatus.COMPLETED, TrialStatus.CANCELLED])
+def test_a_server_whose_database_is_of_yesterday_is_told_of_a_trial_that_had_ended_early_and_went_on_since(
+    tmp_path: Path, last: TrialStatus
+) -> None:
+    database = tmp_path / "mlflow.db"
+    config, result, folder = a_sweep(tmp_path / "went-on", f"sqlite:///{database}")
+    trial = result.trials[0]
+    own = folder.trial(trial.trial_id)
+    points = own.read_metrics()
+    tracker = Tracker(config, SWEEP_ID, folder)
+    own.checkpoint(points[0].step).mkdir()
+    tracker.track(trial.model_copy(update={"status": TrialStatus.CANCELLED}))
+    delivered(tracker, trial)
+    dump = database.read_bytes()
+    own.checkpoint(points[-1].step).mkdir()
+    tracker.track(trial.model_copy(update={"status": TrialStatus.RUNNING}))
+    delivered(tracker, trial)
+    ended = trial.model_copy(update={"status": last})
+    tracker.track(ended)
+    assert tracker.finish(LIMIT_S)
+
+    database.write_bytes(dump)
+    again = Tracker(config, SWEEP_ID, folder)
+    again.track(ended)
+    assert again.finish(LIMIT_S)
+    run_id = str(again.run_id(trial.trial_id))
+    assert_equal_to_disk(Server(f"sqlite:///{database}", None, None), folder, {trial.trial_id: run_id})
+    run = MlflowClient(f"sqlite:///{database}").get_run(run_id)
+    assert run.data.tags["status"] == last.value
+
+
 def begins(folder: SweepFolder, trial: TrialResult, steps: int, time_ms: int) -> None:
     """Its curve anew, with a checkpoint after the last of so many steps."""
     own = folder.trial(trial.trial_id)
