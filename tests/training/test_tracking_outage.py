@@ -516,6 +516,48 @@ def test_a_file_that_takes_too_long_keeps_no_other_trial_back_and_gets_more_time
     assert_equal_to_disk(server, folder, runs)
 
 
+def test_a_large_file_that_arrives_at_the_end_has_the_time_that_it_takes_and_is_told_of_once(
+    server: FragileServer, tmp_path: Path
+) -> None:
+    with late_once(server, "/log.txt", 6.0) as uri:
+        config, result, folder = a_sweep(tmp_path / "last-large", uri)
+        large, other, *_ = result.trials
+        a_large_log(folder, large)
+        tracker = Tracker(config, SWEEP_ID, folder)
+        tracker.track(large)
+        wait_until(lambda: tracker._sends_files, bool, LIMIT_S)
+        tracker.track(other)
+        said: list[str] = []
+        assert tracker.finish(0.1, said.append)
+    assert said == ["waiting for MLflow to take 95 MiB"]
+    assert MlflowClient(server.uri).get_run(str(tracker.run_id(large.trial_id))).info.status == "FINISHED"
+
+
+def test_a_sweep_that_was_interrupted_waits_for_no_file_and_the_next_run_of_it_gives_a_late_one_more_time(
+    server: FragileServer, tmp_path: Path
+) -> None:
+    with late_once(server, "/log.txt", 6.0) as uri:
+        config, result, folder = a_sweep(tmp_path / "late-large", uri)
+        trial = result.trials[0]
+        folder.trial(trial.trial_id).log.write_text("of many GB\n")
+        tracker = Tracker(config, SWEEP_ID, folder)
+        tracker.track(trial)
+        wait_until(lambda: tracker._sends_files, bool, LIMIT_S)
+        assert not tracker.finish(0.1)
+        assert tracker._sends_files
+        tracker._thread.join(LIMIT_S)
+        again = Tracker(config, SWEEP_ID, folder)
+        again.track(trial)
+        assert again._trials[trial.trial_id].late == 1
+        assert again.finish(LIMIT_S)
+
+
+def a_large_log(folder: SweepFolder, trial: TrialResult) -> None:
+    """For which MLflow waits ten seconds more."""
+    with folder.trial(trial.trial_id).log.open("wb") as log:
+        log.truncate(100 * 10**6)
+
+
 def test_what_comes_last_is_sent_once_more_where_its_first_answer_is_lost(
     server: FragileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
