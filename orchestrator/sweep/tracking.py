@@ -21,6 +21,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.store.db.db_types import DATABASE_ENGINES
+from requests import RequestException
+from sqlalchemy.exc import OperationalError
 
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.errors import InputError, StorageError, TrackingUnreachableError, cut
@@ -456,7 +458,7 @@ def awaited_tracker(
     """A Tracker once its server answers: one that is deployed together with the sweep may need minutes more.
 
     Raises:
-        TrackingUnreachableError: it does not answer within `limit_s` either.
+        TrackingUnreachableError: it does not answer within `limit_s` either, or more time would not help.
     """
     until_s = time.monotonic() + limit_s
     attempt = 0
@@ -464,7 +466,7 @@ def awaited_tracker(
         try:
             return Tracker(sweep, sweep_id, folder)
         except TrackingUnreachableError as error:
-            if time.monotonic() >= until_s:
+            if time.monotonic() >= until_s or not _may_come_up(error.__cause__):
                 raise
             attempt += 1
             if attempt == 1:
@@ -558,6 +560,13 @@ def _is_without_stack(record: logging.LogRecord) -> bool:
 def _is_servers(error: Exception) -> bool:
     """Whether it tells of the server, or of the database or package that it needs, and is no slip of ours."""
     return isinstance(error, MlflowException | OSError | ImportError) or type(error).__module__.startswith("sqlalchemy")
+
+
+def _may_come_up(error: BaseException | None) -> bool:
+    """Whether no server answered, or the database refused the connection: a login or a package comes not by itself."""
+    # MLflow tells what its HTTP client met by its words alone (3.17.2, utils/rest_utils.py).
+    met = error.__context__ if isinstance(error, MlflowException) else error
+    return isinstance(met, RequestException | OperationalError)
 
 
 def _meaning(error: Exception) -> failure_policy.TrackingFailure:

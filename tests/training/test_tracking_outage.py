@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import signal
 import socket
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import mlflow.store.db.utils
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -29,7 +31,7 @@ from orchestrator.sweep import evaluation, system_metrics
 from orchestrator.sweep.delivered import Delivered, read_delivered, write_delivered
 from orchestrator.sweep.tracking import Tracker, awaited_tracker, tracking_uri
 from tests.made_up_sweep import made_up_point, made_up_sweep, made_up_trial, write_made_up
-from tests.tracking_servers import PASSWORD, FragileServer, Server, late_once, on_sqlite_with_a_login
+from tests.tracking_servers import PASSWORD, FragileServer, Server, always, free_port, late_once, on_sqlite_with_a_login
 from tests.waiting import wait_until
 
 LIMIT_S = 180.0
@@ -156,6 +158,45 @@ def test_a_server_that_comes_up_late_is_waited_for_where_that_was_asked_and_told
     assert "waiting for it, 3 minutes at most" in said[0]
     tracker.track(result.trials[0])
     assert tracker.finish(LIMIT_S)
+
+
+class Waited(Exception):
+    """What a test stops a wait by."""
+
+
+def starts_to_wait(tmp_path: Path, uri: str) -> bool:
+    """Whether a server that cannot be had now is waited for."""
+
+    def stop(told: str) -> None:
+        raise Waited(told)
+
+    config, _, folder = a_sweep(tmp_path / "awaited", uri)
+    try:
+        awaited_tracker(config, SWEEP_ID, folder, LIMIT_S, stop)
+    except Waited:
+        return True
+    except TrackingUnreachableError:
+        return False
+    raise AssertionError("it can be had")
+
+
+@pytest.mark.parametrize(("status", "is_awaited"), [(401, False), (403, False), (404, False), (503, True)])
+def test_a_server_that_lets_nobody_in_is_not_waited_for_and_one_that_says_it_is_not_ready_is(
+    tmp_path: Path, status: int, is_awaited: bool
+) -> None:
+    with always(status) as uri:
+        assert starts_to_wait(tmp_path, uri) is is_awaited
+
+
+def test_a_database_that_refuses_the_connection_is_waited_for_and_one_without_its_driver_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # MLflow's own tries take minutes.
+    monkeypatch.setattr(mlflow.store.db.utils, "MAX_RETRY_COUNT", 1)
+    where = f"me@127.0.0.1:{free_port()}/mlflow"
+    assert starts_to_wait(tmp_path / "refused", f"postgresql+psycopg2://{where}")
+    assert importlib.util.find_spec("pg8000") is None
+    assert not starts_to_wait(tmp_path / "no-driver", f"postgresql+pg8000://{where}")
 
 
 def test_a_server_that_is_away_is_told_of_once_though_a_trial_has_nothing_new_to_tell_it(
