@@ -27,6 +27,8 @@ class TrialDelivery(BaseModel):
     """When the first point that arrived was made: one of another time belongs to a trial that began again."""
     status: TrialStatus | None = None
     """The last one that was told."""
+    late: Annotated[int, Field(ge=0)] = 0
+    """How often its files did not arrive, though all else before them had: they may be too large for the way."""
 
 
 class Delivered(BaseModel):

@@ -27,17 +27,19 @@ def deliver(
     tracker: Tracker,
     folder: SweepFolder,
     limit_s: float,
+    wait: Callable[[str], None] | None,
     save: Callable[[TrialResult], None],
     say: Callable[[str], None],
 ) -> tuple[SweepResult, bool]:
     """Give MLflow a bounded time to have all trials, and then what belongs to the sweep as a whole.
 
+    wait: as `Tracker.finish` takes it.
     save: keeps a record that has learned its run's id.
 
     Returns the sweep with these ids, and whether MLflow has everything.
     """
     try:
-        is_complete = tracker.finish(limit_s)
+        is_complete = tracker.finish(limit_s, wait)
     except KeyboardInterrupt:
         is_complete = False
     trials = []
@@ -81,7 +83,7 @@ def deliver_late(folder: SweepFolder, say: Callable[[str], None]) -> None:
             for trial in result.trials:
                 tracker.track(trial)
             save = functools.partial(write_result, folder)
-            _, is_complete = deliver(sweep, result, tracker, folder, LATE_LIMIT_S, save, lambda _: None)
+            _, is_complete = deliver(sweep, result, tracker, folder, LATE_LIMIT_S, say, save, lambda _: None)
     except OrchestratorError as error:
         say(f"MLflow still lacks a part of this sweep: {error}")
     else:

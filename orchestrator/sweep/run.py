@@ -226,6 +226,6 @@ def _finish(
     write_sweep(folder, result)
     made = report.build(folder)
     write_atomically(folder.report, report.render_html(made))
-    limit_s = INTERRUPTED_TRACKING_LIMIT_S if result.interrupted else TRACKING_LIMIT_S
-    result, tracked = deliver(sweep, result, tracker, folder, limit_s, recorder.save, say)
+    limit_s, wait = (INTERRUPTED_TRACKING_LIMIT_S, None) if result.interrupted else (TRACKING_LIMIT_S, say)
+    result, tracked = deliver(sweep, result, tracker, folder, limit_s, wait, recorder.save, say)
     return Outcome(result, folder, made, tracked, tracking_uri(sweep))

@@ -18,12 +18,15 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag, ViewType
+from mlflow.entities import Metric, Param, Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.store.db.db_types import DATABASE_ENGINES
+from requests import RequestException
+from sqlalchemy.exc import OperationalError
 
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.errors import InputError, StorageError, TrackingUnreachableError, cut
+from orchestrator.reporting.quantities import memory
 from orchestrator.reporting.statistics import label, objective_of
 from orchestrator.results.records import MetricPoint, SweepResult, TrialResult, TrialStatus
 from orchestrator.results.remote import local_storage
@@ -143,6 +146,7 @@ class Tracker:
         """In a row, of the server."""
         self._wake = threading.Event()
         self._closing_until_s: float | None = None
+        self._sends_files = False
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
@@ -172,8 +176,11 @@ class Tracker:
         trial = self._trials.get(trial_id)
         return trial.run_id if trial and not trial.is_behind else None
 
-    def finish(self, limit_s: float) -> bool:
-        """Carry everything over; False where that was not done within `limit_s`."""
+    def finish(self, limit_s: float, wait: Callable[[str], None] | None = None) -> bool:
+        """Carry everything over; False where that was not done within `limit_s`.
+
+        wait: files that arrive may take longer than that, which it is told once; None: they may not.
+        """
         with self._lock:
             for trial in self._trials.values():
                 # Once more: of a database that fails MLflow may say BAD_REQUEST (3.17.2, store/db/utils.py).
@@ -181,7 +188,18 @@ class Tracker:
         self._closing_until_s = time.monotonic() + limit_s
         self._wake.set()
         self._thread.join(limit_s)
+        is_told = False
+        while wait and self._thread.is_alive() and (self._sends_files or time.monotonic() < self._closing_until_s):
+            if self._sends_files and not is_told:
+                wait(f"waiting for MLflow to take {memory(self._owed_bytes())}")
+                is_told = True
+            self._thread.join(INTERVAL_S)
         return not self._thread.is_alive() and not any(trial.is_behind for trial in self._trials.values())
+
+    def _owed_bytes(self) -> int:
+        behind = [trial for trial in self._trials.values() if trial.is_behind]
+        files = [file for trial in behind for part in self._files(trial.result) for file in part]
+        return sum(file.stat().st_size for file in files)
 
     def close_parent(self, sweep: SweepResult, best: TrialResult | None) -> bool:
         """Put the sweep's own files on the parent run and end it, after `finish`; False where MLflow has gone away."""
@@ -239,17 +257,17 @@ class Tracker:
         # Runs that a person has deleted too: they are not to come back.
         which: Any = ([self._experiment_id], f"tags.sweep_id = '{self._sweep_id}'", ViewType.ALL, PAGE)
         page = self._client.search_runs(*which)
-        there = {run.info.run_id: run.info.status for run in page}
+        runs = list(page)
         while page.token:
             page = self._client.search_runs(*which, page_token=page.token)
-            there |= {run.info.run_id: run.info.status for run in page}
-        known = self._delivered.trials
+            runs += page
+        there = {run.info.run_id: run for run in runs}
         self._delivered.trials = {
             trial_id: kept
-            if there[run_id] != "RUNNING"
+            if _has_all(there[kept.run_id], kept)
             else kept.model_copy(update={"offset_bytes": 0, "status": None})
-            for trial_id, kept in known.items()
-            if (run_id := kept.run_id) in there
+            for trial_id, kept in self._delivered.trials.items()
+            if kept.run_id in there
         }
 
     def _resume(self) -> None:
@@ -266,13 +284,15 @@ class Tracker:
             is_away = self._failures and self._closing_until_s is None
             self._wake.wait(failure_policy.pause_s(self._failures) if is_away else INTERVAL_S)
             self._wake.clear()
-            until_s = self._closing_until_s
+            is_closing = self._closing_until_s is not None
             with self._lock:
                 behind = [trial for trial in self._trials.values() if trial.is_behind or trial.is_running]
             # One whose files do not arrive keeps nobody waiting.
             behind.sort(key=lambda trial: trial.late)
             self._carry_all(behind)
-            if until_s and (time.monotonic() > until_s or not any(trial.is_behind for trial in behind)):
+            # Of the limit as it is now: files that have arrived have moved it.
+            is_late = self._closing_until_s is not None and time.monotonic() > self._closing_until_s
+            if is_closing and (is_late or not any(trial.is_behind for trial in behind)):
                 return
 
     def _carry_all(self, trials: Sequence[_TrackedTrial]) -> None:
@@ -402,16 +422,27 @@ class Tracker:
         self._client.set_terminated(run_id, RUN_STATUS.get(result.status, "FAILED"))
 
     def _send_files(self, run_id: str, result: TrialResult, late: int) -> None:
+        files, adapter = self._files(result)
+        began_s = time.monotonic()
+        self._sends_files = True
+        try:
+            with time_to_upload([*files, *adapter], late):
+                for file in files:
+                    self._client.log_artifact(run_id, str(file))
+                if adapter:
+                    self._client.log_artifacts(run_id, str(self._folder.trial(result.trial_id).adapter), "adapter")
+            if self._closing_until_s is not None:
+                # Of a server that takes them: one that does not has no more time than `finish` gives it.
+                self._closing_until_s += time.monotonic() - began_s
+        finally:
+            self._sends_files = False
+
+    def _files(self, result: TrialResult) -> tuple[list[Path], list[Path]]:
+        """What of a trial is sent as it is, and the files of its adapter."""
         trial = self._folder.trial(result.trial_id)
         files = [file for file in (trial.deepspeed, trial.log, trial.result) if self._folder.holds(file)]
         adapter = list(trial.adapter.iterdir()) if trial.adapter.is_dir() else []
-        if not all(self._folder.holds(file) for file in adapter):
-            adapter = []
-        with time_to_upload([*files, *adapter], late):
-            for file in files:
-                self._client.log_artifact(run_id, str(file))
-            if adapter:
-                self._client.log_artifacts(run_id, str(trial.adapter), "adapter")
+        return files, adapter if all(self._folder.holds(file) for file in adapter) else []
 
     def _log_searched_numbers(self, run_id: str, result: TrialResult) -> None:
         """As metrics too: MLflow sorts parameters as text, 128 before 8 (3.17.2)."""
@@ -427,7 +458,7 @@ def awaited_tracker(
     """A Tracker once its server answers: one that is deployed together with the sweep may need minutes more.
 
     Raises:
-        TrackingUnreachableError: it does not answer within `limit_s` either.
+        TrackingUnreachableError: it does not answer within `limit_s` either, or more time would not help.
     """
     until_s = time.monotonic() + limit_s
     attempt = 0
@@ -435,7 +466,7 @@ def awaited_tracker(
         try:
             return Tracker(sweep, sweep_id, folder)
         except TrackingUnreachableError as error:
-            if time.monotonic() >= until_s:
+            if time.monotonic() >= until_s or not _may_come_up(error.__cause__):
                 raise
             attempt += 1
             if attempt == 1:
@@ -453,8 +484,7 @@ class _TrackedTrial:
         self.is_open = False
         """Whether this process has set its run going."""
         self.is_refused = False
-        self.late = 0
-        """How often its files did not arrive, though all else before them had: they may be too large for the way."""
+        self.late = kept.late
 
     def forget_run(self) -> None:
         """It is gone: another one is made, and gets all there is."""
@@ -463,7 +493,11 @@ class _TrackedTrial:
     @property
     def delivery(self) -> TrialDelivery:
         return TrialDelivery(
-            run_id=self.run_id, offset_bytes=self.offset_bytes, began_ms=self.began_ms, status=self.carried
+            run_id=self.run_id,
+            offset_bytes=self.offset_bytes,
+            began_ms=self.began_ms,
+            status=self.carried,
+            late=self.late,
         )
 
     @property
@@ -528,10 +562,24 @@ def _is_servers(error: Exception) -> bool:
     return isinstance(error, MlflowException | OSError | ImportError) or type(error).__module__.startswith("sqlalchemy")
 
 
+def _may_come_up(error: BaseException | None) -> bool:
+    """Whether no server answered, or the database refused the connection: a login or a package comes not by itself."""
+    # MLflow tells what its HTTP client met by its words alone (3.17.2, utils/rest_utils.py).
+    met = error.__context__ if isinstance(error, MlflowException) else error
+    return isinstance(met, RequestException | OperationalError)
+
+
 def _meaning(error: Exception) -> failure_policy.TrackingFailure:
     if _is_servers(error) and not isinstance(error, ImportError):
         return failure_policy.tracking_failure(getattr(error, "error_code", None))
     return "refused"
+
+
+def _has_all(run: Run, kept: TrialDelivery) -> bool:
+    """Whether it holds the end that the trial was told with; one that could go on may have ended so twice."""
+    if kept.status is None or not kept.status.is_final or run.info.status == "RUNNING":
+        return False
+    return bool(run.data.tags.get("status") == kept.status.value)
 
 
 def _started_from(result: TrialResult) -> list[RunTag]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import signal
 import socket
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import mlflow.store.db.utils
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -29,7 +31,7 @@ from orchestrator.sweep import evaluation, system_metrics
 from orchestrator.sweep.delivered import Delivered, read_delivered, write_delivered
 from orchestrator.sweep.tracking import Tracker, awaited_tracker, tracking_uri
 from tests.made_up_sweep import made_up_point, made_up_sweep, made_up_trial, write_made_up
-from tests.tracking_servers import PASSWORD, FragileServer, Server, late_once, on_sqlite_with_a_login
+from tests.tracking_servers import PASSWORD, FragileServer, Server, always, free_port, late_once, on_sqlite_with_a_login
 from tests.waiting import wait_until
 
 LIMIT_S = 180.0
@@ -156,6 +158,45 @@ def test_a_server_that_comes_up_late_is_waited_for_where_that_was_asked_and_told
     assert "waiting for it, 3 minutes at most" in said[0]
     tracker.track(result.trials[0])
     assert tracker.finish(LIMIT_S)
+
+
+class Waited(Exception):
+    """What a test stops a wait by."""
+
+
+def starts_to_wait(tmp_path: Path, uri: str) -> bool:
+    """Whether a server that cannot be had now is waited for."""
+
+    def stop(told: str) -> None:
+        raise Waited(told)
+
+    config, _, folder = a_sweep(tmp_path / "awaited", uri)
+    try:
+        awaited_tracker(config, SWEEP_ID, folder, LIMIT_S, stop)
+    except Waited:
+        return True
+    except TrackingUnreachableError:
+        return False
+    raise AssertionError("it can be had")
+
+
+@pytest.mark.parametrize(("status", "is_awaited"), [(401, False), (403, False), (404, False), (503, True)])
+def test_a_server_that_lets_nobody_in_is_not_waited_for_and_one_that_says_it_is_not_ready_is(
+    tmp_path: Path, status: int, is_awaited: bool
+) -> None:
+    with always(status) as uri:
+        assert starts_to_wait(tmp_path, uri) is is_awaited
+
+
+def test_a_database_that_refuses_the_connection_is_waited_for_and_one_without_its_driver_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # MLflow's own tries take minutes.
+    monkeypatch.setattr(mlflow.store.db.utils, "MAX_RETRY_COUNT", 1)
+    where = f"me@127.0.0.1:{free_port()}/mlflow"
+    assert starts_to_wait(tmp_path / "refused", f"postgresql+psycopg2://{where}")
+    assert importlib.util.find_spec("pg8000") is None
+    assert not starts_to_wait(tmp_path / "no-driver", f"postgresql+pg8000://{where}")
 
 
 def test_a_server_that_is_away_is_told_of_once_though_a_trial_has_nothing_new_to_tell_it(
@@ -374,6 +415,37 @@ def test_a_server_whose_database_is_of_yesterday_is_told_what_came_since_and_not
     assert len(client.search_runs([again._experiment_id])) == 1 + len(runs)
 
 
+@pytest.mark.parametrize("last", [TrialStatus.COMPLETED, TrialStatus.CANCELLED])
+def test_a_server_whose_database_is_of_yesterday_is_told_of_a_trial_that_had_ended_early_and_went_on_since(
+    tmp_path: Path, last: TrialStatus
+) -> None:
+    database = tmp_path / "mlflow.db"
+    config, result, folder = a_sweep(tmp_path / "went-on", f"sqlite:///{database}")
+    trial = result.trials[0]
+    own = folder.trial(trial.trial_id)
+    points = own.read_metrics()
+    tracker = Tracker(config, SWEEP_ID, folder)
+    own.checkpoint(points[0].step).mkdir()
+    tracker.track(trial.model_copy(update={"status": TrialStatus.CANCELLED}))
+    delivered(tracker, trial)
+    dump = database.read_bytes()
+    own.checkpoint(points[-1].step).mkdir()
+    tracker.track(trial.model_copy(update={"status": TrialStatus.RUNNING}))
+    delivered(tracker, trial)
+    ended = trial.model_copy(update={"status": last})
+    tracker.track(ended)
+    assert tracker.finish(LIMIT_S)
+
+    database.write_bytes(dump)
+    again = Tracker(config, SWEEP_ID, folder)
+    again.track(ended)
+    assert again.finish(LIMIT_S)
+    run_id = str(again.run_id(trial.trial_id))
+    assert_equal_to_disk(Server(f"sqlite:///{database}", None, None), folder, {trial.trial_id: run_id})
+    run = MlflowClient(f"sqlite:///{database}").get_run(run_id)
+    assert run.data.tags["status"] == last.value
+
+
 def begins(folder: SweepFolder, trial: TrialResult, steps: int, time_ms: int) -> None:
     """Its curve anew, with a checkpoint after the last of so many steps."""
     own = folder.trial(trial.trial_id)
@@ -483,6 +555,48 @@ def test_a_file_that_takes_too_long_keeps_no_other_trial_back_and_gets_more_time
     ended = {trial_id: MlflowClient(server.uri).get_run(run_id).info.end_time for trial_id, run_id in runs.items()}
     assert max(ended, key=lambda trial_id: ended[trial_id]) == large.trial_id
     assert_equal_to_disk(server, folder, runs)
+
+
+def test_a_large_file_that_arrives_at_the_end_has_the_time_that_it_takes_and_is_told_of_once(
+    server: FragileServer, tmp_path: Path
+) -> None:
+    with late_once(server, "/log.txt", 6.0) as uri:
+        config, result, folder = a_sweep(tmp_path / "last-large", uri)
+        large, other, *_ = result.trials
+        a_large_log(folder, large)
+        tracker = Tracker(config, SWEEP_ID, folder)
+        tracker.track(large)
+        wait_until(lambda: tracker._sends_files, bool, LIMIT_S)
+        tracker.track(other)
+        said: list[str] = []
+        assert tracker.finish(0.1, said.append)
+    assert said == ["waiting for MLflow to take 95 MiB"]
+    assert MlflowClient(server.uri).get_run(str(tracker.run_id(large.trial_id))).info.status == "FINISHED"
+
+
+def test_a_sweep_that_was_interrupted_waits_for_no_file_and_the_next_run_of_it_gives_a_late_one_more_time(
+    server: FragileServer, tmp_path: Path
+) -> None:
+    with late_once(server, "/log.txt", 6.0) as uri:
+        config, result, folder = a_sweep(tmp_path / "late-large", uri)
+        trial = result.trials[0]
+        folder.trial(trial.trial_id).log.write_text("of many GB\n")
+        tracker = Tracker(config, SWEEP_ID, folder)
+        tracker.track(trial)
+        wait_until(lambda: tracker._sends_files, bool, LIMIT_S)
+        assert not tracker.finish(0.1)
+        assert tracker._sends_files
+        tracker._thread.join(LIMIT_S)
+        again = Tracker(config, SWEEP_ID, folder)
+        again.track(trial)
+        assert again._trials[trial.trial_id].late == 1
+        assert again.finish(LIMIT_S)
+
+
+def a_large_log(folder: SweepFolder, trial: TrialResult) -> None:
+    """For which MLflow waits ten seconds more."""
+    with folder.trial(trial.trial_id).log.open("wb") as log:
+        log.truncate(100 * 10**6)
 
 
 def test_what_comes_last_is_sent_once_more_where_its_first_answer_is_lost(
