@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("moto")
 
 from orchestrator.results import remote
-from orchestrator.results.storage import SweepFolder, checkpoint_part, read_sweep
+from orchestrator.results.storage import SweepFolder, read_sweep
 from tests.object_store import BUCKET, fragile_store
 from tests.ray.sweeps import Run, start
 from tests.waiting import wait_until
@@ -67,8 +67,7 @@ def steps_at_worker(folder: Path) -> int:
 
 
 def lose_store_while_a_trial_is_at_work(store: ThreadedMotoServer, run: Run) -> None:
-    # A checkpoint is whole there once its worker's part is.
-    wait_until(lambda: [*in_store().root.rglob(checkpoint_part(0, 1))], bool, LIMIT_S)
+    wait_until(lambda: [trial.checkpoint_steps() for trial in in_store().trials()], any, LIMIT_S)
     assert run.process.poll() is None
     store.stop()
 
