@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.timeout(900)
 LIMIT_S = 400.0
 KUBERNETES_S = 30.0
-STEPS = 600
+STEPS = 2400
 STORAGE = f"s3://{BUCKET}/sweeps"
 # The command in place of `python -m orchestrator`, with another patience.
 PATIENT_FOR = """
