@@ -30,6 +30,11 @@ LONGEST_SHOWN = 200
 """Characters of a value that a message repeats."""
 
 
+def counted(count: float, noun: str) -> str:
+    """`1 trial`, `3 trials`, `0.5 CPUs`."""
+    return f"{count if isinstance(count, int) else f'{count:g}'} {noun}{'' if count == 1 else 's'}"
+
+
 def cut(text: str) -> str:
     """As much of a text as a message repeats."""
     return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 1]}…"

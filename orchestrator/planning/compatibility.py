@@ -57,8 +57,8 @@ def fp16_needs_hardware(case: Case) -> str | None:
 
 def bf16_needs_ampere(case: Case) -> str | None:
     """Source: bfloat16 tensor operations need compute capability 8.0 (CUDA programming guide, table of arithmetic)."""
-    capability, config = case.hardware.compute_capability, case.config
-    if config.precision in (Precision.BF16, Precision.AMP_BF16) and capability and capability < (8, 0):
+    config = case.config
+    if config.precision in (Precision.BF16, Precision.AMP_BF16) and case.hardware.is_before_ampere:
         # See `fp16_autocast_excludes_zero`.
         other = "amp_fp16" if config.precision.is_autocast and config.zero_stage == 0 else _half(case)
         return f"precision {config.precision}: {case.hardware.gpu_name} does not compute bf16; use {other}"
@@ -83,8 +83,7 @@ def flash_attention_needs_ampere(case: Case) -> str | None:
     """Source: flash-attn's README: Ampere, Ada or Hopper GPUs, fp16 and bf16, head dimension up to 256."""
     if case.config.attention != "flash_attention_2":
         return None
-    capability = case.hardware.compute_capability
-    if capability is None or capability < (8, 0):
+    if case.hardware.compute_capability is None or case.hardware.is_before_ampere:
         return f"attention flash_attention_2: it needs an Ampere GPU or newer; use {_kernel(case)}"
     if case.config.precision is Precision.FP32:
         told = "it computes in half precision only; use precision bf16"

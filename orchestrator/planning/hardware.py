@@ -59,6 +59,11 @@ class Hardware:
         """Whether it has a GPU of a compute capability below 7.5, as Volta's."""
         return self.compute_capability is not None and self.compute_capability < (7, 5)
 
+    @property
+    def is_before_ampere(self) -> bool:
+        """Whether it has a GPU of a compute capability below 8.0, as Volta's and Turing's."""
+        return self.compute_capability is not None and self.compute_capability < (8, 0)
+
 
 @dataclass(frozen=True, slots=True)
 class _Gpu:

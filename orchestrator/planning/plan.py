@@ -22,7 +22,7 @@ from orchestrator.config.sweep_config import (
     SweepConfig,
 )
 from orchestrator.config.trial_config import TrialConfig
-from orchestrator.errors import InputError, ModelError, cut
+from orchestrator.errors import InputError, ModelError, counted, cut
 from orchestrator.planning import budget
 from orchestrator.planning.cheaper import for_memory, what_fits
 from orchestrator.planning.compatibility import Case, missing_targets, refusals
@@ -313,7 +313,7 @@ def _does_not_fit(case: Case, shape: WorkerShape, memory: MemoryEstimate, memory
     if unquantised := experts_stay_unquantised(case):
         reason += f" ({unquantised})"
     # Workers cannot share a GPU.
-    most_workers = int(case.hardware.gpus) if shape.gpus_per_worker == 1 else case.workers
+    most_workers = case.hardware.gpus if shape.gpus_per_worker == 1 else case.workers
     fits = [_fewer_at_a_time(case.hardware, shape, memory), what_fits(case, memory_bytes, most_workers)]
     told = ", or ".join(hint for hint in fits if hint)
     return f"{reason}; fits with {told}" if told else f"{reason}; use a smaller model"
@@ -514,11 +514,6 @@ def _too_few(shape: WorkerShape, hardware: Hardware) -> tuple[str, ...]:
         f"a trial takes {counted(shape.workers, 'worker')} of {each}, and the cluster has {there}: not one can start "
         "there; lower resources, or name the cluster's GPUs with --gpu and --gpus",
     )
-
-
-def counted(count: float, noun: str) -> str:
-    """`1 GPU`, `0.5 CPUs`."""
-    return f"{count:g} {noun}{'s' * (count != 1)}"
 
 
 def _grace_steps(scheduler: AshaConfig | MedianConfig | ExtrapolationConfig, trial: PlannedTrial) -> float:

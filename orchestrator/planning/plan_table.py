@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from orchestrator.errors import counted
 from orchestrator.planning.hardware import GIB
-from orchestrator.planning.plan import PlannedTrial, SweepPlan, counted
+from orchestrator.planning.plan import PlannedTrial, SweepPlan
 
 PROPOSES = "proposes one configuration after the other"
 

@@ -154,8 +154,7 @@ def _link_seconds(config: TrialConfig, shape: ModelShape, hardware: Hardware, pl
     if placement.nodes > 1:
         link = min(link, NODE_LINK_BYTES_PER_S)
     seconds = sent_bytes / link if sent_bytes else 0.0
-    is_old = hardware.compute_capability is not None and hardware.compute_capability < (8, 0)
-    host_link = OLD_HOST_LINK_BYTES_PER_S if is_old else HOST_LINK_BYTES_PER_S
+    host_link = OLD_HOST_LINK_BYTES_PER_S if hardware.is_before_ampere else HOST_LINK_BYTES_PER_S
     if config.offload != "none":
         # Gradients to the host, weights back; each worker has its share.
         seconds += 2 * gradient_bytes / workers / host_link

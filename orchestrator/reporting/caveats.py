@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from orchestrator.config.sweep_config import is_score
-from orchestrator.reporting import quantities
+from orchestrator.errors import counted
 from orchestrator.reporting.effects import measured_trials
 from orchestrator.reporting.noise import one_run_words
 from orchestrator.reporting.statistics import ConfigurationSummary, metric_of
@@ -37,10 +37,10 @@ def caveats(
         if unscored := [trial for trial in ran if metric_of(trial, score) is None]:
             there = sorted({name for trial in unscored for name in trial.scores})
             have = f"evaluated for {_some(there)}" if there else "not evaluated"
-            trials = quantities.counted(len(unscored), "completed trial")
+            trials = counted(len(unscored), "completed trial")
             told.append(f"Without {score}, and so not competing: {trials}, {have}.")
     if sweep.rows_left_out:
-        rows = quantities.counted(sweep.rows_left_out, "row")
+        rows = counted(sweep.rows_left_out, "row")
         told.append(f"{rows} of the data could not be used: data/summary.json says where and why.")
     steps_of = {trial.configuration_id: trial.steps_trained for trial in ran}
     if scattered := [summary.label for summary in completed if summary.configuration_id in wild]:
@@ -70,7 +70,7 @@ def caveats(
         told.append(f"{sweep.search_ended[0].upper()}{sweep.search_ended[1:]}.")
     earlier = sum(trial.leaves_checkpoint for trial in sweep.trials)
     if earlier:
-        before = quantities.counted(earlier, "trial")
+        before = counted(earlier, "trial")
         told.append(f"The last generation competes; {before} of those before ended so that it could begin.")
     ended = _counts_of_ends(found, earlier)
     if ended:

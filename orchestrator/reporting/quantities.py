@@ -17,11 +17,6 @@ def memory(size_bytes: float | None) -> str:
     return f"{size_bytes / 2**30:.2f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:.0f} MiB"
 
 
-def counted(count: int, noun: str) -> str:
-    """`1 trial`, `3 trials`."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
 def duration(seconds: float | None) -> str:
     """`0.8 s`, `42 s`, `3 min 20 s`, `1 h 04 min`, `2 d 07 h`."""
     if seconds is None:

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+from orchestrator.errors import counted
 from orchestrator.reporting import charts, cost_charts, effect_charts, quantities
 from orchestrator.reporting.findings import (
     Report,
@@ -87,7 +88,7 @@ def _table(report: Report) -> list[str]:
 def _closing(report: Report) -> str:
     counts = ", ".join(f"{count} {status_words(status)}" for status, count in report.counts.items())
     times = report.times
-    trials = quantities.counted(len(report.sweep.trials), "trial")
+    trials = counted(len(report.sweep.trials), "trial")
     told = f"{trials} ({counts}), {report.state}, {quantities.duration(times.wall_s)}"
     if times.training_share is not None:
         told += f"; {quantities.share(times.training_share)} of the trials' time was training"

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from typing import Any
 
+from orchestrator.errors import counted
 from orchestrator.planning.pace import OPEN, left_s
 from orchestrator.reporting import quantities
 from orchestrator.reporting.recommendation import recommend, trial_to_take
@@ -28,7 +29,7 @@ def render_status(folder: SweepFolder, now_s: float | None = None) -> str:
     now_s = time.time() if now_s is None else now_s
     counts = Counter(trial.status for trial in sweep.trials)
     told = ", ".join(f"{counts[status]} {status.value.replace('_', ' ')}" for status in TrialStatus if counts[status])
-    at_work, trials = is_at_work(folder), quantities.counted(len(sweep.trials), "trial")
+    at_work, trials = is_at_work(folder), counted(len(sweep.trials), "trial")
     lines = [f"{sweep.name}: {trials}: {told}", _best(sweep), _time(sweep, folder, now_s, at_work)]
     running = "running" if at_work else "was running"
     lines += [f"{running}: {_named(sweep, trial)}, step {trial.steps}" for trial in _with(sweep, TrialStatus.RUNNING)]

@@ -15,8 +15,7 @@ import ray
 from mlflow import MlflowClient
 
 from orchestrator.config.sweep_config import SweepConfig, is_score
-from orchestrator.errors import first_line
-from orchestrator.reporting import quantities
+from orchestrator.errors import counted, first_line
 from orchestrator.reporting.recommendation import trial_to_take
 from orchestrator.results.evaluation import Evaluation, read_evaluation, write_evaluation
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
@@ -48,7 +47,7 @@ def evaluate(
     tasks = list(_tasks(sweep, result, folder))
     if not tasks:
         return True
-    say(f"evaluating {quantities.counted(len(tasks), 'trained model')}")
+    say(f"evaluating {counted(len(tasks), 'trained model')}")
     # As a worker, and so on the type of GPU that the trials ran on.
     others = shape.bundle
     cpus, gpus = others.pop("CPU"), others.pop("GPU", 0)
@@ -64,7 +63,7 @@ def evaluate(
                 _cancel(waiting)
                 say(
                     f"evaluation was ended after budget.hours, {sweep.budget.hours:g}, without "
-                    f"{quantities.counted(len(waiting), 'trained model')}: run the same command again to have the rest"
+                    f"{counted(len(waiting), 'trained model')}: run the same command again to have the rest"
                 )
                 return True
             _keep(done[0], waiting.pop(done[0]), folder, wrote, say)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.config.sweep_file import to_yaml
+from orchestrator.errors import counted
 from orchestrator.planning.plan import PlannedTrial
-from orchestrator.reporting import quantities
 from orchestrator.results import provenance
 from orchestrator.results.records import PeakMemory, StartedFrom, Suggestion, SweepResult, TrialResult, TrialStatus
 from orchestrator.results.secrets import without_secret
@@ -120,7 +120,7 @@ def start_words(records: Collection[TrialResult], folder: SweepFolder, slots: in
     """
     found = Counter(record.status for record in records)
     pending, refused = found[TrialStatus.PENDING], found[TrialStatus.INFEASIBLE]
-    to_run = f"{quantities.counted(pending, 'trial')} to run"
+    to_run = f"{counted(pending, 'trial')} to run"
     if to_try is not None:
         # It proposes each in the moment a slot is free for it.
         to_run = f"up to {to_try} configurations to try"
