@@ -9,6 +9,9 @@ from contextlib import contextmanager
 
 from orchestrator.errors import StorageError
 
+LAST_BEAT_LIMIT_S = 5.0
+"""A beat may be within a request that nobody answers."""
+
 
 @contextmanager
 def beating(every_s: float, beat: Callable[[], bool]) -> Iterator[None]:
@@ -30,4 +33,4 @@ def beating(every_s: float, beat: Callable[[], bool]) -> Iterator[None]:
         yield
     finally:
         ended.set()
-        thread.join()
+        thread.join(LAST_BEAT_LIMIT_S)

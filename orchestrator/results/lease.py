@@ -65,6 +65,9 @@ def look(uri: str) -> Found | None:
 def held(uri: str, lost: Callable[[], None]) -> Iterator[None]:
     """Hold the lease; `lost` is called from a thread where somebody else has taken it.
 
+    Where the block ends with a StorageError it is left to lapse: each request to a store that is away takes seconds,
+    to one that is silent a minute, and who was interrupted has few.
+
     Raises:
         FolderError: another run is at work there.
         StorageError: the store cannot be written.
@@ -85,11 +88,20 @@ def held(uri: str, lost: Callable[[], None]) -> Iterator[None]:
     try:
         with beating(BEAT_S, renew):
             yield
-    finally:
-        # In a store that is away it lapses by itself.
-        with contextlib.suppress(StorageError):
-            if _owner(uri) == owner:
-                remote.delete(_object(uri))
+    except StorageError:
+        raise
+    except BaseException:
+        _release(uri, owner)
+        raise
+    else:
+        _release(uri, owner)
+
+
+def _release(uri: str, owner: str) -> None:
+    # In a store that is away it lapses by itself.
+    with contextlib.suppress(StorageError):
+        if _owner(uri) == owner:
+            remote.delete(_object(uri))
 
 
 def _wait_for_owner(uri: str) -> None:

@@ -248,14 +248,15 @@ class Mirror:
             with store(self.uri).open_input_stream(info.path) as source, partial.open("wb") as target:
                 shutil.copyfileobj(source, target, CHUNK_BYTES)
                 arrived_bytes = target.tell()
-            if arrived_bytes == info.size:
+            # It may be written anew while it comes, which is several requests: then what came is cut, or of two kinds.
+            now = store(self.uri).get_file_info(info.path)
+            if arrived_bytes == info.size and _version(now) == _version(info):
                 # The store's time, by which the next pull knows that nothing has changed.
                 os.utime(partial, ns=(info.mtime_ns, info.mtime_ns))
                 partial.replace(file)
                 self._same[name] = _state(file) or (info.size, info.mtime_ns)
                 return
-            # It was written anew since it was listed, or cut on the way.
-            info = store(self.uri).get_file_info(info.path)
+            info = now
         partial.unlink()
         raise OSError(f"of {name} {arrived_bytes} bytes arrived where it has {info.size}, {ATTEMPTS} times in a row")
 
@@ -365,6 +366,11 @@ def access_problem(uri: str) -> str | None:
     except (StorageError, ImportError) as error:
         return str(error)
     return None if found and found[0] == token else "what is written there cannot be read back"
+
+
+def _version(info: FileInfo) -> tuple[int | None, int | None]:
+    """Size and second of writing: a listing may tell parts of a second that the answer for one object has not."""
+    return info.size, None if info.mtime_ns is None else info.mtime_ns // 10**9
 
 
 def _state(file: Path) -> tuple[int, int] | None:

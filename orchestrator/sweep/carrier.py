@@ -91,7 +91,8 @@ class Carrier:
                 self._pull(trial_id, is_result)
                 return True
             except StorageError as error:
-                log.warning("trial %s: its files are in the store and not here yet: %s", trial_id, error)
+                self._note_away(error)
+        log.warning("trial %s: its files are in the store and not here yet", trial_id)
         self._unfetched.add(trial_id)
         return False
 
@@ -145,9 +146,9 @@ class Carrier:
                 return
             except StorageError as error:
                 self._why_away = error
-                if time.monotonic() > until_s:
+                if time.monotonic() + RETRY_S > until_s:
                     break
-                time.sleep(min(RETRY_S, limit_s))
+                time.sleep(RETRY_S)
         raise StorageError(
             f"{self._why_away or f'storage {self._folder.shown} does not answer'}. What the store has is safe: run the "
             "same command again once it answers"
@@ -160,16 +161,19 @@ class Carrier:
             try:
                 self._carry()
             except StorageError as error:
-                if self._away_since_s is None:
-                    self._away_since_s = time.monotonic()
-                    log.warning("%s; it is tried again for %.0f s", error, AWAY_LIMIT_S)
-                self._why_away = error
+                self._note_away(error)
                 self._ending.wait(RETRY_S)
-                self._wake.set()
             else:
                 if self._away_since_s is not None:
                     log.warning("storage %s answers again", self._folder.shown)
                 self._away_since_s = None
+
+    def _note_away(self, error: StorageError) -> None:
+        if self._away_since_s is None:
+            self._away_since_s = time.monotonic()
+            log.warning("%s; it is tried again for %.0f s", error, AWAY_LIMIT_S)
+        self._why_away = error
+        self._wake.set()
 
     def _carry(self) -> None:
         if self._tenure.is_lost:

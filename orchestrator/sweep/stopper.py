@@ -19,6 +19,9 @@ from orchestrator.planning.budget import exhausted
 LOOK_S = 0.5
 """So often the budget is looked at: what is spent is counted over all trials, and Tune asks many times a trial."""
 
+SLOTS_LIMIT_S = 3.0
+"""Tune waits 10 s for slots that wait for their workers (ray 2.60.0, TuneController); Kubernetes gives 30 s for all."""
+
 
 class Stopper(tune.Stopper):
     """Ends the whole sweep cleanly: on Ctrl-C, on SIGTERM, or when a limit of the budget is reached."""
@@ -58,7 +61,7 @@ class Stopper(tune.Stopper):
         if self.reason and not self._told:
             self._told = True
             # Slots that wait for a report would not hear Tune's stop before their trial ends.
-            self._board.stop_all.remote()
+            self._board.stop_all.remote(SLOTS_LIMIT_S)
         return self.reason is not None
 
     def _limit_reached(self) -> str | None:

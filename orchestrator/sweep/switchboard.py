@@ -7,6 +7,7 @@ without waiting, so a report costs the training loop nothing.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
@@ -117,11 +118,20 @@ class Switchboard:
             return False
         return True
 
-    async def stop_all(self) -> None:
-        """Stop every trial that runs, without waiting for it, and every one that is still to come."""
+    async def stop_all(self, limit_s: float) -> None:
+        """Stop every trial that runs, and every one that is still to come.
+
+        After `limit_s` their slots wait no longer for workers that wait for a store.
+        """
         self._all_stopped = True
-        for turn in self._running.values():
+        turns = list(self._running.values())
+        for turn in turns:
             turn.stop.set()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.gather(*(turn.over.wait() for turn in turns)), limit_s)
+        for turn in turns:
+            if not turn.over.is_set():
+                self._finish(turn, STOPPED)
 
     async def abandon(self, trial_id: str, limit_s: float, but: str | None = None) -> None:
         """Close the group of a slot that died with this trial; nothing where there is none, or it is group `but`.

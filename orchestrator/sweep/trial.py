@@ -74,8 +74,9 @@ class TrialOnWorkers(tune.Trainable):
         return event
 
     def cleanup(self) -> None:
-        """Tune needs the slot no more."""
-        self._close()
+        """Tune needs the slot no more; its workers may wait for a store that is away, and Tune waits for this."""
+        if self._group:
+            ray.get(self._board.close_group.remote(self._group))
 
     def _take(self, config: dict[str, Any]) -> None:
         # It begins with the first step and not here: Tune starts an actor for a trial, and where another slot falls

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -173,6 +173,36 @@ def test_a_file_that_arrives_in_part_is_fetched_again_and_never_taken_for_the_wh
                     other.pull()
         assert names(other.local) == ({"a"} if arrives else set())
     assert (other.local / "a").read_text() == "0123456789"
+
+
+class Replacing:
+    """The store, where a file is written anew as soon as it has been opened, once."""
+
+    def __init__(self, store: Any, replace: Callable[[], None]) -> None:
+        self._store, self._replace = store, replace
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def open_input_stream(self, path: str) -> Any:
+        stream = self._store.open_input_stream(path)
+        self._replace()
+        self._replace = lambda: None
+        return stream
+
+
+def test_a_file_that_is_written_anew_while_it_is_fetched_arrives_as_it_is_then_and_is_not_cut(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = Mirror(tmp_path / "one", uri), Mirror(tmp_path / "other", uri)
+    write(one.local, a="older")
+    one.push()
+    write(one.local, a="newer, and longer")
+    replacing = Replacing(remote.store(uri), one.push)
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(remote, "store", lambda _: replacing)
+        other.pull()
+    assert (other.local / "a").read_text() == "newer, and longer"
 
 
 class BrokenBut:

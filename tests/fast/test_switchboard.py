@@ -214,10 +214,23 @@ def test_a_trial_that_is_given_to_a_group_that_is_lost_hears_so() -> None:
 def test_an_attempt_that_begins_after_all_was_stopped_ends_at_once() -> None:
     async def scene() -> None:
         board = await a_group_at_work(1)
-        await board.stop_all()
+        stopping = asyncio.create_task(board.stop_all(60.0))
+        await board.wait_for_stop("g", 1)
         await board.send("g", 1, 0, FAILED)
+        await stopping
         assert await board.next_event("t-0") == FAILED
         await board.assign("g", TASK)
+        end = await board.next_event("t-0")
+        assert isinstance(end, TrialEnd)
+        assert end.status is TrialStatus.STOPPED
+
+    play(scene())
+
+
+def test_a_slot_does_not_wait_for_a_worker_that_does_not_come_to_an_end_once_all_is_stopped() -> None:
+    async def scene() -> None:
+        board = await a_group_at_work(1)
+        await board.stop_all(0.0)
         end = await board.next_event("t-0")
         assert isinstance(end, TrialEnd)
         assert end.status is TrialStatus.STOPPED
