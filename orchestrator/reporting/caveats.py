@@ -8,7 +8,7 @@ from orchestrator.config.sweep_config import is_score
 from orchestrator.errors import counted
 from orchestrator.reporting.effects import measured_trials
 from orchestrator.reporting.noise import one_run_words
-from orchestrator.reporting.statistics import ConfigurationSummary, metric_of
+from orchestrator.reporting.statistics import LOSSES, ConfigurationSummary, metric_of
 from orchestrator.results.records import SweepResult, TrialStatus
 
 FEW_STEPS = 20
@@ -39,6 +39,13 @@ def caveats(
             have = f"evaluated for {_some(there)}" if there else "not evaluated"
             trials = counted(len(unscored), "completed trial")
             told.append(f"Without {score}, and so not competing: {trials}, {have}.")
+    lengths = sorted({trial.config.sequence_length for trial in ran})
+    if len(lengths) > 1 and (losses := sorted(LOSSES & metrics.keys())):
+        told.append(
+            f"Rows are cut to a trial's sequence_length ({_some([str(length) for length in lengths])}), those that it "
+            f"is evaluated on too: where they are longer than {lengths[0]} tokens, values of {' and '.join(losses)} at "
+            "different lengths stand on different tokens, and cannot be compared."
+        )
     if sweep.rows_left_out:
         rows = counted(sweep.rows_left_out, "row")
         told.append(f"{rows} of the data could not be used: data/summary.json says where and why.")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal
 
-from orchestrator.reporting.statistics import Estimate, estimate, objective_of, sign_of, spell
+from orchestrator.reporting.statistics import LOSSES, Estimate, estimate, objective_of, sign_of, spell
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 
 MAX_VALUES = 8
@@ -72,7 +72,8 @@ class Effect:
     explained: float | None
     """Share of the objective's variance over completed trials that the setting alone accounts for (eta squared)."""
     levelling: Levelling | None
-    """Of a setting of which more costs more; None where no two of its values can be compared with their noise."""
+    """Of a setting of which more costs more; None where no two of its values can be compared with their noise, and of
+    `sequence_length` where the objective is a loss, whose tokens are others at each length."""
 
 
 def main_effects(sweep: SweepResult) -> tuple[Effect, ...]:
@@ -116,7 +117,9 @@ def _effect(sweep: SweepResult, name: str, measured: Sequence[TrialResult]) -> E
         for place, group in enumerate(order)
     )
     known = [group for group in objectives.values() if group]
-    levels = _levelling(cells, order, sign_of(sweep)) if name in COSTLIER_UPWARDS and group_of is spell else None
+    # Later tokens of a row are easier to predict: a loss falls with the length, however well a model was trained.
+    levels_off = name in COSTLIER_UPWARDS and not (name == "sequence_length" and sweep.objective_metric in LOSSES)
+    levels = _levelling(cells, order, sign_of(sweep)) if levels_off and group_of is spell else None
     return Effect(name, values, reference, _explained(known), levels)
 
 

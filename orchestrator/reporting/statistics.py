@@ -18,6 +18,8 @@ from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 
 Costs = tuple[float, ...]
 """What a configuration takes of each thing that counts: lower is better."""
+LOSSES = frozenset({"eval_loss", "loss"})
+"""Means over the tokens of rows that were cut to `sequence_length`: of another length they are of other tokens."""
 SAME_OBJECTIVE = 1e-4
 """ZeRO stages at one seed differ in the last bits alone, every time in the same direction: significant, and nothing."""
 

@@ -11,7 +11,7 @@ from orchestrator.reporting import cost_charts, effect_charts, statistics
 from orchestrator.reporting.effects import main_effects
 from orchestrator.reporting.importance import importances
 from orchestrator.reporting.recommendation import recommend, trial_to_take
-from orchestrator.results.records import TrialStatus
+from orchestrator.results.records import SweepResult, TrialStatus
 from tests.made_up_sweep import REASONS, made_up_sweep, made_up_trial, simulated
 
 SWEEPS = 1000
@@ -402,6 +402,25 @@ def test_it_is_told_whether_a_higher_rank_still_gains(
     assert (levelling.state, levelling.value) == (state, value)
     if state != "undecided":
         assert levelling.further == further
+
+
+def of_two_lengths(metric: str) -> SweepResult:
+    sweep = simulated([2.3, 2.0], 4, 3, configurations=[{"sequence_length": 512}, {"sequence_length": 1024}])
+    trials = [t.model_copy(update={"scores": {"arc_easy/acc": t.best.eval_loss}}) for t in sweep.trials if t.best]
+    return sweep.model_copy(update={"objective_metric": metric, "trials": tuple(trials)})
+
+
+def test_losses_of_different_sequence_lengths_are_said_to_stand_on_different_tokens() -> None:
+    told = "sequence_length (512, 1024), those that it is evaluated on too: where they are longer than 512 tokens, "
+    evidence = recommend(of_two_lengths("eval_loss")).evidence
+    assert any(f"{told}values of eval_loss at different lengths" in line for line in evidence)
+    assert not any("different tokens" in line for line in recommend(of_two_lengths("arc_easy/acc")).evidence)
+    assert not any("different tokens" in line for line in recommend(simulated([2.3, 2.0], 4, 3)).evidence)
+
+
+def test_a_loss_is_not_said_to_level_off_or_to_gain_along_the_sequence_length() -> None:
+    assert main_effects(of_two_lengths("eval_loss"))[0].levelling is None
+    assert main_effects(of_two_lengths("arc_easy/acc"))[0].levelling is not None
 
 
 def test_the_setting_that_moves_the_objective_is_the_important_one() -> None:
