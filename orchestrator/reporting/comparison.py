@@ -6,11 +6,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import InputError
 from orchestrator.reporting import quantities
 from orchestrator.reporting.findings import Report
-from orchestrator.reporting.statistics import ConfigurationSummary, Estimate, estimate, label, sign_of
+from orchestrator.reporting.statistics import LOSSES, ConfigurationSummary, Estimate, estimate, label, sign_of, spell
 from orchestrator.results.records import TrialStatus
+
+QUESTION = frozenset({"model", "objective", "data"})
+"""Sweeps that differ in one of these have no two objectives that measure the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +54,10 @@ class Comparison:
     sweeps: tuple[ComparedSweep, ...]
     answer: str
     differing: tuple[str, ...]
-    """What the sweeps do not have in common besides their settings."""
+    """What the sweeps do not have in common besides the settings that all of them searched."""
     is_comparable: bool
-    """Whether their objectives measure the same: one model, one set of data, one metric."""
+    """Whether their objectives measure the same: one model, one set of data, one metric; of a loss also one
+    `sequence_length` of what they recommend."""
     shared: tuple[SharedConfiguration, ...]
 
 
@@ -67,28 +72,43 @@ def compare(reports: Sequence[Report]) -> Comparison:
     taken = Counter(report.sweep.name for report in reports)
     names = [r.sweep.name if taken[r.sweep.name] == 1 else str(r.folder) for r in reports]
     sweeps = tuple(ComparedSweep(name, report) for name, report in zip(names, reports, strict=True))
-    told, is_comparable = _differing(sweeps)
-    answer = _answer(sweeps) if is_comparable else f"Their objectives cannot be compared: {told[0]}."
-    return Comparison(sweeps, answer, told, is_comparable, _shared(sweeps) if is_comparable else ())
+    told = _differing(sweeps)
+    is_loss = sweeps[0].report.sweep.objective_metric in LOSSES
+    apart = [words for name, words in told.items() if name in QUESTION or (is_loss and name == "sequence_length")]
+    answer = f"Their objectives cannot be compared: {apart[0]}." if apart else _answer(sweeps)
+    # What several ran has one length.
+    shared = () if told.keys() & QUESTION else _shared(sweeps)
+    return Comparison(sweeps, answer, tuple(told.values()), not apart, shared)
 
 
-def _differing(sweeps: Sequence[ComparedSweep]) -> tuple[tuple[str, ...], bool]:
-    """What decides whether objectives are comparable stands first."""
-    found = [s.report.sweep for s in sweeps]
-    trials = [sweep.trials for sweep in found]
-    facts = {
-        "model": [sweep.model for sweep in found],
-        "objective": [f"{sweep.objective_mode} {sweep.objective_metric}" for sweep in found],
-        "data": [(sweep.data_hash or "unknown")[:12] for sweep in found],
-        "devices": [", ".join(sorted({d for t in own for d in t.devices})) or "none" for own in trials],
-        "commit": [", ".join(sorted({t.git.commit[:12] for t in own if t.git})) or "unknown" for own in trials],
+def _differing(sweeps: Sequence[ComparedSweep]) -> dict[str, str]:
+    """In what they differ, in words; what decides whether objectives are comparable stands first."""
+    found = {s.name: s.report.sweep for s in sweeps}
+    trials = {name: sweep.trials for name, sweep in found.items()}
+    facts: dict[str, dict[str, str]] = {
+        "model": {name: sweep.model for name, sweep in found.items()},
+        "objective": {name: f"{sweep.objective_mode} {sweep.objective_metric}" for name, sweep in found.items()},
+        "data": {name: (sweep.data_hash or "unknown")[:12] for name, sweep in found.items()},
+        **_settings(sweeps),
+        "devices": {n: ", ".join(sorted({d for t in own for d in t.devices})) or "none" for n, own in trials.items()},
+        "commit": {
+            n: ", ".join(sorted({t.git.commit[:12] for t in own if t.git})) or "unknown" for n, own in trials.items()
+        },
     }
-    told = {
-        name: f"they differ in {name} ({'; '.join(f'{s.name}: {v}' for s, v in zip(sweeps, values, strict=True))})"
-        for name, values in facts.items()
-        if len(set(values)) > 1
+    return {
+        fact: f"they differ in {fact} ({'; '.join(f'{name}: {value}' for name, value in values.items())})"
+        for fact, values in facts.items()
+        if len(set(values.values())) > 1
     }
-    return tuple(told.values()), not told.keys() & {"model", "objective", "data"}
+
+
+def _settings(sweeps: Sequence[ComparedSweep]) -> dict[str, dict[str, str]]:
+    """Of each setting what the sweeps recommend, but of those that all of them searched, which their labels name."""
+    searched = set.intersection(*(set(s.report.sweep.searched) for s in sweeps))
+    # Repeats are paired by their seed. A length is told wherever it differs: losses hang on it.
+    names = [n for n in TrialConfig.model_fields if n not in searched - {"sequence_length"} and n != "seed"]
+    configs = {s.name: trial.config for s in sweeps if (trial := s.report.recommended)}
+    return {n: {name: spell(getattr(config, n)) for name, config in configs.items()} for n in names}
 
 
 def _answer(sweeps: Sequence[ComparedSweep]) -> str:

@@ -65,6 +65,38 @@ def test_sweeps_of_another_model_or_data_are_not_ranked(tmp_path: Path, field: s
     assert found.shared == ()
 
 
+def of_one_rank(name: str, **settings: Any) -> SweepResult:
+    """Rank 4 and 8, three seeds each, with settings that nobody searched."""
+    configurations = [{"rank": rank, **settings} for rank in (4, 8)]
+    return named(simulated([2.2, 2.0], 3, 1, configurations=configurations), name, searched=("rank",))
+
+
+def test_settings_that_were_not_searched_and_differ_are_told_beside_who_is_better(tmp_path: Path) -> None:
+    short, long = of_one_rank("short", max_steps=100), of_one_rank("long", max_steps=1000, learning_rate=1e-3)
+    found = compared(tmp_path, short, long)
+    assert found.is_comparable
+    assert "they differ in max_steps (short: 100; long: 1000)" in found.differing
+    assert "they differ in learning_rate (short: 0.0002; long: 0.001)" in found.differing
+    assert compared(tmp_path / "alike", short, named(short, "again")).differing == ()
+
+
+def test_what_one_sweep_searched_is_told_with_what_it_recommends(tmp_path: Path) -> None:
+    fixed, searched = of_one_rank("fixed"), simulated([2.2, 2.0], 3, 1, configurations=[{"alpha": 8}, {"alpha": 64}])
+    told = compared(tmp_path, fixed, named(searched, "searched")).differing
+    assert [line.split(" (")[0] for line in told] == ["they differ in rank", "they differ in alpha"]
+    assert told[1].endswith("searched: 64)")
+
+
+def test_losses_of_sweeps_of_different_sequence_lengths_are_not_ranked(tmp_path: Path) -> None:
+    short, long = of_one_rank("short", sequence_length=128), of_one_rank("long", sequence_length=1024, max_steps=9)
+    found = compared(tmp_path, short, long)
+    assert not found.is_comparable
+    told = "Their objectives cannot be compared: they differ in sequence_length (short: 128; long: 1024)."
+    assert found.answer == told
+    fast = {"objective_metric": "tokens_per_s", "objective_mode": "max"}
+    assert compared(tmp_path / "fast", named(short, "a", **fast), named(long, "b", **fast)).is_comparable
+
+
 def test_what_both_ran_is_compared_seed_by_seed(tmp_path: Path) -> None:
     first = simulated([2.2, 2.0, 1.9], 3, 1, noise_sd=0)
     second = simulated([2.3, 2.1], 3, 1, noise_sd=0)
