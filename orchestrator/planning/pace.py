@@ -108,19 +108,28 @@ def _around(ratios: list[float], least: float) -> Range:
 
 
 def left_s(
-    trials: Iterable[TrialResult], planned_s: Mapping[str, float], gone_s: Mapping[str, float], slots: int
+    trials: Iterable[TrialResult],
+    planned_s: Mapping[str, float],
+    gone_s: Mapping[str, float],
+    slots: int,
+    launches: int | None = None,
 ) -> float | None:
-    """Seconds until the last open trial ends; None where none is open.
+    """Seconds until the last trial ends; None where none is open or to come.
 
     `planned_s` is what the plan gives each trial (the mean where it knows of none), `gone_s` how long each at work has
     run. What ended trials of its kind took of their plan, the scheduler's stops among it, an open one is taken to take;
     where none of the kind has ended, as all that ended.
+
+    An adaptive search may launch `launches` in all (None: all are known). Those that it has not proposed yet are taken
+    to take what all that ended took; until one has, None: plans have examples, and of a population whole members.
     """
     known = [seconds for seconds in planned_s.values() if seconds]
     mean_s = statistics.mean(known) if known else 1.0
     took: dict[object, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
     open_: list[tuple[TrialResult, float]] = []
+    proposed = 0
     for trial in trials:
+        proposed += trial.suggestion is not None and trial.status is not TrialStatus.INFEASIBLE
         planned = planned_s.get(trial.trial_id) or mean_s
         if trial.status in OPEN:
             open_.append((trial, planned))
@@ -128,10 +137,17 @@ def left_s(
             for key in (_kind_of(trial.config, trial.gpu_shared_by), "all"):
                 took[key] = took[key][0] + trial.timing.total_s, took[key][1] + planned
 
-    def pace(trial: TrialResult) -> float:
-        kind = _kind_of(trial.config, trial.gpu_shared_by)
+    if launches is not None and not took:
+        return None
+
+    def pace(kind: object) -> float:
         seconds, planned = took[kind if kind in took else "all"]
         return seconds / planned if planned else 1.0
 
-    each = [max(0.0, planned * pace(trial) - gone_s.get(trial.trial_id, 0.0)) for trial, planned in open_]
-    return max(sum(each) / slots, *each) if each else None
+    each = [mean_s * pace("all")] * max(0, (launches or 0) - proposed)
+    for trial, planned in open_:
+        whole_s = planned * pace(_kind_of(trial.config, trial.gpu_shared_by))
+        each.append(max(0.0, whole_s - gone_s.get(trial.trial_id, 0.0)))
+    # Of a population no more run at a time than it has members.
+    at_once = min(slots, len(planned_s)) or slots
+    return max(sum(each) / at_once, *each) if each else None

@@ -89,6 +89,8 @@ class SweepPlan(_Part):
     trials: tuple[PlannedTrial, ...]
     proposed_by: str | None = None
     """The adaptive search that will propose the trials one by one: those here are random examples of its space."""
+    launches: int | None = None
+    """Trials that it may launch in all, of a population those of every generation; None: `trials` are all."""
     runs: int
     refused: int
     makespan_s: tuple[float, float, float]
@@ -402,7 +404,9 @@ def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware, pace: 
     if pbt := sweep.scheduler.pbt:
         works = [part for work in works for part in _generations(work, pbt.interval_steps)]
     alone = _alone(running, model, hardware, shape)
-    taken = simulate(works, concurrent, asha.reduction_factor if asha else None, shape.gpu_shared_by, alone)
+    # Of a population no more run at a time than it has members.
+    at_once = min(concurrent, len(trials)) or 1
+    taken = simulate(works, at_once, asha.reduction_factor if asha else None, shape.gpu_shared_by, alone)
     makespan, hours = taken.makespan_s, taken.trials_s.times(shape.workers * shape.gpus_per_worker / 3600)
     return SweepPlan(
         name=sweep.name,
@@ -416,6 +420,7 @@ def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware, pace: 
         searched=tuple(sweep.domains),
         trials=trials,
         proposed_by=sweep.search.algorithm if proposes else None,
+        launches=len(works) if proposes else None,
         runs=len(running),
         refused=len(trials) - len(running),
         makespan_s=(makespan.low, makespan.expected, makespan.high),

@@ -78,23 +78,27 @@ def _time(sweep: SweepResult, folder: SweepFolder, now_s: float, at_work: bool) 
 
 
 def _left_s(sweep: SweepResult, folder: SweepFolder) -> float | None:
-    planned_s, slots = _planned(folder)
+    planned_s, slots, launches = _planned(folder)
     if not any(trial.status not in OPEN and trial.timing.total_s > 0 for trial in sweep.trials):
         return None
     gone_s = {trial.trial_id: trial.last.seconds for trial in _with(sweep, TrialStatus.RUNNING) if trial.last}
-    return left_s(sweep.trials, planned_s, gone_s, slots)
+    return left_s(sweep.trials, planned_s, gone_s, slots, launches)
 
 
-def _planned(folder: SweepFolder) -> tuple[dict[str, float], int]:
-    """Seconds that the plan gives each trial, and how many run at a time; nothing where no plan can be read."""
+def _planned(folder: SweepFolder) -> tuple[dict[str, float], int, int | None]:
+    """Seconds that the plan gives each trial, how many run at a time, and how many an adaptive search may launch.
+
+    Nothing where no plan can be read.
+    """
     try:
         plan = json.loads(read_record(folder.plan))
         seconds = {
             trial["trial_id"]: float(trial["seconds"]) for trial in plan["trials"] if _is_known(trial["seconds"])
         }
-        return seconds, max(1, int(plan["concurrent"]))
+        launches = plan.get("launches")
+        return seconds, max(1, int(plan["concurrent"])), None if launches is None else int(launches)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}, 1
+        return {}, 1, None
 
 
 def _is_known(seconds: Any) -> bool:

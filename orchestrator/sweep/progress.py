@@ -44,12 +44,13 @@ class Progress(tune.Callback):
         mode: str,
         slots: int,
         planned_s: Mapping[str, float],
+        launches: int | None,
         budget_hours: float | None,
     ) -> None:
         self._folder = folder
         self._records = {record.trial_id: record for record in records}
         self._label, self._metric, self._mode, self._slots = label, metric, mode, slots
-        self._planned_s, self._budget_hours = planned_s, budget_hours
+        self._planned_s, self._launches, self._budget_hours = planned_s, launches, budget_hours
         self._started = self._said = time.monotonic()
         self._launched: dict[str, float] = {}
         self._warned = False
@@ -146,7 +147,7 @@ class Progress(tune.Callback):
     def _left_s(self) -> float | None:
         now = time.monotonic()
         gone_s = {trial_id: now - launched for trial_id, launched in self._launched.items()}
-        return left_s(self._records.values(), self._planned_s, gone_s, self._slots)
+        return left_s(self._records.values(), self._planned_s, gone_s, self._slots, self._launches)
 
     def _beyond_budget(self) -> str | None:
         """That the sweep will be ended before its last trials, once a trial has ended by which that is known."""

@@ -186,6 +186,7 @@ def _progress(
         objective.mode,
         prepared.slots,
         {trial.trial_id: trial.seconds or 0.0 for trial in prepared.plan.trials},
+        prepared.plan.launches,
         prepared.sweep.budget.hours,
     )
 

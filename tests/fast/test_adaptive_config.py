@@ -105,6 +105,7 @@ def test_random_search_tries_its_points_first(tmp_path: Path) -> None:
 def test_the_plan_of_an_adaptive_search_says_that_its_trials_are_examples() -> None:
     found = plan(A100, space=SWEEP["space"], search={"algorithm": "tpe"}, budget={"trials": 4})
     assert found.proposed_by == "tpe"
+    assert found.launches == 4
     told = render(found)
     assert "tpe proposes one configuration after the other" in told
     assert "up to 4 trials" in told

@@ -11,7 +11,7 @@ from orchestrator.config.trial_config import TrialConfig
 from orchestrator.planning.hardware import Hardware, is_named, named_gpu
 from orchestrator.planning.pace import Pace, left_s
 from orchestrator.planning.step_time import UNMEASURED
-from orchestrator.results.records import TrialResult, TrialStatus
+from orchestrator.results.records import Suggestion, TrialResult, TrialStatus
 from orchestrator.results.storage import newest_sweeps
 from tests.fast.cases import CPU
 from tests.made_up_sweep import made_up_sweep, made_up_trial, write_made_up
@@ -120,3 +120,29 @@ def test_what_is_left_is_told_by_trials_of_the_same_kind() -> None:
     assert left_s(trials, planned, gone, slots=1) == pytest.approx(80 + 50)
     assert left_s(trials, planned, gone, slots=2) == pytest.approx(80)
     assert left_s([trials[0]], planned, {}, slots=1) is None
+
+
+def proposed(rank: int, status: TrialStatus) -> TrialResult:
+    suggestion = Suggestion(number=rank, settings={"rank": rank})
+    return made_up_trial({"rank": rank}, status=status).model_copy(update={"suggestion": suggestion})
+
+
+def test_what_a_search_has_not_proposed_yet_takes_what_its_trials_took() -> None:
+    examples = {f"example-{place}": 40.0 for place in range(60)}
+    ended, running = proposed(1, TrialStatus.COMPLETED), proposed(2, TrialStatus.RUNNING)
+    refused = proposed(3, TrialStatus.INFEASIBLE)
+    trials = [ended, running, refused]
+    # It took 80 s: so do 58 more, and the one at work 30 s less.
+    assert left_s(trials, examples, {running.trial_id: 30.0}, 1, launches=60) == pytest.approx(58 * 80 + 50)
+    assert left_s(trials, examples, {running.trial_id: 30.0}, 1, launches=2) == pytest.approx(50)
+    assert left_s([ended], examples, {}, 4, launches=60) == pytest.approx(59 * 80 / 4)
+
+
+def test_until_a_trial_of_a_search_has_ended_nobody_knows_what_is_left() -> None:
+    assert left_s([proposed(1, TrialStatus.RUNNING)], {"example": 40.0}, {}, 1, launches=60) is None
+
+
+def test_no_more_of_a_population_run_at_a_time_than_it_has_members() -> None:
+    members = {f"member-{place}": 40.0 for place in range(4)}
+    trials = [proposed(rank, TrialStatus.COMPLETED) for rank in range(1, 5)]
+    assert left_s(trials, members, {}, slots=16, launches=12) == pytest.approx(2 * 80)

@@ -18,6 +18,7 @@ from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.sweep_file import load, to_yaml
 from orchestrator.config.trial_config import CHANGEABLE
 from orchestrator.errors import FolderError, SweepFileError
+from orchestrator.planning.hardware import named_gpu
 from orchestrator.planning.plan import PlannedTrial
 from orchestrator.reporting.lineage import lineage_words
 from orchestrator.results.records import TrialResult, TrialStatus
@@ -333,7 +334,13 @@ def test_the_plan_knows_how_many_members_train_and_that_each_generation_starts_a
     plain = plan(A100, **keys, search={"algorithm": "random"}, budget={"trials": 8})
     found = plan(A100, **keys, scheduler={"pbt": {"population": 8, "interval_steps": 10}})
     assert len(found.trials) == 8
+    assert found.launches == 8 * 8
     assert found.makespan_s[1] > plain.makespan_s[1]
+    # Members of one generation at a time, however many GPUs there are.
+    gpus = [
+        plan(named_gpu("A100", n), **keys, scheduler={"pbt": {"population": 8, "interval_steps": 10}}) for n in (8, 64)
+    ]
+    assert gpus[0].makespan_s == gpus[1].makespan_s
 
 
 def test_the_answer_names_every_setting_on_the_way(whole: Population) -> None:

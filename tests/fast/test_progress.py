@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.results.records import TrialResult, TrialStatus
+from orchestrator.results.records import Suggestion, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder
 from orchestrator.sweep.opening import start_words
 from orchestrator.sweep.progress import Progress
@@ -24,10 +24,12 @@ def trials_of(first: TrialStatus) -> list[TrialResult]:
     ]
 
 
-def progress_of(tmp_path: Path, records: list[TrialResult], budget_hours: float) -> Progress:
+def progress_of(
+    tmp_path: Path, records: list[TrialResult], budget_hours: float, launches: int | None = None
+) -> Progress:
     planned_s = {record.trial_id: 40.0 for record in records}
     folder = SweepFolder(tmp_path)
-    return Progress(folder, records, lambda record: "rank", "eval_loss", "min", 1, planned_s, budget_hours)
+    return Progress(folder, records, lambda record: "rank", "eval_loss", "min", 1, planned_s, launches, budget_hours)
 
 
 def test_a_budget_that_will_not_do_is_told_once_as_soon_as_a_trial_has_shown_it(
@@ -44,6 +46,16 @@ def test_a_budget_that_will_not_do_is_told_once_as_soon_as_a_trial_has_shown_it(
     assert "about 0.0444 hours are needed at this pace, and budget.hours is 0.0333" in told
     progress(ended[1].model_copy(update={"status": TrialStatus.RUNNING}))
     assert "budget.hours" not in capsys.readouterr().err
+
+
+def test_a_budget_that_will_not_do_for_what_a_search_has_not_proposed_yet_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    progress = progress_of(tmp_path, trials_of(TrialStatus.PENDING)[:1], budget_hours=1, launches=61)
+    proposed = {"suggestion": Suggestion(number=0, settings={"rank": 1})}
+    progress(trials_of(TrialStatus.COMPLETED)[0].model_copy(update=proposed))
+    # It took 80 s, and 60 more are to come.
+    assert "about 1.33 hours are needed at this pace, and budget.hours is 1:" in capsys.readouterr().err
 
 
 def test_a_budget_that_will_do_is_not_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,10 +55,14 @@ def test_the_plan_says_how_long_what_is_left_takes(running: SweepFolder) -> None
     write_atomically(folder.plan, json.dumps({"trials": trials, "concurrent": 2}))
     # Two that took 10 s by the plan took 80 s: two of 40 s take 320 s each, at a time.
     assert "about 5 min 20 s left" in render_status(folder, NOW_S)
+    # Ten more trials of a search take 200 s each, as all that ended: 25 s by the plan, 8 times over.
+    write_atomically(folder.plan, json.dumps({"trials": trials, "concurrent": 2, "launches": 10}))
+    assert "about 21 min 36 s left" in render_status(folder, NOW_S)
 
 
 @pytest.mark.parametrize(
-    "plan", ["{", "[]", "{}", '{"trials": 3}', '{"trials": [3]}', '{"trials": [{"trial_id": "x"}]}']
+    "plan",
+    ["{", "[]", "{}", '{"launches": "x"}', '{"trials": 3}', '{"trials": [3]}', '{"trials": [{"trial_id": "x"}]}'],
 )
 def test_a_plan_that_cannot_be_read_is_done_without(running: SweepFolder, plan: str) -> None:
     write_atomically(running.plan, plan)
