@@ -88,7 +88,10 @@ def _once_s(trial: TrialResult) -> float:
 
 
 def _evaluation_s(trial: TrialResult) -> float:
-    return (trial.timing.evaluation_s + trial.timing.saving_s) / _evaluations(trial.config)
+    parent = trial.started_from
+    # Those before it were its parent's, which ended at one of them; a record that says otherwise is no reason to fail.
+    own = _evaluations(trial.config) - (parent.step // trial.config.eval_every if parent else 0)
+    return (trial.timing.evaluation_s + trial.timing.saving_s) / max(1, own)
 
 
 def _evaluations(config: TrialConfig) -> int:

@@ -11,7 +11,7 @@ from orchestrator.config.trial_config import TrialConfig
 from orchestrator.planning.hardware import Hardware, is_named, named_gpu
 from orchestrator.planning.pace import Pace, left_s
 from orchestrator.planning.step_time import UNMEASURED
-from orchestrator.results.records import Suggestion, TrialResult, TrialStatus
+from orchestrator.results.records import StartedFrom, Suggestion, TrialResult, TrialStatus
 from orchestrator.results.storage import newest_sweeps
 from tests.fast.cases import CPU
 from tests.made_up_sweep import made_up_sweep, made_up_trial, write_made_up
@@ -71,6 +71,14 @@ def test_what_is_no_step_is_learnt_of_the_same_model_only_and_goes_by_how_often_
     assert own.evaluation_s == pytest.approx(10.0)
     assert own.evaluations_s(TrialConfig(max_steps=100, eval_every=10)) == pytest.approx(100.0)
     assert pace_of(trial, model="another").evaluations_s(trial.config) == 0.0
+
+
+def test_a_member_of_a_population_made_the_evaluations_since_its_parents_checkpoint_only() -> None:
+    trial = ran({"max_steps": 100, "eval_every": 20}, 0.5)
+    timing = trial.timing.model_copy(update={"evaluation_s": 15.0, "saving_s": 5.0})
+    last = {"timing": timing, "started_from": StartedFrom(trial_id="parent-0", step=60)}
+    # Steps 80 and 100.
+    assert pace_of(trial.model_copy(update=last), model="builtin:tiny-llama").evaluation_s == pytest.approx(10.0)
 
 
 def test_a_trial_that_failed_or_has_no_prediction_is_left_out() -> None:
