@@ -348,9 +348,15 @@ def _by_single_runs(
     metric = sweep.objective_metric
     if len(same) == len(contenders) - 1:
         return _by_cost(sweep, contenders, comparisons, caveats)
+    # A member has no repeats: its settings and checkpoints come from the others of its population.
+    is_member = any(trial.suggestion and trial.suggestion.generation is not None for trial in sweep.trials)
+    needed = None if is_member else FIRST_REPEATS
+    how = f"{needed} repeats (search.repeats: {needed})"
+    if is_member:
+        how = "populations of another search.seed, each under a --name of its own,"
     answer = (
         f"Take {best.label}: it has the best {metric} ({_value(best)}), but one run each cannot tell a difference "
-        f"from noise; {FIRST_REPEATS} repeats (search.repeats: {FIRST_REPEATS}) would begin to."
+        f"from noise; {how} would begin to."
     )
     close = []
     for other, comparison in zip(contenders[1:], comparisons, strict=True):
@@ -359,7 +365,7 @@ def _by_single_runs(
         if difference and cheaper and best.objective and difference.mean <= CLOSE * abs(best.objective.mean):
             words = " and ".join(_cost_words(comparison)) or f"shows {UNCLEAR}"
             close.append(f"{other.label} is within {difference.mean:.2g} of it, less than 1 %, and {words}.")
-    return _make("single_runs", best, answer, [*close[:5], *caveats], comparisons, None, FIRST_REPEATS)
+    return _make("single_runs", best, answer, [*close[:5], *caveats], comparisons, None, needed)
 
 
 def _by_cost(
@@ -386,15 +392,18 @@ def _without_completed(
     sweep: SweepResult, found: Sequence[ConfigurationSummary], caveats: Sequence[str]
 ) -> Recommendation:
     ran = [summary for summary in found if summary.provisional_objective is not None and not summary.is_broken]
-    if not ran:
+    kept = [summary for summary in ran if not objectives.broken(sweep, summary)]
+    if not kept:
         evaluated = any(trial.best for trial in sweep.trials)
         why = (
-            f"no trial that went well has its {sweep.objective_metric}"
+            "no configuration so far keeps the constraints"
+            if ran
+            else f"no trial that went well has its {sweep.objective_metric}"
             if evaluated
             else "no trial has completed an evaluation"
         )
         return _make("nothing", None, f"No answer yet: {why}.", caveats)
-    best = ran[0]
+    best = kept[0]
     value = quantities.number(best.provisional_objective)
     answer = (
         f"No trial has completed. {best.label} has the best {sweep.objective_metric} so far ({value}), "

@@ -80,6 +80,15 @@ def test_who_is_left_alone_by_the_constraints_is_said_to_be() -> None:
     assert "no other configuration has completed soundly and keeps the constraints" in recommend(sweep).answer
 
 
+def test_before_anything_has_completed_who_breaks_a_constraint_is_not_the_best_so_far() -> None:
+    running = [trial.model_copy(update={"status": TrialStatus.RUNNING}) for trial in trials()]
+    sweep = made_up_sweep(running, ended_ms=None, constraints=("peak_memory_bytes <= 3GiB",))
+    assert recommend(sweep).label == "rank=8"
+    sweep = made_up_sweep(running, ended_ms=None, constraints=("tokens_per_s >= 1000000",))
+    assert recommend(sweep).answer == "No answer yet: no configuration so far keeps the constraints."
+    assert trial_to_take(sweep) is None
+
+
 def test_where_nobody_keeps_the_constraints_the_report_says_that() -> None:
     sweep = made_up_sweep(trials()).model_copy(update={"constraints": ("tokens_per_s >= 1000000",)})
     answer = recommend(sweep)

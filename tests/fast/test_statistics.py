@@ -11,7 +11,7 @@ from orchestrator.reporting import cost_charts, effect_charts, statistics
 from orchestrator.reporting.effects import main_effects
 from orchestrator.reporting.importance import importances
 from orchestrator.reporting.recommendation import recommend, trial_to_take
-from orchestrator.results.records import SweepResult, TrialStatus
+from orchestrator.results.records import Suggestion, SweepResult, TrialStatus
 from tests.made_up_sweep import REASONS, made_up_sweep, made_up_trial, simulated
 
 SWEEPS = 1000
@@ -140,6 +140,19 @@ def test_single_runs_take_the_best_and_say_that_noise_is_unknown() -> None:
     assert (answer.basis, answer.label, answer.repeats_needed) == ("single_runs", "rank=8", 3)
     assert "one run each cannot tell" in answer.answer
     assert any("rank=4 is within 0.01 of it" in line for line in answer.evidence)
+
+
+def test_a_population_is_to_be_run_again_where_repeats_would_be_refused() -> None:
+    trials = [
+        made_up_trial({"learning_rate": rate}, objective=loss).model_copy(
+            update={"suggestion": Suggestion(number=place, settings={}, generation=4, member=place)}
+        )
+        for place, (rate, loss) in enumerate(((1e-3, 2.0), (8e-4, 2.2)))
+    ]
+    answer = recommend(made_up_sweep(trials, searched=("learning_rate",)))
+    assert "populations of another search.seed, each under a --name of its own, would begin to." in answer.answer
+    assert "search.repeats" not in answer.answer
+    assert answer.repeats_needed is None
 
 
 def test_the_answer_and_its_evidence_tell_no_difference_in_cost_that_may_be_noise() -> None:
