@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 
 from orchestrator.config.sweep_config import is_score
 from orchestrator.errors import counted
+from orchestrator.reporting import quantities
 from orchestrator.reporting.effects import measured_trials
 from orchestrator.reporting.noise import one_run_words
 from orchestrator.reporting.statistics import LOSSES, ConfigurationSummary, metric_of
@@ -36,13 +37,14 @@ def caveats(
     for score in filter(is_score, metrics):
         if unscored := [trial for trial in ran if metric_of(trial, score) is None]:
             there = sorted({name for trial in unscored for name in trial.scores})
-            have = f"evaluated for {_some(there)}" if there else "not evaluated"
+            have = f"evaluated for {quantities.some(there)}" if there else "not evaluated"
             trials = counted(len(unscored), "completed trial")
             told.append(f"Without {score}, and so not competing: {trials}, {have}.")
     lengths = sorted({trial.config.sequence_length for trial in ran})
     if len(lengths) > 1 and (losses := sorted(LOSSES & metrics.keys())):
+        shown = quantities.some([str(length) for length in lengths])
         told.append(
-            f"Rows are cut to a trial's sequence_length ({_some([str(length) for length in lengths])}), those that it "
+            f"Rows are cut to a trial's sequence_length ({shown}), those that it "
             f"is evaluated on too: where they are longer than {lengths[0]} tokens, values of {' and '.join(losses)} at "
             "different lengths stand on different tokens, and cannot be compared."
         )
@@ -51,16 +53,21 @@ def caveats(
         told.append(f"{rows} of the data could not be used: data/summary.json says where and why.")
     steps_of = {trial.configuration_id: trial.steps_trained for trial in ran}
     if scattered := [summary.label for summary in completed if summary.configuration_id in wild]:
-        told.append(f"Left out, since their repeats scatter ten times as far as the others': {_some(scattered)}.")
+        told.append(
+            f"Left out, since their repeats scatter ten times as far as the others': {quantities.some(scattered)}."
+        )
     broken = [summary.label for summary in completed if summary.is_broken]
     if broken and not any(summary.is_broken for summary in contenders):
-        told.append(f"Left out, since a repeat of theirs diverged or ran out of memory: {_some(broken)}.")
+        told.append(f"Left out, since a repeat of theirs diverged or ran out of memory: {quantities.some(broken)}.")
     elif broken:
-        told.append(f"Every completed configuration also diverged or ran out of memory in a repeat: {_some(broken)}.")
+        told.append(
+            f"Every completed configuration also diverged or ran out of memory in a repeat: {quantities.some(broken)}."
+        )
     early = [s.label for s in contenders if s.counts.get(TrialStatus.STOPPED)]
     if early:
         told.append(
-            f"The scheduler stopped repeats of {_some(early)}: their means stand on the repeats that went well."
+            f"The scheduler stopped repeats of {quantities.some(early)}: their means stand on the repeats that went "
+            "well."
         )
     measured = [trial.configuration_id for trial in measured_trials(sweep)]
     if len(set(measured)) == len(measured) > 1:
@@ -72,7 +79,9 @@ def caveats(
         )
     devices = {device for trial in ran for device in trial.devices}
     if len(devices) > 1:
-        told.append(f"Trials ran on different devices ({_some(sorted(devices))}): their speeds are not comparable.")
+        told.append(
+            f"Trials ran on different devices ({quantities.some(sorted(devices))}): their speeds are not comparable."
+        )
     if sweep.search_ended:
         told.append(f"{sweep.search_ended[0].upper()}{sweep.search_ended[1:]}.")
     earlier = sum(trial.leaves_checkpoint for trial in sweep.trials)
@@ -98,7 +107,3 @@ def _counts_of_ends(found: Sequence[ConfigurationSummary], earlier: int) -> str:
     counts = {status: sum(summary.counts.get(status, 0) for summary in found) for status in words}
     counts[TrialStatus.STOPPED] -= earlier
     return ", ".join(f"{count} {words[status]}" for status, count in counts.items() if count)
-
-
-def _some(labels: Sequence[str]) -> str:
-    return ", ".join(labels[:5]) + (f" and {len(labels) - 5} more" if len(labels) > 5 else "")

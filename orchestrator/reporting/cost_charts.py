@@ -9,8 +9,10 @@ from orchestrator.planning.plan import SweepPlan
 from orchestrator.reporting import quantities
 from orchestrator.reporting.charts import Figure, Key
 from orchestrator.reporting.noise import ONE_RUN_SPEED
+from orchestrator.reporting.objectives import ParetoFront, value_of
 from orchestrator.reporting.plot import Axis, Bar, Dot, Part, bar_plot, xy_plot
 from orchestrator.reporting.statistics import ConfigurationSummary, are_the_same
+from orchestrator.results.records import SweepResult
 
 MAX_BARS = 24
 MAX_LABELS = 8
@@ -124,42 +126,51 @@ def speed_chart(found: Sequence[ConfigurationSummary]) -> Figure | None:
 
 
 def pareto_charts(
-    metric: str, found: Sequence[ConfigurationSummary], front: frozenset[str], recommended: str | None
+    sweep: SweepResult, found: Sequence[ConfigurationSummary], front: ParetoFront, recommended: str | None
 ) -> tuple[Figure, ...]:
-    """Objective against peak memory and against speed; the Pareto front of all three stands out."""
+    """The first metric of the front against each other one; the front of all of them stands out."""
+    metric, *others = front.metrics
+    # Against itself an objective makes no picture.
+    if metric == "step_time_s":
+        others = [other for other in others if other != "tokens_per_s"]
+    costs = (_cost(sweep, found, metric, other) for other in others)
+    figures = (_pareto_chart(metric, cost, found, front, recommended) for cost in costs)
+    return tuple(figure for figure in figures if figure)
+
+
+def _cost(sweep: SweepResult, found: Sequence[ConfigurationSummary], metric: str, other: str) -> Cost:
     unit, name = memory_unit(max((s.peak_memory_bytes or 0 for s in found), default=0))
-    costs = (
-        Cost(
+    known = {
+        "peak_memory_bytes": Cost(
             f"{metric} against memory",
             Axis(f"peak memory of a worker ({name})"),
             lambda s: s.peak_memory_bytes / unit if s.peak_memory_bytes else None,
         ),
-        Cost(f"{metric} against speed", Axis("tokens a second", quantities.rate), lambda s: s.tokens_per_s),
-    )
-    # Against itself an objective makes no picture.
-    told = {"peak_memory_bytes": costs[1:], "tokens_per_s": costs[:1], "step_time_s": costs[:1]}.get(metric, costs)
-    figures = (_pareto_chart(metric, cost, found, front, recommended) for cost in told)
-    return tuple(figure for figure in figures if figure)
+        "tokens_per_s": Cost(
+            f"{metric} against speed", Axis("tokens a second", quantities.rate), lambda s: s.tokens_per_s
+        ),
+    }
+    return known.get(other) or Cost(f"{metric} against {other}", Axis(other), lambda s: value_of(sweep, s, other))
 
 
 def _pareto_chart(
-    metric: str, cost: Cost, found: Sequence[ConfigurationSummary], front: frozenset[str], recommended: str | None
+    metric: str, cost: Cost, found: Sequence[ConfigurationSummary], front: ParetoFront, recommended: str | None
 ) -> Figure | None:
-    known = [s for s in found if s.objective and cost.of(s)]
+    known = [s for s in found if s.objective and cost.of(s) is not None]
     if len(known) < 2 or are_the_same([s.objective.mean for s in known if s.objective]):
         return None
-    on_front = [s.configuration_id for s in known if s.configuration_id in front]
+    on_front = [s.configuration_id for s in known if s.configuration_id in front.configuration_ids]
     styles: dict[str | None, str] = {**dict.fromkeys(on_front, "s0"), recommended: "s1"}
     labelled = {*on_front[:MAX_LABELS], recommended}
     # What stands out is drawn last, on top of the others.
-    ordered = sorted(known, key=lambda s: (s.configuration_id == recommended, s.configuration_id in front))
+    ordered = sorted(known, key=lambda s: (s.configuration_id == recommended, s.configuration_id in on_front))
     dots = [_pareto_dot(s, cost, styles, s.configuration_id in labelled) for s in ordered]
     words = (
-        f"{len(on_front)} of {len(known)} configurations are on the Pareto front of {metric}, peak memory and tokens a "
-        "second: no other one is as good in all three."
+        f"{len(on_front)} of {len(known)} configurations are on the Pareto front of {front.words}: no other one that "
+        "competes is as good in all of them."
     )
     svg = xy_plot(cost.title, words, cost.axis, Axis(metric), dots=dots)
-    keys = (Key("s1", "recommended"), Key("s0", "on the Pareto front"), Key("rest", "beaten by another one"))
+    keys = (Key("s1", "recommended"), Key("s0", "on the Pareto front"), Key("rest", "beaten, or does not compete"))
     drawn = {dot.style for dot in dots}
     return Figure(cost.title, svg, tuple(Key(f"{k.style} dot", k.label) for k in keys if k.style in drawn), words)
 

@@ -17,8 +17,9 @@ from orchestrator.reporting.curves import Curve, Plateau, plateaus
 from orchestrator.reporting.effects import Effect, Levelling, main_effects
 from orchestrator.reporting.importance import importances
 from orchestrator.reporting.lineage import lineage_words
-from orchestrator.reporting.recommendation import Recommendation, recommend
-from orchestrator.reporting.statistics import ConfigurationSummary, label, pareto_front, sign_of, summaries
+from orchestrator.reporting.objectives import ParetoFront, front_of
+from orchestrator.reporting.recommendation import Recommendation, competing, recommend
+from orchestrator.reporting.statistics import ConfigurationSummary, label, summaries
 from orchestrator.reporting.times import Outlay, Times, against_plan, times_of
 from orchestrator.reporting.trades import COSTS, trades
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
@@ -38,7 +39,7 @@ class Report:
     damaged: tuple[DamagedRecord, ...]
     summaries: tuple[ConfigurationSummary, ...]
     recommendation: Recommendation
-    front: frozenset[str]
+    front: ParetoFront
     effects: tuple[Effect, ...]
     importances: Mapping[str, float]
     curves: Mapping[str, Curve]
@@ -101,7 +102,7 @@ def build(folder: SweepFolder, now_s: float | None = None) -> Report:
         damaged=damaged + unread,
         summaries=found,
         recommendation=_with_lineage(sweep, _with_settings(sweep, recommend(sweep), curves, levels, effects)),
-        front=pareto_front(found, sign_of(sweep)),
+        front=front_of(sweep, competing(sweep, found)[0]),
         effects=effects,
         importances=importances(sweep),
         curves=curves,

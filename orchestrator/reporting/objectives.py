@@ -4,11 +4,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from orchestrator.config.constraint import parse
 from orchestrator.reporting import quantities
-from orchestrator.reporting.statistics import ConfigurationSummary, Costs, front, metric_of
+from orchestrator.reporting.statistics import ConfigurationSummary, Costs, front, metric_of, pareto_front, sign_of
 from orchestrator.results.records import SweepResult, TrialStatus
+
+REFERENCE = 1.1
+"""Up to where an objective counts in the hypervolume: its best value is 0, the worst of all that competes 1. A tenth of
+the range past the worst, since at the worst itself both ends of a front would count for nothing. Source: Ishibuchi,
+Akedo and Nojima 2011, A Many-Objective Test Problem for Visually Examining Diversity Maintenance Behavior in a Decision
+Space, as BoTorch's `infer_reference_point` has it."""
+NAMES = {"peak_memory_bytes": "peak memory", "tokens_per_s": "tokens a second"}
+
+
+@dataclass(frozen=True, slots=True)
+class ParetoFront:
+    """The competing configurations that no other one of them beats or equals in all metrics at once."""
+
+    metrics: tuple[str, ...]
+    """The objectives; where there is one, it, peak memory and tokens a second."""
+    configuration_ids: tuple[str, ...]
+    reference: tuple[float, ...] | None
+    """Of each metric, up to where the hypervolume counts, in its own unit; None where there is one objective."""
+    hypervolume: float | None
+    """What the front dominates of the box between the best value of each metric and the reference, as a share of it;
+    None where there is one objective, or nothing is on the front."""
+
+    @property
+    def words(self) -> str:
+        """`eval_loss, peak memory and tokens a second`."""
+        *others, last = (NAMES.get(metric, metric) for metric in self.metrics)
+        return f"{', '.join(others)} and {last}"
 
 
 def broken(sweep: SweepResult, summary: ConfigurationSummary) -> tuple[str, ...]:
@@ -44,33 +72,57 @@ def costs_of(sweep: SweepResult, summaries: Sequence[ConfigurationSummary]) -> d
     found = {}
     for summary in summaries:
         values = [value_of(sweep, summary, metric) for metric, _ in sweep.objectives]
-        signs = [1.0 if mode == "min" else -1.0 for _, mode in sweep.objectives]
         if summary.objective and not broken(sweep, summary) and None not in values:
-            pairs = zip(signs, values, strict=True)
+            pairs = zip(_signs(sweep), values, strict=True)
             found[summary.configuration_id] = tuple(sign * value for sign, value in pairs if value is not None)
     return found
 
 
-def on_front(sweep: SweepResult, summaries: Sequence[ConfigurationSummary]) -> list[ConfigurationSummary]:
+def _signs(sweep: SweepResult) -> list[float]:
+    """Times these, lower objectives are better ones."""
+    return [1.0 if mode == "min" else -1.0 for _, mode in sweep.objectives]
+
+
+def on_front(sweep: SweepResult, sound: Sequence[ConfigurationSummary]) -> list[ConfigurationSummary]:
     """Those that no other beats in all objectives; all of them where there is one objective, or nothing is known."""
-    costs = costs_of(sweep, summaries)
-    if len(sweep.objectives) < 2 or not costs:
-        return list(summaries)
+    kept = front(costs_of(sweep, sound))
+    if len(sweep.objectives) < 2 or not kept:
+        return list(sound)
+    return [summary for summary in sound if summary.configuration_id in kept]
+
+
+def front_of(sweep: SweepResult, sound: Sequence[ConfigurationSummary]) -> ParetoFront:
+    """The Pareto front of those that compete."""
+    if len(sweep.objectives) < 2:
+        usual = tuple(dict.fromkeys((sweep.objective_metric, *NAMES)))
+        return ParetoFront(usual, pareto_front(sound, sign_of(sweep)), None, None)
+    costs, metrics = costs_of(sweep, sound), tuple(metric for metric, _ in sweep.objectives)
+    if not costs:
+        return ParetoFront(metrics, (), None, None)
     kept = front(costs)
-    return [summary for summary in summaries if summary.configuration_id in kept]
+    each = list(zip(*costs.values(), strict=True))
+    best, ranges = [min(values) for values in each], [max(values) - min(values) for values in each]
+    # Where all are alike in an objective it has no range, and every point counts to all of its reference.
+    points = [
+        tuple((value - b) / r if r else 0.0 for value, b, r in zip(costs[one], best, ranges, strict=True))
+        for one in kept
+    ]
+    dominated = hypervolume(points, (REFERENCE,) * len(metrics)) / REFERENCE ** len(metrics)
+    reference = tuple(sign * (b + REFERENCE * r) for sign, b, r in zip(_signs(sweep), best, ranges, strict=True))
+    return ParetoFront(metrics, kept, reference, dominated)
 
 
 def hypervolume(costs: Sequence[Costs], reference: Costs) -> float:
-    """The volume that the points dominate up to `reference`, exactly, slice by slice along the last objective."""
-    inside = sorted({c for c in costs if all(a < b for a, b in zip(c, reference, strict=True))}, key=lambda c: c[-1])
-    if not inside:
-        return 0.0
-    if len(reference) == 1:
-        return reference[0] - inside[0][0]
-    edges = [cost[-1] for cost in inside] + [reference[-1]]
+    """The volume that the points dominate up to `reference`, exactly: of each what those after it leave of its own.
+
+    Source: While, Bradstreet and Barone 2012, A Fast Way of Calculating Exact Hypervolumes (WFG).
+    """
+    inside = [cost for cost in costs if all(a < b for a, b in zip(cost, reference, strict=True))]
+    kept = front({cost: cost for cost in inside})[::-1]
     return math.fsum(
-        (edges[i + 1] - edges[i]) * hypervolume([cost[:-1] for cost in inside[: i + 1]], reference[:-1])
-        for i in range(len(inside))
+        math.prod(b - a for a, b in zip(cost, reference, strict=True))
+        - hypervolume([tuple(map(max, cost, other)) for other in kept[place + 1 :]], reference)
+        for place, cost in enumerate(kept)
     )
 
 
@@ -84,24 +136,21 @@ def evidence(
         summaries: all, of which some may break constraints.
         sound: those that compete, whose front is told.
     """
-    told = []
-    for summary in summaries:
-        if texts := broken(sweep, summary):
-            told.append(f"{summary.label} does not keep {', '.join(texts)}, and does not compete.")
-    costs = costs_of(sweep, sound)
-    if len(sweep.objectives) < 2 or not costs:
+    breakers = [(summary.label, texts) for summary in summaries if (texts := broken(sweep, summary))]
+    told = [
+        f"Left out, since they do not keep {text}: {quantities.some(labels)}."
+        for text in sweep.constraints
+        if (labels := [label for label, texts in breakers if text in texts])
+    ]
+    found = front_of(sweep, sound)
+    if found.hypervolume is None:
         return tuple(told)
-    labels = {summary.configuration_id: summary.label for summary in sound}
-    names = " and ".join(metric for metric, _ in sweep.objectives)
-    on_front = front(costs)
-    line = f"Pareto front of {names}: {', '.join(labels[identity] for identity in on_front)}"
-    # Where none lies behind the front, the worst values are its own: two of them would always come to nothing.
-    if len(on_front) < len(costs):
-        worst = tuple(map(max, zip(*costs.values(), strict=True)))
-        best = tuple(map(min, zip(*costs.values(), strict=True)))
-        box = math.prod(w - b for w, b in zip(worst, best, strict=True))
-        share = hypervolume([costs[identity] for identity in on_front], worst) / box if box else 1.0
+    names = {summary.configuration_id: summary.label for summary in sound}
+    line = f"Pareto front of {found.words}: {quantities.some([names[one] for one in found.configuration_ids])}"
+    # Where none lies behind the front, the worst values are its own: of two on it, it would always be the same.
+    if len(found.configuration_ids) < len(costs_of(sweep, sound)):
         line += (
-            f"; its hypervolume is {quantities.share(share)} of the box between the best and the worst value of each"
+            f"; its hypervolume is {quantities.share(found.hypervolume)} of the box between the best value of each and "
+            "a tenth of its range past the worst"
         )
     return (*told, f"{line}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 UNKNOWN = "–"
 MINUS = "\u2212"
@@ -96,3 +97,8 @@ def outlay(value: float | None, unit: str) -> str:
 def share(fraction: float | None) -> str:
     """`31 %`."""
     return UNKNOWN if fraction is None else f"{fraction * 100:.0f} %"
+
+
+def some(labels: Sequence[str]) -> str:
+    """The first five, and how many more there are: `rank=8, rank=16`."""
+    return ", ".join(labels[:5]) + (f" and {len(labels) - 5} more" if len(labels) > 5 else "")

@@ -87,13 +87,10 @@ def recommend(sweep: SweepResult) -> Recommendation:
     """Apply RULE; where it cannot be applied, say why and take the best that there is."""
     found = summaries(sweep)
     completed = [summary for summary in found if summary.objective]
-    kept = [summary for summary in completed if not objectives.broken(sweep, summary)]
-    whole = [summary for summary in kept if not summary.is_broken] or kept
-    wild = scattered({summary.configuration_id: summary.objective_by_repeat for summary in whole})
-    sound = [summary for summary in whole if summary.configuration_id not in wild]
+    sound, wild = competing(sweep, found)
     contenders = objectives.on_front(sweep, sound)
     told = (*caveats(sweep, found, completed, contenders, wild), *objectives.evidence(sweep, found, sound))
-    if completed and not kept:
+    if completed and not sound:
         answer = "No configuration that has completed keeps the constraints: loosen them, or search more settings."
         return _make("nothing", None, answer, told)
     if not contenders:
@@ -116,6 +113,16 @@ def recommend(sweep: SweepResult) -> Recommendation:
     if noise is None:
         return _by_single_runs(sweep, contenders, told)
     return _by_rule(sweep, contenders, noise, told)
+
+
+def competing(
+    sweep: SweepResult, found: Sequence[ConfigurationSummary]
+) -> tuple[list[ConfigurationSummary], frozenset[str]]:
+    """Those that the answer is chosen of, and the ids of those left out for the scatter of their repeats."""
+    kept = [summary for summary in found if summary.objective and not objectives.broken(sweep, summary)]
+    whole = [summary for summary in kept if not summary.is_broken] or kept
+    wild = scattered({summary.configuration_id: summary.objective_by_repeat for summary in whole})
+    return [summary for summary in whole if summary.configuration_id not in wild], wild
 
 
 def _and_keeps(sweep: SweepResult) -> str:

@@ -110,11 +110,12 @@ def render_json(report: Report) -> str:
         "configurations": [
             {
                 **asdict(summary),
-                "is_on_pareto_front": summary.configuration_id in report.front,
+                "is_on_pareto_front": summary.configuration_id in report.front.configuration_ids,
                 "plateau": asdict(level) if (level := report.plateaus.get(summary.configuration_id)) else None,
             }
             for summary in report.summaries
         ],
+        "pareto_front": asdict(report.front),
         "effects": [asdict(effect) for effect in report.effects],
         "importances": report.importances,
         "times": {**asdict(report.times), "training_share": report.times.training_share},
@@ -139,7 +140,7 @@ def _page(report: Report) -> dict[str, Any]:
     costs = [
         cost_charts.memory_chart(report.summaries, parts, kind),
         cost_charts.speed_chart(report.summaries),
-        *cost_charts.pareto_charts(metric, report.summaries, report.front, recommended),
+        *cost_charts.pareto_charts(sweep, report.summaries, report.front, recommended),
     ]
     settings = [
         effect_charts.importance_chart(metric, report.importances),

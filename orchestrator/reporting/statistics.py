@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
 from statistics import fmean, median, stdev
-from typing import Any
+from typing import Any, TypeVar
 
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 
+Key = TypeVar("Key", bound=Hashable)
 Costs = tuple[float, ...]
 """What a configuration takes of each thing that counts: lower is better."""
 LOSSES = frozenset({"eval_loss", "loss"})
@@ -335,7 +336,7 @@ def are_the_same(values: Sequence[float]) -> bool:
     return max(values) - min(values) <= SAME_OBJECTIVE * max(map(abs, values))
 
 
-def pareto_front(found: Sequence[ConfigurationSummary], sign: int) -> frozenset[str]:
+def pareto_front(found: Sequence[ConfigurationSummary], sign: int) -> tuple[str, ...]:
     """Configurations that no other one beats or equals in objective, peak memory and tokens a second at once.
 
     An objective that differs from the best one in the last bits alone is as good.
@@ -349,12 +350,12 @@ def pareto_front(found: Sequence[ConfigurationSummary], sign: int) -> frozenset[
             objective = sign * summary.objective.mean
             objective = best if objective <= as_good else objective
             costs[summary.configuration_id] = (objective, memory, -(summary.tokens_per_s or 0.0))
-    return frozenset(front(costs))
+    return front(costs)
 
 
-def front(costs: Mapping[str, Costs]) -> tuple[str, ...]:
-    """Configurations that no other beats or equals in all costs; of equal ones the first."""
-    kept: dict[str, Costs] = {}
+def front(costs: Mapping[Key, Costs]) -> tuple[Key, ...]:
+    """Those that no other beats or equals in all costs, by the first of them; of equal ones the first."""
+    kept: dict[Key, Costs] = {}
     # In this order whatever beats a configuration comes before it, so only the front has to be looked at.
     for identity, cost in sorted(costs.items(), key=lambda entry: entry[1]):
         if not any(all(a <= b for a, b in zip(other, cost, strict=True)) for other in kept.values()):

@@ -10,6 +10,7 @@ import pytest
 from orchestrator.reporting import cost_charts, effect_charts, statistics
 from orchestrator.reporting.effects import main_effects
 from orchestrator.reporting.importance import importances
+from orchestrator.reporting.objectives import front_of
 from orchestrator.reporting.recommendation import recommend, trial_to_take
 from orchestrator.results.records import Suggestion, SweepResult, TrialStatus
 from tests.made_up_sweep import REASONS, made_up_sweep, made_up_trial, simulated
@@ -496,5 +497,7 @@ def test_ways_to_compute_the_same_are_told_apart_by_their_costs_with_no_repeat()
         "engine=deepspeed zero_stage=1",
         "engine=deepspeed zero_stage=2",
     }
-    assert cost_charts.pareto_charts("eval_loss", statistics.summaries(sweep), front, None) == ()
+    found_front = front_of(sweep, statistics.summaries(sweep))
+    assert found_front.configuration_ids == front
+    assert cost_charts.pareto_charts(sweep, statistics.summaries(sweep), found_front, None) == ()
     assert effect_charts.effect_charts("eval_loss", main_effects(sweep)) == ()
