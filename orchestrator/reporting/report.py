@@ -90,6 +90,8 @@ def _closing(report: Report) -> str:
     times = report.times
     trials = counted(len(report.sweep.trials), "trial")
     told = f"{trials} ({counts}), {report.state}, {quantities.duration(times.wall_s)}"
+    if report.sweep.earlier_runs_s:
+        told += " without the pauses between its runs"
     if times.training_share is not None:
         told += f"; {quantities.share(times.training_share)} of the trials' time was training"
     return told

@@ -12,6 +12,7 @@ from orchestrator.planning.pace import OPEN, left_s
 from orchestrator.reporting import quantities
 from orchestrator.reporting.recommendation import recommend, trial_to_take
 from orchestrator.reporting.statistics import label, objective_of
+from orchestrator.reporting.times import times_of
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder, is_at_work, read_record, read_sweep
 
@@ -65,14 +66,13 @@ def _best(sweep: SweepResult) -> str:
 def _time(sweep: SweepResult, folder: SweepFolder, now_s: float, at_work: bool) -> str:
     if sweep.started_ms is None:
         return "time: not started"
+    gone = quantities.duration(times_of(sweep, now_s).wall_s)
     if sweep.ended_ms:
-        gone = quantities.duration((sweep.ended_ms - sweep.started_ms) / 1000)
         again = ", interrupted: run the same command again to go on" if sweep.interrupted else ""
         return f"time: ended after {gone}{again}"
     if not at_work:
         return "time: not ended, and no run is at work here: run the same command again to go on"
-    gone_s = now_s - sweep.started_ms / 1000
-    told = f"time: {quantities.duration(gone_s)} gone"
+    told = f"time: {gone} gone"
     left = _left_s(sweep, folder)
     return f"{told}, about {quantities.duration(left)} left" if left else told
 

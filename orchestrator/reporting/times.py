@@ -17,7 +17,7 @@ class Times:
     """Where the wall-clock time of the sweep and of its workers went, in seconds."""
 
     wall_s: float | None
-    """From the sweep's start to its end, or to now."""
+    """From the sweep's start to its end, or to now, without the pauses between its runs."""
     worker_s: float
     """Launch to end, summed over trials."""
     parts_s: Mapping[str, float]
@@ -49,7 +49,8 @@ def times_of(sweep: SweepResult, now_s: float) -> Times:
     known_s = sum(parts_s.values())
     # A running trial has parts and no total yet.
     worker_s = max(known_s, sum(max(t.total_s, sum(getattr(t, f"{n}_s") for n in PARTS)) for t in timings))
-    wall_s = max(0.0, end_s - sweep.started_ms / 1000) if sweep.started_ms else None
+    began_ms = sweep.run_started_ms or sweep.started_ms
+    wall_s = sweep.earlier_runs_s + max(0.0, end_s - began_ms / 1000) if began_ms else None
     return Times(wall_s, worker_s, {**parts_s, "other": worker_s - known_s})
 
 

@@ -247,6 +247,10 @@ class SweepResult(_Record):
     searched: tuple[str, ...]
     """Names of the settings in `space:`, in the file's order."""
     started_ms: int | None = None
+    run_started_ms: int | None = None
+    """Of the last run; None where there was one alone, which `started_ms` tells of."""
+    earlier_runs_s: Seconds = 0.0
+    """That the runs before it were at work: the pauses between them left out."""
     ended_ms: int | None = None
     """None while the sweep runs."""
     interrupted: bool = False

@@ -17,7 +17,7 @@ from orchestrator.results.records import PeakMemory, StartedFrom, Suggestion, Sw
 from orchestrator.results.secrets import without_secret
 from orchestrator.results.storage import SweepFolder, write_atomically, write_result, write_sweep
 from orchestrator.sweep.preparation import Prepared
-from orchestrator.sweep.resume import Earlier, gone_on_with, kept, with_time_spent
+from orchestrator.sweep.resume import Earlier, at_work_s, gone_on_with, kept, with_time_spent
 from orchestrator.sweep.suggestions import NewRecord, known_at_start
 
 
@@ -87,6 +87,7 @@ def opening_result(
     sweep = prepared.sweep
     before = earlier.result if earlier else None
     searched = (*(before.searched if before else ()), *sweep.domains)
+    started_ms = int(started_at * 1000)
     return SweepResult(
         name=sweep.name,
         question=sweep.question,
@@ -97,7 +98,9 @@ def opening_result(
         objectives=tuple((objective.metric, objective.mode) for objective in sweep.objectives),
         constraints=sweep.constraints,
         searched=tuple(dict.fromkeys(searched)),
-        started_ms=before.started_ms if before else int(started_at * 1000),
+        started_ms=before.started_ms if before else started_ms,
+        run_started_ms=started_ms if before else None,
+        earlier_runs_s=at_work_s(earlier, started_ms) if earlier else 0.0,
         data_hash=prepared.data_hash,
         rows_left_out=prepared.rows_left_out,
         trials=tuple(records.values()),

@@ -126,6 +126,18 @@ def changes(before: SweepConfig, now: SweepConfig, knows_hardware: bool) -> Iter
             yield f"trial.{name} was {cut(str(old))}, now {cut(str(new))}"
 
 
+def at_work_s(earlier: Earlier, now_ms: int) -> float:
+    """Seconds that its runs took, the pauses between them left out; none of them can have ended after now."""
+    result = earlier.result
+    if result is None or result.started_ms is None:
+        return 0.0
+    began_ms = result.run_started_ms or result.started_ms
+    # A run that was killed could not tell: what its trials reported last is the last sign of it.
+    seen = (trial.last.time_ms for trial in earlier.trials.values() if trial.last)
+    ended_ms = result.ended_ms or max(seen, default=began_ms)
+    return result.earlier_runs_s + max(0, min(ended_ms, now_ms) - began_ms) / 1000
+
+
 def kept(earlier: Earlier, planned: frozenset[str]) -> dict[str, TrialResult]:
     """Results of trials that the sweep file no longer asks for: nothing that was measured is dropped."""
     found = {}

@@ -166,9 +166,10 @@ def _run_prepared(
     if search.ended_because:
         say(search.ended_because)
         result = result.model_copy(update={"search_ended": search.ended_because})
-    if earlier and earlier.result and not recorder.has_launched:
+    if earlier and earlier.result and earlier.result.ended_ms and not recorder.has_launched:
         # A run that found all done adds nothing to the time that the sweep took.
-        result = result.model_copy(update={"ended_ms": earlier.result.ended_ms})
+        spent = ("run_started_ms", "earlier_runs_s", "ended_ms")
+        result = result.model_copy(update={name: getattr(earlier.result, name) for name in spent})
     outcome = _finish(prepared, result, recorder, tracker, carrier, folder, stopper, say)
     callbacks.sweep_ended(outcome.sweep, folder.root)
     return outcome

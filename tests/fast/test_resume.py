@@ -7,6 +7,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +15,13 @@ import pytest
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.sweep_file import to_yaml
 from orchestrator.errors import FolderError, StorageError
+from orchestrator.reporting.times import times_of
 from orchestrator.results.records import TrialStatus
 from orchestrator.results.storage import SweepFolder, read_sweep, write_atomically, write_result
 from orchestrator.sweep.delivered import Delivered, write_delivered
 from orchestrator.sweep.resume import (
+    Earlier,
+    at_work_s,
     changes,
     gone_on_with,
     kept,
@@ -26,7 +30,11 @@ from orchestrator.sweep.resume import (
     require_same_question,
     with_time_spent,
 )
-from tests.made_up_sweep import made_up_point, made_up_trial, simulated, write_made_up
+from tests.made_up_sweep import START_MS, made_up_point, made_up_trial, simulated, write_made_up
+
+pytest.importorskip("ray")
+
+from orchestrator.sweep.opening import opening_result
 
 BASE: dict[str, Any] = {
     "name": "made-up",
@@ -275,6 +283,32 @@ def test_time_that_earlier_attempts_held_is_not_forgotten_by_the_budget() -> Non
     # Its driver was killed a second time: the record has its phases, and no total.
     killed = again.model_copy(update={"timing": again.timing.model_copy(update={"training_s": 30.0})})
     assert with_time_spent(killed, made_up_trial({"rank": 8}, status=TrialStatus.PENDING)).timing.earlier_s == 110
+
+
+def test_the_pause_between_two_runs_is_no_time_at_work() -> None:
+    minute_ms, first = 60_000, simulated([2.0, 2.1], 1, 0)
+    now_ms = START_MS + 1000 * minute_ms
+    before = Earlier(sweep(), first.model_copy(update={"ended_ms": START_MS + 30 * minute_ms}), {})
+    assert at_work_s(before, now_ms) == 1800
+    prepared: Any = SimpleNamespace(sweep=sweep(), data_hash=None, rows_left_out=0)
+    again = opening_result(prepared, before, {}, START_MS / 1000 + 900 * 60)
+    assert again.started_ms == START_MS
+    second = again.model_copy(update={"ended_ms": START_MS + 915 * minute_ms})
+    assert at_work_s(replace(before, result=second), now_ms) == 1800 + 900
+    assert times_of(second, 0).wall_s == 1800 + 900
+
+
+def test_a_run_that_was_killed_was_at_work_until_its_last_evaluation() -> None:
+    killed = simulated([2.0, 2.1], 1, 0).model_copy(update={"ended_ms": None})
+    trials = {trial.trial_id: trial for trial in killed.trials}
+    # Step 100, half a second each.
+    now_ms = START_MS + 7_200_000
+    assert at_work_s(Earlier(sweep(), killed, trials), now_ms) == 50
+    # Its node's clock was ahead.
+    assert at_work_s(Earlier(sweep(), killed, trials), START_MS + 20_000) == 20
+    assert at_work_s(Earlier(sweep(), killed, {}), now_ms) == 0
+    at_once = {"run_started_ms": START_MS + 3_600_000, "earlier_runs_s": 50.0}
+    assert at_work_s(Earlier(sweep(), killed.model_copy(update=at_once), trials), now_ms) == 50
 
 
 def test_the_sweeps_id_is_found_again_where_results_json_is_lost(tmp_path: Path) -> None:

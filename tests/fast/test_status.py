@@ -72,6 +72,9 @@ def test_a_plan_that_cannot_be_read_is_done_without(running: SweepFolder, plan: 
 def test_an_ended_sweep_says_how_long_it_took(tmp_path: Path) -> None:
     folder = write_made_up(tmp_path / "sweep", simulated([2.0], 1, 0))
     assert "time: ended after 1 h 00 min" in render_status(folder, NOW_S)
+    resumed = {"run_started_ms": START_MS + 3_000_000, "earlier_runs_s": 60.0}
+    paused = simulated([2.0], 1, 0).model_copy(update=resumed)
+    assert "time: ended after 11 min 00 s" in render_status(write_made_up(tmp_path / "paused", paused), NOW_S)
     interrupted = simulated([2.0], 1, 0).model_copy(update={"interrupted": True})
     assert "run the same command again" in render_status(write_made_up(tmp_path / "other", interrupted), NOW_S)
 
