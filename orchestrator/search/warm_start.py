@@ -11,7 +11,7 @@ from dataclasses import replace
 from statistics import median
 
 from orchestrator.config.axes import Axis, Domain, active, axes_of
-from orchestrator.config.search_space import Settings
+from orchestrator.config.search_space import Settings, configuration_id
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.results.records import TrialResult, TrialStatus
 from orchestrator.search.observation import Curves, Goal, Limit, Observation, Standing, combined
@@ -63,8 +63,8 @@ def of_another_model(foreign: Sequence[Observation], own: Sequence[Observation])
     spread = sorted(taught, key=_end)[:: LIGHTER + len(ended) // MIN_KNOWN]
     if not ended or not spread:
         return tuple(spread)
-    there = {_key(one): one for one in taught}
-    pairs = [(one, there[_key(one)]) for one in ended if _key(one) in there]
+    there = {_identity(one): one for one in taught}
+    pairs = [(one, there[_identity(one)]) for one in ended if _identity(one) in there]
     shifts = [shift for here, other in pairs if (shift := _shift(here, other)) is not None]
     shift = median(shifts) if shifts else min(map(_end, ended)) - min(map(_end, taught))
     return tuple(_shifted(one, shift) for one in spread)
@@ -83,8 +83,9 @@ def best_settings(
     return tuple({tuple(settings.items()): settings for settings in found if settings is not None}.values())[:BEST]
 
 
-def _key(observation: Observation) -> tuple[tuple[str, str], ...]:
-    return tuple(sorted((name, str(value)) for name, value in observation.settings.items()))
+def _identity(observation: Observation) -> str:
+    """The same for the same settings, however they are spelled: a record has lists where an axis has tuples."""
+    return configuration_id(TrialConfig(**observation.settings))
 
 
 def _end(observation: Observation) -> float:

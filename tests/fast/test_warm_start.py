@@ -91,6 +91,20 @@ def test_another_models_results_count_less_and_are_told_on_this_models_scale() -
     assert len(of_another_model(foreign, much)) < len(alone)
 
 
+def test_the_same_settings_in_another_sweep_are_the_same_though_a_record_spells_them_otherwise() -> None:
+    modules = [("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "o_proj"), ("q_proj",)]
+    foreign = [
+        Observation(-1 - n, {"target_modules": names, "alpha": 8.0}, Standing.WHOLE, (((10, 3.0 + n / 10),),))
+        for n, names in enumerate(modules)
+    ]
+    own = [
+        Observation(n, {"target_modules": list(names), "alpha": 8}, Standing.WHOLE, (((10, loss),),))
+        for n, (names, loss) in enumerate(zip(modules, (2.5, 2.0, 2.9), strict=True))
+    ]
+    # By 0.5, 1.1 and 0.3 less than there.
+    assert of_another_model(foreign, own)[0].curves == (((10, pytest.approx(2.5)),),)
+
+
 def test_what_a_grid_ran_in_the_same_folder_is_not_proposed_again() -> None:
     known = taught([trial(8, 2.0)])
     again = {"rank": 8, "learning_rate": 1e-3}
