@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from orchestrator.config.sweep_config import COSTS
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.planning.plan import SweepPlan
 from orchestrator.reporting import quantities
@@ -20,7 +21,7 @@ from orchestrator.reporting.lineage import lineage_words
 from orchestrator.reporting.recommendation import Recommendation, recommend
 from orchestrator.reporting.statistics import ConfigurationSummary, label, pareto_front, sign_of, summaries
 from orchestrator.reporting.times import Outlay, Times, against_plan, times_of
-from orchestrator.reporting.trades import COSTS, trades
+from orchestrator.reporting.trades import trades
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 from orchestrator.results.secrets import without_secret
 from orchestrator.results.storage import DamagedRecord, SweepFolder, read_record, read_sweep

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from orchestrator.config.constraint import parse
 from orchestrator.reporting import quantities
-from orchestrator.reporting.statistics import ConfigurationSummary, Costs, front, metric_of
+from orchestrator.reporting.statistics import ConfigurationSummary, Costs, front
 from orchestrator.results.records import SweepResult, TrialStatus
 
 
@@ -26,16 +26,11 @@ def value_of(sweep: SweepResult, summary: ConfigurationSummary, metric: str) -> 
     """A configuration's measured value: mean over its completed repeats, of memory the largest."""
     if metric == sweep.objective_metric:
         return summary.objective.mean if summary.objective else None
-    measured = {
-        "peak_memory_bytes": summary.peak_memory_bytes,
-        "tokens_per_s": summary.tokens_per_s,
-        "step_time_s": summary.step_time_s,
-    }
-    if metric in measured:
-        return measured[metric]
+    if metric == "peak_memory_bytes":
+        return summary.peak_memory_bytes
     trials = [trial for trial in sweep.trials if trial.trial_id in summary.trial_ids]
     completed = [trial for trial in trials if trial.status is TrialStatus.COMPLETED]
-    values = [value for trial in completed if (value := metric_of(trial, metric)) is not None]
+    values = [value for trial in completed if (value := trial.measured(metric)) is not None]
     return sum(values) / len(values) if values else None
 
 

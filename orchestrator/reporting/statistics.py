@@ -102,17 +102,7 @@ def spell(value: Any) -> str:
 
 def objective_of(sweep: SweepResult, trial: TrialResult) -> float | None:
     """The objective of the trial; None where it has none, or one that is no number."""
-    return metric_of(trial, sweep.objective_metric)
-
-
-def metric_of(trial: TrialResult, metric: str) -> float | None:
-    """A logged metric at the trial's best evaluation, or a score; None where it has none, or one that is no number.
-
-    What it cost is that of all its steps.
-    """
-    point = trial.last if metric == "cost" else trial.best
-    value = trial.scores.get(metric, getattr(point, metric, None))
-    return float(value) if value is not None and math.isfinite(value) else None
+    return trial.measured(sweep.objective_metric)
 
 
 def sign_of(sweep: SweepResult) -> int:

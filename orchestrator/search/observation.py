@@ -72,7 +72,13 @@ class Goal:
 
     def of(self, point: MetricPoint) -> float | None:
         """The value, lower is better; None where the point has none or it is no number."""
-        value = getattr(point, self.metric)
+        return self._lower(getattr(point, self.metric))
+
+    def of_trial(self, record: TrialResult) -> float | None:
+        """What it came to, lower is better; None where that is unknown or no number."""
+        return self._lower(record.measured(self.metric))
+
+    def _lower(self, value: float | None) -> float | None:
         if value is None or not math.isfinite(value):
             return None
         return float(value) if self.mode == "min" else -float(value)

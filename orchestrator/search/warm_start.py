@@ -76,8 +76,7 @@ def best_settings(
     """The settings of the best completed trials, the best first and of equals the cheapest, as far as it has them."""
     axes = axes_of(space)
     whole = (r for r in records if r.status is TrialStatus.COMPLETED and not r.started_from)
-    ended = [(goal.of(r.best), r) for r in whole if r.best]
-    known = ((value, record) for value, record in ended if value is not None)
+    known = ((value, record) for record in whole if (value := goal.of_trial(record)) is not None)
     ranked = sorted(known, key=lambda pair: (pair[0], pair[1].timing.total_s, pair[1].trial_id))
     found = (settings_of(axes, base, record.config) for _, record in ranked)
     return tuple({tuple(settings.items()): settings for settings in found if settings is not None}.values())[:BEST]

@@ -143,14 +143,7 @@ def limits(sweep: SweepConfig) -> dict[str, Limit]:
 
 
 def _excess(constraint: Constraint, record: TrialResult) -> float | None:
-    memory = record.peak_memory
-    measured = {
-        "peak_memory_bytes": memory.measured_bytes if memory else None,
-        "tokens_per_s": record.tokens_per_s,
-        "step_time_s": record.step_time_s,
-        "cost": record.last.cost if record.last else None,
-    }
-    value = measured.get(constraint.metric, getattr(record.best, constraint.metric, None))
+    value = record.measured(constraint.metric)
     return None if value is None else constraint.excess(value)
 
 
