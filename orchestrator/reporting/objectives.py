@@ -1,25 +1,13 @@
-"""Several objectives and constraints: the Pareto front, its hypervolume, and who breaks what."""
+"""Several objectives and constraints: the Pareto front and its hypervolume."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-from orchestrator.config.constraint import parse
 from orchestrator.reporting import quantities
 from orchestrator.reporting.statistics import ConfigurationSummary, Costs, front
 from orchestrator.results.records import SweepResult, TrialStatus
-
-
-def broken(sweep: SweepResult, summary: ConfigurationSummary) -> tuple[str, ...]:
-    """The constraints that a configuration's measurements break; what was not measured breaks none."""
-    found = []
-    for text in sweep.constraints:
-        constraint = parse(text)
-        value = value_of(sweep, summary, constraint.metric)
-        if value is not None and constraint.excess(value) > 0:
-            found.append(text)
-    return tuple(found)
 
 
 def value_of(sweep: SweepResult, summary: ConfigurationSummary, metric: str) -> float | None:
@@ -40,7 +28,7 @@ def costs_of(sweep: SweepResult, summaries: Sequence[ConfigurationSummary]) -> d
     for summary in summaries:
         values = [value_of(sweep, summary, metric) for metric, _ in sweep.objectives]
         signs = [1.0 if mode == "min" else -1.0 for _, mode in sweep.objectives]
-        if summary.objective and not broken(sweep, summary) and None not in values:
+        if summary.objective and not summary.breaks and None not in values:
             pairs = zip(signs, values, strict=True)
             found[summary.configuration_id] = tuple(sign * value for sign, value in pairs if value is not None)
     return found
@@ -81,8 +69,8 @@ def evidence(
     """
     told = []
     for summary in summaries:
-        if texts := broken(sweep, summary):
-            told.append(f"{summary.label} does not keep {', '.join(texts)}, and does not compete.")
+        if summary.breaks:
+            told.append(f"{summary.label} does not keep {', '.join(summary.breaks)}, and does not compete.")
     costs = costs_of(sweep, sound)
     if len(sweep.objectives) < 2 or not costs:
         return tuple(told)

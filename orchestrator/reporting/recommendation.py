@@ -87,7 +87,7 @@ def recommend(sweep: SweepResult) -> Recommendation:
     """Apply RULE; where it cannot be applied, say why and take the best that there is."""
     found = summaries(sweep)
     completed = [summary for summary in found if summary.objective]
-    kept = [summary for summary in completed if not objectives.broken(sweep, summary)]
+    kept = [summary for summary in completed if not summary.breaks]
     whole = [summary for summary in kept if not summary.is_broken] or kept
     wild = scattered({summary.configuration_id: summary.objective_by_repeat for summary in whole})
     sound = [summary for summary in whole if summary.configuration_id not in wild]

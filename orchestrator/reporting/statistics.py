@@ -14,6 +14,8 @@ from functools import lru_cache
 from statistics import fmean, median, stdev
 from typing import Any
 
+from orchestrator.config.constraint import parse
+from orchestrator.results.constraints import is_broken
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 
 Costs = tuple[float, ...]
@@ -63,6 +65,8 @@ class ConfigurationSummary:
     """The largest of the repeats: what must fit."""
     step_time_s: float | None
     tokens_per_s: float | None
+    breaks: tuple[str, ...]
+    """The constraints that a completed repeat breaks; what was not measured breaks none."""
 
     @property
     def is_broken(self) -> bool:
@@ -164,6 +168,7 @@ def _summary(sweep: SweepResult, trials: Sequence[TrialResult]) -> Configuration
         peak_memory_bytes=max((m.measured_bytes for m in memories if m.measured_bytes), default=None),
         step_time_s=_mean(trial.step_time_s for trial in measured),
         tokens_per_s=_mean(trial.tokens_per_s for trial in measured),
+        breaks=tuple(text for text in sweep.constraints if is_broken(parse(text), completed)),
     )
 
 

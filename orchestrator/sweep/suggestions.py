@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
@@ -18,7 +17,7 @@ from orchestrator.planning import budget
 from orchestrator.planning.plan import PlannedTrial
 from orchestrator.results.records import MetricPoint, StartedFrom, Suggestion, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder, read_sweep
-from orchestrator.search.observation import Goal, Limit, Observation, observe
+from orchestrator.search.observation import Goal, Observation, observe
 from orchestrator.search.payoff import expected_gain
 from orchestrator.search.suggest import FIRST, next_settings
 from orchestrator.search.warm_start import best_settings, learned
@@ -129,7 +128,9 @@ def to_try_first(sweep: SweepConfig) -> tuple[Settings, ...]:
     if sweep.search.warm_start is None:
         return sweep.points
     earlier, _ = read_sweep(SweepFolder(local_path(sweep.search.warm_start)))
-    return sweep.points + best_settings(earlier.trials, sweep.domains, sweep.base, goals(sweep)[0])
+    # What another model takes, and comes to, breaks no constraint here.
+    bounds = limits(sweep) if earlier.model == sweep.model else {}
+    return sweep.points + best_settings(earlier.trials, sweep.domains, sweep.base, goals(sweep)[0], bounds)
 
 
 def goals(sweep: SweepConfig) -> tuple[Goal, ...]:
@@ -137,14 +138,9 @@ def goals(sweep: SweepConfig) -> tuple[Goal, ...]:
     return tuple(Goal(objective.metric, objective.mode) for objective in sweep.training_objectives)
 
 
-def limits(sweep: SweepConfig) -> dict[str, Limit]:
+def limits(sweep: SweepConfig) -> dict[str, Constraint]:
     """The constraints as the search takes them."""
-    return {text: functools.partial(_excess, parse(text)) for text in sweep.constraints}
-
-
-def _excess(constraint: Constraint, record: TrialResult) -> float | None:
-    value = record.measured(constraint.metric)
-    return None if value is None else constraint.excess(value)
+    return {text: parse(text) for text in sweep.constraints}
 
 
 def plan_suggestion(

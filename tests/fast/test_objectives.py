@@ -17,9 +17,10 @@ from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.reporting.objectives import costs_of, evidence, hypervolume
 from orchestrator.reporting.recommendation import recommend, trial_to_take
 from orchestrator.reporting.statistics import front, summaries
+from orchestrator.results.constraints import worst_excess
 from orchestrator.results.records import TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder
-from orchestrator.search.observation import Goal, Observation, Standing, observe
+from orchestrator.search.observation import Goal, Observation, Standing, constraints_of, observe
 from orchestrator.search.suggest import next_settings
 from orchestrator.search.warm_start import best_settings
 from orchestrator.sweep.launch import _task
@@ -178,7 +179,8 @@ def test_cost_is_that_of_all_steps_as_an_objective_and_as_a_constraint() -> None
     assert kept.label == "rank=4"
     assert any("rank=8 does not keep cost <= 2" in line for line in kept.evidence)
     raw = {"name": "a", "model": "m", "data": {"train": "t"}, "constraints": ["cost <= 2"]}
-    assert [limits(SweepConfig.model_validate(raw))["cost <= 2"](one) for one in priced] == [
+    limit = limits(SweepConfig.model_validate(raw))["cost <= 2"]
+    assert [worst_excess(limit, [one]) for one in priced] == [
         pytest.approx(-math.log(2)),
         pytest.approx(math.log(1.5)),
     ]
@@ -260,7 +262,7 @@ def test_what_a_trial_took_is_that_of_all_of_it_and_not_of_its_best_evaluation(c
     found = {summary.label: costs_of(sweep, [summary])[summary.configuration_id] for summary in summaries(sweep)}
     assert found["rank=8"][0] > found["rank=64"][0]
     assert (found["rank=8"][1], found["rank=64"][1]) == (1.5, 2.0)
-    assert best_settings(sweep.trials, {"rank": Choice(choice=(8, 64))}, {}, Goal(cost, mode))[0] == {"rank": 64}
+    assert best_settings(sweep.trials, {"rank": Choice(choice=(8, 64))}, {}, Goal(cost, mode), {})[0] == {"rank": 64}
 
 
 def test_a_measured_constraint_is_told_to_the_search() -> None:
@@ -269,6 +271,19 @@ def test_a_measured_constraint_is_told_to_the_search() -> None:
     slow = record(0, {"rank": 8}, TrialStatus.COMPLETED, tokens_per_s=500.0)
     (one,) = observe([slow], [Goal("eval_loss", "min")], lambda _: [point(10, 1.0)], found)
     assert one.violation == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("constraint", ["eval_loss <= 2.05", "tokens_per_s >= 1000", "peak_memory_bytes <= 5GiB"])
+def test_the_worst_repeat_breaks_a_constraint_for_its_configuration_in_search_and_report_alike(constraint: str) -> None:
+    """Two of three keep to it, and so does their mean."""
+    repeats = [
+        made_up_trial({"rank": 8}, repeat, objective=loss, step_time_s=step_time_s, memory_bytes=gib * GIB)
+        for repeat, (loss, step_time_s, gib) in enumerate([(1.9, 0.8, 2), (1.9, 0.8, 2), (2.1, 1.1, 6)])
+    ]
+    (summary,) = summaries(made_up_sweep(repeats, constraints=(constraint,)))
+    assert summary.breaks == (constraint,)
+    assert dict(constraints_of(repeats, {constraint: parse(constraint)}))[constraint] > 0
+    assert summaries(made_up_sweep(repeats[:2], constraints=(constraint,)))[0].breaks == ()
 
 
 @pytest.mark.parametrize("algorithm", ["tpe", "gp"])
