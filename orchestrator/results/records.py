@@ -162,7 +162,10 @@ class Suggestion(_Record):
     number: Annotated[int, Field(ge=0)]
     """In the order of proposals, from 0; the repeats of a configuration share it."""
     settings: dict[str, Any]
-    """The searched settings, as they were proposed; one whose `when` does not hold is left out."""
+    """The searched settings, as they were proposed; one whose `when` does not hold is left out.
+
+    What is searched only since a later run has the value that it ran with.
+    """
     generation: Annotated[int, Field(ge=0)] | None = None
     """Of a population (pbt), from 0."""
     member: Annotated[int, Field(ge=0)] | None = None

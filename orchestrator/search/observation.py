@@ -97,14 +97,14 @@ def observe(
     limits: Mapping[str, Constraint] | None = None,
 ) -> tuple[Observation, ...]:
     """Every suggested configuration, in the order of proposals, without what began in the middle of another trial."""
-    repeats: dict[int, list[TrialResult]] = defaultdict(list)
+    repeats: dict[str, list[TrialResult]] = defaultdict(list)
     for record in records:
         if record.suggestion is not None and record.started_from is None:
-            repeats[record.suggestion.number].append(record)
+            repeats[record.configuration_id].append(record)
+    proposed = [(group[0].suggestion, group) for group in repeats.values() if group[0].suggestion]
     return tuple(
-        combined(number, group[0].suggestion.settings, group, goals, curves_of, limits or {})
-        for number, group in sorted(repeats.items())
-        if group[0].suggestion
+        combined(suggestion.number, suggestion.settings, group, goals, curves_of, limits or {})
+        for suggestion, group in sorted(proposed, key=lambda pair: pair[0].number)
     )
 
 
