@@ -38,6 +38,8 @@ from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import shown
 
 LOGGED_METRICS = ("eval_loss", "loss", "tokens_per_s", "step_time_s", "peak_memory_bytes", "grad_norm", "cost")
+COSTS = ("tokens_per_s", "step_time_s", "peak_memory_bytes", "cost")
+"""Of these metrics, what a trial takes: they are those of the whole trial, and of no single evaluation."""
 DEFAULT_SAMPLES = 10
 GraceUnit = Literal["steps", "tokens", "seconds", "cost"]
 GRACE_UNITS: dict[str, GraceUnit] = {
@@ -345,7 +347,8 @@ class SweepConfig(_Part):
     search: SearchConfig = SearchConfig()
     scheduler: SchedulerConfig = SchedulerConfig(fifo=FifoConfig())
     objective: ObjectiveConfig | Annotated[tuple[ObjectiveConfig, ...], Field(min_length=1)] = ObjectiveConfig()
-    """What makes one trial better than another; of a list, schedulers stop by the first."""
+    """What makes one trial better than another; of a list, schedulers stop by the first. A trial's best adapter is kept
+    by the first that is no cost (speed, memory, money), or else by `eval_loss`."""
     constraints: tuple[Annotated[str, AfterValidator(_constraint)], ...] = ()
     """What a configuration must keep to, as `peak_memory_bytes <= 24GiB` or `tokens_per_s >= 1000`."""
     resources: ResourcesConfig = ResourcesConfig()
@@ -387,8 +390,17 @@ class SweepConfig(_Part):
 
     @property
     def primary(self) -> ObjectiveConfig:
-        """The objective that schedulers stop by, and by which a trial's best evaluation is kept."""
+        """The objective that schedulers stop by."""
         return self.training_objectives[0]
+
+    @property
+    def best_by(self) -> ObjectiveConfig:
+        """What a trial's best evaluation is found by, whose adapter is kept: the first objective that is no cost.
+
+        Without such eval_loss. By a cost it would be any evaluation: peak memory never falls, so that it would be the
+        first one.
+        """
+        return next((one for one in self.training_objectives if one.metric not in COSTS), ObjectiveConfig())
 
     @property
     def base(self) -> Settings:

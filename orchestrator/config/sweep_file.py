@@ -482,6 +482,9 @@ def _problems_of_cost(sweep: SweepConfig) -> Iterator[Problem]:
         if getattr(sweep.search, name) and sweep.search.algorithm in ("grid", "random", "pbt"):
             told = f"ends searches that choose one by one, and {sweep.search.algorithm} does not: use tpe, gp or cma_es"
             yield Problem(f"search.{name}", told)
+        elif getattr(sweep.search, name) and len(sweep.training_objectives) > 1:
+            told = "judges the first objective alone, and the front of all may still grow: leave it out, or name one"
+            yield Problem(f"search.{name}", told)
 
 
 def _problems_of_constraints(sweep: SweepConfig) -> Iterator[Problem]:

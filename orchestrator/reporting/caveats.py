@@ -9,7 +9,7 @@ from orchestrator.errors import counted
 from orchestrator.reporting import quantities
 from orchestrator.reporting.effects import measured_trials
 from orchestrator.reporting.noise import one_run_words
-from orchestrator.reporting.statistics import LOSSES, ConfigurationSummary, metric_of
+from orchestrator.reporting.statistics import LOSSES, ConfigurationSummary
 from orchestrator.results.records import SweepResult, TrialStatus
 
 FEW_STEPS = 20
@@ -35,7 +35,7 @@ def caveats(
     ran = [trial for trial in sweep.trials if trial.status is TrialStatus.COMPLETED]
     metrics = dict.fromkeys((sweep.objective_metric, *(metric for metric, _ in sweep.objectives)))
     for score in filter(is_score, metrics):
-        if unscored := [trial for trial in ran if metric_of(trial, score) is None]:
+        if unscored := [trial for trial in ran if trial.measured(score) is None]:
             there = sorted({name for trial in unscored for name in trial.scores})
             have = f"evaluated for {quantities.some(there)}" if there else "not evaluated"
             trials = counted(len(unscored), "completed trial")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from orchestrator.config.sweep_config import COSTS
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.planning.plan import SweepPlan
 from orchestrator.reporting import quantities
@@ -21,7 +22,7 @@ from orchestrator.reporting.objectives import ParetoFront, front_of
 from orchestrator.reporting.recommendation import Recommendation, competing, recommend
 from orchestrator.reporting.statistics import ConfigurationSummary, label, summaries
 from orchestrator.reporting.times import Outlay, Times, against_plan, times_of
-from orchestrator.reporting.trades import COSTS, trades
+from orchestrator.reporting.trades import trades
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 from orchestrator.results.secrets import without_secret
 from orchestrator.results.storage import DamagedRecord, SweepFolder, read_record, read_sweep
@@ -102,7 +103,7 @@ def build(folder: SweepFolder, now_s: float | None = None) -> Report:
         damaged=damaged + unread,
         summaries=found,
         recommendation=_with_lineage(sweep, _with_settings(sweep, recommend(sweep), curves, levels, effects)),
-        front=front_of(sweep, competing(sweep, found)[0]),
+        front=front_of(sweep, competing(found)[0]),
         effects=effects,
         importances=importances(sweep),
         curves=curves,

@@ -1,4 +1,4 @@
-"""Several objectives and constraints: the Pareto front, its hypervolume, and who breaks what."""
+"""Several objectives and constraints: the Pareto front and its hypervolume."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.config.constraint import parse
 from orchestrator.reporting import quantities
-from orchestrator.reporting.statistics import ConfigurationSummary, Costs, front, metric_of, pareto_front, sign_of
+from orchestrator.reporting.statistics import ConfigurationSummary, Costs, front, pareto_front, sign_of
 from orchestrator.results.records import SweepResult, TrialStatus
 
 REFERENCE = 1.1
@@ -39,31 +38,15 @@ class ParetoFront:
         return f"{', '.join(others)} and {last}"
 
 
-def broken(sweep: SweepResult, summary: ConfigurationSummary) -> tuple[str, ...]:
-    """The constraints that a configuration's measurements break; what was not measured breaks none."""
-    found = []
-    for text in sweep.constraints:
-        constraint = parse(text)
-        value = value_of(sweep, summary, constraint.metric)
-        if value is not None and constraint.excess(value) > 0:
-            found.append(text)
-    return tuple(found)
-
-
 def value_of(sweep: SweepResult, summary: ConfigurationSummary, metric: str) -> float | None:
     """A configuration's measured value: mean over its completed repeats, of memory the largest."""
     if metric == sweep.objective_metric:
         return summary.objective.mean if summary.objective else None
-    measured = {
-        "peak_memory_bytes": summary.peak_memory_bytes,
-        "tokens_per_s": summary.tokens_per_s,
-        "step_time_s": summary.step_time_s,
-    }
-    if metric in measured:
-        return measured[metric]
+    if metric == "peak_memory_bytes":
+        return summary.peak_memory_bytes
     trials = [trial for trial in sweep.trials if trial.trial_id in summary.trial_ids]
     completed = [trial for trial in trials if trial.status is TrialStatus.COMPLETED]
-    values = [value for trial in completed if (value := metric_of(trial, metric)) is not None]
+    values = [value for trial in completed if (value := trial.measured(metric)) is not None]
     return sum(values) / len(values) if values else None
 
 
@@ -72,7 +55,7 @@ def costs_of(sweep: SweepResult, summaries: Sequence[ConfigurationSummary]) -> d
     found = {}
     for summary in summaries:
         values = [value_of(sweep, summary, metric) for metric, _ in sweep.objectives]
-        if summary.objective and not broken(sweep, summary) and None not in values:
+        if summary.objective and not summary.breaks and None not in values:
             pairs = zip(_signs(sweep), values, strict=True)
             found[summary.configuration_id] = tuple(sign * value for sign, value in pairs if value is not None)
     return found
@@ -136,11 +119,10 @@ def evidence(
         summaries: all, of which some may break constraints.
         sound: those that compete, whose front is told.
     """
-    breakers = [(summary.label, texts) for summary in summaries if (texts := broken(sweep, summary))]
     told = [
         f"Left out, since they do not keep {text}: {quantities.some(labels)}."
         for text in sweep.constraints
-        if (labels := [label for label, texts in breakers if text in texts])
+        if (labels := [summary.label for summary in summaries if summary.objective and text in summary.breaks])
     ]
     found = front_of(sweep, sound)
     if found.hypervolume is None:

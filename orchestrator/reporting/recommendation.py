@@ -87,7 +87,7 @@ def recommend(sweep: SweepResult) -> Recommendation:
     """Apply RULE; where it cannot be applied, say why and take the best that there is."""
     found = summaries(sweep)
     completed = [summary for summary in found if summary.objective]
-    sound, wild = competing(sweep, found)
+    sound, wild = competing(found)
     contenders = objectives.on_front(sweep, sound)
     told = (*caveats(sweep, found, completed, contenders, wild), *objectives.evidence(sweep, found, sound))
     if completed and not sound:
@@ -116,10 +116,10 @@ def recommend(sweep: SweepResult) -> Recommendation:
 
 
 def competing(
-    sweep: SweepResult, found: Sequence[ConfigurationSummary]
+    found: Sequence[ConfigurationSummary],
 ) -> tuple[list[ConfigurationSummary], frozenset[str]]:
     """Those that the answer is chosen of, and the ids of those left out for the scatter of their repeats."""
-    kept = [summary for summary in found if summary.objective and not objectives.broken(sweep, summary)]
+    kept = [summary for summary in found if summary.objective and not summary.breaks]
     whole = [summary for summary in kept if not summary.is_broken] or kept
     wild = scattered({summary.configuration_id: summary.objective_by_repeat for summary in whole})
     return [summary for summary in whole if summary.configuration_id not in wild], wild
@@ -399,7 +399,7 @@ def _without_completed(
     sweep: SweepResult, found: Sequence[ConfigurationSummary], caveats: Sequence[str]
 ) -> Recommendation:
     ran = [summary for summary in found if summary.provisional_objective is not None and not summary.is_broken]
-    kept = [summary for summary in ran if not objectives.broken(sweep, summary)]
+    kept = [summary for summary in ran if not summary.breaks]
     if not kept:
         evaluated = any(trial.best for trial in sweep.trials)
         why = (

@@ -14,6 +14,8 @@ from functools import lru_cache
 from statistics import fmean, median, stdev
 from typing import Any, TypeVar
 
+from orchestrator.config.constraint import parse
+from orchestrator.results.constraints import is_broken
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 
 Key = TypeVar("Key", bound=Hashable)
@@ -66,6 +68,8 @@ class ConfigurationSummary:
     """The largest of the repeats: what must fit."""
     step_time_s: float | None
     tokens_per_s: float | None
+    breaks: tuple[str, ...]
+    """The constraints that a completed repeat breaks, or any one before one has; what was not measured breaks none."""
 
     @property
     def is_broken(self) -> bool:
@@ -105,17 +109,7 @@ def spell(value: Any) -> str:
 
 def objective_of(sweep: SweepResult, trial: TrialResult) -> float | None:
     """The objective of the trial; None where it has none, or one that is no number."""
-    return metric_of(trial, sweep.objective_metric)
-
-
-def metric_of(trial: TrialResult, metric: str) -> float | None:
-    """A logged metric at the trial's best evaluation, or a score; None where it has none, or one that is no number.
-
-    What it cost is that of all its steps.
-    """
-    point = trial.last if metric == "cost" else trial.best
-    value = trial.scores.get(metric, getattr(point, metric, None))
-    return float(value) if value is not None and math.isfinite(value) else None
+    return trial.measured(sweep.objective_metric)
 
 
 def sign_of(sweep: SweepResult) -> int:
@@ -177,6 +171,7 @@ def _summary(sweep: SweepResult, trials: Sequence[TrialResult]) -> Configuration
         peak_memory_bytes=max((m.measured_bytes for m in memories if m.measured_bytes), default=None),
         step_time_s=_mean(trial.step_time_s for trial in measured),
         tokens_per_s=_mean(trial.tokens_per_s for trial in measured),
+        breaks=tuple(text for text in sweep.constraints if is_broken(parse(text), completed or trials)),
     )
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean
 
+from orchestrator.config.sweep_config import COSTS
 from orchestrator.reporting import quantities
 from orchestrator.reporting.curves import Curve, losses_where_both_were
 from orchestrator.reporting.effects import Effect, SettingValue, main_effects, measured_trials, over_seeds
@@ -16,8 +17,6 @@ from orchestrator.results.records import SweepResult, TrialResult
 WAYS = ("precision", "engine", "zero_stage", "offload", "attention", "gradient_checkpointing", "optimizer")
 """Settings that change how a step is computed, and hardly what: whoever searches them asks for the trade."""
 MAX_VALUES = 6
-COSTS = frozenset({"peak_memory_bytes", "tokens_per_s", "step_time_s"})
-"""Objectives that the words on memory and speed tell already."""
 
 
 def trades(sweep: SweepResult, effects: Sequence[Effect], curves: Mapping[str, Curve]) -> tuple[str, ...]:
@@ -54,6 +53,7 @@ def _line(
 def _words(sweep: SweepResult, effect: Effect, value: SettingValue, curves: Mapping[str, Curve]) -> Iterator[str]:
     """Of what was measured over pairs of trials; nothing where there is no pair."""
     size = abs(value.objective.mean) if value.objective else 0.0
+    # The words on memory and speed tell those objectives already.
     if sweep.objective_metric not in COSTS and value.difference:
         yield _change_words(sweep.objective_metric, value.difference, size)
     elif pairs := losses_where_both_were(sweep, curves, effect.setting, value.value, effect.reference):

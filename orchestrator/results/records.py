@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from orchestrator.config.sweep_config import LOGGED_METRICS, is_score
+from orchestrator.config.sweep_config import COSTS, LOGGED_METRICS, is_score
 from orchestrator.config.trial_config import TrialConfig
 
 SCHEMA_VERSION = 1
@@ -162,7 +162,10 @@ class Suggestion(_Record):
     number: Annotated[int, Field(ge=0)]
     """In the order of proposals, from 0; the repeats of a configuration share it."""
     settings: dict[str, Any]
-    """The searched settings, as they were proposed; one whose `when` does not hold is left out."""
+    """The searched settings, as they were proposed; one whose `when` does not hold is left out.
+
+    What is searched only since a later run has the value that it ran with.
+    """
     generation: Annotated[int, Field(ge=0)] | None = None
     """Of a population (pbt), from 0."""
     member: Annotated[int, Field(ge=0)] | None = None
@@ -189,7 +192,7 @@ class TrialResult(_Record):
     notes: tuple[str, ...] = ()
     """What planning had to say about a trial that runs all the same."""
     best: MetricPoint | None = None
-    """The evaluation with the best objective."""
+    """The evaluation with the best of the first objective that is no cost, or else of eval_loss."""
     last: MetricPoint | None = None
     steps: int = 0
     tokens: int = 0
@@ -216,6 +219,20 @@ class TrialResult(_Record):
     def steps_trained(self) -> int:
         """The trial's own optimizer steps: `steps` counts those before its start too."""
         return max(0, self.steps - (self.started_from.step if self.started_from else 0))
+
+    def measured(self, metric: str) -> float | None:
+        """A logged metric or a score, as the trial is judged by it; None where it is unknown, or no number.
+
+        What it took is that of the whole trial, all else that of its best evaluation.
+        """
+        costs = {
+            "tokens_per_s": self.tokens_per_s,
+            "step_time_s": self.step_time_s,
+            "peak_memory_bytes": self.peak_memory.measured_bytes if self.peak_memory else None,
+            "cost": self.last.cost if self.last else None,
+        }
+        value = costs[metric] if metric in COSTS else self.scores.get(metric, getattr(self.best, metric, None))
+        return float(value) if value is not None and math.isfinite(value) else None
 
     @property
     def leaves_checkpoint(self) -> bool:

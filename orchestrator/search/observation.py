@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from statistics import fmean
 
+from orchestrator.config.constraint import Constraint
 from orchestrator.config.search_space import Settings
+from orchestrator.results.constraints import worst_excess
 from orchestrator.results.records import MetricPoint, TrialResult, TrialStatus
 
 LEAST_EXCESS = 0.05
@@ -72,7 +74,13 @@ class Goal:
 
     def of(self, point: MetricPoint) -> float | None:
         """The value, lower is better; None where the point has none or it is no number."""
-        value = getattr(point, self.metric)
+        return self._lower(getattr(point, self.metric))
+
+    def of_trial(self, record: TrialResult) -> float | None:
+        """What it came to, lower is better; None where that is unknown or no number."""
+        return self._lower(record.measured(self.metric))
+
+    def _lower(self, value: float | None) -> float | None:
         if value is None or not math.isfinite(value):
             return None
         return float(value) if self.mode == "min" else -float(value)
@@ -80,25 +88,23 @@ class Goal:
 
 Curves = Callable[[str], Sequence[MetricPoint]]
 """A trial's metrics.jsonl."""
-Limit = Callable[[TrialResult], float | None]
-"""A constraint of the sweep file: above 0 is a violation, None where it is not known."""
 
 
 def observe(
     records: Iterable[TrialResult],
     goals: Sequence[Goal],
     curves_of: Curves,
-    limits: Mapping[str, Limit] | None = None,
+    limits: Mapping[str, Constraint] | None = None,
 ) -> tuple[Observation, ...]:
     """Every suggested configuration, in the order of proposals, without what began in the middle of another trial."""
-    repeats: dict[int, list[TrialResult]] = defaultdict(list)
+    repeats: dict[str, list[TrialResult]] = defaultdict(list)
     for record in records:
         if record.suggestion is not None and record.started_from is None:
-            repeats[record.suggestion.number].append(record)
+            repeats[record.configuration_id].append(record)
+    proposed = [(group[0].suggestion, group) for group in repeats.values() if group[0].suggestion]
     return tuple(
-        combined(number, group[0].suggestion.settings, group, goals, curves_of, limits or {})
-        for number, group in sorted(repeats.items())
-        if group[0].suggestion
+        combined(suggestion.number, suggestion.settings, group, goals, curves_of, limits or {})
+        for suggestion, group in sorted(proposed, key=lambda pair: pair[0].number)
     )
 
 
@@ -108,7 +114,7 @@ def combined(
     records: Sequence[TrialResult],
     goals: Sequence[Goal],
     curves_of: Curves,
-    limits: Mapping[str, Limit],
+    limits: Mapping[str, Constraint],
 ) -> Observation:
     """What the repeats of one configuration say together."""
     statuses = {record.status for record in records}
@@ -152,7 +158,7 @@ def mean_curve(curves: Sequence[Sequence[tuple[int, float]]]) -> tuple[tuple[int
 
 
 def constraints_of(
-    records: Sequence[TrialResult], limits: Mapping[str, Limit] | None = None
+    records: Sequence[TrialResult], limits: Mapping[str, Constraint] | None = None
 ) -> tuple[tuple[str, float], ...]:
     """The constraints of all observations are the same ones, so that they can be modelled; the worst repeat counts.
 
@@ -165,8 +171,8 @@ def constraints_of(
     refused = TrialStatus.INFEASIBLE in statuses and not by_memory
     values = (1.0 if refused else -1.0, fits, 1.0 if TrialStatus.DIVERGED in statuses else -1.0)
     own = tuple(zip(CONSTRAINTS, values, strict=True))
-    more = ((key, [limit(record) for record in records]) for key, limit in (limits or {}).items())
-    return own + tuple((key, max((v for v in found if v is not None), default=0.0)) for key, found in more)
+    more = ((text, worst_excess(limit, records)) for text, limit in (limits or {}).items())
+    return own + tuple((text, 0.0 if excess is None else excess) for text, excess in more)
 
 
 def _excess(record: TrialResult) -> float:

@@ -11,10 +11,12 @@ from dataclasses import replace
 from statistics import median
 
 from orchestrator.config.axes import Axis, Domain, active, axes_of
-from orchestrator.config.search_space import Settings
+from orchestrator.config.constraint import Constraint
+from orchestrator.config.search_space import Settings, configuration_id
 from orchestrator.config.trial_config import TrialConfig
+from orchestrator.results.constraints import is_broken
 from orchestrator.results.records import TrialResult, TrialStatus
-from orchestrator.search.observation import Curves, Goal, Limit, Observation, Standing, combined
+from orchestrator.search.observation import Curves, Goal, Observation, Standing, combined
 from orchestrator.search.suggest import MIN_KNOWN
 
 NOT_COMPARED = frozenset({"seed", "micro_batch_size"})
@@ -31,7 +33,7 @@ def learned(
     base: Settings,
     goals: Sequence[Goal],
     curves_of: Curves,
-    limits: Mapping[str, Limit],
+    limits: Mapping[str, Constraint],
 ) -> tuple[Observation, ...]:
     """Observations of those whose settings could be this search's, numbered from -1 down: they come before its own."""
     axes, repeats = axes_of(space), defaultdict[str, list[TrialResult]](list)
@@ -63,28 +65,37 @@ def of_another_model(foreign: Sequence[Observation], own: Sequence[Observation])
     spread = sorted(taught, key=_end)[:: LIGHTER + len(ended) // MIN_KNOWN]
     if not ended or not spread:
         return tuple(spread)
-    there = {_key(one): one for one in taught}
-    pairs = [(one, there[_key(one)]) for one in ended if _key(one) in there]
+    there = {_identity(one): one for one in taught}
+    pairs = [(one, there[_identity(one)]) for one in ended if _identity(one) in there]
     shifts = [shift for here, other in pairs if (shift := _shift(here, other)) is not None]
     shift = median(shifts) if shifts else min(map(_end, ended)) - min(map(_end, taught))
     return tuple(_shifted(one, shift) for one in spread)
 
 
 def best_settings(
-    records: Iterable[TrialResult], space: Mapping[str, Domain], base: Settings, goal: Goal
+    records: Iterable[TrialResult],
+    space: Mapping[str, Domain],
+    base: Settings,
+    goal: Goal,
+    limits: Mapping[str, Constraint],
 ) -> tuple[Settings, ...]:
-    """The settings of the best completed trials, the best first and of equals the cheapest, as far as it has them."""
+    """The settings of the best completed configurations that broke none of `limits`, as far as the space has them.
+
+    The best comes first, and of equals the cheapest.
+    """
     axes = axes_of(space)
-    whole = (r for r in records if r.status is TrialStatus.COMPLETED and not r.started_from)
-    ended = [(goal.of(r.best), r) for r in whole if r.best]
-    known = ((value, record) for value, record in ended if value is not None)
+    completed = [r for r in records if r.status is TrialStatus.COMPLETED and not r.started_from]
+    broken = {r.configuration_id for r in completed for limit in limits.values() if is_broken(limit, [r])}
+    whole = (r for r in completed if r.configuration_id not in broken)
+    known = ((value, record) for record in whole if (value := goal.of_trial(record)) is not None)
     ranked = sorted(known, key=lambda pair: (pair[0], pair[1].timing.total_s, pair[1].trial_id))
     found = (settings_of(axes, base, record.config) for _, record in ranked)
     return tuple({tuple(settings.items()): settings for settings in found if settings is not None}.values())[:BEST]
 
 
-def _key(observation: Observation) -> tuple[tuple[str, str], ...]:
-    return tuple(sorted((name, str(value)) for name, value in observation.settings.items()))
+def _identity(observation: Observation) -> str:
+    """The same for the same settings, however they are spelled: a record has lists where an axis has tuples."""
+    return configuration_id(TrialConfig(**observation.settings))
 
 
 def _end(observation: Observation) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable
 from typing import Literal
@@ -19,7 +18,7 @@ class Gauges:
         self._metric, self._sign = metric, 1.0 if mode == "min" else -1.0
         self._statuses: dict[str, TrialStatus] = {}
         self._hours: dict[str, float] = {}
-        self._best = math.inf
+        self._values: dict[str, float] = {}
         self._trials = _gauge("trials", "Trials of the sweep by their status", sweep, "status")
         self._objective = _gauge("best_objective", "The best value of the sweep's objective so far", sweep, "metric")
         self._spent = _gauge("trial_hours", "Hours that trials took which have ended, from launch to end", sweep)
@@ -35,17 +34,18 @@ class Gauges:
     def _note(self, record: TrialResult) -> None:
         self._statuses[record.trial_id] = record.status
         self._hours[record.trial_id] = record.timing.total_s / 3600
-        value = getattr(record.best, self._metric, None)
-        if value is not None and math.isfinite(value):
-            self._best = min(self._best, self._sign * value)
+        value = record.measured(self._metric)
+        if value is not None:
+            # Each trial's newest: what a running one takes, as its peak memory, may still grow.
+            self._values[record.trial_id] = self._sign * value
 
     def _show(self) -> None:
         counts = Counter(self._statuses.values())
         for status in TrialStatus:
             self._trials.set(counts[status], {"status": status.value})
         self._spent.set(sum(self._hours.values()))
-        if math.isfinite(self._best):
-            self._objective.set(self._sign * self._best, {"metric": self._metric})
+        if self._values:
+            self._objective.set(self._sign * min(self._values.values()), {"metric": self._metric})
 
 
 def _gauge(name: str, about: str, sweep: str, *tags: str) -> Gauge:

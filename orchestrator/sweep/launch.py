@@ -149,8 +149,8 @@ def _task(record: TrialResult, prepared: Prepared, folder: SweepFolder, *, halve
         model_folder="",  # each node has its own: the worker fills it in
         data_folder=folder.location(folder.data),
         trial_folder=folder.location(folder.trial(record.trial_id).root),
-        objective_metric=prepared.sweep.primary.metric,
-        objective_mode=prepared.sweep.primary.mode,
+        best_metric=prepared.sweep.best_by.metric,
+        best_mode=prepared.sweep.best_by.mode,
         gpu_memory_fraction=prepared.gpu_memory_fraction,
         memory_limit_bytes=prepared.sweep.resources.memory_per_worker,
         halves_micro_batch=halves_micro_batch,

@@ -6,13 +6,14 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from orchestrator.config.constraint import Constraint
 from orchestrator.config.local_path import local_path
 from orchestrator.config.sweep_config import DataConfig, SweepConfig
 from orchestrator.config.sweep_file import load
 from orchestrator.errors import InputError
 from orchestrator.results.records import SweepResult
 from orchestrator.results.storage import SweepFolder, read_sweep
-from orchestrator.search.observation import Goal, Limit, Observation, Standing
+from orchestrator.search.observation import Goal, Observation, Standing
 from orchestrator.search.warm_start import LIGHTER, learned, of_another_model
 
 
@@ -30,7 +31,7 @@ class Lesson:
         return of_another_model(self.observations, known) if self.is_of_another_model else self.observations
 
 
-def lesson_of(sweep: SweepConfig, data_hash: str, goals: Sequence[Goal], limits: dict[str, Limit]) -> Lesson:
+def lesson_of(sweep: SweepConfig, data_hash: str, goals: Sequence[Goal], limits: dict[str, Constraint]) -> Lesson:
     """Read the folder that the sweep file names; without one there is nothing to learn."""
     if sweep.search.warm_start is None:
         return Lesson()

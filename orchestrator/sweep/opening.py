@@ -29,6 +29,9 @@ def opening_records(
     records = {}
     for planned, suggestion, parent in known_at_start(prepared, before):
         old = before.get(planned.trial_id)
+        if old and suggestion:
+            # As it is told in today's space.
+            old = old.model_copy(update={"suggestion": suggestion})
         if old and _stays(old, prepared.plan.worker_memory_bytes):
             records[planned.trial_id] = old
             continue

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from orchestrator.errors import printable
 from orchestrator.planning.pace import RAN, left_s
-from orchestrator.results.records import MetricPoint, TrialResult, TrialStatus
+from orchestrator.results.records import TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder
 
 QUIET_S = 60.0
@@ -124,7 +124,8 @@ class Progress(tune.Callback):
         told = f"{record.trial_id}  {self._label(record)}  {record.status}"
         if record.last and record.steps:
             told += f"  step {record.steps}"
-        value = self._value(record.last) or self._value(record.best)
+        value = getattr(record.last, self._metric, None)
+        value = record.measured(self._metric) if value is None else value
         if value is not None:
             told += f"  {self._metric} {value:.4g}"
         if record.reason:
@@ -141,7 +142,7 @@ class Progress(tune.Callback):
         if running := self._running():
             text += f"\n{running}"
         if best := self._best():
-            text += f"\nbest so far: {self._metric} {self._value(best.best):.4g}  {self._label(best)}"
+            text += f"\nbest so far: {self._metric} {best.measured(self._metric):.4g}  {self._label(best)}"
         return Text(printable(text), style="bold")
 
     def _left_s(self) -> float | None:
@@ -162,12 +163,9 @@ class Progress(tune.Callback):
         )
 
     def _best(self) -> TrialResult | None:
-        known = [record for record in self._records.values() if self._value(record.best) is not None]
+        known = [record for record in self._records.values() if record.measured(self._metric) is not None]
         sign = 1 if self._mode == "min" else -1
-        return min(known, key=lambda record: sign * (self._value(record.best) or 0.0), default=None)
-
-    def _value(self, point: MetricPoint | None) -> float | None:
-        return getattr(point, self._metric) if point else None
+        return min(known, key=lambda record: sign * (record.measured(self._metric) or 0.0), default=None)
 
 
 def _clock(seconds: float) -> str:

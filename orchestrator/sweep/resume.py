@@ -117,6 +117,11 @@ def changes(before: SweepConfig, now: SweepConfig, knows_hardware: bool) -> Iter
         # Its members began with each other's checkpoints: what they came to belongs to that population.
         yield f"scheduler.pbt was {before.scheduler.pbt}, now {now.scheduler.pbt}"
     searched = {*before.domains, *now.domains}
+    for name in sorted(searched) if now.scheduler.pbt else ():
+        # With other settings its members would be other trials, which begin with checkpoints that have gone.
+        old, new = (config.domains.get(name, "not searched") for config in (before, now))
+        if old != new:
+            yield f"space.{name} was {cut(str(old))}, now {cut(str(new))}"
     for name in TrialConfig.model_fields:
         follows = name == "precision" and now.precision_follows_hardware
         if name in searched or (follows and not knows_hardware):

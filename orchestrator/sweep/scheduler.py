@@ -12,7 +12,7 @@ from orchestrator.config.trial_config import TrialConfig
 from orchestrator.results.records import MetricPoint, TrialResult
 from orchestrator.results.storage import SweepFolder
 from orchestrator.search.extrapolation import Extrapolation
-from orchestrator.search.observation import Goal, evaluated
+from orchestrator.search.observation import Goal
 from orchestrator.search.stopping import Halving, Heard, Hyperband, Median, StopRule, Together, replay
 
 
@@ -31,7 +31,7 @@ class RuleScheduler(FIFOScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """All rules hear every evaluation; one that speaks up stops the trial, unless it is at its end anyway."""
         progress, task = result.get("progress"), trial.config["task"]
-        if progress is None or progress.last is None or result.get("done") or progress.last.eval_loss is None:
+        if progress is None or progress.last is None or result.get("done") or not self._judges(progress.last):
             return str(TrialScheduler.CONTINUE)
         point, config = progress.last, task.config
         reason = self._hear(task.trial_id, trial.config["configuration_id"], config, point)
@@ -42,7 +42,10 @@ class RuleScheduler(FIFOScheduler):
 
     def hear_again(self, folder: SweepFolder, records: Iterable[TrialResult]) -> None:
         """Rebuild the rules' state out of the curves that earlier runs have left."""
-        curves = [(record, evaluated(folder.trial(record.trial_id).read_metrics())) for record in records]
+        curves = [
+            (record, [point for point in folder.trial(record.trial_id).read_metrics() if self._judges(point)])
+            for record in records
+        ]
         for _, rule, unit in self._rules:
             heard = (
                 (
@@ -53,6 +56,13 @@ class RuleScheduler(FIFOScheduler):
                 for point in points
             )
             replay(rule, heard)
+
+    def _judges(self, point: MetricPoint) -> bool:
+        """Whether rules hear of it: an evaluation, and its objective is known.
+
+        A speed is not before the warm-up's end, and a gradient that overflowed has no norm.
+        """
+        return point.eval_loss is not None and getattr(point, self._goal.metric) is not None
 
     def _hear(self, trial_id: str, configuration_id: str, config: TrialConfig, point: MetricPoint) -> str | None:
         found = []

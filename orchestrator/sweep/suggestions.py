@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
 
-from orchestrator.config.axes import axes_of
+from orchestrator.config.axes import active, axes_of
 from orchestrator.config.constraint import Constraint, parse
 from orchestrator.config.local_path import local_path
-from orchestrator.config.search_space import Settings, descendant, make_trials
+from orchestrator.config.search_space import Settings, configuration_id, descendant, make_trials
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import FolderError
@@ -18,7 +17,7 @@ from orchestrator.planning import budget
 from orchestrator.planning.plan import PlannedTrial
 from orchestrator.results.records import MetricPoint, StartedFrom, Suggestion, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder, read_sweep
-from orchestrator.search.observation import Goal, Limit, Observation, observe
+from orchestrator.search.observation import Goal, Observation, observe
 from orchestrator.search.payoff import expected_gain
 from orchestrator.search.suggest import FIRST, next_settings
 from orchestrator.search.warm_start import best_settings, learned
@@ -37,6 +36,12 @@ class Suggestions:
         self._folder, self._recorder, self._new_record = folder, recorder, new_record
         self._ended_curves: dict[str, tuple[MetricPoint, ...]] = {}
         self._points = to_try_first(self._sweep) or FIRST
+        self._of_another_space = frozenset(
+            trial_id
+            for trial_id, record in recorder.records.items()
+            if record.suggestion and as_proposed_now(self._sweep, record) is None
+        )
+        """Trials that earlier runs proposed, and this one could not."""
         self._lesson = lesson_of(self._sweep, prepared.data_hash, goals(self._sweep), limits(self._sweep))
         self.told_at_start = self._lesson.told
         self.ended_because: str | None = None
@@ -109,10 +114,11 @@ class Suggestions:
 
     def _known(self) -> tuple[Observation, ...]:
         records, sweep = self._recorder.records.values(), self._sweep
+        own = [record for record in records if record.suggestion and record.trial_id not in self._of_another_space]
         # A grid may have run in this folder before.
-        others = [record for record in records if record.suggestion is None]
+        others = [r for r in records if r.suggestion is None or r.trial_id in self._of_another_space]
         before = learned(others, sweep.domains, sweep.base, goals(sweep), self._curve, limits(sweep))
-        return before + observe(records, goals(sweep), self._curve, limits(sweep))
+        return before + observe(own, goals(sweep), self._curve, limits(sweep))
 
     def _curve(self, trial_id: str) -> tuple[MetricPoint, ...]:
         """Read once where the trial has ended: a sweep may have thousands, and looks at each proposal."""
@@ -129,7 +135,9 @@ def to_try_first(sweep: SweepConfig) -> tuple[Settings, ...]:
     if sweep.search.warm_start is None:
         return sweep.points
     earlier, _ = read_sweep(SweepFolder(local_path(sweep.search.warm_start)))
-    return sweep.points + best_settings(earlier.trials, sweep.domains, sweep.base, goals(sweep)[0])
+    # What another model takes, and comes to, breaks no constraint here.
+    bounds = limits(sweep) if earlier.model == sweep.model else {}
+    return sweep.points + best_settings(earlier.trials, sweep.domains, sweep.base, goals(sweep)[0], bounds)
 
 
 def goals(sweep: SweepConfig) -> tuple[Goal, ...]:
@@ -137,21 +145,9 @@ def goals(sweep: SweepConfig) -> tuple[Goal, ...]:
     return tuple(Goal(objective.metric, objective.mode) for objective in sweep.training_objectives)
 
 
-def limits(sweep: SweepConfig) -> dict[str, Limit]:
+def limits(sweep: SweepConfig) -> dict[str, Constraint]:
     """The constraints as the search takes them."""
-    return {text: functools.partial(_excess, parse(text)) for text in sweep.constraints}
-
-
-def _excess(constraint: Constraint, record: TrialResult) -> float | None:
-    memory = record.peak_memory
-    measured = {
-        "peak_memory_bytes": memory.measured_bytes if memory else None,
-        "tokens_per_s": record.tokens_per_s,
-        "step_time_s": record.step_time_s,
-        "cost": record.last.cost if record.last else None,
-    }
-    value = measured.get(constraint.metric, getattr(record.best, constraint.metric, None))
-    return None if value is None else constraint.excess(value)
+    return {text: parse(text) for text in sweep.constraints}
 
 
 def plan_suggestion(
@@ -176,13 +172,9 @@ def known_at_start(
     if not prepared.sweep.search.is_adaptive:
         yield from ((planned, None, None) for planned in prepared.plan.trials)
         return
-    made = {
-        record.suggestion.number: (record.suggestion, record.started_from)
-        for record in before.values()
-        if record.suggestion
-    }
-    for number in sorted(made):
-        suggestion, parent = made[number]
+    made = {record.configuration_id: record for record in before.values()}.values()
+    asked = [(now, record.started_from) for record in made if (now := as_proposed_now(prepared.sweep, record))]
+    for suggestion, parent in sorted(asked, key=lambda pair: pair[0].number):
         if parent and parent.trial_id not in before:
             raise FolderError(
                 f"trial {parent.trial_id} has left no record, and others of this population began with its checkpoint: "
@@ -190,6 +182,22 @@ def known_at_start(
             )
         ran = before[parent.trial_id].config if parent else None
         yield from ((planned, suggestion, parent) for planned in plan_suggestion(prepared, suggestion, parent, ran))
+
+
+def as_proposed_now(sweep: SweepConfig, record: TrialResult) -> Suggestion | None:
+    """The proposal that a record came of, in the space of today, which may be another than it was made in.
+
+    A setting that is searched only now has the value that it ran with. None where the same configuration cannot come of
+    today's space, as where a setting that is not searched any more had another value than `trial:` has.
+    """
+    if record.suggestion is None or sweep.scheduler.pbt:
+        # A population's space does not change.
+        return record.suggestion
+    ran = {**record.config.model_dump(mode="json"), **record.suggestion.settings}
+    settings = active(axes_of(sweep.domains), sweep.base, ran)
+    if configuration_id(TrialConfig(**{**sweep.base, **settings})) != record.configuration_id:
+        return None
+    return record.suggestion.model_copy(update={"settings": settings})
 
 
 def is_spent(sweep: SweepConfig, records: Iterable[TrialResult]) -> bool:

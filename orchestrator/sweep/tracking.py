@@ -410,7 +410,7 @@ class Tracker:
         tags = {"status": result.status.value, "reason": result.reason or "", "notes": "; ".join(result.notes)}
         self._client.log_batch(run_id, tags=[RunTag(key, value[:5000]) for key, value in tags.items() if value])
         if result.best and result.status.is_final:
-            value = getattr(result.best, self._sweep.primary.metric)
+            value = result.measured(self._sweep.primary.metric)
             if value is not None:
                 self._client.log_metric(run_id, f"best_{self._sweep.primary.metric}", value, result.best.time_ms)
         self._log_searched_numbers(run_id, result)

@@ -24,8 +24,9 @@ class TrialTask:
     data_folder: str
     """What `data.prepare` wrote."""
     trial_folder: str
-    objective_metric: str
-    objective_mode: Literal["min", "max"]
+    best_metric: str
+    """By which its best evaluation is found, whose adapter is kept."""
+    best_mode: Literal["min", "max"]
     gpu_memory_fraction: float | None = None
     """The share of its GPU that the worker may allocate, where trials share one; None: all of it."""
     memory_limit_bytes: int | None = None

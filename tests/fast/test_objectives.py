@@ -8,23 +8,28 @@ import random
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from orchestrator.config.constraint import parse
-from orchestrator.config.search_space import Space, domains
+from orchestrator.config.search_space import Choice, Space, domains
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.reporting import report
-from orchestrator.reporting.objectives import evidence, front_of, hypervolume
+from orchestrator.reporting.objectives import costs_of, evidence, front_of, hypervolume
 from orchestrator.reporting.recommendation import recommend, trial_to_take
 from orchestrator.reporting.statistics import front, summaries
-from orchestrator.results.records import SweepResult, TrialStatus
-from orchestrator.search.observation import Goal, Observation, Standing, observe
+from orchestrator.results.constraints import worst_excess
+from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
+from orchestrator.results.storage import SweepFolder
+from orchestrator.search.observation import Goal, Observation, Standing, constraints_of, observe
 from orchestrator.search.suggest import next_settings
+from orchestrator.search.warm_start import best_settings
+from orchestrator.sweep.launch import _task
 from orchestrator.sweep.suggestions import limits
 from tests.fast.test_suggest import point, record
-from tests.made_up_sweep import made_up_sweep, made_up_trial, write_made_up
+from tests.made_up_sweep import made_up_point, made_up_sweep, made_up_trial, write_made_up
 
 GIB = 2**30
 
@@ -250,7 +255,8 @@ def test_cost_is_that_of_all_steps_as_an_objective_and_as_a_constraint() -> None
     assert kept.label == "rank=4"
     assert any("do not keep cost <= 2: rank=8." in line for line in kept.evidence)
     raw = {"name": "a", "model": "m", "data": {"train": "t"}, "constraints": ["cost <= 2"]}
-    assert [limits(SweepConfig.model_validate(raw))["cost <= 2"](one) for one in priced] == [
+    limit = limits(SweepConfig.model_validate(raw))["cost <= 2"]
+    assert [worst_excess(limit, [one]) for one in priced] == [
         pytest.approx(-math.log(2)),
         pytest.approx(math.log(1.5)),
     ]
@@ -291,12 +297,69 @@ def test_a_list_of_objectives_is_read_and_the_first_is_the_primary_one() -> None
     assert sweep.constraints == ("tokens_per_s >= 1000",)
 
 
+@pytest.mark.parametrize(
+    ("objective", "best_by"),
+    [
+        ([{"metric": "eval_loss"}, {"metric": "tokens_per_s"}], ("eval_loss", "min")),
+        ([{"metric": "tokens_per_s"}, {"metric": "loss"}], ("loss", "min")),
+        ({"metric": "peak_memory_bytes"}, ("eval_loss", "min")),
+        ([{"metric": "step_time_s"}, {"metric": "cost"}], ("eval_loss", "min")),
+        ([{"metric": "peak_memory_bytes"}, {"metric": "tiny/acc", "mode": "max"}], ("eval_loss", "min")),
+    ],
+    ids=str,
+)
+def test_a_trial_keeps_its_best_evaluation_by_the_first_objective_that_is_no_cost_or_else_by_eval_loss(
+    objective: Any, best_by: tuple[str, str]
+) -> None:
+    sweep = SweepConfig.model_validate({"name": "a", "model": "m", "data": {"train": "t"}, "objective": objective})
+    prepared: Any = SimpleNamespace(sweep=sweep, gpu_memory_fraction=None, shape=SimpleNamespace(gpus=0))
+    task = _task(trials()[0], prepared, SweepFolder(Path("sweeps/a")), halves_micro_batch=False)
+    assert (task.best_metric, task.best_mode) == best_by
+
+
+def ran(rank: int, losses: list[float], step_times_s: list[float], gib: list[float], best: int) -> TrialResult:
+    """A trial with an evaluation every 20 steps, of which number `best` is its best."""
+    curve = [
+        made_up_point(20 * (n + 1), loss, step_time_s, int(size * GIB))
+        for n, (loss, step_time_s, size) in enumerate(zip(losses, step_times_s, gib, strict=True))
+    ]
+    made = made_up_trial({"rank": rank}, step_time_s=step_times_s[-1], memory_bytes=int(max(gib) * GIB))
+    return made.model_copy(update={"best": curve[best], "last": curve[-1]})
+
+
+@pytest.mark.parametrize("cost", ["tokens_per_s", "step_time_s", "peak_memory_bytes"])
+def test_what_a_trial_took_is_that_of_all_of_it_and_not_of_its_best_evaluation(cost: str) -> None:
+    """The first one's best evaluation was its fastest, and before its memory was at its peak."""
+    one = ran(8, [1.5, 3.0, 1.6], [0.4, 0.9, 0.9], [2, 6, 6], best=0)
+    other = ran(64, [2.5, 2.2, 2.0], [0.8, 0.8, 0.8], [5, 5, 5], best=2)
+    mode = "max" if cost == "tokens_per_s" else "min"
+    objectives = ((cost, mode), ("eval_loss", "min"))
+    sweep = made_up_sweep([one, other], objective_metric=cost, objective_mode=mode, objectives=objectives)
+    found = {summary.label: costs_of(sweep, [summary])[summary.configuration_id] for summary in summaries(sweep)}
+    assert found["rank=8"][0] > found["rank=64"][0]
+    assert (found["rank=8"][1], found["rank=64"][1]) == (1.5, 2.0)
+    assert best_settings(sweep.trials, {"rank": Choice(choice=(8, 64))}, {}, Goal(cost, mode), {})[0] == {"rank": 64}
+
+
 def test_a_measured_constraint_is_told_to_the_search() -> None:
     raw = {"name": "a", "model": "m", "data": {"train": "t"}, "constraints": ["tokens_per_s >= 1000"]}
     found = limits(SweepConfig.model_validate(raw))
     slow = record(0, {"rank": 8}, TrialStatus.COMPLETED, tokens_per_s=500.0)
     (one,) = observe([slow], [Goal("eval_loss", "min")], lambda _: [point(10, 1.0)], found)
     assert one.violation == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("constraint", ["eval_loss <= 2.05", "tokens_per_s >= 1000", "peak_memory_bytes <= 5GiB"])
+def test_the_worst_repeat_breaks_a_constraint_for_its_configuration_in_search_and_report_alike(constraint: str) -> None:
+    """Two of three keep to it, and so does their mean."""
+    repeats = [
+        made_up_trial({"rank": 8}, repeat, objective=loss, step_time_s=step_time_s, memory_bytes=gib * GIB)
+        for repeat, (loss, step_time_s, gib) in enumerate([(1.9, 0.8, 2), (1.9, 0.8, 2), (2.1, 1.1, 6)])
+    ]
+    (summary,) = summaries(made_up_sweep(repeats, constraints=(constraint,)))
+    assert summary.breaks == (constraint,)
+    assert dict(constraints_of(repeats, {constraint: parse(constraint)}))[constraint] > 0
+    assert summaries(made_up_sweep(repeats[:2], constraints=(constraint,)))[0].breaks == ()
 
 
 @pytest.mark.parametrize("algorithm", ["tpe", "gp"])

@@ -156,6 +156,14 @@ def test_unasked_it_goes_on_to_its_budget(tmp_path: Path) -> None:
         ({"scheduler": {"asha": {"grace_cost": 1, "grace_steps": 1}}}, "needs one of grace_steps"),
         ({"search": {"algorithm": "tpe", "min_gain_per_cost": 1}, "budget": {"trials": 9}}, "or use min_gain_per_hour"),
         ({"search": {"algorithm": "random", "min_gain_per_hour": 1}}, "random does not: use tpe, gp or cma_es"),
+        (
+            {
+                "search": {"algorithm": "gp", "min_gain_per_hour": 1},
+                "objective": [{"metric": "eval_loss"}, {"metric": "tokens_per_s"}],
+                "budget": {"trials": 9},
+            },
+            "judges the first objective alone, and the front of all may still grow: leave it out, or name one",
+        ),
     ],
     ids=str,
 )

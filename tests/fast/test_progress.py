@@ -14,7 +14,7 @@ from orchestrator.results.records import Suggestion, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder
 from orchestrator.sweep.opening import start_words
 from orchestrator.sweep.progress import Progress
-from tests.made_up_sweep import made_up_trial
+from tests.made_up_sweep import made_up_point, made_up_trial
 
 
 def trials_of(first: TrialStatus) -> list[TrialResult]:
@@ -22,6 +22,14 @@ def trials_of(first: TrialStatus) -> list[TrialResult]:
     return [made_up_trial({"rank": 1}, status=first)] + [
         made_up_trial({"rank": rank}, status=TrialStatus.PENDING) for rank in (2, 3)
     ]
+
+
+def test_where_speed_is_the_objective_the_best_so_far_is_by_the_whole_trials(tmp_path: Path) -> None:
+    slow, fast = (made_up_trial({"rank": rank}, step_time_s=seconds) for rank, seconds in ((1, 0.9), (2, 0.8)))
+    slow = slow.model_copy(update={"best": made_up_point(20, 2.0, step_time_s=0.1)})
+    folder, named = SweepFolder(tmp_path), lambda record: f"rank={record.config.rank}"
+    progress = Progress(folder, [slow, fast], named, "step_time_s", "min", 1, {}, None, None)
+    assert "best so far: step_time_s 0.8  rank=2" in str(progress._panel())
 
 
 def progress_of(

@@ -96,6 +96,14 @@ def test_a_change_of_what_is_searched_or_spent_goes_on(keys: dict[str, Any]) -> 
     require_same_question(FOLDER, sweep(), sweep(**keys))
 
 
+def test_another_space_is_refused_to_a_population_that_was_born_in_one() -> None:
+    pbt = {"scheduler": {"pbt": {"population": 2, "interval_steps": 20}}, "trial": {"max_steps": 40}}
+    before = sweep(**pbt, space={"learning_rate": [1e-4, 1e-3]})
+    require_same_question(FOLDER, before, sweep(**pbt, space={"learning_rate": [1e-4, 1e-3]}))
+    with pytest.raises(FolderError, match=r"space\.rank was not searched, now .*4, 8"):
+        require_same_question(FOLDER, before, sweep(**pbt, space={"learning_rate": [1e-4, 1e-3], "rank": [4, 8]}))
+
+
 def test_a_precision_that_follows_the_hardware_is_compared_once_it_is_known() -> None:
     before = sweep().on_hardware(has_gpus=False)
     require_same_question(FOLDER, before, sweep())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 pytest.importorskip("ray")
 
 from orchestrator.config.sweep_config import SweepConfig
-from orchestrator.results.records import TrialStatus
+from orchestrator.results.records import MetricPoint, TrialStatus
 from orchestrator.results.storage import SweepFolder
 from orchestrator.sweep.scheduler import RuleScheduler
 from tests.fast.test_suggest import point, record
@@ -27,11 +28,15 @@ SWEEP = SweepConfig.model_validate(
 
 
 def told(scheduler: RuleScheduler, number: int, step: int, loss: float | None, **more: Any) -> str:
-    """What Tune is answered to an evaluation of trial `number`, of which the last step is 20."""
+    """What Tune is answered to an evaluation with this loss."""
+    return answer(scheduler, number, point(step, 1.0).model_copy(update={"eval_loss": loss}), **more)
+
+
+def answer(scheduler: RuleScheduler, number: int, last: MetricPoint, **more: Any) -> str:
+    """What Tune is answered to a point of trial `number`, of which the last step is 20."""
     config = record(number, {}, TrialStatus.RUNNING).config
     task = SimpleNamespace(trial_id=str(number), config=config)
     trial = SimpleNamespace(config={"task": task, "configuration_id": str(number)})
-    last = point(step, 1.0).model_copy(update={"eval_loss": loss})
     return scheduler.on_trial_result(None, trial, {"progress": SimpleNamespace(last=last), **more})
 
 
@@ -63,6 +68,19 @@ def test_what_is_no_evaluation_is_not_judged() -> None:
     told(scheduler, 0, 10, 1.0)
     assert told(scheduler, 1, 11, None) == "CONTINUE"
     assert told(scheduler, 1, 10, 2.0, done=True) == "CONTINUE"
+
+
+@pytest.mark.parametrize("metric", ["tokens_per_s", "step_time_s", "grad_norm"])
+@pytest.mark.parametrize("rule", ["asha", "hyperband", "median", "extrapolation"])
+def test_a_trial_whose_objective_is_not_known_yet_goes_on_and_one_that_is_no_number_is_stopped(
+    rule: str, metric: str
+) -> None:
+    """A speed is not known in the warm-up's steps, nor the norm of gradients that overflowed."""
+    raw = {"objective": {"metric": metric}, "scheduler": {rule: {"grace_steps": 10}}}
+    scheduler = RuleScheduler(SweepConfig.model_validate({**SWEEP.model_dump(exclude_unset=True), **raw}))
+    unknown = point(2, 1.0).model_copy(update={metric: None})
+    assert answer(scheduler, 0, unknown) == "CONTINUE"
+    assert answer(scheduler, 0, unknown.model_copy(update={metric: math.nan})) == "STOP"
 
 
 def test_a_new_scheduler_knows_what_the_curves_on_disk_say(tmp_path: Path) -> None:

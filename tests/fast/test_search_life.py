@@ -19,8 +19,10 @@ from tests.fast.test_suggest import point
 
 pytest.importorskip("ray")
 
+from orchestrator.sweep.opening import opening_records
+from orchestrator.sweep.resume import Earlier
 from orchestrator.sweep.scheduler import RuleScheduler
-from orchestrator.sweep.suggestions import Suggestions, known_at_start
+from orchestrator.sweep.suggestions import Suggestions
 
 SCHEDULERS: dict[str, dict[str, Any]] = {
     "fifo": {"fifo": {}},
@@ -49,17 +51,24 @@ class Life:
     """A sweep of one trial at a time, with the real search, rules and records; only training is made up."""
 
     def __init__(
-        self, folder: Path, algorithm: str, scheduler: str, before: dict[str, TrialResult], repeats: int = 1
+        self,
+        folder: Path,
+        algorithm: str,
+        scheduler: str,
+        before: dict[str, TrialResult],
+        repeats: int = 1,
+        **keys: Any,
     ) -> None:
         raw = {**SWEEP, "search": {"algorithm": algorithm, "repeats": repeats}, "scheduler": SCHEDULERS[scheduler]}
+        raw |= keys
         if algorithm == "grid":
             raw["space"] = {**SWEEP["space"], "learning_rate": [1e-4, 3e-3, 1e-3]}
             raw["budget"] = {"trials": 42}
         self.sweep, self.folder = SweepConfig.model_validate(raw), SweepFolder(folder)
-        plan = SimpleNamespace(trials=[self.plan_trial(trial) for trial in self.sweep.trials()])
+        plan = SimpleNamespace(trials=[self.plan_trial(trial) for trial in self.sweep.trials()], worker_memory_bytes=1)
         prepared: Any = SimpleNamespace(sweep=self.sweep, plan_trial=self.plan_trial, plan=plan, data_hash="")
-        made = (new_record(*known) for known in known_at_start(prepared, before))
-        self.records = {record.trial_id: before.get(record.trial_id, record) for record in made}
+        earlier = Earlier(self.sweep, None, before) if before else None
+        self.records = opening_records(prepared, self.folder, earlier, new_record)
         recorder: Any = SimpleNamespace(records=self.records, save=self.save)
         self.suggestions = Suggestions(prepared, self.folder, recorder, new_record)
         self.scheduler = RuleScheduler(self.sweep)
@@ -151,3 +160,51 @@ def test_repeats_end_together_and_a_sweep_that_is_cut_between_two_goes_on_as_wit
     assert {i: (r.status, r.suggestion, r.steps) for i, r in again.records.items()} == {
         i: (r.status, r.suggestion, r.steps) for i, r in whole.records.items()
     }
+
+
+RANKS = {"rank": [2, 4, 8, 16, 32, 64]}
+RANKS_ALONE: dict[str, Any] = {"space": RANKS, "trial": {**SWEEP["trial"], "learning_rate": 3e-4}, "exclude": []}
+RATES_TOO: dict[str, Any] = {"space": {**RANKS, "learning_rate": {"log_uniform": [5e-5, 2e-3]}}, "exclude": []}
+
+
+def begun(folder: Path, keys: dict[str, Any]) -> Life:
+    """A search that has ended three trials and proposed a fourth one."""
+    life = Life(folder, "tpe", "fifo", {}, **keys, budget={"trials": 4})
+    life.live(most=3)
+    life.suggestions.more()
+    return life
+
+
+def gone_on(life: Life, keys: dict[str, Any]) -> Life:
+    """The same folder with another sweep file."""
+    read = {i: TrialResult.model_validate_json(r.model_dump_json()) for i, r in life.records.items()}
+    return Life(life.folder.root, "tpe", "fifo", read, **keys, budget={"trials": 8})
+
+
+def test_where_more_is_searched_than_before_a_search_goes_on_with_what_its_trials_ran_with(tmp_path: Path) -> None:
+    first = begun(tmp_path, RANKS_ALONE)
+    again = gone_on(first, RATES_TOO)
+    assert {i: (r.status, r.config) for i, r in again.records.items()} == {
+        i: (r.status, r.config) for i, r in first.records.items()
+    }
+    again.live()
+    assert len(again.records) == 8, "nothing ran twice"
+    assert [one.settings for one in again.suggestions._known()] == [
+        {"rank": record.config.rank, "learning_rate": record.config.learning_rate} for record in again.records.values()
+    ]
+    assert [record.config.learning_rate for record in again.records.values()][:4] == [3e-4] * 4
+
+
+def test_where_less_is_searched_than_before_what_had_another_value_stays_and_teaches_nothing(tmp_path: Path) -> None:
+    first = begun(tmp_path, RATES_TOO)
+    again = gone_on(first, RANKS_ALONE)
+    assert again.records.keys() == first.records.keys()
+    assert [r.reason for r in again.records.values() if r.status is TrialStatus.CANCELLED] == [
+        "the sweep file no longer asks for it"
+    ]
+    assert again.suggestions._known() == ()
+    again.live()
+    assert len(again.records) == 8, "they count as trials of the budget"
+    new = [record for i, record in again.records.items() if i not in first.records]
+    assert {record.config.learning_rate for record in new} == {3e-4}
+    assert len(again.suggestions._known()) == len(new)

@@ -56,7 +56,7 @@ def record(status: TrialStatus) -> TrialResult:
 def task_in(folder: SweepFolder) -> TrialTask:
     config = TrialConfig()
     places = {"data_folder": folder.location(folder.data), "trial_folder": folder.location(folder.trial("t").root)}
-    return TrialTask("t", config, "model", objective_metric="eval_loss", objective_mode="min", **places)
+    return TrialTask("t", config, "model", best_metric="eval_loss", best_mode="min", **places)
 
 
 def store_adapter(folder: SweepFolder, weights: str) -> Path:

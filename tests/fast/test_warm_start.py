@@ -48,11 +48,11 @@ def test_trials_with_the_same_shared_settings_are_observations_and_others_are_no
 
 def test_the_best_completed_settings_are_tried_first_as_far_as_they_are_searched() -> None:
     records = [trial(rank, loss) for rank, loss in ((4, 2.0), (8, 1.7), (16, 1.8), (32, 1.9), (64, 1.0))]
-    best = best_settings(records, SPACE, BASE, GOAL)
+    best = best_settings(records, SPACE, BASE, GOAL, {})
     assert [one["rank"] for one in best] == [8, 16, 32]
     assert len(best) == BEST
     refused = made_up_trial({"rank": 8}, status=TrialStatus.INFEASIBLE)
-    assert best_settings([refused], SPACE, BASE, GOAL) == ()
+    assert best_settings([refused], SPACE, BASE, GOAL, {}) == ()
 
 
 def test_a_search_that_was_taught_asks_its_model_at_once_and_may_try_the_best_again() -> None:
@@ -66,7 +66,7 @@ def test_a_search_that_was_taught_asks_its_model_at_once_and_may_try_the_best_ag
 def test_of_equal_configurations_the_cheapest_is_tried_first() -> None:
     dear, cheap = (trial(rank, 2.0, step_time_s=seconds) for rank, seconds in ((4, 2.0), (32, 0.1)))
     timed = [r.model_copy(update={"timing": Timing(total_s=100 * (r.step_time_s or 0))}) for r in (dear, cheap)]
-    assert [one["rank"] for one in best_settings(timed, SPACE, BASE, GOAL)] == [32, 4]
+    assert [one["rank"] for one in best_settings(timed, SPACE, BASE, GOAL, {})] == [32, 4]
 
 
 def seen(number: int, rate: float, loss: float, standing: Standing = Standing.WHOLE) -> Observation:
@@ -89,6 +89,20 @@ def test_another_models_results_count_less_and_are_told_on_this_models_scale() -
     assert of_another_model(foreign, own[1:])[0].curves[0][-1] == (100, 12.5)
     much = [seen(n, 1.1e-5 * (n + 1), 14.0) for n in range(30)]
     assert len(of_another_model(foreign, much)) < len(alone)
+
+
+def test_the_same_settings_in_another_sweep_are_the_same_though_a_record_spells_them_otherwise() -> None:
+    modules = [("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "o_proj"), ("q_proj",)]
+    foreign = [
+        Observation(-1 - n, {"target_modules": names, "alpha": 8.0}, Standing.WHOLE, (((10, 3.0 + n / 10),),))
+        for n, names in enumerate(modules)
+    ]
+    own = [
+        Observation(n, {"target_modules": list(names), "alpha": 8}, Standing.WHOLE, (((10, loss),),))
+        for n, (names, loss) in enumerate(zip(modules, (2.5, 2.0, 2.9), strict=True))
+    ]
+    # By 0.5, 1.1 and 0.3 less than there.
+    assert of_another_model(foreign, own)[0].curves == (((10, pytest.approx(2.5)),),)
 
 
 def test_what_a_grid_ran_in_the_same_folder_is_not_proposed_again() -> None:
@@ -125,6 +139,23 @@ def test_what_is_learned_of_another_sweep_is_told(
     assert told in (lesson.told or "")
     assert len(lesson.beside(())) == (known if model == "m" else -(-known // LIGHTER))
     assert to_try_first(sweep)[0]["learning_rate"] == 1e-3, "the best is tried first whatever else is learned"
+
+
+@pytest.mark.parametrize(("model", "first"), [("m", [8, 16]), ("larger", [4, 8, 16])])
+def test_what_broke_a_constraint_is_not_tried_first_unless_it_was_of_another_model(
+    tmp_path: Path, model: str, first: list[int]
+) -> None:
+    """The best loss took too much memory, in one of its two repeats."""
+    ranks = ((4, 0, 2.0, 4), (4, 1, 2.0, 9), (8, 0, 2.1, 4), (16, 0, 2.2, 4))
+    trials = [
+        made_up_trial({**BASE, "rank": rank}, repeat, objective=loss, memory_bytes=gib * 2**30)
+        for rank, repeat, loss, gib in ranks
+    ]
+    folder = write_made_up(tmp_path / "earlier", made_up_sweep(trials, model=model))
+    raw = {"name": "a", "model": "m", "data": {"train": "t"}, "trial": BASE, "space": {"rank": [4, 8, 16]}}
+    raw |= {"search": {"algorithm": "tpe", "warm_start": str(folder.root)}, "budget": {"trials": 4}}
+    sweep = SweepConfig.model_validate({**raw, "constraints": ["peak_memory_bytes <= 8GiB"]})
+    assert [settings["rank"] for settings in to_try_first(sweep)] == first
 
 
 def test_a_sweep_that_would_warm_start_from_itself_is_refused_before_anything_starts(tmp_path: Path) -> None:

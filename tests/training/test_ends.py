@@ -272,7 +272,7 @@ def test_the_best_evaluation_is_kept_and_not_the_last(tiny_model: Path, tiny_dat
     task = make_task(tiny(max_steps=6), tiny_model, tiny_data, tmp_path / "trial")
     import dataclasses
 
-    outcome = run_trial(dataclasses.replace(task, objective_mode="max"))
+    outcome = run_trial(dataclasses.replace(task, best_mode="max"))
     assert outcome.end.progress
     assert outcome.end.progress.best
     assert outcome.end.progress.best.step == 2
