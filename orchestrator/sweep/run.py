@@ -140,7 +140,7 @@ def _run_prepared(
         prepared.predicted_bytes,
         carrier.fetch,
         tenure,
-        (carrier.track, carrier.once_here(tracker.track), gauges.track, progress, callbacks.track),
+        (carrier.track, carrier.once_stored(tracker.track), gauges.track, progress, callbacks.track),
     )
     search = search_of(prepared, folder, recorder, new_record, carrier.forget_checkpoints)
     stopper = _stopper(prepared, recorder, carrier)
@@ -226,6 +226,8 @@ def _finish(
     write_sweep(folder, result)
     made = report.build(folder)
     write_atomically(folder.report, report.render_html(made))
+    # And MLflow hears of an end when the store has it.
+    carrier.finish()
     limit_s, wait = (INTERRUPTED_TRACKING_LIMIT_S, None) if result.interrupted else (TRACKING_LIMIT_S, say)
     result, tracked = deliver(sweep, result, tracker, folder, limit_s, wait, recorder.save, say)
     return Outcome(result, folder, made, tracked, tracking_uri(sweep))
