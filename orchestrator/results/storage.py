@@ -419,7 +419,7 @@ def write_result(folder: SweepFolder, result: TrialResult) -> None:
         # A record that tells of an end must not outlast its curve in a power cut.
         sync(trial.metrics)
     write_atomically(trial.result, result.model_dump_json(indent=1) + "\n")
-    if result.status.is_final and not result.leaves_checkpoint:
+    if not result.needs_checkpoint:
         if trial.checkpoint_steps():
             # Here alone: it takes as long as a record itself, and a sweep writes thousands.
             sync(trial.root)

@@ -68,7 +68,7 @@ class Carrier:
             self._running.add(record.trial_id)
         else:
             self._running.discard(record.trial_id)
-        if record.status.is_final and not record.leaves_checkpoint:
+        if not record.needs_checkpoint:
             self._ended.add(record.trial_id)
         self.wrote(record.trial_id)
 

@@ -31,7 +31,13 @@ from orchestrator.sweep.opening import (
 from orchestrator.sweep.preparation import Prepared, prepare
 from orchestrator.sweep.progress import Progress
 from orchestrator.sweep.recorder import Recorder
-from orchestrator.sweep.resume import Earlier, read_earlier, require_same_data, require_same_question
+from orchestrator.sweep.resume import (
+    Earlier,
+    read_earlier,
+    require_same_data,
+    require_same_question,
+    useless_checkpoints,
+)
 from orchestrator.sweep.scheduler import RuleScheduler
 from orchestrator.sweep.stopper import Stopper, signals_to, sigterm_like_ctrl_c
 from orchestrator.sweep.tracking import Tracker, awaited_tracker, require_address, tracking_uri
@@ -123,8 +129,11 @@ def _run_prepared(
     wait_s = TRACKING_WAIT_S if cluster.runs_in_a_job() else 0.0
     tracker = awaited_tracker(sweep, result.sweep_id, folder, wait_s, say)
     result = result.model_copy(update={"mlflow_run_id": tracker.parent_run_id})
+    useless = useless_checkpoints(records.values(), folder)
     write_opening(prepared, folder, records.values(), result)
     carrier.push()
+    for trial_id in useless:
+        carrier.forget_checkpoints(trial_id)
     scheduler = RuleScheduler(sweep, prepared.shape.gpus)
     if earlier:
         scheduler.hear_again(folder, records.values())

@@ -22,6 +22,7 @@ from orchestrator.results.storage import SweepFolder, TrialFolder, checkpoint_pa
 from orchestrator.sweep import carrier as carriers
 from orchestrator.sweep.carrier import carried
 from orchestrator.sweep.folder_lock import Tenure
+from orchestrator.sweep.resume import useless_checkpoints
 from orchestrator.sweep.trial_files import leave_nothing, on_this_node, weights_on_this_node
 from orchestrator.training.task import TrialTask, WorkerPlace
 from tests.object_store import BUCKET, started_store
@@ -432,6 +433,30 @@ def test_a_trials_checkpoints_stay_in_the_store_until_its_final_record_is_there(
         carrier.track(record(TrialStatus.RUNNING))
         wait_until(lambda: known_at_removal, bool, LIMIT_S)
     assert set(known_at_removal) == {"failed"}
+
+
+def test_a_checkpoint_that_outlived_its_trials_end_goes_with_the_next_run(folder: SweepFolder) -> None:
+    def leave_checkpoint(group_id: str) -> None:
+        task, keep = on_this_node(task_in(folder), place(0), group_id)
+        left = TrialFolder(Path(task.trial_folder)).checkpoint(2)
+        left.mkdir(exist_ok=True)
+        (left / checkpoint_part(0, 1)).write_text("w")
+        keep(0.0)
+
+    stopped = record(TrialStatus.STOPPED)
+    members = stopped.model_copy(update={"suggestion": Suggestion(number=0, settings={}, member=0)})
+    kept = {}
+    for name, ended in (("needless", stopped), ("needed", members)):
+        leave_checkpoint(name)
+        with carried(folder, Tenure("")) as carrier:
+            folder.sweep_file.write_text("name: demo")
+            useless = useless_checkpoints([ended], folder)
+            write_result(folder, ended)
+            carrier.push()
+            for trial_id in useless:
+                carrier.forget_checkpoints(trial_id)
+        kept[name] = remote.opened(folder.shown).trial("t").checkpoint_steps()
+    assert kept == {"needless": [], "needed": [2]}
 
 
 def test_weights_that_are_evaluated_are_brought_to_the_node_and_removed_again(folder: SweepFolder) -> None:
