@@ -7,10 +7,13 @@ import csv
 import errno
 import glob
 import io
+import json
 import os
 import re
 import shutil
+import socket
 import stat
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +30,8 @@ from orchestrator.results.records import MetricPoint, SweepResult, TrialResult, 
 _STORAGE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN)
 LARGEST_BYTES = 2**30
 """Of a file that is read whole; the records of 100,000 trials have less."""
+DEAD_AFTER_S = 20.0
+"""An owner on another host that has not renewed its lease for so long is gone."""
 TABLE = "results.json"
 TRIALS = "trials"
 TUNE = "tune"
@@ -358,8 +363,20 @@ def newest(table: Iterable[TrialResult], own: Mapping[str, TrialResult]) -> dict
     return found
 
 
+def read_lease(folder: SweepFolder) -> dict[str, object]:
+    """What the run at work tells other hosts of itself; empty where there is none, or what stands there is no lease."""
+    try:
+        found = json.loads(read_record(folder.lease))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def is_at_work(folder: SweepFolder) -> bool:
-    """Whether a run holds the folder's lock; a dead owner's is free at once, since the kernel holds it."""
+    """Whether a run holds the folder's lock, or on another host, whose locks a mount may keep to itself, its lease.
+
+    A dead owner's lock is free at once, since the kernel holds it.
+    """
     if folder.remote:
         from orchestrator.results import lease
 
@@ -369,10 +386,16 @@ def is_at_work(folder: SweepFolder) -> bool:
         return False
     try:
         with FileLock(folder.lock, timeout=0):
-            return False
+            pass
     except (Timeout, OSError):
         # What cannot be locked, as on a read-only mount, cannot be known: the records are believed.
         return True
+    if read_lease(folder).get("host") in (None, socket.gethostname()):
+        return False
+    try:
+        return time.time() - folder.lease.stat().st_mtime < DEAD_AFTER_S
+    except OSError:
+        return False
 
 
 def newest_sweep(storage: Path) -> SweepFolder:
