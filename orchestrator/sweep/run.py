@@ -54,7 +54,6 @@ class Outcome:
     """How a sweep ended."""
 
     sweep: SweepResult
-    folder: SweepFolder
     report: Report
     tracked: bool
     """Whether MLflow has everything; what it lacks is on disk, and the next `run` or `report` carries it over."""
@@ -72,14 +71,14 @@ class Outcome:
 def run(
     sweep: SweepConfig, model: FoundModel, address: str | None, isolation: Isolation, say: Callable[[str], None]
 ) -> Outcome:
-    """Run a sweep, or go on with it where its folder has a part already; `model` is the sweep's, as `inputs` found it.
+    """Run a sweep, or go on with it where its folder has a part already.
+
+    sweep: as `lasting` has it. model: the sweep's, as `inputs` found it.
 
     Raises:
         InputError: it cannot be run as it is written; nothing was started.
         UnreachableError: the cluster, the tracking server or the storage.
     """
-    if cluster.runs_in_a_job():
-        sweep = _lasting(sweep)
     folder = sweep_folder(sweep.storage, sweep.name)
     # An address that cannot be is told before anything starts.
     require_address(sweep)
@@ -99,8 +98,10 @@ def run(
             cluster.disconnect()
 
 
-def _lasting(sweep: SweepConfig) -> SweepConfig:
-    """Relative paths to sweeps stand in the home folder, where a resubmitted job finds them again."""
+def lasting(sweep: SweepConfig) -> SweepConfig:
+    """In a job relative paths to sweeps stand in the home folder, where a resubmitted one finds them again."""
+    if not cluster.runs_in_a_job():
+        return sweep
     home, search = local_path("~"), sweep.search
     if search.warm_start and not is_remote(search.warm_start):
         search = search.model_copy(update={"warm_start": str(home / local_path(search.warm_start))})
@@ -239,4 +240,4 @@ def _finish(
     carrier.finish()
     limit_s, wait = (INTERRUPTED_TRACKING_LIMIT_S, None) if result.interrupted else (TRACKING_LIMIT_S, say)
     result, tracked = deliver(sweep, result, tracker, folder, limit_s, wait, recorder.save, say)
-    return Outcome(result, folder, made, tracked, tracking_uri(sweep))
+    return Outcome(result, made, tracked, tracking_uri(sweep))
