@@ -112,22 +112,31 @@ class TrialFolder:
             return []
 
     def read_metrics(self) -> tuple[MetricPoint, ...]:
-        """The curve so far; a last line that is still being written is left out."""
-        return self.read_metrics_from(0)[0]
+        """The curve so far, none where it cannot be read; a last line that is still being written is left out."""
+        with contextlib.suppress(StorageError):
+            return self.read_metrics_from(0)[0]
+        return ()
 
     def read_metrics_from(self, offset_bytes: int, last_step: int | None = None) -> tuple[tuple[MetricPoint, ...], int]:
         """The points after `offset_bytes`, and where to read on; from the start where the file began anew.
 
-        last_step: later points are left for another time.
+        last_step: later points are left for another time, and all of them where they cannot be read now.
+
+        Raises:
+            StorageError: the disk fails, and the whole curve was asked for.
         """
         try:
             with opened(self.metrics) as file:
                 size = file.seek(0, os.SEEK_END)
                 end = file.seek(offset_bytes if offset_bytes <= size else 0)
                 *lines, _ = file.read().split(b"\n")
-        except OSError:
-            # Gone, a folder, a circle of links: `read_trial_results` names it.
-            return (), 0
+        except OSError as error:
+            if not is_storage_failure(error):
+                # Gone, a folder, a circle of links: `read_trial_results` names it.
+                return (), 0
+            if last_step is None:
+                raise StorageError(f"cannot read {self.metrics} ({error}): mend the disk, or its mount") from error
+            return (), offset_bytes
         points = []
         for line in lines:
             with contextlib.suppress(ValidationError):
