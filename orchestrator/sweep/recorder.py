@@ -66,9 +66,15 @@ class Recorder(tune.Callback):
         return {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """The trial has its slot."""
+        """The trial has its slot, or another one after that died."""
         record = self.records[trial.config["trial_id"]]
-        if record.status is TrialStatus.PENDING:
+        if record.status is TrialStatus.RUNNING:
+            now = time.time()
+            held_s = now - self._launched_at[record.trial_id]
+            self._launched_at[record.trial_id] = now
+            total_s = record.timing.total_s + held_s
+            self.save(record.model_copy(update={"timing": record.timing.model_copy(update={"total_s": total_s})}))
+        elif record.status is TrialStatus.PENDING:
             self._launched_at[record.trial_id] = time.time()
             micro = trial.config["task"].config.micro_batch_size
             if micro != record.config.micro_batch_size:
@@ -229,7 +235,7 @@ class Recorder(tune.Callback):
                     update={
                         "startup_s": self._startup_s[record.trial_id],
                         "queued_s": max(0.0, launched_at - self.started_at),
-                        # Of the runs before this one, until the trial has ended.
+                        # Of the runs and slots before this one, until the trial has ended.
                         "total_s": record.timing.total_s,
                         "earlier_s": record.timing.earlier_s,
                     }
