@@ -205,35 +205,35 @@ def run(
         from orchestrator.config.sweep_file import load
 
         config = load(sweep, _all_overrides(overrides, name, storage))
-        from orchestrator.results.remote import local_storage
+        from orchestrator.results.remote import sweep_folder
         from orchestrator.sweep import notification
         from orchestrator.training import inputs
 
         webhook = notification.address_of(notify) if notify is not None else None
         # Before what follows is loaded: a slip of the pen is told in a second.
         model = inputs.look_at(config)
+        from orchestrator.sweep.run import lasting
         from orchestrator.sweep.run import run as run_sweep
 
+        config = lasting(config)
+        folder = sweep_folder(config.storage, config.name)
+        # The copy of a folder in an object store may go with its pod.
+        page = folder.location(folder.report)
         try:
             outcome = run_sweep(config, model, address, isolation.value, _say)
         except OrchestratorError as error:
             if webhook is not None:
-                notification.post(
-                    webhook,
-                    notification.failure_of(config.name, local_storage(config.storage) / config.name, error),
-                    _say,
-                )
+                notification.post(webhook, notification.failure_of(config.name, page, error), _say)
             raise
         from orchestrator.reporting import report as reporting
 
         if webhook is not None:
-            notification.post(
-                webhook, notification.end_of(outcome.report, outcome.exit_code, outcome.tracking_uri), _say
-            )
+            told = notification.end_of(outcome.report, page, outcome.exit_code, outcome.tracking_uri)
+            notification.post(webhook, told, _say)
         _show(reporting.render_text(outcome.report))
-        _say(f"report: {outcome.folder.report}")
+        _say(f"report: {page}")
         if not outcome.tracked:
-            again = "run the same command again" + ("" if outcome.folder.remote else ", or `report`,")
+            again = "run the same command again" + ("" if folder.remote else ", or `report`,")
             _say(f"MLflow did not take everything in time: {again} to deliver the rest")
         if outcome.sweep.interrupted:
             _say("interrupted; the state is saved: run the same command again to go on")

@@ -240,6 +240,11 @@ class TrialResult(_Record):
         in_population = self.suggestion is not None and self.suggestion.member is not None
         return in_population and self.status is TrialStatus.STOPPED
 
+    @property
+    def needs_checkpoint(self) -> bool:
+        """Whether anybody may go on from its checkpoint: the trial itself, or others."""
+        return not self.status.is_final or self.leaves_checkpoint
+
     @model_validator(mode="after")
     def _has_its_reason(self) -> Self:
         if self.status.needs_reason and not self.reason:

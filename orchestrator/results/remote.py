@@ -139,8 +139,9 @@ class Mirror:
         """Bring what the store has and this copy has not, all or what is `under` a folder of it.
 
         The folders of what is not wanted are made, so that their names tell, but for a checkpoint's that is not whole
-        there: the empty folder of one goes. `exact` removes what the store does not have, and of trials what it has
-        otherwise and is not wanted: an adapter of before would be put over a newer one. What is in `ours` stays.
+        there: the empty folder of one goes. `exact` removes what the store does not have, folders of trials too, and of
+        trials what it has otherwise and is not wanted: an adapter of before would be put over a newer one. What is in
+        `ours` stays.
 
         Raises:
             StorageError: the store cannot be read, or the copy not written.
@@ -156,6 +157,11 @@ class Mirror:
                     # Left where it is no empty folder.
                     with suppress(OSError):
                         known.rmdir()
+            if exact:
+                # A trial whose folder is gone there is run again: an empty one must not stand for it.
+                for empty, _, _ in os.walk(self.local / TRIALS, topdown=False):
+                    with suppress(OSError):
+                        Path(empty).rmdir()
             folders = {path.parent for path in map(PurePosixPath, there) if not is_checkpoint(path)}
             for folder in folders | whole | {PurePosixPath(name).parent for name, _ in changed}:
                 (self.local / folder).mkdir(parents=True, exist_ok=True)

@@ -7,10 +7,13 @@ import csv
 import errno
 import glob
 import io
+import json
 import os
 import re
 import shutil
+import socket
 import stat
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +30,8 @@ from orchestrator.results.records import MetricPoint, SweepResult, TrialResult, 
 _STORAGE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN)
 LARGEST_BYTES = 2**30
 """Of a file that is read whole; the records of 100,000 trials have less."""
+DEAD_AFTER_S = 20.0
+"""An owner on another host that has not renewed its lease for so long is gone."""
 TABLE = "results.json"
 TRIALS = "trials"
 TUNE = "tune"
@@ -107,22 +112,31 @@ class TrialFolder:
             return []
 
     def read_metrics(self) -> tuple[MetricPoint, ...]:
-        """The curve so far; a last line that is still being written is left out."""
-        return self.read_metrics_from(0)[0]
+        """The curve so far, none where it cannot be read; a last line that is still being written is left out."""
+        with contextlib.suppress(StorageError):
+            return self.read_metrics_from(0)[0]
+        return ()
 
     def read_metrics_from(self, offset_bytes: int, last_step: int | None = None) -> tuple[tuple[MetricPoint, ...], int]:
         """The points after `offset_bytes`, and where to read on; from the start where the file began anew.
 
-        last_step: later points are left for another time.
+        last_step: later points are left for another time, and all of them where they cannot be read now.
+
+        Raises:
+            StorageError: the disk fails, and the whole curve was asked for.
         """
         try:
             with opened(self.metrics) as file:
                 size = file.seek(0, os.SEEK_END)
                 end = file.seek(offset_bytes if offset_bytes <= size else 0)
                 *lines, _ = file.read().split(b"\n")
-        except OSError:
-            # Gone, a folder, a circle of links: `read_trial_results` names it.
-            return (), 0
+        except OSError as error:
+            if not is_storage_failure(error):
+                # Gone, a folder, a circle of links: `read_trial_results` names it.
+                return (), 0
+            if last_step is None:
+                raise StorageError(f"cannot read {self.metrics} ({error}): mend the disk, or its mount") from error
+            return (), offset_bytes
         points = []
         for line in lines:
             with contextlib.suppress(ValidationError):
@@ -358,8 +372,20 @@ def newest(table: Iterable[TrialResult], own: Mapping[str, TrialResult]) -> dict
     return found
 
 
+def read_lease(folder: SweepFolder) -> dict[str, object]:
+    """What the run at work tells other hosts of itself; empty where there is none, or what stands there is no lease."""
+    try:
+        found = json.loads(read_record(folder.lease))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def is_at_work(folder: SweepFolder) -> bool:
-    """Whether a run holds the folder's lock; a dead owner's is free at once, since the kernel holds it."""
+    """Whether a run holds the folder's lock, or on another host, whose locks a mount may keep to itself, its lease.
+
+    A dead owner's lock is free at once, since the kernel holds it.
+    """
     if folder.remote:
         from orchestrator.results import lease
 
@@ -369,10 +395,16 @@ def is_at_work(folder: SweepFolder) -> bool:
         return False
     try:
         with FileLock(folder.lock, timeout=0):
-            return False
+            pass
     except (Timeout, OSError):
         # What cannot be locked, as on a read-only mount, cannot be known: the records are believed.
         return True
+    if read_lease(folder).get("host") in (None, socket.gethostname()):
+        return False
+    try:
+        return time.time() - folder.lease.stat().st_mtime < DEAD_AFTER_S
+    except OSError:
+        return False
 
 
 def newest_sweep(storage: Path) -> SweepFolder:
@@ -419,7 +451,7 @@ def write_result(folder: SweepFolder, result: TrialResult) -> None:
         # A record that tells of an end must not outlast its curve in a power cut.
         sync(trial.metrics)
     write_atomically(trial.result, result.model_dump_json(indent=1) + "\n")
-    if result.status.is_final and not result.leaves_checkpoint:
+    if not result.needs_checkpoint:
         if trial.checkpoint_steps():
             # Here alone: it takes as long as a record itself, and a sweep writes thousands.
             sync(trial.root)

@@ -170,16 +170,20 @@ class JobServer:
             ClusterUnreachableError: the cluster fell silent; the job may well go on.
         """
         shown = 0
-        heard = time.monotonic()
+        silent_since_s: float | None = None
         while True:
             try:
-                shown = asyncio.run(self._tail(job_id, shown, show))
+                before, shown = shown, asyncio.run(self._tail(job_id, shown, show))
+                if shown > before:
+                    silent_since_s = None
                 details = self._asking(lambda: self._client.get_job_info(job_id))
-                heard = time.monotonic()
+                silent_since_s = None
                 if details.status.is_terminal():
                     return details
             except ClusterUnreachableError as error:
-                if time.monotonic() - heard > LOST_LIMIT_S:
+                # From the first question that fails: the log may have been read for hours without one.
+                silent_since_s = silent_since_s or time.monotonic()
+                if time.monotonic() - silent_since_s > LOST_LIMIT_S:
                     raise ClusterUnreachableError(
                         f"{error}; job {job_id} goes on where its head lives: the same command follows it again"
                     ) from error

@@ -8,8 +8,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 from orchestrator.errors import StorageError
 from orchestrator.results import lease
@@ -41,12 +42,13 @@ class Carrier:
         """Trials of which the driver wrote something since it was last carried over."""
         self._unfetched: set[str] = set()
         """Trials that ended while the store was away."""
-        self._untold: dict[str, tuple[Callable[[TrialResult], None], TrialResult]] = {}
-        """Of these, who is to hear of it once their files are here."""
+        self._untold: dict[str, Callable[[], None]] = {}
+        """By trial, how who waits for that hears of its end, once the store has its record and its files are here."""
         self._lock = threading.Lock()
         self._away_since_s: float | None = None
         self._why_away: StorageError | None = None
         self._end_limit_s = END_LIMIT_S
+        self._is_given_up = False
         self._wake, self._ending = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
 
@@ -66,7 +68,7 @@ class Carrier:
             self._running.add(record.trial_id)
         else:
             self._running.discard(record.trial_id)
-        if record.status.is_final and not record.leaves_checkpoint:
+        if not record.needs_checkpoint:
             self._ended.add(record.trial_id)
         self.wrote(record.trial_id)
 
@@ -96,15 +98,22 @@ class Carrier:
         self._unfetched.add(trial_id)
         return False
 
-    def once_here(self, tell: Callable[[TrialResult], None]) -> Callable[[TrialResult], None]:
-        """`tell`, but of a trial whose files are not here yet it is told when they are."""
+    def once_stored(self, tell: Callable[[TrialResult], None]) -> Callable[[TrialResult], None]:
+        """`tell`, but of a trial's end it is told when the store has the record, and what the trial wrote is here.
+
+        Whoever goes on with the sweep knows no more than the store does: what it makes again must not have been told.
+        """
+        if self._mirror is None:
+            return tell
 
         def track(record: TrialResult) -> None:
+            if not record.status.is_final and record.trial_id not in self._unfetched:
+                tell(record)
+                return
+            self._written.add(record.trial_id)
             with self._lock:
-                if record.trial_id in self._unfetched:
-                    self._untold[record.trial_id] = (tell, record)
-                    return
-            tell(record)
+                self._untold[record.trial_id] = partial(tell, record)
+            self._wake.set()
 
         return track
 
@@ -127,12 +136,13 @@ class Carrier:
             self._mirror.push()
 
     def finish(self) -> None:
-        """Carry over the rest, for which a store that is away is waited a bounded time.
+        """Carry over the rest, for which a store that is away is waited a bounded time; what is written later needs
+        another call.
 
         Raises:
-            StorageError: it stayed away.
+            StorageError: it stayed away, which is told and waited for once.
         """
-        if self._mirror is None or self._tenure.is_lost:
+        if self._mirror is None or self._tenure.is_lost or self._is_given_up:
             return
         limit_s = 0.0 if self.away() else self._end_limit_s
         until_s = time.monotonic() + limit_s
@@ -149,6 +159,7 @@ class Carrier:
                 if time.monotonic() + RETRY_S > until_s:
                     break
                 time.sleep(RETRY_S)
+        self._is_given_up = True
         raise StorageError(
             f"{self._why_away or f'storage {self._folder.shown} does not answer'}. What the store has is safe: run the "
             "same command again once it answers"
@@ -178,20 +189,28 @@ class Carrier:
     def _carry(self) -> None:
         if self._tenure.is_lost:
             return
-        # Of these the final record goes with this push; one that ends meanwhile keeps its checkpoint until the next.
+        # Of these the final record goes with this push; of one that ends meanwhile the next will tell, and its
+        # checkpoint stays until then.
         ended = tuple(self._ended)
+        with self._lock:
+            untold = dict(self._untold)
         self._push_written()
         for trial_id in tuple(self._unfetched):
             self._pull(trial_id, is_result)
-            with self._lock:
-                self._unfetched.discard(trial_id)
-                untold = self._untold.pop(trial_id, None)
-            if untold:
-                tell, record = untold
-                tell(record)
+            self._unfetched.discard(trial_id)
+        self._tell(untold)
         for trial_id in tuple(self._running):
             self._pull(trial_id, is_record)
         self._forget_checkpoints(ended)
+
+    def _tell(self, untold: Mapping[str, Callable[[], None]]) -> None:
+        for trial_id, tell in untold.items():
+            with self._lock:
+                if self._untold[trial_id] is not tell:
+                    # Its record was written anew meanwhile.
+                    continue
+                del self._untold[trial_id]
+            tell()
 
     def _push_written(self) -> None:
         """What belongs to the trials that were written, since a walk through thousands at each would take all the time.

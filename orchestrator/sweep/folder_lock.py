@@ -23,11 +23,9 @@ from filelock import FileLock, Timeout
 
 from orchestrator.errors import FolderError, StorageError
 from orchestrator.results.heartbeat import beating
-from orchestrator.results.storage import SweepFolder, read_record, write_atomically
+from orchestrator.results.storage import DEAD_AFTER_S, SweepFolder, read_lease, write_atomically
 
 RENEWED_EVERY_S = 5.0
-DEAD_AFTER_S = 20.0
-"""An owner on another host that has not renewed its lease for so long is gone."""
 
 
 class Tenure:
@@ -101,7 +99,7 @@ def _locked(folder: SweepFolder, host: str) -> FileLock:
     try:
         lock.acquire()
     except Timeout as error:
-        if _read(folder).get("host") in (None, host):
+        if read_lease(folder).get("host") in (None, host):
             raise FolderError(_taken(folder)) from error
         _wait_for_owner(folder, host)
         folder.lock.unlink(missing_ok=True)
@@ -123,7 +121,7 @@ def _lease(folder: SweepFolder, host: str) -> Iterator[Tenure]:
     tenure = Tenure(folder.shown)
 
     def is_ours() -> bool:
-        return _read(folder).get("owner") in (owner, None)
+        return read_lease(folder).get("owner") in (owner, None)
 
     def write() -> None:
         lease = {"host": host, "owner": owner, "renewals": next(renewals)}
@@ -153,23 +151,14 @@ def _wait_for_owner(folder: SweepFolder, host: str) -> None:
     Raises:
         FolderError: it renews its lease.
     """
-    first = _read(folder)
+    first = read_lease(folder)
     if not first or first.get("host") == host:
         return
     until_s = time.monotonic() + DEAD_AFTER_S
     while time.monotonic() < until_s:
         time.sleep(0.5)
-        now = _read(folder)
+        now = read_lease(folder)
         if not now:
             return
         if now != first:
             raise FolderError(_taken(folder, f" on host {now.get('host')}"))
-
-
-def _read(folder: SweepFolder) -> dict[str, object]:
-    """The lease; empty where there is none, or what stands there is none."""
-    try:
-        found = json.loads(read_record(folder.lease))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -6,7 +6,6 @@ import json
 import threading
 import urllib.request
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -49,8 +48,8 @@ def address_of(given: str) -> str:
     return url
 
 
-def end_of(report: Report, exit_code: int, tracking_uri: str) -> dict[str, Any]:
-    """What is told of a sweep that has ended."""
+def end_of(report: Report, page: str, exit_code: int, tracking_uri: str) -> dict[str, Any]:
+    """What is told of a sweep that has ended; `page` is where its report lies."""
     sweep = report.sweep
     status = {0: "completed", 1: "completed with failed trials", 130: "interrupted"}[exit_code]
     answer = without_secret(report.recommendation.answer)
@@ -62,20 +61,20 @@ def end_of(report: Report, exit_code: int, tracking_uri: str) -> dict[str, Any]:
         "question": sweep.question,
         "answer": answer,
         "trials": {status.value: count for status, count in report.counts.items()},
-        "report": str((report.folder / "report.html").absolute()),
+        "report": page,
         "mlflow": run_page(tracking_uri, sweep.mlflow_run_id) if sweep.mlflow_run_id else None,
     }
 
 
-def failure_of(name: str, folder: Path, error: Exception) -> dict[str, Any]:
-    """What is told of a sweep that could not go on."""
+def failure_of(name: str, page: str, error: Exception) -> dict[str, Any]:
+    """What is told of a sweep that could not go on; `page` is where its report lies, or will."""
     why = without_secret(str(error))
     return {
         "text": f"Sweep {name}: failed. {why}",
         "name": name,
         "status": "failed",
         "error": why,
-        "report": str((folder / "report.html").absolute()),
+        "report": page,
     }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import os
 import shutil
@@ -67,9 +66,15 @@ class Recorder(tune.Callback):
         return {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """The trial has its slot."""
+        """The trial has its slot, or another one after that died."""
         record = self.records[trial.config["trial_id"]]
-        if record.status is TrialStatus.PENDING:
+        if record.status is TrialStatus.RUNNING:
+            now = time.time()
+            held_s = now - self._launched_at[record.trial_id]
+            self._launched_at[record.trial_id] = now
+            total_s = record.timing.total_s + held_s
+            self.save(record.model_copy(update={"timing": record.timing.model_copy(update={"total_s": total_s})}))
+        elif record.status is TrialStatus.PENDING:
             self._launched_at[record.trial_id] = time.time()
             micro = trial.config["task"].config.micro_batch_size
             if micro != record.config.micro_batch_size:
@@ -134,30 +139,31 @@ class Recorder(tune.Callback):
         return before + sum(now - self._launched_at.get(trial_id, now) for trial_id in at_work)
 
     def save(self, record: TrialResult) -> None:
-        """Keep a record, on disk first."""
+        """Keep a record, on disk first; of one that is not there nobody hears, since the next run does not know it."""
         hidden = {"reason": record.reason and without_secret(record.reason), "notes": _each(record.notes)}
         record = record.model_copy(update=hidden)
-        is_ours = not self.tenure.is_lost
-        if is_ours:
-            self._write(record)
-            self._watch_disk()
+        is_kept = not self.tenure.is_lost and self._write(record)
         self.records[record.trial_id] = record
-        for listener in self._listeners if is_ours else ():
-            listener(record)
+        if is_kept:
+            self._watch_disk()
+            for listener in self._listeners:
+                listener(record)
 
-    def _write(self, record: TrialResult) -> None:
-        """On disk; where that is full or away for longer than we wait, in memory alone, and the sweep is to end."""
+    def _write(self, record: TrialResult) -> bool:
+        """Whether it is on disk: where that is full or away for longer than we wait, the sweep is to end."""
         until_s = time.monotonic() + STORAGE_LIMIT_S
-        for failures in itertools.count(1):
+        failures = 0
+        while True:
             try:
                 self._require_folder()
                 write_result(self._folder, record)
-                return
+                return True
             except StorageError as error:
+                failures += 1
                 left_s = until_s - time.monotonic()
                 if self.storage_error is not None or left_s <= 0:
                     self.storage_error = error
-                    return
+                    return False
                 if failures == 1:
                     log.warning("%s; waiting for it for %.0f s", error, STORAGE_LIMIT_S)
                 time.sleep(min(pause_s(failures), left_s))
@@ -229,7 +235,7 @@ class Recorder(tune.Callback):
                     update={
                         "startup_s": self._startup_s[record.trial_id],
                         "queued_s": max(0.0, launched_at - self.started_at),
-                        # Of the runs before this one, until the trial has ended.
+                        # Of the runs and slots before this one, until the trial has ended.
                         "total_s": record.timing.total_s,
                         "earlier_s": record.timing.earlier_s,
                     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from orchestrator.config.sweep_config import SweepConfig
@@ -154,6 +154,15 @@ def kept(earlier: Earlier, planned: frozenset[str]) -> dict[str, TrialResult]:
             record = record.model_copy(update=why)
         found[trial_id] = record
     return found
+
+
+def useless_checkpoints(records: Iterable[TrialResult], folder: SweepFolder) -> list[str]:
+    """Ids of trials whose checkpoints outlived them: the run that recorded their end died before it removed these."""
+    return [
+        record.trial_id
+        for record in records
+        if not record.needs_checkpoint and folder.trial(record.trial_id).checkpoint_steps()
+    ]
 
 
 def with_time_spent(old: TrialResult, new: TrialResult) -> TrialResult:

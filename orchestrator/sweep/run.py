@@ -31,7 +31,13 @@ from orchestrator.sweep.opening import (
 from orchestrator.sweep.preparation import Prepared, prepare
 from orchestrator.sweep.progress import Progress
 from orchestrator.sweep.recorder import Recorder
-from orchestrator.sweep.resume import Earlier, read_earlier, require_same_data, require_same_question
+from orchestrator.sweep.resume import (
+    Earlier,
+    read_earlier,
+    require_same_data,
+    require_same_question,
+    useless_checkpoints,
+)
 from orchestrator.sweep.scheduler import RuleScheduler
 from orchestrator.sweep.stopper import Stopper, signals_to, sigterm_like_ctrl_c
 from orchestrator.sweep.tracking import Tracker, awaited_tracker, require_address, tracking_uri
@@ -48,7 +54,6 @@ class Outcome:
     """How a sweep ended."""
 
     sweep: SweepResult
-    folder: SweepFolder
     report: Report
     tracked: bool
     """Whether MLflow has everything; what it lacks is on disk, and the next `run` or `report` carries it over."""
@@ -66,14 +71,14 @@ class Outcome:
 def run(
     sweep: SweepConfig, model: FoundModel, address: str | None, isolation: Isolation, say: Callable[[str], None]
 ) -> Outcome:
-    """Run a sweep, or go on with it where its folder has a part already; `model` is the sweep's, as `inputs` found it.
+    """Run a sweep, or go on with it where its folder has a part already.
+
+    sweep: as `lasting` has it. model: the sweep's, as `inputs` found it.
 
     Raises:
         InputError: it cannot be run as it is written; nothing was started.
         UnreachableError: the cluster, the tracking server or the storage.
     """
-    if cluster.runs_in_a_job():
-        sweep = _lasting(sweep)
     folder = sweep_folder(sweep.storage, sweep.name)
     # An address that cannot be is told before anything starts.
     require_address(sweep)
@@ -93,8 +98,10 @@ def run(
             cluster.disconnect()
 
 
-def _lasting(sweep: SweepConfig) -> SweepConfig:
-    """Relative paths to sweeps stand in the home folder, where a resubmitted job finds them again."""
+def lasting(sweep: SweepConfig) -> SweepConfig:
+    """In a job relative paths to sweeps stand in the home folder, where a resubmitted one finds them again."""
+    if not cluster.runs_in_a_job():
+        return sweep
     home, search = local_path("~"), sweep.search
     if search.warm_start and not is_remote(search.warm_start):
         search = search.model_copy(update={"warm_start": str(home / local_path(search.warm_start))})
@@ -123,8 +130,11 @@ def _run_prepared(
     wait_s = TRACKING_WAIT_S if cluster.runs_in_a_job() else 0.0
     tracker = awaited_tracker(sweep, result.sweep_id, folder, wait_s, say)
     result = result.model_copy(update={"mlflow_run_id": tracker.parent_run_id})
+    useless = useless_checkpoints(records.values(), folder)
     write_opening(prepared, folder, records.values(), result)
     carrier.push()
+    for trial_id in useless:
+        carrier.forget_checkpoints(trial_id)
     scheduler = RuleScheduler(sweep, prepared.shape.gpus)
     if earlier:
         scheduler.hear_again(folder, records.values())
@@ -140,7 +150,7 @@ def _run_prepared(
         prepared.predicted_bytes,
         carrier.fetch,
         tenure,
-        (carrier.track, carrier.once_here(tracker.track), gauges.track, progress, callbacks.track),
+        (carrier.track, carrier.once_stored(tracker.track), gauges.track, progress, callbacks.track),
     )
     search = search_of(prepared, folder, recorder, new_record, carrier.forget_checkpoints)
     stopper = _stopper(prepared, recorder, carrier)
@@ -228,6 +238,8 @@ def _finish(
     write_sweep(folder, result)
     made = report.build(folder)
     write_atomically(folder.report, report.render_html(made))
+    # And MLflow hears of an end when the store has it.
+    carrier.finish()
     limit_s, wait = (INTERRUPTED_TRACKING_LIMIT_S, None) if result.interrupted else (TRACKING_LIMIT_S, say)
     result, tracked = deliver(sweep, result, tracker, folder, limit_s, wait, recorder.save, say)
-    return Outcome(result, folder, made, tracked, tracking_uri(sweep))
+    return Outcome(result, made, tracked, tracking_uri(sweep))

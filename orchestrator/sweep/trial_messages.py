@@ -32,7 +32,7 @@ def messages(reports: Connection, process: Any, limit_s: float | None) -> Iterat
             if late_at_s < silent_at_s:
                 raise TimeoutError(
                     f"it ran longer than budget.trial_hours allows ({(limit_s or 0) / 3600:.4g} h), or hung: see its "
-                    "log.txt, then raise the limit or mend the cause"
+                    "log.txt, raise the limit or mend the cause, and remove its folder to have it run again"
                 )
             raise SilentError(
                 f"it hung: no step for {time.monotonic() - heard_s:.0f} s, where the longest had taken "

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,7 +16,7 @@ import pytest
 from filelock import FileLock
 
 from orchestrator.errors import FolderError
-from orchestrator.results.storage import SweepFolder
+from orchestrator.results.storage import DEAD_AFTER_S, SweepFolder, is_at_work
 from orchestrator.sweep import folder_lock
 from orchestrator.sweep.folder_lock import only_one
 from tests.waiting import wait_until
@@ -44,6 +46,22 @@ def test_a_run_on_another_host_is_seen_by_its_lease_where_the_mount_keeps_locks_
         folder.lock.unlink()
         with pytest.raises(FolderError, match=r"at work .* on host one"), only_one(folder, host="two"):
             pass
+
+
+def test_a_run_on_another_host_whose_lock_is_not_seen_here_is_at_work_as_long_as_it_renews_its_lease(
+    folder: SweepFolder,
+) -> None:
+    for host, at_work in (("elsewhere", True), (socket.gethostname(), False)):
+        with only_one(folder, host):
+            # What a mount with local locks does: this host sees a free one.
+            folder.lock.unlink()
+            folder.lock.touch()
+            assert is_at_work(folder) == at_work
+    folder.lease.write_text(json.dumps({"host": "gone", "owner": "gone 1", "renewals": 7}))
+    assert is_at_work(folder)
+    long_ago_s = time.time() - DEAD_AFTER_S
+    os.utime(folder.lease, (long_ago_s, long_ago_s))
+    assert not is_at_work(folder)
 
 
 def test_an_owner_that_died_on_another_host_is_waited_for_once(folder: SweepFolder) -> None:

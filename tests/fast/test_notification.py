@@ -27,7 +27,9 @@ def test_a_webhook_is_told_the_answer_and_where_to_look(tmp_path: Path) -> None:
     sweep = report.sweep.model_copy(update={"mlflow_run_id": "run17"})
     said: list[str] = []
     with webhook() as (url, told):
-        body = notification.end_of(_with(report, sweep), 0, "https://me:secret@mlflow:5000/")
+        body = notification.end_of(
+            _with(report, sweep), "s3://bucket/made-up/report.html", 0, "https://me:secret@mlflow:5000/"
+        )
         notification.post(url, body, said.append)
     assert said == []
     (got,) = told
@@ -36,7 +38,7 @@ def test_a_webhook_is_told_the_answer_and_where_to_look(tmp_path: Path) -> None:
     assert got["answer"] == report.recommendation.answer
     assert got["answer"] in got["text"]
     assert got["trials"] == {"completed": 6}
-    assert got["report"] == str(folder.report)
+    assert got["report"] == "s3://bucket/made-up/report.html"
     assert got["mlflow"] == "https://mlflow:5000/#/runs/run17"
     assert "secret" not in json.dumps(got)
 
@@ -68,12 +70,29 @@ def test_a_webhook_that_never_answers_is_not_waited_for(monkeypatch: pytest.Monk
     assert len(said) == 1
 
 
-def test_a_sweep_that_could_not_go_on_is_told_with_its_reason(tmp_path: Path) -> None:
+def test_a_sweep_that_could_not_go_on_is_told_with_its_reason() -> None:
     error = ClusterUnreachableError("the cluster at ray://me:secret@head:10001 does not answer: start it")
-    body = notification.failure_of("made-up", tmp_path, error)
+    body = notification.failure_of("made-up", "/sweeps/made-up/report.html", error)
     assert body["status"] == "failed"
     assert "does not answer" in body["error"]
     assert "secret" not in json.dumps(body)
+
+
+@pytest.mark.parametrize(
+    ("storage", "page"),
+    [("sweeps", "{home}/sweeps/smoke/report.html"), ("s3://bucket/sweeps", "s3://bucket/sweeps/smoke/report.html")],
+)
+def test_a_job_tells_where_the_report_of_its_sweep_lies_once_its_own_folders_are_gone(
+    storage: str, page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = pytest.importorskip("orchestrator.sweep.cluster")
+    monkeypatch.setenv(cluster.JOB, "{}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with webhook() as (url, told):
+        words = ["run", "search_spaces/smoke.yaml", "--storage", storage, "--notify", url]
+        result = CliRunner().invoke(app, [*words, "--set", "tracking.uri=nowhere://"])
+    assert result.exit_code == 2, result.stderr
+    assert [body["report"] for body in told] == [page.format(home=tmp_path)]
 
 
 @pytest.mark.parametrize("url", ["", "example.com/hook", "ftp://example.com", "https://", "http://host:port/"])

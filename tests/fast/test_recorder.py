@@ -11,8 +11,9 @@ pytest.importorskip("ray")
 
 from ray.tune.experiment import Trial
 
-from orchestrator.results.records import Timing, TrialStatus
+from orchestrator.results.records import Timing, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder, write_atomically
+from orchestrator.sweep import recorder as recorders
 from orchestrator.sweep.folder_lock import Tenure
 from orchestrator.sweep.recorder import ForgetResults, Recorder
 from orchestrator.training.task import TrialProgress
@@ -51,6 +52,45 @@ def test_tune_keeps_of_a_trial_that_has_ended_little_more_than_its_name() -> Non
         assert trial.config == {"trial_id": f"t-{number}"}
         sizes.append(len(pickle.dumps(trial.__dict__)))
     assert max(sizes) < 2000, sizes
+
+
+def test_nobody_hears_of_a_record_that_could_not_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorders, "STORAGE_LIMIT_S", 0.0)
+    folder = SweepFolder(tmp_path)
+    heard: list[TrialResult] = []
+    recorder = Recorder(folder, {}, 0.0, None, {}, lambda config: 0, lambda trial_id: True, Tenure(""), (heard.append,))
+    trial = made_up_trial({"rank": 4})
+    recorder.save(trial)
+    assert recorder.storage_error
+    assert recorder.records == {trial.trial_id: trial}
+    assert heard == []
+    write_atomically(folder.sweep_file, "")
+    recorder.save(trial)
+    assert heard == [trial]
+
+
+def test_the_time_that_a_slot_held_which_died_stays_in_the_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(recorders, "time", SimpleNamespace(time=lambda: now, monotonic=time.monotonic))
+    waiting = made_up_trial({"rank": 4}, status=TrialStatus.PENDING)
+    folder = SweepFolder(tmp_path)
+    write_atomically(folder.sweep_file, "")
+    records = {waiting.trial_id: waiting}
+    recorder = Recorder(folder, records, now, None, {}, lambda config: 0, lambda trial_id: True, Tenure(""), ())
+    trial = Trial("sweep", stub=True)
+    trial.config = {"trial_id": waiting.trial_id, "task": SimpleNamespace(config=waiting.config)}
+    told = {"trial_config": waiting.config, "events": (), "progress": None}
+    recorder.on_trial_start(1, [trial], trial)
+    recorder.on_trial_result(1, [trial], trial, told | {"launched_at": now})
+    now += 100
+    recorder.on_trial_start(2, [trial], trial)
+    recorder.on_trial_result(2, [trial], trial, told | {"launched_at": now})
+    now += 50
+    assert recorder.trial_seconds() == 150
+    recorder.on_trial_result(3, [trial], trial, told | {"launched_at": now - 50, "status": "completed"})
+    assert recorder.trial_seconds() == recorder.records[waiting.trial_id].timing.total_s == 150
 
 
 def test_a_trial_that_goes_on_has_waited_for_both_of_its_starts(tmp_path: Path) -> None:

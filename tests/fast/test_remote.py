@@ -115,6 +115,23 @@ def test_of_a_sweep_that_lay_at_the_address_before_a_reader_sees_nothing_and_kee
     assert names(remote.opened(uri).root) == {"sweep.yaml", "trials/b/result.json", "trials/b/adapter/weights"} | made
 
 
+def test_of_a_trial_whose_folder_was_removed_from_the_store_an_exact_copy_has_no_folder_either(
+    uri: str, tmp_path: Path
+) -> None:
+    driver = Mirror(tmp_path / "driver", uri)
+    for trial in ("removed", "kept"):
+        of_checkpoint = f"trials__{trial}__checkpoint-3__{checkpoint_part(0, 1)}"
+        write(driver.local, **{f"trials__{trial}__result.json": "{}", f"trials__{trial}__adapter__weights": "w"})
+        write(driver.local, **{of_checkpoint: "w"})
+    driver.push()
+    folder = remote.opened(uri)
+    remote.fetch_trial(folder, "removed")
+    driver.remove(remote.everything, under="trials/removed")
+    folder = remote.opened(uri)
+    assert [trial.root.name for trial in folder.trials()] == ["kept"]
+    assert folder.trial("kept").checkpoint_steps() == [3]
+
+
 @pytest.mark.parametrize(
     ("last", "others"),
     [

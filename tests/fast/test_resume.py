@@ -16,6 +16,7 @@ from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.sweep_file import to_yaml
 from orchestrator.errors import FolderError, StorageError
 from orchestrator.reporting.times import times_of
+from orchestrator.results import storage
 from orchestrator.results.records import TrialStatus
 from orchestrator.results.storage import SweepFolder, read_sweep, write_atomically, write_result
 from orchestrator.sweep.delivered import Delivered, write_delivered
@@ -282,6 +283,25 @@ def test_only_the_last_whole_checkpoint_counts_and_the_curve_must_reach_it(tmp_p
     trial.forget_checkpoints(but=40)
     assert trial.checkpoint_steps() == [40]
     assert not trial.partial_checkpoint(200).exists()
+
+
+def test_a_curve_that_the_disk_does_not_give_is_not_taken_for_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = SweepFolder(tmp_path).trial("one")
+    trial.root.mkdir(parents=True)
+    assert trial.read_metrics_from(7) == ((), 0)
+    trial.metrics.touch()
+
+    def fail(file: Path) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(file))
+
+    monkeypatch.setattr(storage, "opened", fail)
+    with pytest.raises(StorageError, match=r"cannot read .*metrics\.jsonl .*Stale file handle.*mend the disk"):
+        trial.read_metrics_from(7)
+    # Of one that trains it is asked again; a report shows what there is.
+    assert trial.read_metrics_from(7, last_step=3) == ((), 7)
+    assert trial.read_metrics() == ()
 
 
 def test_time_that_earlier_attempts_held_is_not_forgotten_by_the_budget() -> None:

@@ -29,6 +29,8 @@ class JobApi:
         self.ray_version = ray.__version__
         self.connections_left = 3
         self.end: dict[str, object] = {"status": "SUCCEEDED", "driver_exit_code": 0}
+        self.first_line_takes_s = 0.0
+        self.failing_questions = 0
         self.address = ""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
@@ -37,11 +39,15 @@ class JobApi:
         self.connections_left -= 1
         socket = web.WebSocketResponse()
         await socket.prepare(request)
+        await asyncio.sleep(self.first_line_takes_s)
         for lines in LOG if not self.connections_left else LOG[: 3 - self.connections_left]:
             await socket.send_str(lines)
         return socket
 
     async def _job(self, request: web.Request) -> web.Response:
+        if self.failing_questions:
+            self.failing_questions -= 1
+            raise web.HTTPServiceUnavailable
         running = {"status": "RUNNING", "driver_exit_code": None}
         return web.json_response(
             {"type": "SUBMISSION", "entrypoint": "", **(running if self.connections_left else self.end)}
@@ -126,6 +132,15 @@ def test_a_cluster_that_falls_silent_is_given_up_after_its_limit(api: JobApi, mo
     api.fall_silent()
     with pytest.raises(ClusterUnreachableError, match="job j goes on where its head lives"):
         follow(reached, "j", lambda lines: None, print)
+
+
+def test_a_log_that_was_read_for_longer_than_the_limit_of_a_silent_cluster_counts_nothing_towards_it(
+    api: JobApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "LOST_LIMIT_S", 0.2)
+    api.first_line_takes_s, api.failing_questions = 0.3, 2
+    assert follow(JobServer(api.address), "j", lambda lines: None, print) == 0
+    assert api.failing_questions == 0
 
 
 def test_a_reader_that_goes_away_ends_the_showing(api: JobApi) -> None:

@@ -22,6 +22,7 @@ from orchestrator.results.storage import SweepFolder, TrialFolder, checkpoint_pa
 from orchestrator.sweep import carrier as carriers
 from orchestrator.sweep.carrier import carried
 from orchestrator.sweep.folder_lock import Tenure
+from orchestrator.sweep.resume import useless_checkpoints
 from orchestrator.sweep.trial_files import leave_nothing, on_this_node, weights_on_this_node
 from orchestrator.training.task import TrialTask, WorkerPlace
 from tests.object_store import BUCKET, started_store
@@ -291,7 +292,7 @@ def test_who_hears_of_a_trial_that_ended_while_the_store_was_away_hears_it_once_
     with carried(folder, Tenure("")) as carrier:
         folder.sweep_file.write_text("name: demo")
         carrier.push()
-        track = carrier.once_here(lambda record: told.append((record.status.value, metrics.exists())))
+        track = carrier.once_stored(lambda record: told.append((record.status.value, metrics.exists())))
         task, keep = on_this_node(task_in(folder), place(0), "group")
         TrialFolder(Path(task.trial_folder)).metrics.write_text("1")
         keep(0.0)
@@ -304,6 +305,65 @@ def test_who_hears_of_a_trial_that_ended_while_the_store_was_away_hears_it_once_
         carrier.track(record(TrialStatus.FAILED))
         wait_until(lambda: len(told), lambda count: count == 2, LIMIT_S)
     assert told[1] == ("failed", True)
+
+
+def test_nobody_hears_of_an_end_that_the_store_does_not_know(
+    folder: SweepFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(carriers, "RETRY_S", 0.1)
+    told: list[tuple[str, bool]] = []
+
+    def tell(record: TrialResult) -> None:
+        found = remote.read_text(folder.location(folder.trial("t").result))
+        told.append((record.status.value, bool(found) and record.status.value in found[0]))
+
+    def save(status: TrialStatus) -> None:
+        write_result(folder, record(status))
+        carrier.track(record(status))
+        track(record(status))
+
+    with carried(folder, Tenure("")) as carrier:
+        folder.sweep_file.write_text("name: demo")
+        carrier.push()
+        track = carrier.once_stored(tell)
+        with monkeypatch.context() as away:
+            away.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+            save(TrialStatus.FAILED)
+            wait_until(lambda: carrier._why_away, bool, LIMIT_S)
+            assert told == []
+        wait_until(lambda: told, bool, LIMIT_S)
+        assert told == [("failed", True)]
+        # At the end of the sweep all is told before MLflow is waited for, and what that leaves to write comes after.
+        save(TrialStatus.COMPLETED)
+        carrier.finish()
+        assert told[1:] == [("completed", True)]
+        folder.results_json.write_text("{}")
+    assert remote.read_text(folder.location(folder.results_json))
+
+
+def test_a_store_that_stays_away_at_the_end_of_a_sweep_is_waited_for_once(
+    folder: SweepFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(carriers, "RETRY_S", 0.1)
+    monkeypatch.setattr(carriers, "INTERRUPTED_END_LIMIT_S", 0.5)
+    told: list[TrialResult] = []
+
+    def end() -> None:
+        with carried(folder, Tenure("")) as carrier:
+            folder.sweep_file.write_text("name: demo")
+            carrier.push()
+            monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+            write_result(folder, record(TrialStatus.COMPLETED))
+            carrier.hurry()
+            carrier.once_stored(told.append)(record(TrialStatus.COMPLETED))
+            try:
+                carrier.finish()
+            finally:
+                monkeypatch.setattr(Mirror, "push", lambda *_: pytest.fail("the store was asked again"))
+
+    with pytest.raises(StorageError, match="run the same command again once it answers"):
+        end()
+    assert told == []
 
 
 def test_while_a_sweep_runs_the_trials_that_were_written_are_carried_over_and_at_its_end_all_is(
@@ -373,6 +433,30 @@ def test_a_trials_checkpoints_stay_in_the_store_until_its_final_record_is_there(
         carrier.track(record(TrialStatus.RUNNING))
         wait_until(lambda: known_at_removal, bool, LIMIT_S)
     assert set(known_at_removal) == {"failed"}
+
+
+def test_a_checkpoint_that_outlived_its_trials_end_goes_with_the_next_run(folder: SweepFolder) -> None:
+    def leave_checkpoint(group_id: str) -> None:
+        task, keep = on_this_node(task_in(folder), place(0), group_id)
+        left = TrialFolder(Path(task.trial_folder)).checkpoint(2)
+        left.mkdir(exist_ok=True)
+        (left / checkpoint_part(0, 1)).write_text("w")
+        keep(0.0)
+
+    stopped = record(TrialStatus.STOPPED)
+    members = stopped.model_copy(update={"suggestion": Suggestion(number=0, settings={}, member=0)})
+    kept = {}
+    for name, ended in (("needless", stopped), ("needed", members)):
+        leave_checkpoint(name)
+        with carried(folder, Tenure("")) as carrier:
+            folder.sweep_file.write_text("name: demo")
+            useless = useless_checkpoints([ended], folder)
+            write_result(folder, ended)
+            carrier.push()
+            for trial_id in useless:
+                carrier.forget_checkpoints(trial_id)
+        kept[name] = remote.opened(folder.shown).trial("t").checkpoint_steps()
+    assert kept == {"needless": [], "needed": [2]}
 
 
 def test_weights_that_are_evaluated_are_brought_to_the_node_and_removed_again(folder: SweepFolder) -> None:
