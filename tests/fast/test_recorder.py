@@ -15,7 +15,7 @@ from orchestrator.results.records import Timing, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder, write_atomically
 from orchestrator.sweep import recorder as recorders
 from orchestrator.sweep.folder_lock import Tenure
-from orchestrator.sweep.recorder import ForgetResults, Recorder
+from orchestrator.sweep.recorder import ForgetResults, Recorder, share_names
 from orchestrator.training.task import TrialProgress
 from tests.made_up_sweep import made_up_point, made_up_trial
 
@@ -52,6 +52,20 @@ def test_tune_keeps_of_a_trial_that_has_ended_little_more_than_its_name() -> Non
         assert trial.config == {"trial_id": f"t-{number}"}
         sizes.append(len(pickle.dumps(trial.__dict__)))
     assert max(sizes) < 2000, sizes
+
+
+def test_alike_records_share_the_names_of_what_was_set_and_a_changed_copy_has_its_own() -> None:
+    one, other = (made_up_trial({"rank": rank}) for rank in (4, 8))
+    before = one.model_dump_json()
+    share_names(one)
+    share_names(other)
+    assert one.model_fields_set is other.model_fields_set
+    assert one.config.model_fields_set is other.config.model_fields_set
+    assert one.model_dump_json() == before
+    names = set(one.model_fields_set)
+    copied = one.model_copy(update={"mlflow_run_id": "a"})
+    assert "mlflow_run_id" in copied.model_fields_set
+    assert one.model_fields_set == names
 
 
 def test_nobody_hears_of_a_record_that_could_not_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
