@@ -25,12 +25,14 @@ from orchestrator.config.sweep_file import to_yaml
 from orchestrator.errors import TrackingUnreachableError
 from orchestrator.results.evaluation import Evaluation, write_evaluation
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
+from orchestrator.results.remote import Mirror, is_record, sweep_folder
 from orchestrator.results.secrets import without_secret
 from orchestrator.results.storage import SweepFolder, read_sweep, write_atomically, write_sweep
 from orchestrator.sweep import evaluation, system_metrics
 from orchestrator.sweep.delivered import Delivered, read_delivered, write_delivered
 from orchestrator.sweep.tracking import Tracker, awaited_tracker, tracking_uri
 from tests.made_up_sweep import made_up_point, made_up_sweep, made_up_trial, write_made_up
+from tests.object_store import BUCKET, fragile_store
 from tests.tracking_servers import PASSWORD, FragileServer, Server, always, free_port, late_once, on_sqlite_with_a_login
 from tests.waiting import wait_until
 
@@ -188,6 +190,13 @@ def test_a_server_that_lets_nobody_in_is_not_waited_for_and_one_that_says_it_is_
         assert starts_to_wait(tmp_path, uri) is is_awaited
 
 
+def test_a_server_that_refuses_the_login_is_told_as_that_and_not_as_one_that_does_not_answer(tmp_path: Path) -> None:
+    with always(401) as uri:
+        config, _, folder = a_sweep(tmp_path / "stranger", uri)
+        with pytest.raises(TrackingUnreachableError, match=r"refuses this account .*401.*set MLFLOW_TRACKING_USERNAME"):
+            Tracker(config, SWEEP_ID, folder)
+
+
 def test_a_database_that_refuses_the_connection_is_waited_for_and_one_without_its_driver_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -333,6 +342,51 @@ def test_a_link_that_leads_out_of_the_sweeps_folder_is_not_sent(server: FragileS
         sent[trial.trial_id] = {file.path for file in MlflowClient(server.uri).list_artifacts(run_id)}
     assert sent[honest.trial_id] == {"log.txt", "result.json", "adapter"}
     assert sent[linked.trial_id] == {"result.json"}
+
+
+def test_the_log_of_a_trial_whose_worker_was_lost_goes_to_mlflow_without_its_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_API_KEY", "s3cr3t-Value")
+    config, _, folder = a_sweep(tmp_path / "lost", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    lost = made_up_trial({"rank": 2}, status=TrialStatus.PREEMPTED)
+    folder.trial(lost.trial_id).log.write_bytes(b"\xff s3cr3t-Value, hf_abcdefghijklmnopqrstuv, said\n")
+    tracker = Tracker(config, SWEEP_ID, folder)
+    tracker.track(lost)
+    assert tracker.finish(LIMIT_S)
+    run_id = str(tracker.run_id(lost.trial_id))
+    sent = Path(MlflowClient(str(config.tracking.uri)).download_artifacts(run_id, "log.txt", str(tmp_path)))
+    assert sent.read_text() == "\ufffd [hidden], [hidden], said\n"
+
+
+def test_what_a_trial_of_an_earlier_run_trained_comes_out_of_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    config, result, first = a_sweep(tmp_path / "first", uri)
+    trial = result.trials[0]
+    first.trial(trial.trial_id).adapter.mkdir()
+    (first.trial(trial.trial_id).adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    address = f"s3://{BUCKET}/sweeps"
+    with fragile_store() as store:
+        Mirror(first.root, f"{address}/moved").push()
+        # Another machine goes on with it.
+        folder = sweep_folder(address, "moved")
+        Mirror(folder.root, f"{address}/moved").pull(is_record)
+        store.stop()
+        tracker = Tracker(config, SWEEP_ID, folder)
+        tracker.track(trial)
+        wait_until(lambda: caplog.text, lambda text: "the sweep's storage does not answer" in text, LIMIT_S)
+        assert tracker.run_id(trial.trial_id) is None
+        store.start()
+        assert tracker.finish(LIMIT_S)
+    assert "the sweep's storage answers again" in caplog.text
+    client, run_id = MlflowClient(uri), str(tracker.run_id(trial.trial_id))
+    assert [file.path for file in client.list_artifacts(run_id, "adapter")] == ["adapter/adapter_model.safetensors"]
+    assert client.get_run(run_id).info.status == "FINISHED"
+    # No copy of it stays here, which the sweep's end would carry back.
+    assert list((tmp_path / "cache").rglob("*.safetensors")) == []
 
 
 def test_a_run_is_named_by_the_searched_settings_shortly_and_without_secrets_and_an_older_one_keeps_its_name(
