@@ -12,7 +12,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -61,6 +61,8 @@ METRICS = (
 )
 LOGIN_REFUSED = frozenset({"UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED"})
 """MLflow's codes for 401 and 403 (3.17.2, exceptions.py)."""
+END_TAGS = frozenset({"status", "reason", "notes"})
+"""Of a trial's run: how the trial ended."""
 RUN_STATUS = {
     TrialStatus.COMPLETED: "FINISHED",
     TrialStatus.STOPPED: "FINISHED",
@@ -230,10 +232,8 @@ class Tracker:
             if own.holds(file):
                 self._client.log_artifact(run, str(file))
         if best and best.best:
-            value = objective_of(sweep, best)
-            if value is not None:
-                point = best.best
-                self._client.log_metric(run, f"best_{key_of(sweep.objective_metric)}", value, point.time_ms, point.step)
+            if (value := objective_of(sweep, best)) is not None:
+                log_latest(self._client, run, {f"best_{key_of(sweep.objective_metric)}": value})
             self._client.set_tag(run, "best_trial", best.trial_id)
         self._client.set_terminated(run, "KILLED" if sweep.interrupted else "FINISHED", sweep.ended_ms)
 
@@ -402,7 +402,11 @@ class Tracker:
         """The trial's run, found again or made; a parameter that an earlier run of the sweep logged stays as it is."""
         run_id = run_id or self._find_run(run_name(result, tuple(self._sweep.domains)), {"trial_id": result.trial_id})
         params = {"repeat": result.repeat, **result.config.model_dump(mode="json")}
-        there = self._client.get_run(run_id).data.params
+        data = self._client.get_run(run_id).data
+        there = data.params
+        for key in END_TAGS & data.tags.keys():
+            # Of an earlier attempt, which went on or is told once more: what has no value now would stay.
+            self._client.delete_tag(run_id, key)
         self._client.log_batch(
             run_id,
             params=[Param(key, str(value)) for key, value in params.items() if key not in there],
@@ -619,6 +623,17 @@ def metrics_of(point: MetricPoint) -> list[Metric]:
         for name in METRICS
         if (value := getattr(point, name)) is not None
     ]
+
+
+def log_latest(client: MlflowClient, run_id: str, figures: Mapping[str, float]) -> None:
+    """Log figures that have no curve, and may change between two runs of a sweep; what stands there is not told again.
+
+    MLflow shows the one of the largest step, then of the latest time (3.17.2): all are of step 0, and of now.
+    """
+    there = client.get_run(run_id).data.metrics
+    for name, value in figures.items():
+        if there.get(name) != value:
+            client.log_metric(run_id, name, value)
 
 
 def run_name(result: TrialResult, searched: Sequence[str]) -> str:
