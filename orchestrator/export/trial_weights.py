@@ -43,7 +43,7 @@ def weights_of(folder: SweepFolder, trial: TrialResult) -> Path:
     """The folder with what the trial trained.
 
     Raises:
-        InputError: it has none; the reason is told.
+        InputError: it has none, or damaged ones; the reason is told.
     """
     remote.fetch_trial(folder, trial.trial_id)
     root = folder.trial(trial.trial_id).root
@@ -52,6 +52,7 @@ def weights_of(folder: SweepFolder, trial: TrialResult) -> Path:
     if any(where.glob("*.safetensors")):
         if outside := next((file for file in where.iterdir() if not folder.holds(file)), None):
             raise InputError(f"{outside} leads out of the sweep's folder: put the file there, or take the link away")
+        _require_whole(where)
         return where
     why = f" ({trial.reason})" if trial.reason else ""
     status = trial.status.value.replace("_", " ")
@@ -59,6 +60,20 @@ def weights_of(folder: SweepFolder, trial: TrialResult) -> Path:
         f"trial {trial.trial_id} has no adapter in {where}: it is {status}{why}, and one is saved at the first "
         "evaluation; name another with --trial"
     )
+
+
+def _require_whole(weights: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    for file in weights.glob("*.safetensors"):
+        try:
+            # What it says of itself is compared with its length; no weights are read.
+            with safe_open(file, framework="numpy"):
+                pass
+        except SafetensorError as error:
+            raise InputError(
+                f"the adapter in {weights} is damaged ({file.name}: {error}): name another with --trial"
+            ) from error
 
 
 def _require_readable(weights: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from orchestrator.reporting.statistics import label
-from orchestrator.results.evaluation import Evaluation, read_evaluation
+from orchestrator.results.evaluation import Evaluation, evaluation_of
 from orchestrator.results.records import SweepResult
 from orchestrator.results.storage import SweepFolder
 
@@ -26,7 +26,7 @@ def samples_of(sweep: SweepResult, folder: SweepFolder) -> Samples | None:
     """Read them; None where no trial was evaluated."""
     found: dict[str, Evaluation] = {}
     for trial in sweep.trials:
-        evaluation = read_evaluation(folder.trial(trial.trial_id)) if trial.adapter else None
+        evaluation = evaluation_of(trial, folder) if trial.adapter else None
         if evaluation:
             repeated = f", repeat {trial.repeat}" if trial.repeat else ""
             found[f"{label(trial, sweep.searched) or trial.trial_id}{repeated}"] = evaluation

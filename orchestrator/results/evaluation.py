@@ -7,7 +7,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from orchestrator.config.sweep_config import EvaluateConfig
-from orchestrator.results.storage import TrialFolder, read_record, write_atomically
+from orchestrator.results.records import TrialResult
+from orchestrator.results.storage import SweepFolder, TrialFolder, read_record, write_atomically
 
 
 class _Record(BaseModel):
@@ -31,6 +32,8 @@ class Evaluation(_Record):
     """By `TASK/METRIC`, as lm-eval has them."""
     seconds: float
     """That generating and scoring took, loading left out."""
+    best_ms: int | None = None
+    """`time_ms` of the point whose adapter it was; None where an older release evaluated it."""
 
 
 def read_evaluation(trial: TrialFolder) -> Evaluation | None:
@@ -39,6 +42,16 @@ def read_evaluation(trial: TrialFolder) -> Evaluation | None:
         return Evaluation.model_validate_json(read_record(trial.evaluation))
     except (OSError, ValidationError):
         return None
+
+
+def evaluation_of(trial: TrialResult, folder: SweepFolder) -> Evaluation | None:
+    """What its best adapter wrote and scored; None where that is not known.
+
+    A trial that went on, or was run again, may have another adapter than the one that was evaluated.
+    """
+    found = read_evaluation(folder.trial(trial.trial_id))
+    best_ms = trial.best.time_ms if trial.best else None
+    return found if found and found.best_ms in (None, best_ms) else None
 
 
 def write_evaluation(trial: TrialFolder, evaluation: Evaluation) -> None:

@@ -32,9 +32,12 @@ class Callback:
 class Callbacks:
     """All that are installed; what one raises is said, and neither the sweep nor the others hear of it."""
 
-    def __init__(self, say: Callable[[str], None], found: Iterable[EntryPoint] | None = None) -> None:
+    def __init__(
+        self, say: Callable[[str], None], known: Iterable[TrialResult], found: Iterable[EntryPoint] | None = None
+    ) -> None:
+        """Load them; `known` is how the sweep begins: ends of earlier runs, and refusals, are not told of."""
         self._say = say
-        self._told: set[tuple[str, TrialStatus]] = set()
+        self._told: set[tuple[str, TrialStatus]] = {(trial.trial_id, trial.status) for trial in known}
         self._callbacks: list[tuple[str, Callback]] = []
         for point in entry_points(group=GROUP) if found is None else found:
             self._contain(point.name, functools.partial(self._load, point))

@@ -56,7 +56,8 @@ def deliver(
         best = trial_to_take(result)
         is_complete = tracker.close_parent(result, best)
         evaluation.log(tracking_uri(sweep), result, folder, say)
-        if best and best.mlflow_run_id and not result.interrupted:
+        # One that the next run goes on with has no last adapter yet.
+        if best and best.status.is_final and best.mlflow_run_id and not result.interrupted:
             logged_model.log_best(sweep, result, best, folder, say)
     return result, is_complete
 

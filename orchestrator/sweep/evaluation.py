@@ -17,10 +17,10 @@ from mlflow import MlflowClient
 from orchestrator.config.sweep_config import SweepConfig, is_score
 from orchestrator.errors import counted, first_line
 from orchestrator.reporting.recommendation import trial_to_take
-from orchestrator.results.evaluation import Evaluation, read_evaluation, write_evaluation
+from orchestrator.results.evaluation import Evaluation, evaluation_of, write_evaluation
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
-from orchestrator.results.storage import SweepFolder, TrialFolder
-from orchestrator.sweep.tracking import key_of, twice
+from orchestrator.results.storage import SweepFolder
+from orchestrator.sweep.tracking import key_of, log_latest, twice
 from orchestrator.sweep.trial_files import weights_on_this_node
 from orchestrator.sweep.worker import GroupShape
 from orchestrator.training import evaluation, model_source
@@ -88,26 +88,29 @@ def _evaluate(task: EvaluationTask, model: str) -> Evaluation:
 def _tasks(sweep: SweepConfig, result: SweepResult, folder: SweepFolder) -> Iterator[EvaluationTask]:
     """Of the trials that are wanted and were not asked the same before."""
     for trial in wanted(sweep, result):
-        where = folder.trial(trial.trial_id)
-        have = read_evaluation(where)
+        have = evaluation_of(trial, folder)
         if trial.adapter and (have is None or have.asked != sweep.evaluate):
-            weights = folder.location(where.root / trial.adapter)
+            weights = folder.location(folder.trial(trial.trial_id).root / trial.adapter)
             chats = evaluation.chats(sweep.data)
-            yield EvaluationTask(trial.trial_id, trial.config, sweep.evaluate, weights, chats)
+            best_ms = trial.best.time_ms if trial.best else None
+            yield EvaluationTask(trial.trial_id, trial.config, sweep.evaluate, weights, chats, best_ms)
 
 
 def wanted(sweep: SweepConfig, result: SweepResult) -> Iterable[TrialResult]:
-    """The best trial, or every completed one, as where a score decides which is the best."""
+    """The best trial, or every completed one, as where a score decides which is the best.
+
+    A trial that the next run goes on with is not the best before it has ended.
+    """
     if sweep.evaluate.trials == "all" or any(is_score(objective.metric) for objective in sweep.objectives):
         return [trial for trial in result.trials if trial.status is TrialStatus.COMPLETED]
     best = trial_to_take(result)
-    return [best] if best else []
+    return [best] if best and best.status.is_final else []
 
 
 def scored(result: SweepResult, folder: SweepFolder) -> Iterator[TrialResult]:
     """The records that lack what their evaluation.json has, with it."""
     for trial in result.trials:
-        found = read_evaluation(folder.trial(trial.trial_id))
+        found = evaluation_of(trial, folder)
         if found and found.scores != trial.scores:
             yield trial.model_copy(update={"scores": found.scores})
 
@@ -128,15 +131,14 @@ def log(tracking_uri: str, result: SweepResult, folder: SweepFolder, say: Callab
     client = MlflowClient(tracking_uri)
     try:
         for trial in result.trials:
-            twice(functools.partial(_log, client, trial, folder.trial(trial.trial_id)))
+            twice(functools.partial(_log, client, trial, folder))
     except Exception as error:
         # Its stores' clients raise kinds of their own.
         say(f"MLflow lacks the evaluations ({first_line(error)[:300]}): run the same command again")
 
 
-def _log(client: MlflowClient, trial: TrialResult, folder: TrialFolder) -> None:
-    found = read_evaluation(folder)
+def _log(client: MlflowClient, trial: TrialResult, folder: SweepFolder) -> None:
+    found = evaluation_of(trial, folder)
     if found and trial.mlflow_run_id:
-        client.log_artifact(trial.mlflow_run_id, str(folder.evaluation))
-        for name, value in found.scores.items():
-            client.log_metric(trial.mlflow_run_id, key_of(name), value, timestamp=0)
+        client.log_artifact(trial.mlflow_run_id, str(folder.trial(trial.trial_id).evaluation))
+        log_latest(client, trial.mlflow_run_id, {key_of(name): value for name, value in found.scores.items()})

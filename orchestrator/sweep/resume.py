@@ -194,5 +194,7 @@ def gone_on_with(old: TrialResult, new: TrialResult, folder: TrialFolder) -> Tri
             "gpu_shared_by": new.gpu_shared_by,
             "timing": old.timing.model_copy(update={"total_s": old.timing.phases_s}),
             "mlflow_run_id": None,
+            # Of an adapter that a better one may take the place of.
+            "scores": {},
         }
     )

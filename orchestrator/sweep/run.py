@@ -139,7 +139,7 @@ def _run_prepared(
     if earlier:
         scheduler.hear_again(folder, records.values())
     progress = _progress(prepared, folder, records.values(), result)
-    callbacks = Callbacks(say)
+    callbacks = Callbacks(say, records.values())
     gauges = Gauges(sweep.name, records.values(), sweep.primary.metric, sweep.primary.mode)
     recorder = Recorder(
         folder,

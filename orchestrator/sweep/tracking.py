@@ -12,7 +12,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -35,6 +35,7 @@ from orchestrator.results.storage import SweepFolder
 from orchestrator.sweep import failure_policy
 from orchestrator.sweep.delivered import TrialDelivery, read_delivered, remember_server, write_delivered
 from orchestrator.sweep.logged_data import dataset_inputs
+from orchestrator.sweep.trial_files import weights_on_this_node
 from orchestrator.training.data import read_summary
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,10 @@ METRICS = (
     "peak_memory_bytes",
     "cost",
 )
+LOGIN_REFUSED = frozenset({"UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED"})
+"""MLflow's codes for 401 and 403 (3.17.2, exceptions.py)."""
+END_TAGS = frozenset({"status", "reason", "notes"})
+"""Of a trial's run: how the trial ended."""
 RUN_STATUS = {
     TrialStatus.COMPLETED: "FINISHED",
     TrialStatus.STOPPED: "FINISHED",
@@ -121,7 +126,7 @@ class Tracker:
         """Find or make the parent run.
 
         Raises:
-            TrackingUnreachableError: the server does not answer.
+            TrackingUnreachableError: the server does not answer, or lets this account do nothing.
         """
         _keep_mlflow_short()
         self._folder, self._sweep_id, self._sweep = folder, sweep_id, sweep
@@ -133,6 +138,12 @@ class Tracker:
         except Exception as error:
             if not _is_servers(error):
                 raise
+            if getattr(error, "error_code", None) in LOGIN_REFUSED:
+                raise TrackingUnreachableError(
+                    f"the tracking server at {cut(without_secret(uri))} refuses this account ({_first_line(error)}): "
+                    "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, to one that "
+                    "may write there"
+                ) from error
             raise TrackingUnreachableError(
                 f"the tracking server at {cut(without_secret(uri))} does not answer ({_first_line(error)}): start it, "
                 "or leave tracking.uri out to track in a local database"
@@ -143,7 +154,8 @@ class Tracker:
         self._believes_records = not folder.tracking.exists()
         self._is_kept, self._kept_at_s = False, 0.0
         self._failures = 0
-        """In a row, of the server."""
+        """In a row, of who is away: the server, or the store that the sweep lies in."""
+        self._away = ""
         self._wake = threading.Event()
         self._closing_until_s: float | None = None
         self._sends_files = False
@@ -220,10 +232,8 @@ class Tracker:
             if own.holds(file):
                 self._client.log_artifact(run, str(file))
         if best and best.best:
-            value = objective_of(sweep, best)
-            if value is not None:
-                point = best.best
-                self._client.log_metric(run, f"best_{key_of(sweep.objective_metric)}", value, point.time_ms, point.step)
+            if (value := objective_of(sweep, best)) is not None:
+                log_latest(self._client, run, {f"best_{key_of(sweep.objective_metric)}": value})
             self._client.set_tag(run, "best_trial", best.trial_id)
         self._client.set_terminated(run, "KILLED" if sweep.interrupted else "FINISHED", sweep.ended_ms)
 
@@ -311,14 +321,14 @@ class Tracker:
                 else:
                     self._failures += 1
                     if self._failures == 1:
-                        log.warning(
-                            "MLflow does not answer; all is on disk and carried over later: %s", _first_line(error)
-                        )
+                        self._away = "the sweep's storage" if isinstance(error, StorageError) else "MLflow"
+                        told = "%s does not answer; what MLflow lacks is carried over later: %s"
+                        log.warning(told, self._away, _first_line(error))
                     break
             else:
                 # Where there was nothing to tell, the server was not asked, and may be away as before.
                 if was_asked and self._failures:
-                    log.warning("MLflow answers again")
+                    log.warning("%s answers again", self._away)
                     self._failures = 0
         self._keep(trials)
 
@@ -392,7 +402,11 @@ class Tracker:
         """The trial's run, found again or made; a parameter that an earlier run of the sweep logged stays as it is."""
         run_id = run_id or self._find_run(run_name(result, tuple(self._sweep.domains)), {"trial_id": result.trial_id})
         params = {"repeat": result.repeat, **result.config.model_dump(mode="json")}
-        there = self._client.get_run(run_id).data.params
+        data = self._client.get_run(run_id).data
+        there = data.params
+        for key in END_TAGS & data.tags.keys():
+            # Of an earlier attempt, which went on or is told once more: what has no value now would stay.
+            self._client.delete_tag(run_id, key)
         self._client.log_batch(
             run_id,
             params=[Param(key, str(value)) for key, value in params.items() if key not in there],
@@ -415,22 +429,33 @@ class Tracker:
                 self._client.log_metric(run_id, f"best_{self._sweep.primary.metric}", value, result.best.time_ms)
         self._log_searched_numbers(run_id, result)
         try:
-            self._send_files(run_id, result, tracked.late)
-        except MlflowException:
+            self._send_files(tracked, run_id, result)
+        except (MlflowException, StorageError):
             tracked.late += 1
             raise
         self._client.set_terminated(run_id, RUN_STATUS.get(result.status, "FAILED"))
 
-    def _send_files(self, run_id: str, result: TrialResult, late: int) -> None:
+    def _send_files(self, tracked: _TrackedTrial, run_id: str, result: TrialResult) -> None:
         files, adapter = self._files(result)
+        own = self._folder.trial(result.trial_id)
         began_s = time.monotonic()
         self._sends_files = True
         try:
-            with time_to_upload([*files, *adapter], late):
+            with contextlib.ExitStack() as stack:
+                if self._folder.remote and tracked.had_ended and result.adapter:
+                    # What this run did not train it has not fetched.
+                    weights = weights_on_this_node(self._folder.location(own.adapter))
+                    adapter = list(stack.enter_context(weights).glob("*"))
+                stack.enter_context(time_to_upload([*files, *adapter], tracked.late))
                 for file in files:
-                    self._client.log_artifact(run_id, str(file))
+                    if file == own.log:
+                        # Of a trial whose worker was lost it is as the trial left it.
+                        text = file.read_text(encoding="utf-8", errors="replace")
+                        self._client.log_text(run_id, without_secret(text), file.name)
+                    else:
+                        self._client.log_artifact(run_id, str(file))
                 if adapter:
-                    self._client.log_artifacts(run_id, str(self._folder.trial(result.trial_id).adapter), "adapter")
+                    self._client.log_artifacts(run_id, str(adapter[0].parent), "adapter")
             if self._closing_until_s is not None:
                 # Of a server that takes them: one that does not has no more time than `finish` gives it.
                 self._closing_until_s += time.monotonic() - began_s
@@ -438,7 +463,7 @@ class Tracker:
             self._sends_files = False
 
     def _files(self, result: TrialResult) -> tuple[list[Path], list[Path]]:
-        """What of a trial is sent as it is, and the files of its adapter."""
+        """What of a trial is here to be sent, and the files of its adapter."""
         trial = self._folder.trial(result.trial_id)
         files = [file for file in (trial.deepspeed, trial.log, trial.result) if self._folder.holds(file)]
         adapter = list(trial.adapter.iterdir()) if trial.adapter.is_dir() else []
@@ -484,6 +509,8 @@ class _TrackedTrial:
         self.is_open = False
         """Whether this process has set its run going."""
         self.is_refused = False
+        self.had_ended = result.status is not TrialStatus.RUNNING
+        """Before this process heard of it."""
         self.late = kept.late
 
     def forget_run(self) -> None:
@@ -570,6 +597,8 @@ def _may_come_up(error: BaseException | None) -> bool:
 
 
 def _meaning(error: Exception) -> failure_policy.TrackingFailure:
+    if isinstance(error, StorageError):
+        return "away"
     if _is_servers(error) and not isinstance(error, ImportError):
         return failure_policy.tracking_failure(getattr(error, "error_code", None))
     return "refused"
@@ -594,6 +623,17 @@ def metrics_of(point: MetricPoint) -> list[Metric]:
         for name in METRICS
         if (value := getattr(point, name)) is not None
     ]
+
+
+def log_latest(client: MlflowClient, run_id: str, figures: Mapping[str, float]) -> None:
+    """Log figures that have no curve, and may change between two runs of a sweep; what stands there is not told again.
+
+    MLflow shows the one of the largest step, then of the latest time (3.17.2): all are of step 0, and of now.
+    """
+    there = client.get_run(run_id).data.metrics
+    for name, value in figures.items():
+        if there.get(name) != value:
+            client.log_metric(run_id, name, value)
 
 
 def run_name(result: TrialResult, searched: Sequence[str]) -> str:

@@ -84,7 +84,7 @@ def weights_on_this_node(where: str) -> Iterator[Path]:
     if not is_remote(where):
         yield Path(where)
         return
-    whose = f"evaluation-{uuid.uuid4().hex}"
+    whose = f"weights-{uuid.uuid4().hex}"
     copy = copy_of(where, whose)
     try:
         Mirror(copy, where).pull()

@@ -25,6 +25,8 @@ class EvaluationTask:
     """The folder of its adapter, or of the whole model."""
     chats: bool
     """Whether a prompt is a user's turn of the model's chat template."""
+    best_ms: int | None
+    """When the point was made whose adapter it is."""
 
 
 def require(asked: EvaluateConfig) -> None:
@@ -63,7 +65,8 @@ def evaluate(task: EvaluationTask, model_folder: Path) -> Evaluation:
         Sample(prompt=prompt, completion=_answer(model, tokenizer, prompt, task)) for prompt in task.asked.prompts
     )
     scores = _scores(model, tokenizer, task.asked) if task.asked.tasks else {}
-    return Evaluation(asked=task.asked, samples=samples, scores=scores, seconds=time.monotonic() - started)
+    seconds = time.monotonic() - started
+    return Evaluation(asked=task.asked, samples=samples, scores=scores, seconds=seconds, best_ms=task.best_ms)
 
 
 def _answer(model: Any, tokenizer: Any, prompt: str, task: EvaluationTask) -> str:

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("ray")
 
 from orchestrator.config.sweep_config import SweepConfig
-from orchestrator.results.evaluation import Evaluation, read_evaluation
+from orchestrator.results.evaluation import Evaluation, read_evaluation, write_evaluation
 from orchestrator.sweep import evaluation
 from orchestrator.sweep.worker import GroupShape
 from tests.made_up_sweep import made_up_sweep, made_up_trial, write_made_up
@@ -96,6 +96,19 @@ def test_each_evaluation_is_told_of_once_it_is_written(
 
     assert evaluation.evaluate(sweep, result, GroupShape(1, 0, 1), folder, wrote, print)
     assert told == [(trial.trial_id, True) for trial in trials]
+
+
+def test_a_trial_is_evaluated_once_more_where_it_has_another_adapter_since(tmp_path: Path, cluster: CutShort) -> None:
+    sweep = SweepConfig.model_validate({**ASKED, "budget": {"hours": 1}})
+    trial = made_up_trial({"rank": 2})
+    assert trial.best
+    result = made_up_sweep([trial])
+    folder = write_made_up(tmp_path, result)
+    for best_ms, tasks in ((trial.best.time_ms, 0), (trial.best.time_ms - 1, 1)):
+        found = Evaluation(asked=sweep.evaluate, seconds=1.0, best_ms=best_ms)
+        write_evaluation(folder.trial(trial.trial_id), found)
+        evaluation.evaluate(sweep, result, GroupShape(1, 0, 1), folder, pytest.fail, print)
+        assert len(cluster.cancelled) == tasks
 
 
 def test_models_are_evaluated_on_the_type_of_gpu_that_they_were_trained_on(tmp_path: Path, cluster: CutShort) -> None:

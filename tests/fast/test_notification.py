@@ -152,7 +152,7 @@ def test_callbacks_hear_of_every_end_once_whatever_others_raise() -> None:
     Listener.heard.clear()
     points = [EntryPoint(name.lower(), f"{__name__}:{name}", GROUP) for name in ("Clumsy", "Missing", "Listener")]
     said: list[str] = []
-    callbacks = Callbacks(said.append, points)
+    callbacks = Callbacks(said.append, (), points)
     trial = made_up_trial({"rank": 8})
     for status in (TrialStatus.PENDING, TrialStatus.RUNNING, TrialStatus.COMPLETED, TrialStatus.COMPLETED):
         callbacks.track(trial.model_copy(update={"status": status}))
@@ -160,3 +160,15 @@ def test_callbacks_hear_of_every_end_once_whatever_others_raise() -> None:
     assert Listener.heard == [f"{trial.trial_id} completed", "made-up in made-up"]
     assert [line.split(":")[0] for line in said] == ["callback missing", "callback clumsy", "callback clumsy"]
     assert "no pager" in said[1]
+
+
+def test_callbacks_hear_of_no_end_of_an_earlier_run_whose_record_is_written_once_more() -> None:
+    Listener.heard.clear()
+    ended = made_up_trial({"rank": 8})
+    refused = made_up_trial({"rank": 16}, status=TrialStatus.INFEASIBLE)
+    waits = made_up_trial({"rank": 32}, status=TrialStatus.PENDING)
+    callbacks = Callbacks(pytest.fail, (ended, refused, waits), [EntryPoint("listener", f"{__name__}:Listener", GROUP)])
+    for trial in (ended, refused):
+        callbacks.track(trial.model_copy(update={"mlflow_run_id": "run17"}))
+    callbacks.track(made_up_trial({"rank": 32}, status=TrialStatus.CANCELLED))
+    assert Listener.heard == [f"{waits.trial_id} cancelled"]

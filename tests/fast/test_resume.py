@@ -205,6 +205,8 @@ def test_a_trial_that_was_cut_off_keeps_what_it_had_where_it_left_a_checkpoint(t
     )
     refused = made_up_trial({"rank": 4, "micro_batch_size": 8}, status=TrialStatus.INFEASIBLE)
     assert gone_on_with(old, refused, folder) == refused
+    # They were of an adapter that a better one may take the place of.
+    assert gone_on_with(old.model_copy(update={"scores": {"tiny/acc": 0.5}}), new, folder).scores == {}
 
 
 def test_a_trial_that_has_ended_keeps_no_checkpoint_and_one_that_was_cut_off_does(tmp_path: Path) -> None:

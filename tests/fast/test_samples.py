@@ -10,7 +10,8 @@ from orchestrator.config.sweep_config import DataConfig, EvaluateConfig, SweepCo
 from orchestrator.errors import InputError
 from orchestrator.reporting import report
 from orchestrator.reporting.recommendation import recommend, trial_to_take
-from orchestrator.results.evaluation import Evaluation, Sample, read_evaluation, write_evaluation
+from orchestrator.reporting.samples import samples_of
+from orchestrator.results.evaluation import Evaluation, Sample, evaluation_of, read_evaluation, write_evaluation
 from orchestrator.results.records import TrialStatus
 from orchestrator.results.storage import results_table
 from orchestrator.sweep.evaluation import scored, wanted
@@ -45,6 +46,32 @@ def test_a_damaged_evaluation_is_none(tmp_path: Path) -> None:
     where.evaluation.write_text('{"schema_version": 1')
     assert read_evaluation(where) is None
     assert "samples" not in report.render_html(report.build(folder)).partition("</header>")[2]
+
+
+def test_an_evaluation_of_an_adapter_that_another_has_taken_the_place_of_counts_for_nothing(tmp_path: Path) -> None:
+    early = made_up_trial({"rank": 8}, steps=20)
+    late = made_up_trial({"rank": 8}, steps=100)
+    sweep = made_up_sweep([late])
+    folder = write_made_up(tmp_path / "sweep", sweep)
+    assert early.best
+    found = Evaluation(asked=ASKED, scores={"tiny/acc": 0.25}, seconds=1.0, best_ms=early.best.time_ms)
+    write_evaluation(folder.trial(late.trial_id), found)
+    assert evaluation_of(early, folder) == found
+    assert evaluation_of(late, folder) is None
+    assert list(scored(sweep, folder)) == []
+    assert samples_of(sweep, folder) is None
+    # An older release did not say of which.
+    older = found.model_copy(update={"best_ms": None})
+    write_evaluation(folder.trial(late.trial_id), older)
+    assert evaluation_of(late, folder) == older
+
+
+def test_a_trial_that_the_next_run_goes_on_with_is_not_evaluated_yet() -> None:
+    asked = EvaluateConfig(prompts=("a",))
+    config = SweepConfig(name="made-up", model="builtin:tiny-llama", data=DataConfig(train="x"), evaluate=asked)
+    cut_off = made_up_sweep([made_up_trial({"rank": 8}, status=TrialStatus.CANCELLED)])
+    assert trial_to_take(cut_off) == cut_off.trials[0]
+    assert list(wanted(config, cut_off)) == []
 
 
 @pytest.mark.parametrize(("trials", "ranks"), [("best", [16]), ("all", [8, 16])])

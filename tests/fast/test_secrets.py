@@ -76,7 +76,8 @@ def test_weights_behind_a_link_out_of_the_sweep_are_not_exported(tmp_path: Path)
     folder = write_made_up(tmp_path / "sweep", made_up_sweep([trial]))
     adapter = folder.trial(trial.trial_id).adapter
     adapter.mkdir(exist_ok=True)
-    (adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    # A header without tensors.
+    (adapter / "adapter_model.safetensors").write_bytes((8).to_bytes(8, "little") + b"{}      ")
     assert weights_of(folder, trial) == adapter
     private = tmp_path / "private.json"
     private.write_text("{}")

@@ -23,8 +23,8 @@ def evaluated(folder: SweepFolder, tiny_model: Path, *, chats: bool) -> Evaluati
     (trial,) = read_sweep(folder)[0].trials
     asked = EvaluateConfig(prompts=PROMPTS, max_new_tokens=5)
     weights = str(folder.trial(trial.trial_id).adapter)
-    found = evaluation.evaluate(EvaluationTask(trial.trial_id, trial.config, asked, weights, chats), tiny_model)
-    assert found.asked == asked
+    found = evaluation.evaluate(EvaluationTask(trial.trial_id, trial.config, asked, weights, chats, 17), tiny_model)
+    assert (found.asked, found.best_ms) == (asked, 17)
     assert [sample.prompt for sample in found.samples] == list(PROMPTS)
     return found
 

@@ -249,6 +249,15 @@ def test_a_damaged_adapter_is_not_merged_and_not_told_to_be_exported_unmerged(
         export(folder, None, tmp_path / "out", merge=True, force=False)
 
 
+def test_an_adapter_that_was_cut_off_is_not_exported(tiny_model: Path, tmp_path: Path) -> None:
+    folder = a_sweep(tmp_path / "sweep", tiny_model, {})
+    weights = next(folder.trials()).adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(InputError, match=r"is damaged \(adapter_model.safetensors: .*: name another with --trial$"):
+        export(folder, None, tmp_path / "out", merge=False, force=False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_pickled_weights_are_never_copied(tiny_model: Path, tmp_path: Path) -> None:
     folder = a_sweep(tmp_path / "sweep", tiny_model, {})
     (next(folder.trials()).adapter / "adapter_model.bin").write_bytes(b"pickle")

@@ -25,12 +25,15 @@ from orchestrator.config.sweep_file import to_yaml
 from orchestrator.errors import TrackingUnreachableError
 from orchestrator.results.evaluation import Evaluation, write_evaluation
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
+from orchestrator.results.remote import Mirror, is_record, sweep_folder
 from orchestrator.results.secrets import without_secret
 from orchestrator.results.storage import SweepFolder, read_sweep, write_atomically, write_sweep
-from orchestrator.sweep import evaluation, system_metrics
+from orchestrator.sweep import evaluation, logged_model, system_metrics
 from orchestrator.sweep.delivered import Delivered, read_delivered, write_delivered
+from orchestrator.sweep.delivery import deliver
 from orchestrator.sweep.tracking import Tracker, awaited_tracker, tracking_uri
 from tests.made_up_sweep import made_up_point, made_up_sweep, made_up_trial, write_made_up
+from tests.object_store import BUCKET, fragile_store
 from tests.tracking_servers import PASSWORD, FragileServer, Server, always, free_port, late_once, on_sqlite_with_a_login
 from tests.waiting import wait_until
 
@@ -188,6 +191,13 @@ def test_a_server_that_lets_nobody_in_is_not_waited_for_and_one_that_says_it_is_
         assert starts_to_wait(tmp_path, uri) is is_awaited
 
 
+def test_a_server_that_refuses_the_login_is_told_as_that_and_not_as_one_that_does_not_answer(tmp_path: Path) -> None:
+    with always(401) as uri:
+        config, _, folder = a_sweep(tmp_path / "stranger", uri)
+        with pytest.raises(TrackingUnreachableError, match=r"refuses this account .*401.*set MLFLOW_TRACKING_USERNAME"):
+            Tracker(config, SWEEP_ID, folder)
+
+
 def test_a_database_that_refuses_the_connection_is_waited_for_and_one_without_its_driver_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -333,6 +343,106 @@ def test_a_link_that_leads_out_of_the_sweeps_folder_is_not_sent(server: FragileS
         sent[trial.trial_id] = {file.path for file in MlflowClient(server.uri).list_artifacts(run_id)}
     assert sent[honest.trial_id] == {"log.txt", "result.json", "adapter"}
     assert sent[linked.trial_id] == {"result.json"}
+
+
+def test_the_log_of_a_trial_whose_worker_was_lost_goes_to_mlflow_without_its_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_API_KEY", "s3cr3t-Value")
+    config, _, folder = a_sweep(tmp_path / "lost", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    lost = made_up_trial({"rank": 2}, status=TrialStatus.PREEMPTED)
+    folder.trial(lost.trial_id).log.write_bytes(b"\xff s3cr3t-Value, hf_abcdefghijklmnopqrstuv, said\n")
+    tracker = Tracker(config, SWEEP_ID, folder)
+    tracker.track(lost)
+    assert tracker.finish(LIMIT_S)
+    run_id = str(tracker.run_id(lost.trial_id))
+    sent = Path(MlflowClient(str(config.tracking.uri)).download_artifacts(run_id, "log.txt", str(tmp_path)))
+    assert sent.read_text() == "\ufffd [hidden], [hidden], said\n"
+
+
+def test_what_a_trial_of_an_earlier_run_trained_comes_out_of_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    config, result, first = a_sweep(tmp_path / "first", uri)
+    trial = result.trials[0]
+    first.trial(trial.trial_id).adapter.mkdir()
+    (first.trial(trial.trial_id).adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    address = f"s3://{BUCKET}/sweeps"
+    with fragile_store() as store:
+        Mirror(first.root, f"{address}/moved").push()
+        # Another machine goes on with it.
+        folder = sweep_folder(address, "moved")
+        Mirror(folder.root, f"{address}/moved").pull(is_record)
+        store.stop()
+        tracker = Tracker(config, SWEEP_ID, folder)
+        tracker.track(trial)
+        wait_until(lambda: caplog.text, lambda text: "the sweep's storage does not answer" in text, LIMIT_S)
+        assert tracker.run_id(trial.trial_id) is None
+        store.start()
+        assert tracker.finish(LIMIT_S)
+    assert "the sweep's storage answers again" in caplog.text
+    client, run_id = MlflowClient(uri), str(tracker.run_id(trial.trial_id))
+    assert [file.path for file in client.list_artifacts(run_id, "adapter")] == ["adapter/adapter_model.safetensors"]
+    assert client.get_run(run_id).info.status == "FINISHED"
+    # No copy of it stays here, which the sweep's end would carry back.
+    assert list((tmp_path / "cache").rglob("*.safetensors")) == []
+
+
+def test_a_trial_that_went_on_says_how_it_ended_at_last_and_the_parent_what_is_the_best_now(tmp_path: Path) -> None:
+    config, result, folder = a_sweep(tmp_path / "gone-on", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    client, (trial, other, *_) = MlflowClient(str(config.tracking.uri)), result.trials
+    cut_off = made_up_trial({"rank": 2}, status=TrialStatus.CANCELLED).model_copy(update={"notes": ("smaller",)})
+    long = other.model_copy(update={"best": made_up_point(200, 2.5)})
+    tags, bests = [], []
+    for ended, best in ((cut_off, long), (trial, trial.model_copy(update={"best": made_up_point(100, 2.25)}))):
+        tracker = Tracker(config, SWEEP_ID, folder)
+        tracker.track(ended)
+        assert tracker.finish(LIMIT_S)
+        run = client.get_run(str(tracker.run_id(trial.trial_id)))
+        tags.append({key: run.data.tags.get(key) for key in ("status", "reason", "notes")})
+        for _ in range(2):
+            assert tracker.close_parent(result, best)
+        parent = client.get_run(tracker.parent_run_id)
+        bests.append((parent.data.metrics["best_eval_loss"], parent.data.tags["best_trial"]))
+    assert tags == [
+        {"status": "cancelled", "reason": cut_off.reason, "notes": "smaller"},
+        {"status": "completed", "reason": None, "notes": None},
+    ]
+    assert bests == [(2.5, other.trial_id), (2.25, trial.trial_id)]
+    told = client.get_metric_history(tracker.parent_run_id, "best_eval_loss")
+    assert sorted(metric.value for metric in told) == [2.25, 2.5]
+
+
+def test_a_score_that_was_measured_anew_is_the_latest_whichever_is_larger(tmp_path: Path) -> None:
+    config, result, folder = a_sweep(tmp_path / "anew-scored", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    uri, trial = str(config.tracking.uri), result.trials[0]
+    tracker = Tracker(config, SWEEP_ID, folder)
+    tracker.track(trial)
+    trial = trial.model_copy(update={"mlflow_run_id": delivered(tracker, trial)})
+    assert tracker.finish(LIMIT_S)
+    for score in (0.6, 0.6, 0.41):
+        write_evaluation(
+            folder.trial(trial.trial_id), Evaluation(asked=EvaluateConfig(), scores={"a/b": score}, seconds=1.0)
+        )
+        evaluation.log(uri, result.model_copy(update={"trials": (trial,)}), folder, pytest.fail)
+    client = MlflowClient(uri)
+    assert client.get_run(trial.mlflow_run_id).data.metrics["a/b"] == 0.41
+    assert [metric.value for metric in client.get_metric_history(trial.mlflow_run_id, "a/b")] == [0.6, 0.41]
+
+
+def test_an_unfinished_trial_is_no_champion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, _, folder = a_sweep(tmp_path / "budget", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    logged: list[str] = []
+    monkeypatch.setattr(logged_model, "log_best", lambda sweep, result, best, *_: logged.append(best.status.value))
+    for status in (TrialStatus.CANCELLED, TrialStatus.COMPLETED):
+        result = made_up_sweep([made_up_trial({"rank": 2}, status=status)])
+        tracker = Tracker(config, SWEEP_ID, folder)
+        tracker.track(result.trials[0])
+        _, is_complete = deliver(config, result, tracker, folder, LIMIT_S, None, lambda _: None, print)
+        assert is_complete
+    assert logged == ["completed"]
 
 
 def test_a_run_is_named_by_the_searched_settings_shortly_and_without_secrets_and_an_older_one_keeps_its_name(
