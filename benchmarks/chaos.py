@@ -45,7 +45,15 @@ STANDSTILL_LIMIT_S = 240.0
 END_LIMIT_S = 120.0
 GONE_LIMIT_S = 40.0
 SIGNALS = {"driver SIGKILL": signal.SIGKILL, "driver SIGTERM": signal.SIGTERM, "driver SIGINT": signal.SIGINT}
-EXIT_CODES = {"driver SIGKILL": -9, "driver SIGTERM": 130, "driver SIGINT": 130, "switchboard": 3, "groups": 3}
+POWER = "power"
+EXIT_CODES = {
+    "driver SIGKILL": -9,
+    "driver SIGTERM": 130,
+    "driver SIGINT": 130,
+    "switchboard": 3,
+    "groups": 3,
+    POWER: -9,  # benchmarks/power_cuts.py
+}
 """Of kills that end the driver; that of a lost raylet is Ray's."""
 ACTORS = {
     "worker": "RayTrainWorker",
@@ -149,7 +157,7 @@ def endure(keys: dict[str, Any], kills: Sequence[Kill], seed: int) -> Ordeal:
     """Run the sweep to its end through the kills, and look at what is left."""
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(_server(keys)) if any(kill.what == SERVER for kill in kills) else None
-        return _Chaos(keys, kills, seed, server).run()
+        return Chaos(keys, kills, seed, server).run()
 
 
 @contextlib.contextmanager
@@ -164,7 +172,7 @@ def _server(keys: dict[str, Any]) -> Iterator[FragileServer]:
         server.kill()
 
 
-class _Chaos:
+class Chaos:
     """A sweep that is killed in."""
 
     def __init__(self, keys: dict[str, Any], kills: Sequence[Kill], seed: int, server: FragileServer | None) -> None:
@@ -212,12 +220,12 @@ class _Chaos:
                 self.ordeal.wrong.append(f"run {self.ordeal.runs} stood still for {STANDSTILL_LIMIT_S:.0f} s")
                 driver.kill()
                 break
-            below |= {process.pid: process for process in _below(driver.pid)}
+            below |= {process.pid: process for process in below_of(driver.pid)}
             if not self.waiting or steps < self.waiting[0].at_step:
                 time.sleep(0.1)
                 continue
             segments |= _segments(below.values())
-            killed = self._deliver(driver, below) or killed
+            killed = self.deliver(driver, below) or killed
             if killed and killed.what in ENDS_DRIVER:
                 self._await_end(driver, killed, below)
         exit_code, was_ended = driver.wait(), killed is not None and killed.what in ENDS_DRIVER
@@ -226,7 +234,7 @@ class _Chaos:
         self.ordeal.wrong += [f"shared-memory segment {name} is left" for name in segments if Path(name).exists()]
         return below, exit_code, was_ended
 
-    def _deliver(self, driver: subprocess.Popen[bytes], below: dict[int, psutil.Process]) -> Kill | None:
+    def deliver(self, driver: subprocess.Popen[bytes], below: dict[int, psutil.Process]) -> Kill | None:
         """The next kill, where its victim is there."""
         kill = self.waiting[0]
         if kill.what in (*ENDS_DRIVER, SERVER) and not find("trial", below.values()):
@@ -290,7 +298,7 @@ def endure_lost_nodes(keys: dict[str, Any], moments: Sequence[int], seed: int) -
             ordeal.wrong.append(f"the sweep had not ended {STANDSTILL_LIMIT_S:.0f} s after its node was lost")
             driver.kill()
         ordeal.wrong += left_on(head.address)
-        ours = [one for one in _below(psutil.Process().pid) if "RayTrainWorker" in _command(one)]
+        ours = [one for one in below_of(psutil.Process().pid) if "RayTrainWorker" in _command(one)]
         ordeal.wrong += left_by({process.pid: process for process in ours})
     return judged(ordeal, folder, keys)
 
@@ -319,7 +327,7 @@ def judged(ordeal: Ordeal, folder: SweepFolder, keys: dict[str, Any]) -> Ordeal:
     return ordeal
 
 
-def _below(pid: int) -> list[psutil.Process]:
+def below_of(pid: int) -> list[psutil.Process]:
     try:
         return psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
