@@ -78,9 +78,12 @@ def opened(where: str) -> SweepFolder:
 
 
 def fetch_trial(folder: SweepFolder, trial_id: str) -> None:
-    """Bring all that a trial left, its adapter too; nothing to do where the folder is no copy."""
+    """Bring what a trial trained; nothing to do where the folder is no copy.
+
+    Not its records: a reader has them, and the sweep's driver may have newer ones than the store.
+    """
     if folder.remote:
-        Mirror(folder.root, folder.remote).pull(is_result, under=folder.inside(folder.trial(trial_id).root))
+        Mirror(folder.root, folder.remote).pull(is_trained, under=folder.inside(folder.trial(trial_id).root))
 
 
 def publish(folder: SweepFolder, file: Path) -> None:
@@ -96,7 +99,12 @@ def is_record(path: PurePosixPath) -> bool:
 
 def is_result(path: PurePosixPath) -> bool:
     """A record or what a trial trained; not the checkpoints, from which only its workers go on."""
-    return is_record(path) or (path.parts[0] == TRIALS and not is_checkpoint(path))
+    return is_record(path) or is_trained(path)
+
+
+def is_trained(path: PurePosixPath) -> bool:
+    """What a trial leaves but its records and checkpoints: its adapter."""
+    return path.parts[0] == TRIALS and not is_record(path) and not is_checkpoint(path)
 
 
 def is_checkpoint(path: PurePosixPath) -> bool:

@@ -88,7 +88,10 @@ def test_a_reader_gets_the_records_and_an_export_the_adapter_of_its_trial(uri: s
     driver.push()
     folder = remote.opened(uri)
     assert names(folder.root) == {"results.json", "trials/a/result.json", "trials/b/result.json"}
+    record = folder.trial("b").result
+    record.write_text("newer than the store's")
     remote.fetch_trial(folder, "b")
+    assert record.read_text() == "newer than the store's"
     assert "trials/b/adapter/weights" in names(folder.root)
     assert "trials/a/adapter/weights" not in names(folder.root)
     folder.report.write_text("the answer")
