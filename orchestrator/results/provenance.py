@@ -1,4 +1,4 @@
-"""What a result was made with: package versions and the state of the checkout."""
+"""What a result was made with: package versions, and the state of the repository that the command was called in."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from orchestrator.results.records import GitState
 from orchestrator.results.secrets import without_secret
 
 COMMIT, DIRTY = "ORCHESTRATOR_GIT_COMMIT", "ORCHESTRATOR_GIT_DIRTY"
-"""What `submit` tells a job, whose package is no checkout."""
+"""What `submit` tells a job, whose folder is no repository."""
 PACKAGES = ("orchestrator", "torch", "transformers", "peft", "deepspeed", "ray", "mlflow", "bitsandbytes", "flash-attn")
 
 
@@ -29,7 +29,7 @@ def versions() -> dict[str, str]:
 
 
 def git_state(folder: Path) -> GitState | None:
-    """Commit and dirty flag of the checkout around `folder`; outside of one, or without git, what `submit` told.
+    """Commit and dirty flag of the repository around `folder`; outside of one, or without git, what `submit` told.
 
     A file that git does not know, such as a sweep file of one's own, changes nothing that is trained.
     """
@@ -42,7 +42,7 @@ def git_state(folder: Path) -> GitState | None:
 
 
 def told_to_a_job(state: GitState | None) -> Mapping[str, str]:
-    """The environment variables by which a job knows the state of the checkout that it was submitted from."""
+    """The environment variables by which a job knows the state of the repository that it was submitted from."""
     if state is None:
         return {}
     return {COMMIT: state.commit, **({DIRTY: "1"} if state.dirty else {})}

@@ -142,7 +142,7 @@ class Timing(_Record):
 
 
 class GitState(_Record):
-    """The checkout that the sweep was run from."""
+    """The repository that the command was called in: of the sweep file and the data, mostly, and not of this package."""
 
     commit: str
     dirty: bool
