@@ -142,7 +142,7 @@ class Timing(_Record):
 
 
 class GitState(_Record):
-    """The repository that the command was called in: of the sweep file and the data, mostly, and not of this package."""
+    """The repository that the command was called in: the user's own, and not this package's."""
 
     commit: str
     dirty: bool
