@@ -180,10 +180,10 @@ def plan(
         config = load(sweep, overrides or ())
         hardware = hardware_for(config.resources.accelerator if gpu is None else gpu, gpus, gpu_memory)
         config = config.on_hardware(has_gpus=hardware.device == "cuda")
-        for told in inputs.missing_here(config):
-            _say(f"warning: {told}")
         pace = Pace.of(newest_sweeps(local_storage(config.storage), READ_SWEEPS), config.model, hardware)
         planned = plan_sweep(config, inputs.find_model(config).shape, hardware, pace)
+        missing = map(without_secret, inputs.missing_here(config))
+        planned = planned.model_copy(update={"warnings": (*planned.warnings, *missing)})
         _show(planned.model_dump_json(indent=1) if json else render(planned))
 
 
