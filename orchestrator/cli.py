@@ -13,7 +13,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from enum import StrEnum
 from json import dumps
 from pathlib import Path
@@ -347,7 +347,9 @@ def export(
         from orchestrator.export.folder import export as export_trial
         from orchestrator.results.remote import opened
 
-        exported = export_trial(opened(folder), trial, to, merge=merge, force=force)
+        # Stdout is for our own words, and the libraries of a merge have theirs.
+        with redirect_stdout(sys.stderr):
+            exported = export_trial(opened(folder), trial, to, merge=merge, force=force)
         if merge and exported.kind == "full":
             _say("the trial trained all weights: there is no adapter to merge")
         _show(f"trial {exported.trial.trial_id} is in {exported.folder}; load it with {exported.loader}")
