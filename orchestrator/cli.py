@@ -226,12 +226,15 @@ def run(
                 notification.post(webhook, notification.failure_of(config.name, page, error), _say)
             raise
         from orchestrator.reporting import report as reporting
+        from orchestrator.results.provenance import ui_command
 
         if webhook is not None:
             told = notification.end_of(outcome.report, page, outcome.exit_code, outcome.tracking_uri)
             notification.post(webhook, told, _say)
         _show(reporting.render_text(outcome.report))
         _say(f"report: {page}")
+        if command := ui_command(outcome.tracking_uri):
+            _say(f"MLflow's pages: {command}")
         if not outcome.tracked:
             again = "run the same command again" + ("" if folder.remote else ", or `report`,")
             _say(f"MLflow did not take everything in time: {again} to deliver the rest")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
 from collections.abc import Mapping
 from importlib import metadata
@@ -53,6 +54,11 @@ def run_page(tracking_uri: str, run_id: str) -> str | None:
     if not tracking_uri.startswith(("http://", "https://")):
         return None
     return f"{without_secret(tracking_uri).rstrip('/')}/#/runs/{run_id}"
+
+
+def ui_command(tracking_uri: str) -> str | None:
+    """What shows the runs of a database that is a file; None where a server shows them."""
+    return f"mlflow ui --backend-store-uri {shlex.quote(tracking_uri)}" if tracking_uri.startswith("sqlite:") else None
 
 
 def _git(folder: Path, *arguments: str) -> str:
