@@ -13,7 +13,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from enum import StrEnum
 from json import dumps
 from pathlib import Path
@@ -180,10 +180,10 @@ def plan(
         config = load(sweep, overrides or ())
         hardware = hardware_for(config.resources.accelerator if gpu is None else gpu, gpus, gpu_memory)
         config = config.on_hardware(has_gpus=hardware.device == "cuda")
-        for told in inputs.missing_here(config):
-            _say(f"warning: {told}")
         pace = Pace.of(newest_sweeps(local_storage(config.storage), READ_SWEEPS), config.model, hardware)
         planned = plan_sweep(config, inputs.find_model(config).shape, hardware, pace)
+        missing = map(without_secret, inputs.missing_here(config))
+        planned = planned.model_copy(update={"warnings": (*planned.warnings, *missing)})
         _show(planned.model_dump_json(indent=1) if json else render(planned))
 
 
@@ -226,12 +226,15 @@ def run(
                 notification.post(webhook, notification.failure_of(config.name, page, error), _say)
             raise
         from orchestrator.reporting import report as reporting
+        from orchestrator.results.provenance import ui_command
 
         if webhook is not None:
             told = notification.end_of(outcome.report, page, outcome.exit_code, outcome.tracking_uri)
             notification.post(webhook, told, _say)
         _show(reporting.render_text(outcome.report))
         _say(f"report: {page}")
+        if command := ui_command(outcome.tracking_uri):
+            _say(f"MLflow's pages: {command}")
         if not outcome.tracked:
             again = "run the same command again" + ("" if folder.remote else ", or `report`,")
             _say(f"MLflow did not take everything in time: {again} to deliver the rest")
@@ -347,7 +350,9 @@ def export(
         from orchestrator.export.folder import export as export_trial
         from orchestrator.results.remote import opened
 
-        exported = export_trial(opened(folder), trial, to, merge=merge, force=force)
+        # Stdout is for our own words, and the libraries of a merge have theirs.
+        with redirect_stdout(sys.stderr):
+            exported = export_trial(opened(folder), trial, to, merge=merge, force=force)
         if merge and exported.kind == "full":
             _say("the trial trained all weights: there is no adapter to merge")
         _show(f"trial {exported.trial.trial_id} is in {exported.folder}; load it with {exported.loader}")

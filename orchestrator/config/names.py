@@ -8,11 +8,13 @@ from collections.abc import Iterable
 from orchestrator.errors import cut
 
 OTHER_NAMES = {
-    # transformers' TrainingArguments, PEFT's LoraConfig, TRL's SFTConfig, and what people write by hand
+    # transformers' TrainingArguments, PEFT's LoraConfig, TRL's SFTConfig, Ray Tune's, and what people write by hand
     "attn_implementation": "attention",
     "batch_size": "global_batch_size",
     "epochs": "max_steps",
     "eval_steps": "eval_every",
+    "grace": "grace_steps",
+    "grace_period": "grace_steps",
     "gradient_accumulation_steps": "global_batch_size",
     "lora_alpha": "alpha",
     "lora_r": "rank",

@@ -40,6 +40,11 @@ from orchestrator.errors import shown
 LOGGED_METRICS = ("eval_loss", "loss", "tokens_per_s", "step_time_s", "peak_memory_bytes", "grad_norm", "cost")
 COSTS = ("tokens_per_s", "step_time_s", "peak_memory_bytes", "cost")
 """Of these metrics, what a trial takes: they are those of the whole trial, and of no single evaluation."""
+BETTER_MODES: dict[str, Literal["min", "max"]] = {
+    "tokens_per_s": "max",
+    **dict.fromkeys(("eval_loss", "loss", "step_time_s", "peak_memory_bytes", "cost"), "min"),
+}
+"""Of what nobody wants the other end; of the norm of gradients that is not known."""
 DEFAULT_SAMPLES = 10
 GraceUnit = Literal["steps", "tokens", "seconds", "cost"]
 GRACE_UNITS: dict[str, GraceUnit] = {

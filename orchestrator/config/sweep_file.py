@@ -25,7 +25,7 @@ from orchestrator.config.search_space import (
     in_order_of_need,
 )
 from orchestrator.config.storage_address import storage_problem
-from orchestrator.config.sweep_config import SchedulerConfig, SweepConfig, is_score
+from orchestrator.config.sweep_config import BETTER_MODES, SchedulerConfig, SweepConfig, is_score
 from orchestrator.config.trial_config import CHANGEABLE
 from orchestrator.errors import InputError, Problem, SweepFileError, cut, shown
 
@@ -348,7 +348,7 @@ def _problems_of_meaning(sweep: SweepConfig) -> Iterator[Problem]:
     """What is well formed and yet cannot be meant."""
     if problem := storage_problem(sweep.storage):
         yield Problem("storage", problem)
-    yield from _problems_of_scores(sweep)
+    yield from _problems_of_objectives(sweep)
     if len(sweep.exclude) > MOST_EXCLUSIONS:
         yield Problem("exclude", f"has {len(sweep.exclude):,} entries, of which {MOST_EXCLUSIONS:,} at most are taken")
         return
@@ -373,12 +373,15 @@ def _problems_of_meaning(sweep: SweepConfig) -> Iterator[Problem]:
         yield Problem("scheduler.pbt.population", told)
 
 
-def _problems_of_scores(sweep: SweepConfig) -> Iterator[Problem]:
-    """Objectives that nobody would measure; a group of tasks scores its tasks too (mmlu: mmlu_anatomy)."""
+def _problems_of_objectives(sweep: SweepConfig) -> Iterator[Problem]:
+    """Objectives that nobody would measure, or want; a group of tasks scores its tasks too (mmlu: mmlu_anatomy)."""
     for i, objective in enumerate(sweep.objectives):
-        if not is_score(objective.metric):
-            continue
         path = f"objective[{i}]" if isinstance(sweep.objective, tuple) else "objective"
+        if not is_score(objective.metric):
+            if objective.mode != (better := BETTER_MODES.get(objective.metric, objective.mode)):
+                told = f"would look for the worst {objective.metric}: write {better}, or leave it out"
+                yield Problem(f"{path}.mode", told)
+            continue
         if "mode" not in objective.model_fields_set:
             yield Problem(f"{path}.mode", f"is missing: max or min, whichever is better of {cut(objective.metric)}")
         task = objective.metric.partition("/")[0]

@@ -147,7 +147,7 @@ def _provenance(sweep: SweepResult, trial: TrialResult, config: SweepConfig | No
         "devices": ", ".join(dict.fromkeys(trial.devices)) or quantities.UNKNOWN,
     }
     if trial.git:
-        found["commit"] = trial.git.commit + (" with changes" if trial.git.dirty else "")
+        found["commit of your repository"] = trial.git.commit + (" with changes" if trial.git.dirty else "")
     return found | trial.versions
 
 

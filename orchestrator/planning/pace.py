@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -110,8 +110,14 @@ def _around(ratios: list[float], least: float) -> Range:
     return Range(middle / spread, middle, middle * spread)
 
 
+def to_come(trials: Iterable[TrialResult], launches: int | None) -> int:
+    """How many trials a search that may launch so many in all has not proposed yet; None: all are known."""
+    proposed = sum(trial.suggestion is not None and trial.status is not TrialStatus.INFEASIBLE for trial in trials)
+    return max(0, (launches or 0) - proposed)
+
+
 def left_s(
-    trials: Iterable[TrialResult],
+    trials: Collection[TrialResult],
     planned_s: Mapping[str, float],
     gone_s: Mapping[str, float],
     slots: int,
@@ -130,9 +136,7 @@ def left_s(
     mean_s = statistics.mean(known) if known else 1.0
     took: dict[object, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
     open_: list[tuple[TrialResult, float]] = []
-    proposed = 0
     for trial in trials:
-        proposed += trial.suggestion is not None and trial.status is not TrialStatus.INFEASIBLE
         planned = planned_s.get(trial.trial_id) or mean_s
         if trial.status in OPEN:
             open_.append((trial, planned))
@@ -147,7 +151,7 @@ def left_s(
         seconds, planned = took[kind if kind in took else "all"]
         return seconds / planned if planned else 1.0
 
-    each = [mean_s * pace("all")] * max(0, (launches or 0) - proposed)
+    each = [mean_s * pace("all")] * to_come(trials, launches)
     for trial, planned in open_:
         whole_s = planned * pace(_kind_of(trial.config, trial.gpu_shared_by))
         each.append(max(0.0, whole_s - gone_s.get(trial.trial_id, 0.0)))

@@ -89,6 +89,8 @@ class SweepPlan(_Part):
     trials: tuple[PlannedTrial, ...]
     proposed_by: str | None = None
     """The adaptive search that will propose the trials one by one: those here are random examples of its space."""
+    begins_with_points: bool = False
+    """Whether the first of those examples are its `search.points`, which it tries first."""
     launches: int | None = None
     """Trials that it may launch in all, of a population those of every generation; None: `trials` are all."""
     runs: int
@@ -301,17 +303,15 @@ def with_micro_batch(
 
 def _does_not_fit(case: Case, shape: WorkerShape, memory: MemoryEstimate, memory_bytes: int) -> str:
     """Why, and what would: fewer at a time first, which changes nothing of the trial."""
-    of_which = (
-        f"{memory.needed_bytes / GIB:.1f} GiB of memory a worker, of which "
-        f"{getattr(memory.parts, memory.parts.biggest) / GIB:.1f} GiB for {memory.parts.biggest}"
-    )
-    if memory.needed_bytes <= memory_bytes:
-        loading_bytes = loading_bytes_on(case.config, case.shape, case.hardware)
+    needed_bytes = memory.needed_bytes
+    of_which = f", of which {getattr(memory.parts, memory.parts.biggest) / GIB:.1f} GiB for {memory.parts.biggest}"
+    if needed_bytes <= memory_bytes:
+        needed_bytes = loading_bytes_on(case.config, case.shape, case.hardware)
         of_which = (
-            f"{loading_bytes / GIB:.1f} GiB of memory a worker while it loads, since under ZeRO-3 each loads the whole "
-            f"model where precision is {case.config.precision}"
+            f" while it loads, since under ZeRO-3 each loads the whole model where precision is {case.config.precision}"
         )
-    reason = f"needs about {of_which}, and {memory_bytes / GIB:.1f} GiB are there"
+    needed, there = _apart(needed_bytes, memory_bytes)
+    reason = f"needs about {needed} of memory a worker{of_which}, and {there} are there"
     if unquantised := experts_stay_unquantised(case):
         reason += f" ({unquantised})"
     # Workers cannot share a GPU.
@@ -319,6 +319,15 @@ def _does_not_fit(case: Case, shape: WorkerShape, memory: MemoryEstimate, memory
     fits = [_fewer_at_a_time(case.hardware, shape, memory), what_fits(case, memory_bytes, most_workers)]
     told = ", or ".join(hint for hint in fits if hint)
     return f"{reason}; fits with {told}" if told else f"{reason}; use a smaller model"
+
+
+def _apart(needed_bytes: int, there_bytes: int) -> tuple[str, str]:
+    """Both with as many digits as show that more is needed."""
+    for digits in range(1, 10):
+        needed, there = (f"{size / GIB:.{digits}f} GiB" for size in (needed_bytes, there_bytes))
+        if needed != there:
+            break
+    return needed, there
 
 
 def _fewer_at_a_time(hardware: Hardware, shape: WorkerShape, memory: MemoryEstimate) -> str | None:
@@ -420,6 +429,7 @@ def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware, pace: 
         searched=tuple(sweep.domains),
         trials=trials,
         proposed_by=sweep.search.algorithm if proposes else None,
+        begins_with_points=proposes and bool(sweep.points),
         launches=len(works) if proposes else None,
         runs=len(running),
         refused=len(trials) - len(running),

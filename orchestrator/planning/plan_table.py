@@ -7,6 +7,7 @@ from typing import Any
 
 from orchestrator.errors import counted
 from orchestrator.planning.hardware import GIB
+from orchestrator.planning.makespan import FIRST_START_S
 from orchestrator.planning.plan import PlannedTrial, SweepPlan
 
 PROPOSES = "proposes one configuration after the other"
@@ -18,7 +19,8 @@ def render(plan: SweepPlan) -> str:
     lines = [f"{plan.name}: {plan.model} on {plan.hardware}", ""]
     if plan.proposed_by:
         proposes = "begins with members spread over its space" if plan.proposed_by == "pbt" else PROPOSES
-        lines += [f"{plan.proposed_by} {proposes}; random ones of it:", ""]
+        examples = "its points first, then random ones" if plan.begins_with_points else "random ones of it"
+        lines += [f"{plan.proposed_by} {proposes}; {examples}:", ""]
     if runs:
         lines += [*_table(plan, runs), ""]
     for reason, trials in _grouped((reason, trial) for trial in plan.trials for reason in trial.reasons):
@@ -51,21 +53,31 @@ def _table(plan: SweepPlan, trials: Sequence[PlannedTrial]) -> list[str]:
 
 
 def _totals(plan: SweepPlan) -> list[str]:
-    low, expected, high = plan.makespan_s
+    (low, expected, high), start_s = plan.makespan_s, FIRST_START_S.expected
     lines = [_proposals(plan) if plan.proposed_by else _trials(plan)]
     if not plan.runs:
         return lines + [f"warning: {warning}" for warning in plan.warnings]
     lines.append(
         f"time: about {duration(expected)} ({duration(low)} to {duration(high)})"
+        + (f", of which {duration(start_s)} to start" if start_s > expected / 2 else "")
         + (f", by the speed of {counted(plan.measured, 'trial')} that ran here" if plan.measured else "")
     )
     if plan.gpus_per_worker:
-        hours = plan.gpu_hours
-        lines.append(f"GPU-hours: about {hours[1]:.2f} ({hours[0]:.2f} to {hours[2]:.2f})")
+        lines.append(f"GPU-hours: {_about(plan.gpu_hours)}")
     if plan.cost:
-        lines.append(f"cost: about {plan.cost[1]:.2f} ({plan.cost[0]:.2f} to {plan.cost[2]:.2f})")
+        lines.append(f"cost: {_about(plan.cost)}")
     lines += [f"assumed: {assumption}" for assumption in plan.assumptions]
     return lines + [f"warning: {warning}" for warning in plan.warnings]
+
+
+def _about(amounts: tuple[float, float, float]) -> str:
+    low, expected, high = map(_three_digits, amounts)
+    return f"about {expected} ({low} to {high})"
+
+
+def _three_digits(amount: float) -> str:
+    """An estimate is no more precise: `0.0213`, `1.5`, `403`, `1610`."""
+    return f"{amount:.3g}" if amount < 999.5 else f"{float(f'{amount:.3g}'):.0f}"
 
 
 def _trials(plan: SweepPlan) -> str:

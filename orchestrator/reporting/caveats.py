@@ -10,6 +10,7 @@ from orchestrator.reporting import quantities
 from orchestrator.reporting.effects import measured_trials
 from orchestrator.reporting.noise import one_run_words
 from orchestrator.reporting.statistics import LOSSES, ConfigurationSummary
+from orchestrator.reporting.times import has_run
 from orchestrator.results.records import SweepResult, TrialStatus
 
 FEW_STEPS = 20
@@ -88,13 +89,14 @@ def caveats(
     if earlier:
         before = counted(earlier, "trial")
         told.append(f"The last generation competes; {before} of those before ended so that it could begin.")
-    ended = _counts_of_ends(found, earlier)
+    waited = sum(trial.status is TrialStatus.CANCELLED and not has_run(trial) for trial in sweep.trials)
+    ended = _counts_of_ends(found, earlier, waited)
     if ended:
         told.append(f"Not in the comparison: {ended}.")
     return told
 
 
-def _counts_of_ends(found: Sequence[ConfigurationSummary], earlier: int) -> str:
+def _counts_of_ends(found: Sequence[ConfigurationSummary], earlier: int, waited: int) -> str:
     words = {
         TrialStatus.STOPPED: "stopped early by the scheduler",
         TrialStatus.INFEASIBLE: "refused before launch",
@@ -102,7 +104,7 @@ def _counts_of_ends(found: Sequence[ConfigurationSummary], earlier: int) -> str:
         TrialStatus.DIVERGED: "diverged",
         TrialStatus.PREEMPTED: "preempted",
         TrialStatus.FAILED: "failed",
-        TrialStatus.CANCELLED: "cancelled",
+        TrialStatus.CANCELLED: "cancelled" + (f" ({waited} had not begun)" if waited else ""),
     }
     counts = {status: sum(summary.counts.get(status, 0) for summary in found) for status in words}
     counts[TrialStatus.STOPPED] -= earlier

@@ -186,7 +186,7 @@ def _repeat(report: Report) -> str:
     trials = report.sweep.trials
     versions = dict(sorted({item for trial in trials for item in trial.versions.items() if item[0] != "python"}))
     told = {trial.git.commit for trial in trials if trial.git}
-    lines = [f"# orchestrator at commit {commit}" for commit in sorted(told)]
+    lines = [f"# in your repository at commit {commit}" for commit in sorted(told)]
     lines += [f"pip install {' '.join(f'{n}=={v}' for n, v in versions.items() if n != 'orchestrator')}"] * bool(
         versions
     )
@@ -202,7 +202,7 @@ def _environment(report: Report) -> list[tuple[str, str]]:
         ("data hash", [report.sweep.data_hash or quantities.UNKNOWN]),
         ("hosts", sorted({host for trial in trials for host in trial.hosts})),
         ("devices", sorted({device for trial in trials for device in trial.devices})),
-        ("git commit", sorted(git)),
+        ("your repository at commit", sorted(git)),
         ("versions", sorted(versions)),
         ("sweep id", [report.sweep.sweep_id]),
         ("MLflow run", [report.sweep.mlflow_run_id or quantities.UNKNOWN]),

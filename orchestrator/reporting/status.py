@@ -8,7 +8,7 @@ from collections import Counter
 from typing import Any
 
 from orchestrator.errors import counted
-from orchestrator.planning.pace import OPEN, left_s
+from orchestrator.planning.pace import OPEN, left_s, to_come
 from orchestrator.reporting import quantities
 from orchestrator.reporting.recommendation import recommend, trial_to_take
 from orchestrator.reporting.statistics import label, objective_of
@@ -31,9 +31,11 @@ def render_status(folder: SweepFolder, now_s: float | None = None) -> str:
     counts = Counter(trial.status for trial in sweep.trials)
     told = ", ".join(f"{counts[status]} {status.value.replace('_', ' ')}" for status in TrialStatus if counts[status])
     at_work, trials = is_at_work(folder), counted(len(sweep.trials), "trial")
+    if (sweep.ended_ms is None or sweep.interrupted) and (more := to_come(sweep.trials, _planned(folder)[2])):
+        trials += f" of up to {len(sweep.trials) + more}"
     lines = [f"{sweep.name}: {trials}: {told}", _best(sweep), _time(sweep, folder, now_s, at_work)]
     running = "running" if at_work else "was running"
-    lines += [f"{running}: {_named(sweep, trial)}, step {trial.steps}" for trial in _with(sweep, TrialStatus.RUNNING)]
+    lines += [f"{running}: {_named(sweep, trial)}, {_at(folder, trial)}" for trial in _with(sweep, TrialStatus.RUNNING)]
     trouble = [trial for trial in sweep.trials if trial.status in TROUBLE]
     lines += [_trouble(sweep, trial) for trial in trouble[-MAX_REASONS:]]
     if len(trouble) > MAX_REASONS:
@@ -48,6 +50,13 @@ def _with(sweep: SweepResult, status: TrialStatus) -> list[TrialResult]:
 
 def _named(sweep: SweepResult, trial: TrialResult) -> str:
     return f"{trial.trial_id} ({label(trial, sweep.searched)})"
+
+
+def _at(folder: SweepFolder, trial: TrialResult) -> str:
+    """By its curve, which has every step: the record changes with evaluations."""
+    points = folder.trial(trial.trial_id).read_metrics()
+    step = points[-1].step if points else trial.steps
+    return f"step {step} of {trial.config.max_steps}" if step else "starting"
 
 
 def _trouble(sweep: SweepResult, trial: TrialResult) -> str:

@@ -68,7 +68,7 @@ def against_plan(
     """
     held_s = times.worker_s + sum(trial.timing.earlier_s for trial in sweep.trials)
     hours = held_s * plan.workers_per_trial * plan.gpus_per_worker / 3600
-    ran = sum(map(_has_run, sweep.trials))
+    ran = sum(map(has_run, sweep.trials))
     found = [Outlay("from start to end", plan.makespan_s, times.wall_s, "s")]
     if not plan.proposed_by:
         # The plan of what proposes its trials has examples, of which none may run.
@@ -88,7 +88,8 @@ def against_plan(
     return tuple(found)
 
 
-def _has_run(trial: TrialResult) -> bool:
+def has_run(trial: TrialResult) -> bool:
+    """Whether it was ever begun."""
     # A sweep that ends cancels what waits too.
     if trial.status is TrialStatus.CANCELLED:
         return trial.steps > 0 or trial.timing.total_s + trial.timing.earlier_s > 0

@@ -1,9 +1,10 @@
-"""What a result was made with: package versions and the state of the checkout."""
+"""What a result was made with: package versions, and the state of the repository that the command was called in."""
 
 from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
 from collections.abc import Mapping
 from importlib import metadata
@@ -13,7 +14,7 @@ from orchestrator.results.records import GitState
 from orchestrator.results.secrets import without_secret
 
 COMMIT, DIRTY = "ORCHESTRATOR_GIT_COMMIT", "ORCHESTRATOR_GIT_DIRTY"
-"""What `submit` tells a job, whose package is no checkout."""
+"""What `submit` tells a job, whose folder is no repository."""
 PACKAGES = ("orchestrator", "torch", "transformers", "peft", "deepspeed", "ray", "mlflow", "bitsandbytes", "flash-attn")
 
 
@@ -29,7 +30,7 @@ def versions() -> dict[str, str]:
 
 
 def git_state(folder: Path) -> GitState | None:
-    """Commit and dirty flag of the checkout around `folder`; outside of one, or without git, what `submit` told.
+    """Commit and dirty flag of the repository around `folder`; outside of one, or without git, what `submit` told.
 
     A file that git does not know, such as a sweep file of one's own, changes nothing that is trained.
     """
@@ -42,7 +43,7 @@ def git_state(folder: Path) -> GitState | None:
 
 
 def told_to_a_job(state: GitState | None) -> Mapping[str, str]:
-    """The environment variables by which a job knows the state of the checkout that it was submitted from."""
+    """The environment variables by which a job knows the state of the repository that it was submitted from."""
     if state is None:
         return {}
     return {COMMIT: state.commit, **({DIRTY: "1"} if state.dirty else {})}
@@ -53,6 +54,11 @@ def run_page(tracking_uri: str, run_id: str) -> str | None:
     if not tracking_uri.startswith(("http://", "https://")):
         return None
     return f"{without_secret(tracking_uri).rstrip('/')}/#/runs/{run_id}"
+
+
+def ui_command(tracking_uri: str) -> str | None:
+    """What shows the runs of a database that is a file; None where a server shows them."""
+    return f"mlflow ui --backend-store-uri {shlex.quote(tracking_uri)}" if tracking_uri.startswith("sqlite:") else None
 
 
 def _git(folder: Path, *arguments: str) -> str:

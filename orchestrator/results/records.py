@@ -142,7 +142,7 @@ class Timing(_Record):
 
 
 class GitState(_Record):
-    """The checkout that the sweep was run from."""
+    """The repository that the command was called in: the user's own, and not this package's."""
 
     commit: str
     dirty: bool

@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.text import Text
 
 from orchestrator.errors import printable
-from orchestrator.planning.pace import RAN, left_s
+from orchestrator.planning.pace import RAN, left_s, to_come
 from orchestrator.results.records import TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder
 
@@ -135,6 +135,8 @@ class Progress(tune.Callback):
     def _panel(self) -> Text:
         counts = Counter(record.status for record in self._records.values())
         parts = ", ".join(f"{counts[status]} {status}" for status in TrialStatus if counts[status])
+        if more := to_come(self._records.values(), self._launches):
+            parts += f" of up to {len(self._records) + more} trials"
         gone_s = time.monotonic() - self._started
         text = f"{parts} · {_clock(gone_s)} gone"
         if left := self._left_s():

@@ -161,7 +161,7 @@ def _run_prepared(
     say(start_words(records.values(), folder, prepared.slots, to_try))
     if search.told_at_start:
         say(search.told_at_start)
-    with progress, signals_to(stopper), system_metrics.logged(tracking_uri(sweep), tracker.parent_run_id):
+    with progress, signals_to(stopper, progress.say), system_metrics.logged(tracking_uri(sweep), tracker.parent_run_id):
         launch(prepared, folder, recorder, search, scheduler, [recorder, progress], stopper, isolation)
     recorder.tenure.require()
     if stopper.interrupted:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from orchestrator.config.local_path import local_path
 from orchestrator.config.sweep_config import SweepConfig
@@ -58,15 +59,12 @@ def require_warm_start(sweep: SweepConfig) -> None:
 
 
 def missing_here(sweep: SweepConfig) -> Iterator[str]:
-    """What cannot be used on this machine, where a plan may be made all the same for one that has it."""
-    try:
-        data_rows.check(sweep.data)
-    except DataError as error:
-        yield str(error)
-    try:
-        require_warm_start(sweep)
-    except FolderError as error:
-        yield str(error)
+    """What `run` would refuse on this machine, where a plan may be made all the same for one that has it."""
+    for look in (partial(data_rows.check, sweep.data), partial(require_warm_start, sweep)):
+        try:
+            look()
+        except (DataError, FolderError) as error:
+            yield f"run would end at once on this machine: {error}"
 
 
 def look_at(sweep: SweepConfig) -> FoundModel:

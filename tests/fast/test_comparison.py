@@ -14,8 +14,8 @@ from orchestrator.cli import app
 from orchestrator.errors import InputError
 from orchestrator.reporting import comparison_report, quantities, report
 from orchestrator.reporting.comparison import Comparison, compare
-from orchestrator.results.records import SweepResult
-from orchestrator.results.storage import write_atomically
+from orchestrator.results.records import GitState, SweepResult
+from orchestrator.results.storage import SweepFolder, write_atomically
 from tests.fast.test_report import Page
 from tests.made_up_sweep import made_up_plan, made_up_sweep, simulated, write_made_up
 
@@ -172,3 +172,13 @@ def test_the_page_is_opened_where_there_is_a_browser(tmp_path: Path, monkeypatch
     shown = CliRunner().invoke(app, ["report", "--open", str(folder.root)])
     assert shown.exit_code == 0
     assert opened.read_text(encoding="utf-8") == folder.report.as_uri()
+
+
+def test_a_commit_is_told_as_that_of_the_repository_where_the_commands_were_called(tmp_path: Path) -> None:
+    sweep = simulated([2.0], 1, 0)
+    trials = [t.model_copy(update={"git": GitState(commit="f" * 40, dirty=False)}) for t in sweep.trials]
+    found = compared(tmp_path, named(sweep, "old"), named(sweep.model_copy(update={"trials": tuple(trials)}), "new"))
+    assert "they differ in commit of your repository (old: 0123456789ab; new: ffffffffffff)" in found.differing
+    page = report.render_html(report.build(SweepFolder(tmp_path / "1")))
+    assert f"# in your repository at commit {'f' * 40}" in page
+    assert "orchestrator at commit" not in page

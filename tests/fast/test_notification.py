@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from orchestrator.cli import app
 from orchestrator.errors import ClusterUnreachableError, InputError
 from orchestrator.reporting import findings
+from orchestrator.results.provenance import ui_command
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 from orchestrator.sweep import notification
 from orchestrator.sweep.callbacks import GROUP, Callback, Callbacks
@@ -172,3 +173,11 @@ def test_callbacks_hear_of_no_end_of_an_earlier_run_whose_record_is_written_once
         callbacks.track(trial.model_copy(update={"mlflow_run_id": "run17"}))
     callbacks.track(made_up_trial({"rank": 32}, status=TrialStatus.CANCELLED))
     assert Listener.heard == [f"{waits.trial_id} cancelled"]
+
+
+def test_runs_in_a_file_are_told_with_the_command_that_shows_them_and_those_of_a_server_are_not() -> None:
+    assert ui_command("sqlite:///sweeps/mlflow.db") == "mlflow ui --backend-store-uri sqlite:///sweeps/mlflow.db"
+    assert (
+        ui_command("sqlite:///my sweeps/mlflow.db") == "mlflow ui --backend-store-uri 'sqlite:///my sweeps/mlflow.db'"
+    )
+    assert ui_command("http://mlflow:5000") is None

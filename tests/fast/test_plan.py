@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -501,6 +502,31 @@ def test_one_of_a_thing_is_told_as_one() -> None:
     assert " to " not in line.partition("; they take ")[2]
     (alone,) = [w for w in plan(CPU, resources={"gpus_per_worker": 1}).warnings if "not one can start" in w]
     assert alone.startswith("a trial takes 1 worker of 1 CPU and 1 GPU each, and the cluster has 2 CPUs and 0 GPUs")
+
+
+def test_totals_are_told_to_three_digits_and_what_of_the_time_is_the_start() -> None:
+    totals = {"gpu_hours": (0.0212, 0.02134, 0.0311), "cost": (402.93, 805.75, 1611.39), "makespan_s": (24, 34, 71)}
+    told = render(plan(A100).model_copy(update=totals))
+    assert "GPU-hours: about 0.0213 (0.0212 to 0.0311)" in told
+    assert "cost: about 806 (403 to 1610)" in told
+    assert "time: about 34 s (24 s to 71 s), of which 25 s to start\n" in told
+    assert "to start" not in render(plan(A100).model_copy(update={"makespan_s": (40.0, 50.0, 80.0)}))
+
+
+def test_what_is_needed_and_what_is_there_are_never_told_as_the_same() -> None:
+    keys: dict[str, Any] = {"trial": {"micro_batch_size": 1}}
+    memory = plan(A100, **keys).trials[0].memory
+    assert memory
+    (reason,) = plan(A100, **keys, resources={"memory_per_worker": memory.needed_bytes - 2**18}).trials[0].reasons
+    needed, there = re.findall(r"(?:about|and) ([\d.]+) GiB", reason)[:2]
+    assert float(needed) > float(there)
+
+
+def test_the_points_that_a_search_tries_first_are_not_called_random() -> None:
+    search = {"algorithm": "tpe", "points": ["known_good"]}
+    keys = {"space": {"learning_rate": {"log_uniform": [1e-5, 1e-3]}}, "budget": {"trials": 4}}
+    assert "; its points first, then random ones:" in render(plan(A100, search=search, **keys))
+    assert "; random ones of it:" in render(plan(A100, search={"algorithm": "tpe"}, **keys))
 
 
 def test_workers_of_one_trial_never_share_a_gpu() -> None:

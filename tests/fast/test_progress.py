@@ -66,6 +66,12 @@ def test_a_budget_that_will_not_do_for_what_a_search_has_not_proposed_yet_is_tol
     assert "about 1.33 hours are needed at this pace, and budget.hours is 1:" in capsys.readouterr().err
 
 
+def test_the_panel_tells_of_how_many_trials_a_search_may_try_these_are(tmp_path: Path) -> None:
+    running = trials_of(TrialStatus.RUNNING)[0].model_copy(update={"suggestion": Suggestion(number=0, settings={})})
+    assert "1 running of up to 10 trials · " in str(progress_of(tmp_path, [running], 1, launches=10)._panel())
+    assert "1 running · " in str(progress_of(tmp_path, [running], 1, launches=1)._panel())
+
+
 def test_a_budget_that_will_do_is_not_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     progress = progress_of(tmp_path, trials_of(TrialStatus.PENDING), budget_hours=1)
     progress(trials_of(TrialStatus.COMPLETED)[0])

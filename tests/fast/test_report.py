@@ -351,11 +351,13 @@ def test_against_the_plan_attempts_before_the_last_count_and_examples_do_not(tmp
 
 def test_trials_that_were_cancelled_before_they_began_have_not_run(tmp_path: Path) -> None:
     sweep = simulated([2.0, 2.1], 2, 0)
-    cut, waited = (trial.model_copy(update={"status": TrialStatus.CANCELLED}) for trial in sweep.trials[:2])
+    cancelled = {"status": TrialStatus.CANCELLED, "reason": "interrupted"}
+    cut, waited = (trial.model_copy(update=cancelled) for trial in sweep.trials[:2])
     waited = waited.model_copy(update={"steps": 0, "timing": Timing()})
     ended = sweep.model_copy(update={"trials": (cut, waited, *sweep.trials[2:])})
     outlays = {one.what: one for one in against_plan(ended, made_up_plan(sweep), times_of(ended, 0), None)}
     assert outlays["trials run"].actual == 3
+    assert "Not in the comparison: 2 cancelled (1 had not begun)." in built(tmp_path, ended).recommendation.evidence
 
 
 def test_a_plan_that_cannot_be_read_is_named_and_left_out(tmp_path: Path) -> None:

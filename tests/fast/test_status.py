@@ -11,9 +11,9 @@ from filelock import FileLock
 
 from orchestrator.errors import FolderError
 from orchestrator.reporting.status import render_status
-from orchestrator.results.records import TrialStatus
-from orchestrator.results.storage import SweepFolder, read_sweep, write_atomically
-from tests.made_up_sweep import START_MS, made_up_sweep, made_up_trial, simulated, write_made_up
+from orchestrator.results.records import Suggestion, TrialStatus
+from orchestrator.results.storage import SweepFolder, read_sweep, write_atomically, write_result
+from tests.made_up_sweep import START_MS, made_up_point, made_up_sweep, made_up_trial, simulated, write_made_up
 
 NOW_S = START_MS / 1000 + 300
 
@@ -35,8 +35,32 @@ def test_a_running_sweep_tells_counts_best_time_and_trouble(running: SweepFolder
     assert lines[1].endswith("(rank=4), completed")
     # Two that ended took some 81 s each: one is 50 s under way, the other has not begun.
     assert lines[2] == "time: 5 min 00 s gone, about 1 min 52 s left"
-    assert any(line.startswith("running: ") and "(rank=16), step 100" in line for line in lines)
+    assert any(line.startswith("running: ") and "(rank=16), step 100 of 100" in line for line in lines)
     assert any(line.startswith("failed: ") and "boom" in line for line in lines)
+
+
+def test_a_running_trial_is_where_its_curve_is_before_it_was_ever_evaluated(running: SweepFolder) -> None:
+    (trial,) = (trial for trial in read_sweep(running)[0].trials if trial.status is TrialStatus.RUNNING)
+    where = running.trial(trial.trial_id)
+    write_result(running, trial.model_copy(update={"steps": 0, "best": None, "last": None}))
+    where.metrics.write_text(made_up_point(4, None).model_dump_json() + "\n")
+    assert "(rank=16), step 4 of 100" in render_status(running, NOW_S)
+    where.metrics.unlink()
+    assert "(rank=16), starting" in render_status(running, NOW_S)
+
+
+def test_what_a_search_may_still_propose_is_told_until_the_sweep_has_ended(running: SweepFolder) -> None:
+    sweep, _ = read_sweep(running)
+    proposed = [
+        trial.model_copy(update={"suggestion": Suggestion(number=number, settings={})})
+        for number, trial in enumerate(sweep.trials)
+    ]
+    write_made_up(running.root, sweep.model_copy(update={"trials": tuple(proposed)}))
+    trials = [{"trial_id": trial.trial_id, "seconds": 40.0} for trial in proposed]
+    write_atomically(running.plan, json.dumps({"trials": trials, "concurrent": 2, "launches": 10}))
+    assert render_status(running, NOW_S).startswith("made-up: 4 trials of up to 10: 1 pending")
+    write_made_up(running.root, sweep.model_copy(update={"trials": tuple(proposed), "ended_ms": START_MS + 9000}))
+    assert render_status(running, NOW_S).startswith("made-up: 4 trials: 1 pending")
 
 
 def test_a_sweep_whose_run_died_is_not_called_running(running: SweepFolder) -> None:

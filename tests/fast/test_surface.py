@@ -101,9 +101,12 @@ def test_wrong_input_ends_with_2_and_says_what_is_wrong(words: list[str], exit_c
 
 
 def test_a_plan_is_made_where_the_data_is_not() -> None:
-    result = CliRunner().invoke(app, ["plan", "search_spaces/demo.yaml", "--set", "data.train=nowhere.jsonl"])
-    assert result.exit_code == 0
-    assert "warning: data nowhere.jsonl: no such file" in result.stderr
+    words = ["plan", "search_spaces/demo.yaml", "--set", "data.train=nowhere.jsonl"]
+    result, script = CliRunner().invoke(app, words), CliRunner().invoke(app, [*words, "--json"])
+    assert (result.exit_code, script.exit_code) == (0, 0)
+    told = "run would end at once on this machine: data nowhere.jsonl: no such file"
+    assert f"warning: {told}" in result.stdout.splitlines()[-1]
+    assert json.loads(script.stdout)["warnings"][-1].startswith(told)
 
 
 def test_an_output_that_cannot_be_written_is_told() -> None:

@@ -284,6 +284,12 @@ def test_what_other_tools_call_a_setting_is_understood(tmp_path: Path, other: st
         load(file)
 
 
+@pytest.mark.parametrize("name", ["grace", "grace_period"])
+def test_a_grace_without_its_unit_is_taken_for_one_in_steps(tmp_path: Path, name: str) -> None:
+    told = problems(tmp_path, yaml.safe_dump(SMALL | {"scheduler": {"asha": {name: 20}}}))
+    assert any("did you mean grace_steps?" in message for message in told.values())
+
+
 @pytest.mark.parametrize("beside", ["choice: [1.0e-4]", "int: [1, 2]", "log_uniform: [1.0e-5, 1.0e-3]"])
 def test_two_kinds_of_values_of_one_setting_are_told_apart_from_an_unknown_key(tmp_path: Path, beside: str) -> None:
     text = yaml.safe_dump(SMALL) + f"space:\n  learning_rate:\n    uniform: [1.0e-5, 1.0e-3]\n    {beside}\n"
@@ -315,6 +321,21 @@ def test_a_score_that_nothing_would_measure_is_refused(tmp_path: Path, objective
     file.write_text(f"{head}objective: {objective}\nevaluate: {{tasks: {tasks}}}\n")
     with pytest.raises(SweepFileError, match=told):
         load(file)
+
+
+@pytest.mark.parametrize(
+    ("metric", "worse", "better"),
+    [(name, "max", "min") for name in ("eval_loss", "loss", "step_time_s", "peak_memory_bytes")]
+    + [("tokens_per_s", "min", "max")],
+)
+def test_an_objective_that_would_look_for_the_worst_is_refused(
+    tmp_path: Path, metric: str, worse: str, better: str
+) -> None:
+    objective = [{"metric": "grad_norm", "mode": "max"}, {"metric": metric, "mode": worse}]
+    (told,) = problems(tmp_path, yaml.safe_dump(SMALL | {"objective": objective})).items()
+    assert told[0].endswith(": objective[1].mode")
+    assert told[1] == f"would look for the worst {metric}: write {better}, or leave it out"
+    load(write(tmp_path, yaml.safe_dump(SMALL | {"objective": {"metric": metric, "mode": better}})))
 
 
 def test_a_score_decides_in_the_end_and_until_then_eval_loss(tmp_path: Path) -> None:

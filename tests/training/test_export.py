@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +167,27 @@ def test_a_folder_that_exists_is_kept_unless_it_is_forced(tiny_model: Path, tmp_
     assert "peft.AutoPeftModelForCausalLM" in forced.stdout
     assert not (out / "model.safetensors").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "sweep"]
+
+
+def test_a_merge_says_nothing_but_where_the_model_is(tiny_model: Path, tmp_path: Path) -> None:
+    folder = a_sweep(tmp_path / "sweep", tiny_model, {})
+    command = [
+        sys.executable,
+        "-m",
+        "orchestrator",
+        "export",
+        str(folder.root),
+        "--merge",
+        "--to",
+        str(tmp_path / "out"),
+    ]
+    # As a user has it: pytest and its fixtures may have told the libraries to be quiet.
+    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("trial ")
+    assert len(done.stdout.splitlines()) == 1
+    assert done.stderr == ""
 
 
 def test_force_replaces_only_what_export_made(tiny_model: Path, tmp_path: Path) -> None:
