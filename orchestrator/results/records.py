@@ -70,8 +70,14 @@ def _as_float32(value: float) -> float:
 
 
 Measured = Annotated[float, AfterValidator(_as_float32)]
-Bytes = Annotated[int, Field(ge=0, lt=2**63)]
-Seconds = Annotated[float, Field(allow_inf_nan=False, gt=-1e12, lt=1e12)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Bytes = Count
+Steps = Annotated[int, Field(ge=0, le=10**8)]
+"""No more than `max_steps` may be."""
+Moment = Annotated[int, Field(ge=0, lt=253_402_300_800_000)]
+"""Wall clock, milliseconds since 1970, before the year 10000, which no calendar here has."""
+# A wall clock that was set back between two looks at it measured nothing.
+Seconds = Annotated[float, Field(allow_inf_nan=False, lt=1e12), AfterValidator(lambda seconds: max(0.0, seconds))]
 
 
 SweepId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
@@ -81,26 +87,26 @@ SweepId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
 class MetricPoint(_Record):
     """One line of metrics.jsonl: the state after an optimizer step."""
 
-    step: int
-    tokens: int
+    step: Annotated[Steps, Field(ge=1)]
+    tokens: Count
     """Tokens trained on so far, over all workers, padding left out."""
-    seconds: float
+    seconds: Seconds
     """Seconds of training so far: evaluation and saving left out."""
     loss: Measured | None = None
     """Mean over the label tokens of the step's global batch."""
     eval_loss: Measured | None = None
     """Mean over the label tokens of the evaluation data; only at the steps that evaluate."""
-    learning_rate: float
+    learning_rate: Measured
     grad_norm: Measured | None = None
     tokens_per_s: Measured | None = None
     """Over the steps so far, without the warm-up steps."""
     step_time_s: Measured | None = None
     """Median seconds of the steps so far, without the warm-up steps."""
-    peak_memory_bytes: int | None = None
+    peak_memory_bytes: Bytes | None = None
     """The largest of all workers."""
-    cost: float | None = None
+    cost: Measured | None = None
     """Of `seconds`, in the unit of `budget.price_per_gpu_hour`; None where no GPU is paid for."""
-    time_ms: int
+    time_ms: Moment
     """Wall clock, milliseconds since 1970: what MLflow is given, so that a replay adds no second point."""
 
 
@@ -152,7 +158,7 @@ class StartedFrom(_Record):
     """The checkpoint of another trial that a trial began with."""
 
     trial_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
-    step: Annotated[int, Field(ge=1)]
+    step: Annotated[Steps, Field(ge=1)]
     """Optimizer steps done by then: the trial's own first step is the next one."""
 
 
@@ -183,8 +189,8 @@ class TrialResult(_Record):
     status: TrialStatus
     reason: str | None = None
     config: TrialConfig
-    repeat: int
-    seed: int
+    repeat: Count
+    seed: Count
     suggestion: Suggestion | None = None
     """None in a grid or random search, which chooses before it starts."""
     started_from: StartedFrom | None = None
@@ -194,15 +200,15 @@ class TrialResult(_Record):
     best: MetricPoint | None = None
     """The evaluation with the best of the first objective that is no cost, or else of eval_loss."""
     last: MetricPoint | None = None
-    steps: int = 0
-    tokens: int = 0
+    steps: Steps = 0
+    tokens: Count = 0
     tokens_per_s: Measured | None = None
     step_time_s: Measured | None = None
     predicted_step_time_s: Measured | None = None
     """Before anything measured corrects it: by what both are apart, later plans are."""
-    gpu_shared_by: Annotated[int, Field(ge=1)] = 1
+    gpu_shared_by: Annotated[Count, Field(ge=1)] = 1
     """Trials at a time on its GPU, as planned."""
-    trainable_parameters: int | None = None
+    trainable_parameters: Count | None = None
     peak_memory: PeakMemory | None = None
     timing: Timing = Timing()
     hosts: tuple[str, ...] = ()
@@ -268,18 +274,18 @@ class SweepResult(_Record):
     """As the sweep file has them."""
     searched: tuple[str, ...]
     """Names of the settings in `space:`, in the file's order."""
-    started_ms: int | None = None
-    run_started_ms: int | None = None
+    started_ms: Moment | None = None
+    run_started_ms: Moment | None = None
     """Of the last run; None where there was one alone, which `started_ms` tells of."""
     earlier_runs_s: Seconds = 0.0
     """That the runs before it were at work: the pauses between them left out."""
-    ended_ms: int | None = None
+    ended_ms: Moment | None = None
     """None while the sweep runs."""
     interrupted: bool = False
     search_ended: str | None = None
     """Why an adaptive search ended by itself, and what it left."""
     data_hash: str | None = None
-    rows_left_out: int = 0
+    rows_left_out: Count = 0
     """Of the data, those that could not be used; data/summary.json names the first of them."""
     mlflow_run_id: str | None = None
     trials: tuple[TrialResult, ...]

@@ -4,6 +4,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -13,7 +14,7 @@ from orchestrator.errors import FolderError
 from orchestrator.reporting import report
 from orchestrator.results.records import MOVES, MetricPoint, TrialResult, TrialStatus, upgrade
 from orchestrator.results.storage import SweepFolder, read_sweep, read_trial_results, write_atomically, write_result
-from tests.made_up_sweep import made_up_sweep, made_up_trial, write_made_up
+from tests.made_up_sweep import made_up_point, made_up_sweep, made_up_trial, write_made_up
 
 S = TrialStatus
 ALLOWED = (
@@ -108,6 +109,36 @@ def test_numbers_that_no_training_measures_spoil_no_report(tmp_path: Path) -> No
     assert "4" in report.render_text(built)
     with pytest.raises(ValidationError, match="less than"):
         trial(timing={"total_s": 1e308})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"steps": 10**400}, {"tokens": -1}, {"repeat": 10**400}, {"gpu_shared_by": 10**400},
+        {"last": {"seconds": math.inf}}, {"last": {"seconds": math.nan}}, {"last": {"step": 0}},
+        {"last": {"step": 10**400}}, {"last": {"time_ms": -1}}, {"last": {"peak_memory_bytes": 10**400}},
+    ],
+)  # fmt: skip
+def test_a_record_with_a_number_that_nothing_counts_is_damaged(tmp_path: Path, changes: dict[str, Any]) -> None:
+    folder, good = SweepFolder(tmp_path), made_up_trial({"rank": 4})
+    raw = json.loads(good.model_dump_json())
+    raw |= {key: raw[key] | value if isinstance(value, dict) else value for key, value in changes.items()}
+    write_atomically(folder.trial(good.trial_id).result, json.dumps(raw))
+    results, (damaged,) = read_trial_results(folder)
+    assert not results
+    assert damaged.file == folder.trial(good.trial_id).result
+
+
+@pytest.mark.parametrize("name", ["step", "tokens", "peak_memory_bytes", "time_ms"])
+def test_a_line_of_a_curve_with_a_number_that_nothing_counts_is_left_out(tmp_path: Path, name: str) -> None:
+    trial_folder, good = SweepFolder(tmp_path).trial("a-0"), made_up_point(1, 2.0)
+    odd = json.loads(good.model_dump_json()) | {name: 10**400}
+    write_atomically(trial_folder.metrics, json.dumps(odd) + "\n" + good.model_dump_json() + "\n")
+    assert trial_folder.read_metrics() == (good,)
+
+
+def test_a_clock_that_was_set_back_measured_no_time() -> None:
+    assert trial(timing={"evaluation_s": -1e11}).timing.evaluation_s == 0
 
 
 @pytest.mark.parametrize("text", ["[]", "null", '"x"', "[" * 100_000, '{"schema_version": 1, "searched": ["colour"]}'])
