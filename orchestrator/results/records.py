@@ -9,8 +9,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from orchestrator.config.constraint import parse
 from orchestrator.config.sweep_config import COSTS, LOGGED_METRICS, is_score
 from orchestrator.config.trial_config import TrialConfig
+from orchestrator.errors import cut
 
 SCHEMA_VERSION = 1
 
@@ -296,6 +298,25 @@ class SweepResult(_Record):
         if metric not in LOGGED_METRICS and not is_score(metric):
             raise ValueError(f"{metric}: no such metric")
         return metric
+
+    @field_validator("objectives")
+    @classmethod
+    def _are_logged(cls, objectives: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+        for metric, _ in objectives:
+            cls._is_logged(metric)
+        return objectives
+
+    @field_validator("constraints")
+    @classmethod
+    def _can_be_judged(cls, constraints: tuple[str, ...]) -> tuple[str, ...]:
+        for text in constraints:
+            try:
+                parse(text)
+            except ValueError as error:
+                raise ValueError(
+                    f"this release cannot judge {cut(text)}: read it with the one that wrote it"
+                ) from error
+        return constraints
 
     @field_validator("searched")
     @classmethod

@@ -149,6 +149,43 @@ def test_a_sweep_record_that_is_none_is_told_with_its_file(tmp_path: Path, text:
         read_sweep(folder)
 
 
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"constraints": ["watts <= 3"]}, "this release cannot judge watts <= 3"),
+        ({"objectives": [["model_dump", "min"]]}, "model_dump: no such metric"),
+        ({"started_ms": -(10**400)}, "started_ms: "),
+        ({"run_started_ms": 10**400}, "run_started_ms: "),
+    ],
+)
+def test_a_sweep_record_that_this_release_cannot_judge_says_why(
+    tmp_path: Path, changes: dict[str, Any], why: str
+) -> None:
+    folder = write_made_up(tmp_path, made_up_sweep([made_up_trial({"rank": 4})]))
+    raw = json.loads(folder.results_json.read_text()) | changes
+    write_atomically(folder.results_json, json.dumps(raw))
+    with pytest.raises(FolderError, match=rf"results\.json cannot be read \(.*{why}"):
+        read_sweep(folder)
+
+
+def test_money_that_nobody_has_spoils_no_report(tmp_path: Path) -> None:
+    costly = made_up_point(100, 2.5).model_dump() | {"cost": 1e308}
+    trials = [
+        made_up_trial({"rank": 4}, repeat).model_copy(update={"last": MetricPoint.model_validate(costly)})
+        for repeat in range(3)
+    ]
+    sweep = made_up_sweep(trials, objective_metric="cost", constraints=("cost <= 1",))
+    assert report.render_text(report.build(write_made_up(tmp_path / "sweep", sweep)))
+
+
+def test_of_a_damaged_record_the_field_and_the_reason_are_told(tmp_path: Path) -> None:
+    folder, raw = SweepFolder(tmp_path), json.loads(trial().model_dump_json())
+    write_atomically(folder.trial("a-0").result, json.dumps(raw | {"timing": {"total_s": "soon"}}))
+    _, (damaged,) = read_trial_results(folder)
+    assert str(damaged).startswith(f"{folder.trial('a-0').result}: timing.total_s: Input should be a valid number")
+    assert len(str(damaged).splitlines()) == 1
+
+
 def test_a_curve_that_is_a_folder_is_named_as_damaged(tmp_path: Path) -> None:
     folder = SweepFolder(tmp_path)
     write_atomically(folder.trial("a-0").result, trial().model_dump_json())
