@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from orchestrator.config.constraint import parse
 from orchestrator.config.sweep_config import COSTS, LOGGED_METRICS, is_score
@@ -167,16 +167,16 @@ class StartedFrom(_Record):
 class Suggestion(_Record):
     """What an adaptive search proposed; all that it has to know to go on from the records."""
 
-    number: Annotated[int, Field(ge=0)]
+    number: Annotated[int, Field(ge=0, le=10**8)]
     """In the order of proposals, from 0; the repeats of a configuration share it."""
     settings: dict[str, Any]
     """The searched settings, as they were proposed; one whose `when` does not hold is left out.
 
     What is searched only since a later run has the value that it ran with.
     """
-    generation: Annotated[int, Field(ge=0)] | None = None
+    generation: Steps | None = None
     """Of a population (pbt), from 0."""
-    member: Annotated[int, Field(ge=0)] | None = None
+    member: Annotated[int, Field(ge=0, le=10**8)] | None = None
     """Its place in that population; None where it was refused before it had one."""
 
 
@@ -257,6 +257,17 @@ class TrialResult(_Record):
     def _has_its_reason(self) -> Self:
         if self.status.needs_reason and not self.reason:
             raise ValueError(f"a trial that is {self.status} must say why in `reason`")
+        return self
+
+    @model_validator(mode="after")
+    def _ran_as_proposed(self) -> Self:
+        if self.suggestion:
+            try:
+                # A search goes on from these: they must be settings that a trial can have.
+                TrialConfig(**{**self.config.model_dump(), **self.suggestion.settings})
+            except ValidationError as error:
+                wrong = error.errors()[0]
+                raise ValueError(f"suggestion.settings.{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}") from error
         return self
 
 

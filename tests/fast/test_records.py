@@ -117,12 +117,14 @@ def test_numbers_that_no_training_measures_spoil_no_report(tmp_path: Path) -> No
         {"steps": 10**400}, {"tokens": -1}, {"repeat": 10**400}, {"gpu_shared_by": 10**400},
         {"last": {"seconds": math.inf}}, {"last": {"seconds": math.nan}}, {"last": {"step": 0}},
         {"last": {"step": 10**400}}, {"last": {"time_ms": -1}}, {"last": {"peak_memory_bytes": 10**400}},
+        {"suggestion": {"number": 10**13, "settings": {}}}, {"suggestion": {"number": 0, "settings": {"rank": "abc"}}},
+        {"suggestion": {"number": 0, "settings": {"colour": 1}}},
     ],
 )  # fmt: skip
-def test_a_record_with_a_number_that_nothing_counts_is_damaged(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_a_record_with_what_no_trial_can_have_is_damaged(tmp_path: Path, changes: dict[str, Any]) -> None:
     folder, good = SweepFolder(tmp_path), made_up_trial({"rank": 4})
     raw = json.loads(good.model_dump_json())
-    raw |= {key: raw[key] | value if isinstance(value, dict) else value for key, value in changes.items()}
+    raw |= {key: {**(raw[key] or {}), **value} if isinstance(value, dict) else value for key, value in changes.items()}
     write_atomically(folder.trial(good.trial_id).result, json.dumps(raw))
     results, (damaged,) = read_trial_results(folder)
     assert not results
