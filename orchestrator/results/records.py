@@ -267,7 +267,9 @@ class TrialResult(_Record):
                 TrialConfig(**{**self.config.model_dump(), **self.suggestion.settings})
             except ValidationError as error:
                 wrong = error.errors()[0]
-                raise ValueError(f"suggestion.settings.{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}") from error
+                raise ValueError(
+                    f"suggestion.settings.{wrong['loc'][0] if wrong['loc'] else ''}: {wrong['msg']}"
+                ) from error
         return self
 
 

@@ -286,7 +286,9 @@ def why_unread(error: Exception) -> str:
         return " ".join(str(error).split())[:200]
     wrong = error.errors(include_url=False, include_input=False)[0]
     place = ".".join(str(part) for part in wrong["loc"])
-    return cut(f"{place}: {wrong['msg']}" if place else wrong["msg"])
+    # Before the words of a check of ours pydantic puts its own.
+    why = wrong["msg"].removeprefix("Value error, ")
+    return cut(f"{place}: {why}" if place else why)
 
 
 @contextmanager

@@ -186,6 +186,10 @@ def test_of_a_damaged_record_the_field_and_the_reason_are_told(tmp_path: Path) -
     _, (damaged,) = read_trial_results(folder)
     assert str(damaged).startswith(f"{folder.trial('a-0').result}: timing.total_s: Input should be a valid number")
     assert len(str(damaged).splitlines()) == 1
+    proposed = raw | {"suggestion": {"number": 0, "settings": {"rank": "abc"}}}
+    write_atomically(folder.trial("a-0").result, json.dumps(proposed))
+    _, (damaged,) = read_trial_results(folder)
+    assert str(damaged).startswith(f"{folder.trial('a-0').result}: suggestion.settings.rank: Input should be")
 
 
 def test_a_curve_that_is_a_folder_is_named_as_damaged(tmp_path: Path) -> None:
