@@ -27,7 +27,8 @@ class Constraint:
         """The logarithm of value over bound, or of bound over value: above 0 where the constraint is broken."""
         if value <= 0:
             return -1.0 if self.is_upper else 1.0
-        ratio = math.log(value / self.bound)
+        # Not of the quotient, which may be too small for a number.
+        ratio = math.log(value) - math.log(self.bound)
         return ratio if self.is_upper else -ratio
 
 

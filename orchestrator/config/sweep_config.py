@@ -161,6 +161,10 @@ class PbtConfig(_Part):
     quantile: Annotated[float, Field(gt=0, le=0.5)] = 0.25
     """Share of the population that is given up after a generation, and share of the best that go on in its place."""
 
+    def generations(self, max_steps: int) -> int:
+        """How many until the last step; the last one may be shorter."""
+        return -(-max_steps // self.interval_steps)
+
 
 class FifoConfig(_Part):
     """Every trial runs to its end."""

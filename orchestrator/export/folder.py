@@ -189,7 +189,9 @@ def _point_at_base(to: Path, base: _Base, kind: Kind) -> None:
     )
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError) as error:
+        if not isinstance(raw, dict):
+            raise ValueError("not a JSON object")
+    except (FileNotFoundError, ValueError, RecursionError) as error:
         raise InputError(f"the trial's {file.name} is missing or damaged: name another with --trial") from error
     file.write_text(json.dumps({**raw, **changes}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

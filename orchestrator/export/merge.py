@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from orchestrator.config.trial_config import Precision
-from orchestrator.errors import InputError, ModelError, StorageError
+from orchestrator.errors import InputError, ModelError, StorageError, cut
 from orchestrator.results.records import TrialResult
 
 
@@ -33,9 +33,10 @@ def merge(base: str, adapter: Path, trial: TrialResult, to: Path) -> None:
         raise ModelError(f"the base model in {base} cannot be loaded: {error}") from error
     try:
         adapted = PeftModel.from_pretrained(model, str(adapter))
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:
+        # PEFT checks nothing of what it reads: of a damaged file come a KeyError, a TypeError and more.
         raise InputError(
-            f"the adapter in {adapter} is damaged, or not one of {base} ({error}): name another with --trial"
+            f"the adapter in {adapter} is damaged, or not one of {base} ({cut(str(error))}): name another with --trial"
         ) from error
     try:
         merged = adapted.merge_and_unload(safe_merge=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
@@ -77,10 +79,16 @@ def _require_whole(weights: Path) -> None:
 
 
 def _require_readable(weights: Path) -> None:
-    """What may not be read is not to be taken for what is not there."""
+    """What may not be read is not to be taken for what is not there, and a pipe is not waited for."""
     try:
         for file in weights.iterdir():
-            file.open("rb").close()
+            descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
+            is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
+            os.close(descriptor)
+            if not is_file:
+                raise InputError(
+                    f"the adapter in {weights} is damaged ({file.name} is no file): name another with --trial"
+                )
     except PermissionError as error:
         raise InputError(
             f"{error.filename} may not be read by this account: give it the right to, or name another with --trial"

@@ -22,6 +22,8 @@ READ_SWEEPS = 10
 """So many of a storage's sweeps are looked at, the newest: what is older may have run on other nodes."""
 FEWEST_STEPS = 3
 """A trial of fewer steps tells of its warm-up."""
+FARTHEST = 1e6
+"""A trial so many times as fast or as slow as was predicted tells of a damaged record, and not of the device."""
 ONCE_S = 3.0
 """Seconds of a trial that are neither steps nor evaluations, until they were measured."""
 RAN = frozenset({TrialStatus.COMPLETED, TrialStatus.STOPPED})
@@ -76,9 +78,10 @@ class Pace:
 def _measured(trial: TrialResult) -> _Measured | None:
     last, predicted_s = trial.last, trial.predicted_step_time_s
     steps = trial.steps_trained
-    if last is None or steps < FEWEST_STEPS or not predicted_s or last.seconds <= 0:
+    if last is None or steps < FEWEST_STEPS or not predicted_s:
         return None
-    return _Measured(_kind_of(trial.config, trial.gpu_shared_by), last.seconds / steps / predicted_s)
+    ratio = last.seconds / steps / predicted_s
+    return _Measured(_kind_of(trial.config, trial.gpu_shared_by), ratio) if 1 / FARTHEST < ratio < FARTHEST else None
 
 
 def _once_s(trial: TrialResult) -> float:

@@ -69,9 +69,9 @@ def compare(reports: Sequence[Report]) -> Comparison:
     """
     if len({report.folder.resolve() for report in reports}) < len(reports):
         raise InputError("report compares sweeps, and a folder was named twice: name each once")
-    taken = Counter(report.sweep.name for report in reports)
-    names = [r.sweep.name if taken[r.sweep.name] == 1 else str(r.folder) for r in reports]
-    sweeps = tuple(ComparedSweep(name, report) for name, report in zip(names, reports, strict=True))
+    # A sweep may have the name of another's folder, which stands for one whose name is taken.
+    taken = Counter(name for report in reports for name in {report.sweep.name, str(report.folder)})
+    sweeps = tuple(ComparedSweep(r.sweep.name if taken[r.sweep.name] == 1 else str(r.folder), r) for r in reports)
     told = _differing(sweeps)
     is_loss = sweeps[0].report.sweep.objective_metric in LOSSES
     apart = [words for name, words in told.items() if name in QUESTION or (is_loss and name == "sequence_length")]

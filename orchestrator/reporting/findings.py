@@ -25,7 +25,7 @@ from orchestrator.reporting.times import Outlay, Times, against_plan, times_of
 from orchestrator.reporting.trades import trades
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 from orchestrator.results.secrets import without_secret
-from orchestrator.results.storage import DamagedRecord, SweepFolder, read_record, read_sweep
+from orchestrator.results.storage import DamagedRecord, SweepFolder, read_record, read_sweep, why_unread
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,7 @@ def _plan(folder: SweepFolder) -> tuple[SweepPlan | None, tuple[DamagedRecord, .
     except FileNotFoundError:
         return None, ()
     except (OSError, ValidationError) as error:
-        return None, (DamagedRecord(folder.plan, str(error)),)
+        return None, (DamagedRecord(folder.plan, why_unread(error)),)
 
 
 def _price(sweep_file: str | None) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from orchestrator.reporting import quantities
 from orchestrator.reporting.statistics import ConfigurationSummary, Costs, front, pareto_front, sign_of
@@ -15,6 +16,9 @@ REFERENCE = 1.1
 the range past the worst, since at the worst itself both ends of a front would count for nothing. Source: Ishibuchi,
 Akedo and Nojima 2011, A Many-Objective Test Problem for Visually Examining Diversity Maintenance Behavior in a Decision
 Space, as BoTorch's `infer_reference_point` has it."""
+MOST_ON_FRONT = 4096
+"""Over 2 to the number of objectives, so many configurations on the front have a hypervolume: it takes two seconds at
+most there (512 in three objectives, 32 in seven), and minutes soon after."""
 NAMES = {"peak_memory_bytes": "peak memory", "tokens_per_s": "tokens a second"}
 
 
@@ -29,7 +33,7 @@ class ParetoFront:
     """Of each metric, up to where the hypervolume counts, in its own unit; None where there is one objective."""
     hypervolume: float | None
     """What the front dominates of the box between the best value of each metric and the reference, as a share of it;
-    None where there is one objective, or nothing is on the front."""
+    None where there is one objective, nothing is on the front, or more than `MOST_ON_FRONT` allows."""
 
     @property
     def words(self) -> str:
@@ -86,13 +90,20 @@ def front_of(sweep: SweepResult, sound: Sequence[ConfigurationSummary]) -> Paret
     each = list(zip(*costs.values(), strict=True))
     best, ranges = [min(values) for values in each], [max(values) - min(values) for values in each]
     # Where all are alike in an objective it has no range, and every point counts to all of its reference.
-    points = [
+    points = tuple(
         tuple((value - b) / r if r else 0.0 for value, b, r in zip(costs[one], best, ranges, strict=True))
         for one in kept
-    ]
-    dominated = hypervolume(points, (REFERENCE,) * len(metrics)) / REFERENCE ** len(metrics)
+    )
+    dominated = _share_of_box(points) if len(points) * 2 ** len(metrics) <= MOST_ON_FRONT else None
     reference = tuple(sign * (b + REFERENCE * r) for sign, b, r in zip(_signs(sweep), best, ranges, strict=True))
     return ParetoFront(metrics, kept, reference, dominated)
+
+
+@lru_cache(maxsize=1)
+def _share_of_box(points: tuple[Costs, ...]) -> float:
+    """The evidence tells it, and the report's own front too."""
+    objectives = len(points[0])
+    return hypervolume(points, (REFERENCE,) * objectives) / REFERENCE**objectives
 
 
 def hypervolume(costs: Sequence[Costs], reference: Costs) -> float:
@@ -125,12 +136,14 @@ def evidence(
         if (labels := [summary.label for summary in summaries if summary.objective and text in summary.breaks])
     ]
     found = front_of(sweep, sound)
-    if found.hypervolume is None:
+    if found.reference is None:
         return tuple(told)
     names = {summary.configuration_id: summary.label for summary in sound}
     line = f"Pareto front of {found.words}: {quantities.some([names[one] for one in found.configuration_ids])}"
     # Where none lies behind the front, the worst values are its own: of two on it, it would always be the same.
-    if len(found.configuration_ids) < len(costs_of(sweep, sound)):
+    if found.hypervolume is None:
+        line += "; its hypervolume is left out, since of so many in so many objectives it takes minutes"
+    elif len(found.configuration_ids) < len(costs_of(sweep, sound)):
         line += (
             f"; its hypervolume is {quantities.share(found.hypervolume)} of the box between the best value of each and "
             "a tenth of its range past the worst"

@@ -17,6 +17,8 @@ from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder, is_at_work, read_record, read_sweep
 
 MAX_REASONS = 5
+MOST_TRIALS, LONGEST_S = 10**7, 1e12
+"""More is in no plan but a damaged one."""
 TROUBLE = frozenset({TrialStatus.FAILED, TrialStatus.OUT_OF_MEMORY, TrialStatus.DIVERGED, TrialStatus.PREEMPTED})
 
 
@@ -105,10 +107,13 @@ def _planned(folder: SweepFolder) -> tuple[dict[str, float], int, int | None]:
             trial["trial_id"]: float(trial["seconds"]) for trial in plan["trials"] if _is_known(trial["seconds"])
         }
         launches = plan.get("launches")
-        return seconds, max(1, int(plan["concurrent"])), None if launches is None else int(launches)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        counts = int(plan["concurrent"]), int(launches or 0)
+        if max(counts) > MOST_TRIALS:
+            raise ValueError("so many trials are in no plan")
+        return seconds, max(1, counts[0]), None if launches is None else counts[1]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return {}, 1, None
 
 
 def _is_known(seconds: Any) -> bool:
-    return isinstance(seconds, int | float) and seconds > 0
+    return isinstance(seconds, int | float) and 0 < seconds < LONGEST_S

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from orchestrator.config.constraint import parse
 from orchestrator.config.sweep_config import COSTS, LOGGED_METRICS, is_score
 from orchestrator.config.trial_config import TrialConfig
+from orchestrator.errors import cut
 
 SCHEMA_VERSION = 1
 
@@ -70,8 +72,14 @@ def _as_float32(value: float) -> float:
 
 
 Measured = Annotated[float, AfterValidator(_as_float32)]
-Bytes = Annotated[int, Field(ge=0, lt=2**63)]
-Seconds = Annotated[float, Field(allow_inf_nan=False, gt=-1e12, lt=1e12)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Bytes = Count
+Steps = Annotated[int, Field(ge=0, le=10**8)]
+"""No more than `max_steps` may be."""
+Moment = Annotated[int, Field(ge=0, lt=253_402_300_800_000)]
+"""Wall clock, milliseconds since 1970, before the year 10000, which no calendar here has."""
+# A wall clock that was set back between two looks at it measured nothing.
+Seconds = Annotated[float, Field(allow_inf_nan=False, lt=1e12), AfterValidator(lambda seconds: max(0.0, seconds))]
 
 
 SweepId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
@@ -81,26 +89,26 @@ SweepId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
 class MetricPoint(_Record):
     """One line of metrics.jsonl: the state after an optimizer step."""
 
-    step: int
-    tokens: int
+    step: Annotated[Steps, Field(ge=1)]
+    tokens: Count
     """Tokens trained on so far, over all workers, padding left out."""
-    seconds: float
+    seconds: Seconds
     """Seconds of training so far: evaluation and saving left out."""
     loss: Measured | None = None
     """Mean over the label tokens of the step's global batch."""
     eval_loss: Measured | None = None
     """Mean over the label tokens of the evaluation data; only at the steps that evaluate."""
-    learning_rate: float
+    learning_rate: Measured
     grad_norm: Measured | None = None
     tokens_per_s: Measured | None = None
     """Over the steps so far, without the warm-up steps."""
     step_time_s: Measured | None = None
     """Median seconds of the steps so far, without the warm-up steps."""
-    peak_memory_bytes: int | None = None
+    peak_memory_bytes: Bytes | None = None
     """The largest of all workers."""
-    cost: float | None = None
+    cost: Measured | None = None
     """Of `seconds`, in the unit of `budget.price_per_gpu_hour`; None where no GPU is paid for."""
-    time_ms: int
+    time_ms: Moment
     """Wall clock, milliseconds since 1970: what MLflow is given, so that a replay adds no second point."""
 
 
@@ -152,23 +160,23 @@ class StartedFrom(_Record):
     """The checkpoint of another trial that a trial began with."""
 
     trial_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
-    step: Annotated[int, Field(ge=1)]
+    step: Annotated[Steps, Field(ge=1)]
     """Optimizer steps done by then: the trial's own first step is the next one."""
 
 
 class Suggestion(_Record):
     """What an adaptive search proposed; all that it has to know to go on from the records."""
 
-    number: Annotated[int, Field(ge=0)]
+    number: Annotated[int, Field(ge=0, le=10**8)]
     """In the order of proposals, from 0; the repeats of a configuration share it."""
     settings: dict[str, Any]
     """The searched settings, as they were proposed; one whose `when` does not hold is left out.
 
     What is searched only since a later run has the value that it ran with.
     """
-    generation: Annotated[int, Field(ge=0)] | None = None
+    generation: Steps | None = None
     """Of a population (pbt), from 0."""
-    member: Annotated[int, Field(ge=0)] | None = None
+    member: Annotated[int, Field(ge=0, le=10**8)] | None = None
     """Its place in that population; None where it was refused before it had one."""
 
 
@@ -183,8 +191,8 @@ class TrialResult(_Record):
     status: TrialStatus
     reason: str | None = None
     config: TrialConfig
-    repeat: int
-    seed: int
+    repeat: Count
+    seed: Count
     suggestion: Suggestion | None = None
     """None in a grid or random search, which chooses before it starts."""
     started_from: StartedFrom | None = None
@@ -194,15 +202,15 @@ class TrialResult(_Record):
     best: MetricPoint | None = None
     """The evaluation with the best of the first objective that is no cost, or else of eval_loss."""
     last: MetricPoint | None = None
-    steps: int = 0
-    tokens: int = 0
+    steps: Steps = 0
+    tokens: Count = 0
     tokens_per_s: Measured | None = None
     step_time_s: Measured | None = None
     predicted_step_time_s: Measured | None = None
     """Before anything measured corrects it: by what both are apart, later plans are."""
-    gpu_shared_by: Annotated[int, Field(ge=1)] = 1
+    gpu_shared_by: Annotated[Count, Field(ge=1)] = 1
     """Trials at a time on its GPU, as planned."""
-    trainable_parameters: int | None = None
+    trainable_parameters: Count | None = None
     peak_memory: PeakMemory | None = None
     timing: Timing = Timing()
     hosts: tuple[str, ...] = ()
@@ -251,6 +259,19 @@ class TrialResult(_Record):
             raise ValueError(f"a trial that is {self.status} must say why in `reason`")
         return self
 
+    @model_validator(mode="after")
+    def _ran_as_proposed(self) -> Self:
+        if self.suggestion:
+            try:
+                # A search goes on from these: they must be settings that a trial can have.
+                TrialConfig(**{**self.config.model_dump(), **self.suggestion.settings})
+            except ValidationError as error:
+                wrong = error.errors()[0]
+                raise ValueError(
+                    f"suggestion.settings.{wrong['loc'][0] if wrong['loc'] else ''}: {wrong['msg']}"
+                ) from error
+        return self
+
 
 class SweepResult(_Record):
     """All trials of a sweep, refused ones too, and what the sweep was asked."""
@@ -268,18 +289,18 @@ class SweepResult(_Record):
     """As the sweep file has them."""
     searched: tuple[str, ...]
     """Names of the settings in `space:`, in the file's order."""
-    started_ms: int | None = None
-    run_started_ms: int | None = None
+    started_ms: Moment | None = None
+    run_started_ms: Moment | None = None
     """Of the last run; None where there was one alone, which `started_ms` tells of."""
     earlier_runs_s: Seconds = 0.0
     """That the runs before it were at work: the pauses between them left out."""
-    ended_ms: int | None = None
+    ended_ms: Moment | None = None
     """None while the sweep runs."""
     interrupted: bool = False
     search_ended: str | None = None
     """Why an adaptive search ended by itself, and what it left."""
     data_hash: str | None = None
-    rows_left_out: int = 0
+    rows_left_out: Count = 0
     """Of the data, those that could not be used; data/summary.json names the first of them."""
     mlflow_run_id: str | None = None
     trials: tuple[TrialResult, ...]
@@ -290,6 +311,25 @@ class SweepResult(_Record):
         if metric not in LOGGED_METRICS and not is_score(metric):
             raise ValueError(f"{metric}: no such metric")
         return metric
+
+    @field_validator("objectives")
+    @classmethod
+    def _are_logged(cls, objectives: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+        for metric, _ in objectives:
+            cls._is_logged(metric)
+        return objectives
+
+    @field_validator("constraints")
+    @classmethod
+    def _can_be_judged(cls, constraints: tuple[str, ...]) -> tuple[str, ...]:
+        for text in constraints:
+            try:
+                parse(text)
+            except ValueError as error:
+                raise ValueError(
+                    f"this release cannot judge {cut(text)}: read it with the one that wrote it"
+                ) from error
+        return constraints
 
     @field_validator("searched")
     @classmethod

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from urllib.parse import unquote, urlsplit
 
 HIDDEN = "[hidden]"
 SHORTEST_SECRET = 8
@@ -31,4 +32,13 @@ def without_secret(text: str) -> str:
     for name, value in os.environ.items():
         if _SECRET_NAME.search(name) and len(value) >= SHORTEST_SECRET and not value.startswith(("/", "~")):
             text = text.replace(value, HIDDEN)
+    return text
+
+
+def without_password(text: str, address: str) -> str:
+    """A text without the password in an address, as it is written there and as a server reads it."""
+    written = urlsplit(address).password or ""
+    for password in filter(None, {written, unquote(written)}):
+        # As a word of its own: a short one may be a part of words that tell nothing.
+        text = re.sub(rf"(?<!\w){re.escape(password)}(?!\w)", HIDDEN, text)
     return text

@@ -277,7 +277,18 @@ class DamagedRecord:
 
     def __str__(self) -> str:
         """In one line."""
-        return f"{self.file}: {self.why.splitlines()[0]}"
+        return f"{self.file}: {self.why}"
+
+
+def why_unread(error: Exception) -> str:
+    """Why a record cannot be read, in one line: of a wrong value, or the first of them, where it stands."""
+    if not isinstance(error, ValidationError):
+        return " ".join(str(error).split())[:200]
+    wrong = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(str(part) for part in wrong["loc"])
+    # Before the words of a check of ours pydantic puts its own.
+    why = wrong["msg"].removeprefix("Value error, ")
+    return cut(f"{place}: {why}" if place else why)
 
 
 @contextmanager
@@ -323,7 +334,7 @@ def read_trial_results(folder: SweepFolder) -> tuple[dict[str, TrialResult], tup
         except FileNotFoundError:
             continue
         except (OSError, ValueError, RecursionError) as error:
-            damaged.append(DamagedRecord(trial.result, str(error)))
+            damaged.append(DamagedRecord(trial.result, why_unread(error)))
     return results, tuple(damaged)
 
 
@@ -340,9 +351,8 @@ def read_table(folder: SweepFolder) -> SweepResult:
     except PermissionError as error:
         raise FolderError(f"{folder.results_json} may not be read by this account: give it the right to") from error
     except (OSError, ValueError, RecursionError) as error:
-        why = " ".join(str(error).split())[:200]
         raise FolderError(
-            f"{cut(str(folder.results_json))} cannot be read ({why}): run the sweep again to rebuild it"
+            f"{cut(str(folder.results_json))} cannot be read ({why_unread(error)}): run the sweep again to rebuild it"
         ) from error
 
 

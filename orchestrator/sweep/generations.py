@@ -66,7 +66,7 @@ class Generations:
     @property
     def generations(self) -> int:
         """How many until the last step; the last one may be shorter."""
-        return -(-self._sweep.trial.max_steps // self._pbt.interval_steps)
+        return self._pbt.generations(self._sweep.trial.max_steps)
 
     def _next_founder(self) -> Settings | None:
         """Another configuration for the first generation; as many as it has may be refused before launch."""

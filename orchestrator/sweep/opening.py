@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.sweep_file import to_yaml
 from orchestrator.errors import counted
 from orchestrator.planning.plan import PlannedTrial
@@ -119,20 +120,26 @@ def write_opening(prepared: Prepared, folder: SweepFolder, records: Iterable[Tri
     write_sweep(folder, result)
 
 
-def start_words(records: Collection[TrialResult], folder: SweepFolder, slots: int, to_try: int | None) -> str:
-    """What is left to do, and what an earlier run has done.
-
-    to_try: how many configurations an adaptive search may propose; None: the trials that wait are all.
-    """
+def start_words(records: Collection[TrialResult], folder: SweepFolder, slots: int, sweep: SweepConfig) -> str:
+    """What is left to do, and what an earlier run has done."""
     found = Counter(record.status for record in records)
     pending, refused = found[TrialStatus.PENDING], found[TrialStatus.INFEASIBLE]
-    to_run = f"{counted(pending, 'trial')} to run"
-    if to_try is not None:
-        # It proposes each in the moment a slot is free for it.
-        to_run = f"up to {to_try} configurations to try"
-    told = f"{to_run}, {slots} at a time; {refused} refused; {len(records) - pending - refused} done before"
+    done = len(records) - pending - refused
+    told = f"{_to_run(records, pending, sweep)}, {slots} at a time; {refused} refused; {done} done before"
     waiting = (record for record in records if record.status is TrialStatus.PENDING)
     # Where it was cut off is not done, and not lost either.
     if going_on := sum(bool(folder.trial(record.trial_id).checkpoint_steps()) for record in waiting):
         told += f"; {going_on} {'goes on from its checkpoint' if going_on == 1 else 'go on from their checkpoints'}"
     return told
+
+
+def _to_run(records: Collection[TrialResult], pending: int, sweep: SweepConfig) -> str:
+    """The trials that wait; of a search, which proposes each when a slot is free for it, all that it may make."""
+    if pbt := sweep.scheduler.pbt:
+        return f"a population of {pbt.population} in {counted(pbt.generations(sweep.trial.max_steps), 'generation')}"
+    if not sweep.search.is_adaptive:
+        return f"{counted(pending, 'trial')} to run"
+    waiting = {one.suggestion.number for one in records if one.suggestion and one.status is TrialStatus.PENDING}
+    ran = {one.suggestion.number for one in records if one.suggestion and one.status is not TrialStatus.INFEASIBLE}
+    left = max(0, (sweep.budget.trials or 0) - len(ran - waiting))
+    return f"{'up to ' if left else ''}{counted(left, 'configuration')} to try"

@@ -88,8 +88,10 @@ def run(
         earlier = read_earlier(folder)
         if earlier:
             require_same_question(folder, earlier.sweep, sweep)
+            # What a search proposed is in that record alone: it may propose the same once more, or not.
+            lost = "the search goes on without it" if sweep.search.is_adaptive else "its trial is run again"
             for record in earlier.damaged:
-                say(f"damaged: {record}; its trial is run again, unless results.json knows how it ended")
+                say(f"damaged: {record}; {lost}, unless results.json knows how it ended")
         try:
             ended = {name for name, trial in earlier.trials.items() if trial.status.is_final} if earlier else ()
             prepared = prepare(sweep, model, folder, address, ended, say)
@@ -157,8 +159,7 @@ def _run_prepared(
     for record in records.values():
         if record.status is not TrialStatus.PENDING:
             tracker.track(record)
-    to_try = sweep.budget.trials if sweep.search.is_adaptive else None
-    say(start_words(records.values(), folder, prepared.slots, to_try))
+    say(start_words(records.values(), folder, prepared.slots, sweep))
     if search.told_at_start:
         say(search.told_at_start)
     with progress, signals_to(stopper, progress.say), system_metrics.logged(tracking_uri(sweep), tracker.parent_run_id):

@@ -30,7 +30,7 @@ from orchestrator.reporting.quantities import memory
 from orchestrator.reporting.statistics import label, objective_of
 from orchestrator.results.records import MetricPoint, SweepResult, TrialResult, TrialStatus
 from orchestrator.results.remote import local_storage
-from orchestrator.results.secrets import without_secret
+from orchestrator.results.secrets import without_password, without_secret
 from orchestrator.results.storage import SweepFolder
 from orchestrator.sweep import failure_policy
 from orchestrator.sweep.delivered import TrialDelivery, read_delivered, remember_server, write_delivered
@@ -59,6 +59,8 @@ METRICS = (
     "peak_memory_bytes",
     "cost",
 )
+DAMAGED = ("file is not a database", "database disk image is malformed")
+"""SQLite's own words (SQLITE_NOTADB, SQLITE_CORRUPT)."""
 LOGIN_REFUSED = frozenset({"UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED"})
 """MLflow's codes for 401 and 403 (3.17.2, exceptions.py)."""
 END_TAGS = frozenset({"status", "reason", "notes"})
@@ -115,7 +117,7 @@ def require_address(sweep: SweepConfig) -> None:
     except Exception as error:
         raise InputError(
             f"the tracking server's address {cut(without_secret(uri))} is none that MLflow takes "
-            f"({_first_line(error)}): write one such as http://mlflow:5000 (tracking.uri, or MLFLOW_TRACKING_URI)"
+            f"({_first_line(error, uri)}): write one such as http://mlflow:5000 (tracking.uri, or MLFLOW_TRACKING_URI)"
         ) from error
 
 
@@ -130,7 +132,7 @@ class Tracker:
         """
         _keep_mlflow_short()
         self._folder, self._sweep_id, self._sweep = folder, sweep_id, sweep
-        uri = tracking_uri(sweep)
+        uri = self._uri = tracking_uri(sweep)
         self._delivered = read_delivered(folder, without_secret(uri), sweep_id)
         self._delivered.is_complete = False
         try:
@@ -138,14 +140,20 @@ class Tracker:
         except Exception as error:
             if not _is_servers(error):
                 raise
+            where, why = cut(without_secret(uri)), _first_line(error, uri)
             if getattr(error, "error_code", None) in LOGIN_REFUSED:
                 raise TrackingUnreachableError(
-                    f"the tracking server at {cut(without_secret(uri))} refuses this account ({_first_line(error)}): "
+                    f"the tracking server at {where} refuses this account ({why}): "
                     "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, to one that "
                     "may write there"
                 ) from error
+            if uri.startswith("sqlite:") and any(words in str(error) for words in DAMAGED):
+                raise TrackingUnreachableError(
+                    f"MLflow's database {where} is damaged ({why}): put it back, "
+                    "or move it away, and a new one gets all that is on disk"
+                ) from error
             raise TrackingUnreachableError(
-                f"the tracking server at {cut(without_secret(uri))} does not answer ({_first_line(error)}): start it, "
+                f"the tracking server at {where} does not answer ({why}): start it, "
                 "or leave tracking.uri out to track in a local database"
             ) from error
         remember_server(without_secret(uri))
@@ -221,7 +229,7 @@ class Tracker:
             write_delivered(self._folder, self._delivered)
         except Exception as error:
             # Its stores' clients raise kinds of their own, as boto3 does, and packages may be missing.
-            log.warning("MLflow did not take the sweep's own files: %s", _first_line(error))
+            log.warning("MLflow did not take the sweep's own files: %s", _first_line(error, self._uri))
             return False
         return True
 
@@ -317,13 +325,13 @@ class Tracker:
                     trial.forget_run()
                 elif meaning != "away":
                     trial.is_refused = True
-                    log.warning("MLflow refuses trial %s: %s", trial.result.trial_id, _first_line(error))
+                    log.warning("MLflow refuses trial %s: %s", trial.result.trial_id, _first_line(error, self._uri))
                 else:
                     self._failures += 1
                     if self._failures == 1:
                         self._away = "the sweep's storage" if isinstance(error, StorageError) else "MLflow"
                         told = "%s does not answer; what MLflow lacks is carried over later: %s"
-                        log.warning(told, self._away, _first_line(error))
+                        log.warning(told, self._away, _first_line(error, self._uri))
                     break
             else:
                 # Where there was nothing to tell, the server was not asked, and may be away as before.
@@ -648,5 +656,7 @@ def key_of(metric: str) -> str:
     return metric.replace(",", "_")
 
 
-def _first_line(error: Exception) -> str:
-    return without_secret((str(error).strip().splitlines() or [""])[0])[:300]
+def _first_line(error: Exception, uri: str) -> str:
+    """Without the password of the server's address, which its answer may repeat."""
+    line = (str(error).strip().splitlines() or [""])[0]
+    return without_secret(without_password(line, uri))[:300]

@@ -65,6 +65,17 @@ def test_sweeps_of_another_model_or_data_are_not_ranked(tmp_path: Path, field: s
     assert found.shared == ()
 
 
+def test_a_sweep_with_the_name_of_anothers_folder_is_not_taken_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sweep = simulated([2.2, 2.0], 2, 1)
+    a, b, c = named(sweep, "same", model="another"), named(sweep, "same"), named(sweep, "a")
+    found = compare([report.build(write_made_up(Path(folder), s)) for folder, s in (("a", a), ("b", b), ("c", c))])
+    assert [one.name for one in found.sweeps] == ["a", "b", "c"]
+    assert not found.is_comparable
+
+
 def of_one_rank(name: str, **settings: Any) -> SweepResult:
     """Rank 4 and 8, three seeds each, with settings that nobody searched."""
     configurations = [{"rank": rank, **settings} for rank in (4, 8)]

@@ -213,6 +213,17 @@ def test_a_front_of_hundreds_is_told_in_one_line() -> None:
     assert re.search(r" and \d+ more", told)
 
 
+def test_a_front_too_large_for_its_hypervolume_is_told_at_once_and_without_it() -> None:
+    """In seven objectives 300 configurations took `status` two minutes."""
+    sweep, start = of_hundreds(), time.perf_counter()
+    found = summaries(sweep)
+    front = front_of(sweep, found)
+    assert front.reference
+    assert front.hypervolume is None
+    assert "its hypervolume is left out" in evidence(sweep, found, found)[0]
+    assert time.perf_counter() - start < 5
+
+
 def test_hundreds_that_break_a_constraint_are_told_in_one_line() -> None:
     sweep = of_hundreds().model_copy(update={"objectives": (), "constraints": ("peak_memory_bytes <= 1536MiB",)})
     (told,) = evidence(sweep, summaries(sweep), ())

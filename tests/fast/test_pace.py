@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,13 @@ def test_a_whole_gpu_is_another_kind_than_one_that_trials_share() -> None:
     pace = pace_of(shared, ran({"rank": 16}, 1.5))
     assert pace.correction(TrialConfig()).expected == pytest.approx(1.5)
     assert pace.correction(TrialConfig(), gpu_shared_by=2).expected == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize(
+    ("took_s", "predicted_s"), [(5e-324, 1.0), (1e9, 5e-324), (0.0, 1.0), (1.0, -1.0), (1.0, math.inf), (1e9, 1e-30)]
+)
+def test_a_step_that_no_device_takes_says_nothing(took_s: float, predicted_s: float) -> None:
+    assert pace_of(ran({}, took_s, predicted_s)).correction(TrialConfig()) == UNMEASURED
 
 
 def test_what_ran_on_another_device_says_nothing() -> None:

@@ -7,9 +7,11 @@ import io
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.results.records import Suggestion, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder
 from orchestrator.sweep.opening import start_words
@@ -82,13 +84,33 @@ def test_a_budget_that_will_do_is_not_told_of(tmp_path: Path, capsys: pytest.Cap
 def test_the_start_tells_how_many_trials_go_on_where_they_were_cut_off(tmp_path: Path) -> None:
     folder, records = SweepFolder(tmp_path), trials_of(TrialStatus.COMPLETED)
     new = "2 trials to run, 1 at a time; 0 refused; 1 done before"
-    assert start_words(records, folder, 1, None) == new
+    assert start_words(records, folder, 1, asked_for()) == new
     folder.trial(records[1].trial_id).checkpoint(40).mkdir(parents=True)
-    assert start_words(records, folder, 1, None) == f"{new}; 1 goes on from its checkpoint"
+    assert start_words(records, folder, 1, asked_for()) == f"{new}; 1 goes on from its checkpoint"
     folder.trial(records[2].trial_id).checkpoint(40).mkdir(parents=True)
-    told = start_words(records, folder, 1, 10)
-    assert told.startswith("up to 10 configurations to try, ")
-    assert told.endswith("; 2 go on from their checkpoints")
+    assert start_words(records, folder, 1, asked_for()).endswith("; 2 go on from their checkpoints")
+
+
+def test_the_start_of_a_search_tells_what_it_may_still_make(tmp_path: Path) -> None:
+    def told(records: list[TrialResult], sweep: SweepConfig) -> str:
+        return start_words(records, SweepFolder(tmp_path), 1, sweep).partition(", ")[0]
+
+    ended, *waiting = [
+        record.model_copy(update={"suggestion": Suggestion(number=number, settings={})})
+        for number, record in enumerate(trials_of(TrialStatus.COMPLETED))
+    ]
+    tpe = asked_for(search={"algorithm": "tpe"}, budget={"trials": 3})
+    assert told([], tpe) == "up to 3 configurations to try"
+    assert told([ended, *waiting], tpe) == "up to 2 configurations to try"
+    assert told([ended], asked_for(search={"algorithm": "tpe"}, budget={"trials": 1})) == "0 configurations to try"
+    pbt = asked_for(scheduler={"pbt": {"population": 4, "interval_steps": 40}})
+    assert told([], pbt) == "a population of 4 in 3 generations"
+
+
+def asked_for(**fields: Any) -> SweepConfig:
+    space = {"learning_rate": {"log_uniform": [1e-5, 1e-3]}}
+    raw = {"name": "x", "model": "builtin:tiny-llama", "data": {"train": "builtin:python-docs"}, "space": space}
+    return SweepConfig.model_validate({**raw, "trial": {"max_steps": 100}, **fields})
 
 
 class Stream(io.StringIO):

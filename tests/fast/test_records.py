@@ -4,6 +4,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -13,7 +14,7 @@ from orchestrator.errors import FolderError
 from orchestrator.reporting import report
 from orchestrator.results.records import MOVES, MetricPoint, TrialResult, TrialStatus, upgrade
 from orchestrator.results.storage import SweepFolder, read_sweep, read_trial_results, write_atomically, write_result
-from tests.made_up_sweep import made_up_sweep, made_up_trial, write_made_up
+from tests.made_up_sweep import made_up_point, made_up_sweep, made_up_trial, write_made_up
 
 S = TrialStatus
 ALLOWED = (
@@ -110,12 +111,85 @@ def test_numbers_that_no_training_measures_spoil_no_report(tmp_path: Path) -> No
         trial(timing={"total_s": 1e308})
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"steps": 10**400}, {"tokens": -1}, {"repeat": 10**400}, {"gpu_shared_by": 10**400},
+        {"last": {"seconds": math.inf}}, {"last": {"seconds": math.nan}}, {"last": {"step": 0}},
+        {"last": {"step": 10**400}}, {"last": {"time_ms": -1}}, {"last": {"peak_memory_bytes": 10**400}},
+        {"suggestion": {"number": 10**13, "settings": {}}}, {"suggestion": {"number": 0, "settings": {"rank": "abc"}}},
+        {"suggestion": {"number": 0, "settings": {"colour": 1}}},
+    ],
+)  # fmt: skip
+def test_a_record_with_what_no_trial_can_have_is_damaged(tmp_path: Path, changes: dict[str, Any]) -> None:
+    folder, good = SweepFolder(tmp_path), made_up_trial({"rank": 4})
+    raw = json.loads(good.model_dump_json())
+    raw |= {key: {**(raw[key] or {}), **value} if isinstance(value, dict) else value for key, value in changes.items()}
+    write_atomically(folder.trial(good.trial_id).result, json.dumps(raw))
+    results, (damaged,) = read_trial_results(folder)
+    assert not results
+    assert damaged.file == folder.trial(good.trial_id).result
+
+
+@pytest.mark.parametrize("name", ["step", "tokens", "peak_memory_bytes", "time_ms"])
+def test_a_line_of_a_curve_with_a_number_that_nothing_counts_is_left_out(tmp_path: Path, name: str) -> None:
+    trial_folder, good = SweepFolder(tmp_path).trial("a-0"), made_up_point(1, 2.0)
+    odd = json.loads(good.model_dump_json()) | {name: 10**400}
+    write_atomically(trial_folder.metrics, json.dumps(odd) + "\n" + good.model_dump_json() + "\n")
+    assert trial_folder.read_metrics() == (good,)
+
+
+def test_a_clock_that_was_set_back_measured_no_time() -> None:
+    assert trial(timing={"evaluation_s": -1e11}).timing.evaluation_s == 0
+
+
 @pytest.mark.parametrize("text", ["[]", "null", '"x"', "[" * 100_000, '{"schema_version": 1, "searched": ["colour"]}'])
 def test_a_sweep_record_that_is_none_is_told_with_its_file(tmp_path: Path, text: str) -> None:
     folder = SweepFolder(tmp_path)
     write_atomically(folder.results_json, text)
     with pytest.raises(FolderError, match=r"results\.json cannot be read"):
         read_sweep(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"constraints": ["watts <= 3"]}, "this release cannot judge watts <= 3"),
+        ({"objectives": [["model_dump", "min"]]}, "model_dump: no such metric"),
+        ({"started_ms": -(10**400)}, "started_ms: "),
+        ({"run_started_ms": 10**400}, "run_started_ms: "),
+    ],
+)
+def test_a_sweep_record_that_this_release_cannot_judge_says_why(
+    tmp_path: Path, changes: dict[str, Any], why: str
+) -> None:
+    folder = write_made_up(tmp_path, made_up_sweep([made_up_trial({"rank": 4})]))
+    raw = json.loads(folder.results_json.read_text()) | changes
+    write_atomically(folder.results_json, json.dumps(raw))
+    with pytest.raises(FolderError, match=rf"results\.json cannot be read \(.*{why}"):
+        read_sweep(folder)
+
+
+def test_money_that_nobody_has_spoils_no_report(tmp_path: Path) -> None:
+    costly = made_up_point(100, 2.5).model_dump() | {"cost": 1e308}
+    trials = [
+        made_up_trial({"rank": 4}, repeat).model_copy(update={"last": MetricPoint.model_validate(costly)})
+        for repeat in range(3)
+    ]
+    sweep = made_up_sweep(trials, objective_metric="cost", constraints=("cost <= 1",))
+    assert report.render_text(report.build(write_made_up(tmp_path / "sweep", sweep)))
+
+
+def test_of_a_damaged_record_the_field_and_the_reason_are_told(tmp_path: Path) -> None:
+    folder, raw = SweepFolder(tmp_path), json.loads(trial().model_dump_json())
+    write_atomically(folder.trial("a-0").result, json.dumps(raw | {"timing": {"total_s": "soon"}}))
+    _, (damaged,) = read_trial_results(folder)
+    assert str(damaged).startswith(f"{folder.trial('a-0').result}: timing.total_s: Input should be a valid number")
+    assert len(str(damaged).splitlines()) == 1
+    proposed = raw | {"suggestion": {"number": 0, "settings": {"rank": "abc"}}}
+    write_atomically(folder.trial("a-0").result, json.dumps(proposed))
+    _, (damaged,) = read_trial_results(folder)
+    assert str(damaged).startswith(f"{folder.trial('a-0').result}: suggestion.settings.rank: Input should be")
 
 
 def test_a_curve_that_is_a_folder_is_named_as_damaged(tmp_path: Path) -> None:

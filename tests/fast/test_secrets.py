@@ -12,7 +12,7 @@ from orchestrator.errors import FolderError, InputError
 from orchestrator.export.trial_weights import weights_of
 from orchestrator.results.records import TrialStatus
 from orchestrator.results.remote import sweep_folder
-from orchestrator.results.secrets import without_secret
+from orchestrator.results.secrets import without_password, without_secret
 from orchestrator.results.storage import SweepFolder, read_sweep, read_trial_results, write_atomically, write_sweep
 from tests.made_up_sweep import made_up_sweep, made_up_trial, write_made_up
 
@@ -34,6 +34,13 @@ HF_TOKEN = "hf_" + "AbCd1234" * 4
 )
 def test_what_may_be_shown_holds_no_secret_and_all_the_rest(text: str, shown: str) -> None:
     assert without_secret(text) == shown
+
+
+def test_the_password_of_an_address_is_hidden_where_a_server_repeats_it() -> None:
+    told = "no account me with p%40ss or p@ss here, nor with p@ssage"
+    hidden = "no account me with [hidden] or [hidden] here, nor with p@ssage"
+    assert without_password(told, "http://me:p%40ss@host:5000") == hidden
+    assert without_password(told, "http://host:5000") == told
 
 
 def test_the_values_of_secret_variables_are_hidden_and_of_others_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,7 +86,15 @@ def test_the_plan_says_how_long_what_is_left_takes(running: SweepFolder) -> None
 
 @pytest.mark.parametrize(
     "plan",
-    ["{", "[]", "{}", '{"launches": "x"}', '{"trials": 3}', '{"trials": [3]}', '{"trials": [{"trial_id": "x"}]}'],
+    [
+        *('{"trials": [], "concurrent": 1e999}', '{"trials": [], "concurrent": 1' + "0" * 400 + "}", "[" * 100_000),
+        *('{"trials": [], "concurrent": 1, "launches": 1e30}', "{", "[]", "{}"),
+        '{"trials": [{"trial_id": "x", "seconds": 1' + "0" * 400 + '}], "concurrent": 1}',
+        '{"launches": "x"}',
+        '{"trials": 3}',
+        '{"trials": [3]}',
+        '{"trials": [{"trial_id": "x"}]}',
+    ],
 )
 def test_a_plan_that_cannot_be_read_is_done_without(running: SweepFolder, plan: str) -> None:
     write_atomically(running.plan, plan)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +281,36 @@ def test_an_adapter_that_was_cut_off_is_not_exported(tiny_model: Path, tmp_path:
     with pytest.raises(InputError, match=r"is damaged \(adapter_model.safetensors: .*: name another with --trial$"):
         export(folder, None, tmp_path / "out", merge=False, force=False)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_pipe_or_a_folder_for_an_adapters_file_is_refused_and_not_waited_for(
+    make: Callable[[Path], None], file: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = a_sweep(tmp_path / "sweep", tiny_model, {})
+    spoilt = next(folder.trials()).adapter / file
+    spoilt.unlink()
+    make(spoilt)
+    with pytest.raises(InputError, match=rf"is damaged \({file} is no file\): name another with --trial$"):
+        export(folder, None, tmp_path / "out", merge=False, force=False)
+
+
+@pytest.mark.parametrize("text", ["[]", "[" * 100_000])
+def test_an_adapters_config_that_is_none_is_refused(text: str, tiny_model: Path, tmp_path: Path) -> None:
+    folder = a_sweep(tmp_path / "sweep", tiny_model, {})
+    (next(folder.trials()).adapter / "adapter_config.json").write_text(text)
+    with pytest.raises(InputError, match=r"adapter_config\.json is missing or damaged: name another with --trial$"):
+        export(folder, None, tmp_path / "out", merge=False, force=False)
+
+
+@pytest.mark.parametrize("changes", [{"peft_type": "NONSENSE"}, {"r": "x"}])
+def test_an_adapter_of_no_kind_is_not_merged(changes: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
+    folder = a_sweep(tmp_path / "sweep", tiny_model, {})
+    file = next(folder.trials()).adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(InputError, match=r"is damaged, or not one of .*: name another with --trial$"):
+        export(folder, None, tmp_path / "out", merge=True, force=False)
 
 
 def test_pickled_weights_are_never_copied(tiny_model: Path, tmp_path: Path) -> None:

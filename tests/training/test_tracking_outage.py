@@ -315,10 +315,10 @@ def test_a_store_of_artifacts_that_cannot_be_used_keeps_no_figure_back(
     assert_equal_to_disk(server, folder, {**runs, result.trials[0].trial_id: refused})
 
 
-def test_a_database_that_is_none_is_told_as_a_server_that_does_not_answer(tmp_path: Path) -> None:
+def test_a_database_that_is_none_is_told_as_damaged(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_text("no database at all, and longer than a header of one would be")
     config, _, folder = a_sweep(tmp_path / "broken", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    with pytest.raises(TrackingUnreachableError, match=r"mlflow.db does not answer .*not a database"):
+    with pytest.raises(TrackingUnreachableError, match=r"mlflow.db is damaged .*not a database.*move it away"):
         Tracker(config, SWEEP_ID, folder)
 
 
