@@ -43,7 +43,7 @@ class SettingValue:
     gain: Estimate | None
     """The same, to the value before: what one step more still brings."""
     memory_ratio: Estimate | None
-    """Peak memory over that with the reference value, over such pairs; stopped trials take part."""
+    """Peak memory over that with the reference value, over such pairs of one micro-batch; stopped trials take part."""
     speed_ratio: Estimate | None
     """Tokens a second, likewise."""
 
@@ -102,7 +102,9 @@ def _effect(sweep: SweepResult, name: str, measured: Sequence[TrialResult]) -> E
         if (value := final(trial)) is not None:
             objectives[group_of(getattr(trial.config, name))].append(value)
     places = places_of(name, sweep.searched, measured, group_of)
-    cells, memory, speed = (_cells(places, measured, reading) for reading in (final, _memory, _speed))
+    cells = _cells(places, measured, final)
+    at_one_size = _of_one_micro_batch(name, places, measured)
+    memory, speed = (_cells(at_one_size, measured, reading) for reading in (_memory, _speed))
     paired = {group for found in (cells, memory, speed) for _, cell in found if len(cell) > 1 for group in cell}
     reference = next((group for group in order if group in paired), order[0])
     values = tuple(
@@ -164,6 +166,20 @@ def places_of(
             group_of(getattr(trial.config, name)),
         )
         for trial in measured
+    ]
+
+
+def _of_one_micro_batch(
+    name: str, places: Sequence[tuple[tuple[Any, ...], str]], measured: Sequence[TrialResult]
+) -> Sequence[tuple[tuple[Any, ...], str]]:
+    """The same places, apart where the micro-batch is another: chosen to fit, it changes memory and speed by itself.
+
+    Of the loss it changes nothing, since accumulation makes up for it.
+    """
+    if name == "micro_batch_size":
+        return places
+    return [
+        ((*place, trial.config.micro_batch_size), group) for (place, group), trial in zip(places, measured, strict=True)
     ]
 
 

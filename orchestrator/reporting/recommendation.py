@@ -275,9 +275,11 @@ def _within_words(comparison: Comparison, best: str) -> str:
 
 
 def _apart_from(chosen: ConfigurationSummary, best: ConfigurationSummary) -> str:
-    """The best's label, without the settings that both share."""
+    """The best's label, without the settings that both share; with its micro-batch where that is another."""
     differing = [f"{n}={spell(v)}" for n, v in best.settings if v != dict(chosen.settings)[n]]
     alike = "" if len(differing) == len(best.settings) else " (all else alike)"
+    if best.micro_batch_sizes != chosen.micro_batch_sizes and "micro_batch_size" not in dict(best.settings):
+        differing += [f"micro_batch_size={size}" for size in best.micro_batch_sizes]
     return f"{' '.join(differing)}{alike}" if differing else best.label
 
 

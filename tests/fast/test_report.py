@@ -328,7 +328,9 @@ def test_time_and_money_stand_beside_the_plan(tmp_path: Path) -> None:
     assert outlays["GPU-hours of the trials"].actual == pytest.approx(hours)
     assert outlays["cost of the trials"].actual == pytest.approx(3 * hours)
     assert outlays["a completed trial's time over the plan's, median"].actual == pytest.approx(2)
-    assert "Against the plan" in report.render_html(made)
+    page = report.render_html(made)
+    assert "Against the plan" in page
+    assert "without the pauses between its runs" in page
 
 
 def test_against_the_plan_attempts_before_the_last_count_and_examples_do_not(tmp_path: Path) -> None:
@@ -494,3 +496,14 @@ def test_a_steps_time_has_no_exponent(seconds: float, words: str) -> None:
 )
 def test_the_half_width_decides_how_many_digits_a_mean_has(mean: float, half_width: float | None, words: str) -> None:
     assert quantities.plus_minus(mean, half_width) == words
+
+
+def test_the_micro_batch_is_told_where_each_configuration_was_given_its_own(tmp_path: Path) -> None:
+    sizes = {8: 4, 16: 4, 32: 1}
+    trials = [made_up_trial({"rank": rank, "micro_batch_size": size}) for rank, size in sizes.items()]
+    made = built(tmp_path, made_up_sweep(trials))
+    assert "rank=32 (micro-batch 1)" in report.render_text(made)
+    assert report.render_html(made).count(">micro-batch</th>") == 2
+    alike = built(tmp_path / "alike", made_up_sweep(trials[:2]))
+    assert "micro-batch" not in report.render_text(alike)
+    assert ">micro-batch</th>" not in report.render_html(alike)
