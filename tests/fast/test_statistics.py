@@ -288,17 +288,39 @@ def test_memory_within_two_percent_is_the_same_and_the_faster_one_is_taken() -> 
     assert recommend(made_up_sweep(trials)).label == "rank=16"
 
 
-def test_where_steps_are_not_of_one_size_tokens_a_second_decide_what_is_fast() -> None:
+def test_tokens_a_second_decide_what_is_fast_whatever_a_step_takes() -> None:
     trials = [
-        made_up_trial({"sequence_length": length}, repeat, objective=2 + repeat / 100, step_time_s=1.0).model_copy(
+        made_up_trial({"rank": rank}, repeat, objective=2 + repeat / 100, step_time_s=median_s).model_copy(
             update={"tokens_per_s": tokens_per_s}
         )
-        for length, tokens_per_s in ((512, 1000.0), (1024, 2000.0))
+        # Some steps of the second took far longer than its median.
+        for rank, median_s, tokens_per_s in ((8, 1.0, 1000.0), (16, 0.5, 500.0))
         for repeat in range(3)
     ]
-    answer = recommend(made_up_sweep(trials, searched=("sequence_length",)))
-    assert answer.label == "sequence_length=1024"
-    assert "is 2× faster" in answer.answer
+    sweep = made_up_sweep(trials)
+    answer = recommend(sweep)
+    assert answer.label == "rank=8"
+    assert answer.comparisons[0].speedup == 0.5
+    found = statistics.summaries(sweep)
+    assert [s.label for s in found if s.configuration_id in front_of(sweep, found).configuration_ids] == ["rank=8"]
+
+
+@pytest.mark.parametrize(
+    ("time_s", "words"),
+    [
+        (1.08, "within 2 % of the least memory, where no other is clearly faster"),
+        (1.2, "where it is the fastest, by one"),
+    ],
+)
+def test_what_is_told_to_be_the_fastest_is_so_by_a_clear_difference(time_s: float, words: str) -> None:
+    trials = [
+        made_up_trial({"zero_stage": stage}, objective=2.0, memory_bytes=memory, step_time_s=seconds)
+        # The last one takes no part in it: it has not the least memory.
+        for stage, memory, seconds in ((1, 1000, time_s), (2, 1010, 1.0), (3, 2000, 1.0))
+    ]
+    found = recommend(made_up_sweep(trials, searched=("zero_stage",)))
+    assert found.label == "zero_stage=2"
+    assert words in found.answer
 
 
 def test_different_devices_are_told() -> None:
