@@ -69,8 +69,6 @@ class Effect:
     values: tuple[SettingValue, ...]
     reference: str
     """The first value of which there are pairs: what the others are compared with."""
-    explained: float | None
-    """Share of the objective's variance over completed trials that the setting alone accounts for (eta squared)."""
     levelling: Levelling | None
     """Of a setting of which more costs more; None where no two of its values can be compared with their noise, and of
     `sequence_length` where the objective is a loss, whose tokens are others at each length."""
@@ -118,11 +116,10 @@ def _effect(sweep: SweepResult, name: str, measured: Sequence[TrialResult]) -> E
         )
         for place, group in enumerate(order)
     )
-    known = [group for group in objectives.values() if group]
     # Later tokens of a row are easier to predict: a loss falls with the length, however well a model was trained.
     levels_off = name in COSTLIER_UPWARDS and not (name == "sequence_length" and sweep.objective_metric in LOSSES)
     levels = _levelling(cells, order, sign_of(sweep)) if levels_off and group_of is spell else None
-    return Effect(name, values, reference, _explained(known), levels)
+    return Effect(name, values, reference, levels)
 
 
 def _memory(trial: TrialResult) -> float | None:
@@ -226,13 +223,3 @@ def _levelling(cells: Cells, order: Sequence[str], sign: int) -> Levelling | Non
 def _gain(cells: Cells, further: str, value: str, sign: int) -> Estimate | None:
     found = _difference(cells, further, value)
     return Estimate(-sign * found.mean, found.half_width, found.count) if found else None
-
-
-def _explained(groups: Sequence[Sequence[float]]) -> float | None:
-    everything = [value for group in groups for value in group]
-    if len(everything) <= len(groups) or len(groups) < 2:
-        return None
-    middle = fmean(everything)
-    total = sum((value - middle) ** 2 for value in everything)
-    between = sum(len(group) * (fmean(group) - middle) ** 2 for group in groups)
-    return between / total if total > 0 else None

@@ -396,9 +396,33 @@ def test_of_many_configurations_the_mean_of_each_value_is_drawn_with_its_band(tm
     for figure, values in ((by_rank, 3), (by_stage, 4)):
         assert figure.svg.count(' mean"') == 2 * values  # a line and its band
         assert figure.svg.count('class="line rest"') == len(settings)
-    (first, *_) = value_curves(made.sweep, "rank", made.curves)
+    (first, *_), combinations = value_curves(made.sweep, "rank", made.curves)
+    assert combinations == 4
     last = [t.best.eval_loss for t in made.sweep.trials if t.config.rank == 8 and t.best and t.best.eval_loss]
     assert first.points[-1][1] == pytest.approx(sum(last) / len(last))
+
+
+def test_a_values_mean_curve_is_that_of_the_combinations_which_all_values_completed(tmp_path: Path) -> None:
+    """ASHA left rank 32 its best learning rate alone: over whatever completed it would look the best."""
+    settings = [{"rank": rank, "learning_rate": rate} for rank in (2, 8, 32) for rate in (1e-4, 1e-3, 1e-2)]
+    stopped = {(32, 1e-4), (32, 1e-3), (8, 1e-4)}
+    sweep = simulated(
+        [2.0 + s["rank"] / 100 - s["learning_rate"] * 50 for s in settings],
+        2,
+        0,
+        noise_sd=0,
+        configurations=settings,
+        status_of=lambda place, _: (
+            TrialStatus.STOPPED if tuple(settings[place].values()) in stopped else TrialStatus.COMPLETED
+        ),
+    )
+    made = built(tmp_path, sweep)
+    means, combinations = value_curves(made.sweep, "rank", made.curves)
+    assert combinations == 1
+    ends = [mean.points[-1][1] for mean in means]
+    assert [end - ends[0] for end in ends] == pytest.approx([0.0, 0.06, 0.3])
+    by_rank, _ = charts.loss_curves(made.sweep, made.summaries, made.curves)
+    assert "over the 1 combination of the other settings that completed with every one of them" in by_rank.caption
 
 
 def test_where_a_value_was_always_stopped_its_configurations_are_drawn(tmp_path: Path) -> None:
@@ -411,7 +435,7 @@ def test_where_a_value_was_always_stopped_its_configurations_are_drawn(tmp_path:
         status_of=lambda place, _: TrialStatus.STOPPED if place >= 5 else TrialStatus.COMPLETED,
     )
     made = built(tmp_path, sweep)
-    assert value_curves(made.sweep, "precision", made.curves) == ()
+    assert value_curves(made.sweep, "precision", made.curves) == ((), 0)
     _, by_precision = charts.loss_curves(made.sweep, made.summaries, made.curves)
     assert "precision nf4" in {key.label for key in by_precision.keys}
 
