@@ -64,7 +64,7 @@ def _means_by(name: str, means: Sequence[MeanCurve], combinations: int, drawn: S
     lines = [Line(curve.points, curve.label) for curve in grey]
     lines += [Line(m.points, m.label, f"{style} mean", m.band) for m, style in zip(means, styles, strict=True)]
     alike = f"{counted(combinations, 'combination')} of the other settings that completed with every one of them"
-    words = f"Loss of the evaluation over optimizer steps. In colour: the mean with each {name}, over the {alike}"
+    words = f"Loss of the evaluation over optimizer steps. In colour: the mean with each {name}, over {alike}"
     if any(mean.band for mean in means):
         words += ", with its 95 % interval over the seeds, their common shift taken out"
     words += f". In grey: {len(grey)} of {len(drawn)} configurations."

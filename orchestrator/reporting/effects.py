@@ -141,15 +141,20 @@ def grouping(values: Sequence[Any]) -> Callable[[Any], str]:
     distinct = sorted({v for v in values if isinstance(v, int | float) and not isinstance(v, bool)})
     if len(set(map(spell, values))) <= MAX_VALUES or len(distinct) <= MAX_VALUES:
         return spell
-    edges = [distinct[len(distinct) * i // BINS] for i in range(BINS)] + [distinct[-1]]
+    starts = [len(distinct) * i // BINS for i in range(BINS)]
+    bins = [distinct[low:high] for low, high in zip(starts, [*starts[1:], None], strict=True)]
 
     def quarter(value: Any) -> str:
         if not isinstance(value, int | float):
             return spell(value)
-        place = max(i for i in range(BINS) if value >= edges[i] or i == 0)
-        return f"{spell(edges[place])} to {spell(edges[place + 1])}"
+        own = next((values for values in reversed(bins) if value >= values[0]), bins[0])
+        return f"{_short(own[0])} to {_short(own[-1])}"
 
     return quarter
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def places_of(

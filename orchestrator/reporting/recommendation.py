@@ -91,7 +91,10 @@ def recommend(sweep: SweepResult) -> Recommendation:
     contenders = objectives.on_front(sweep, sound)
     told = (*caveats(sweep, found, completed, contenders, wild), *objectives.evidence(sweep, found, sound))
     if completed and not sound:
-        answer = "No configuration that has completed keeps the constraints: loosen them, or search more settings."
+        answer = (
+            "No configuration that has completed keeps the constraints: loosen them, or search more settings."
+            f"{objectives.nearest_words(sweep, completed)}"
+        )
         return _make("nothing", None, answer, told)
     if not contenders:
         return _without_completed(sweep, found, told)

@@ -15,12 +15,12 @@ import pytest
 from orchestrator.errors import FolderError
 from orchestrator.planning.plan import SweepPlan
 from orchestrator.reporting import charts, quantities, report
-from orchestrator.reporting.cost_charts import parts_of
+from orchestrator.reporting.cost_charts import PART_STYLES, memory_chart, parts_of
 from orchestrator.reporting.curves import plateaus, value_curves
 from orchestrator.reporting.findings import trial_snippet
 from orchestrator.reporting.plot import Axis, Dot, Line, ticks, xy_plot
 from orchestrator.reporting.times import Outlay, against_plan, times_of
-from orchestrator.results.records import SweepResult, Timing, TrialStatus
+from orchestrator.results.records import PeakMemory, SweepResult, Timing, TrialStatus
 from orchestrator.results.storage import SweepFolder, write_atomically
 from tests.made_up_sweep import (
     START_MS,
@@ -422,7 +422,7 @@ def test_a_values_mean_curve_is_that_of_the_combinations_which_all_values_comple
     ends = [mean.points[-1][1] for mean in means]
     assert [end - ends[0] for end in ends] == pytest.approx([0.0, 0.06, 0.3])
     by_rank, _ = charts.loss_curves(made.sweep, made.summaries, made.curves)
-    assert "over the 1 combination of the other settings that completed with every one of them" in by_rank.caption
+    assert "over 1 combination of the other settings that completed with every one of them" in by_rank.caption
 
 
 def test_where_a_value_was_always_stopped_its_configurations_are_drawn(tmp_path: Path) -> None:
@@ -477,6 +477,36 @@ def test_a_number_has_four_digits_and_no_bare_point_nor_exponent(value: float, w
 )
 def test_ticks_are_round_numbers(low: float, high: float, expected: tuple[float, ...]) -> None:
     assert ticks(low, high) == pytest.approx(expected)
+
+
+def test_ticks_that_are_too_long_for_their_columns_take_two_rows() -> None:
+    names = ["0.0001 to 0.000253", "0.000283 to 0.000566", "0.000823 to 0.00792", "0.00894 to 0.063"]
+    axis = Axis("learning_rate", lambda place: names[int(place)], (0.0, 1.0, 2.0, 3.0))
+    svg = xy_plot("t", "s", axis, Axis("y"), dots=[Dot((0.0, 1.0), "dot")])
+    assert ">0.000283 to</text>" in svg
+    assert ">0.000566</text>" in svg
+    assert ">0.00894 to 0.063</text>" in svg
+
+
+def test_a_legend_tells_the_range_that_a_colour_stands_for(tmp_path: Path) -> None:
+    made = built(tmp_path, simulated([2.0] * 12, 1, 0, configurations=[{"rank": rank} for rank in range(1, 13)]))
+    (figure,) = charts.loss_curves(made.sweep, made.summaries, made.curves)
+    assert [key.label for key in figure.keys] == ["rank 1 to 3", "rank 4 to 6", "rank 7 to 9", "rank 10 to 12"]
+
+
+def test_memory_without_parts_has_a_colour_that_no_part_has_and_a_running_trial_is_not_said_to_be_none(
+    tmp_path: Path,
+) -> None:
+    ends = ((8, TrialStatus.RUNNING), (16, TrialStatus.PENDING), (32, TrialStatus.FAILED))
+    trials = [made_up_trial({"rank": rank}, status=status) for rank, status in ends]
+    trials = [
+        t.model_copy(update={"peak_memory": PeakMemory(predicted_bytes=2**30, kind="cuda_allocated")}) for t in trials
+    ]
+    figure = memory_chart(built(tmp_path, made_up_sweep(trials)).summaries, {}, "cuda_allocated")
+    assert figure
+    assert figure.keys[0].style.removesuffix(" bar") not in PART_STYLES.values()
+    for words in ("rank=8: not measured yet", "rank=16: not run", "rank=32: not measured"):
+        assert f"<title>{words}</title>" in figure.svg
 
 
 def test_labels_do_not_lie_on_each_other() -> None:

@@ -476,7 +476,12 @@ def test_a_sampled_range_is_put_into_quarters() -> None:
     trials = [made_up_trial({"learning_rate": i * 1e-5}, objective=2.0 + i / 100) for i in range(1, 41)]
     (effect,) = main_effects(made_up_sweep(trials, searched=("learning_rate",)))
     assert [value.objective.count for value in effect.values if value.objective] == [10, 10, 10, 10]
-    assert effect.values[0].value == "1e-05 to 0.00011"
+    assert [value.value for value in effect.values] == [
+        "1e-05 to 0.0001",
+        "0.00011 to 0.0002",
+        "0.00021 to 0.0003",
+        "0.00031 to 0.0004",
+    ]
 
 
 def test_the_label_names_only_what_was_searched() -> None:
