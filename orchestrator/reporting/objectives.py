@@ -53,7 +53,7 @@ def value_of(sweep: SweepResult, summary: ConfigurationSummary, metric: str) -> 
 
 
 def nearest_words(sweep: SweepResult, completed: Sequence[ConfigurationSummary]) -> str:
-    """` rank=8 comes nearest, at 104 % of the bound in peak_memory_bytes <= 24GiB.`, which is the one it breaks worst."""
+    """` rank=8 comes nearest, at 104 % of the bound in peak_memory_bytes <= 24GiB.`, the one it breaks worst."""
     broken = [(*_worst(sweep, summary), summary.label) for summary in completed if summary.breaks]
     if not broken:
         return ""
