@@ -9,7 +9,7 @@ from orchestrator.errors import counted
 from orchestrator.reporting import quantities
 from orchestrator.reporting.effects import measured_trials
 from orchestrator.reporting.noise import one_run_words
-from orchestrator.reporting.statistics import LOSSES, ConfigurationSummary
+from orchestrator.reporting.statistics import LOSSES, ConfigurationSummary, differing_micro_batches
 from orchestrator.reporting.times import has_run
 from orchestrator.results.records import SweepResult, TrialStatus
 
@@ -77,6 +77,11 @@ def caveats(
     if timed < FEW_STEPS:
         told.append(
             f"Speeds stand on as few as {timed} steps of a trial: differences of a few tens of percent may be chance."
+        )
+    if sizes := differing_micro_batches(sweep, measured_trials(sweep)):
+        told.append(
+            f"Trials ran with several micro_batch_size ({quantities.some([str(size) for size in sizes])}), each chosen "
+            'to fit, which changes memory and speed by itself: "all else alike" these are compared at one size alone.'
         )
     devices = {device for trial in ran for device in trial.devices}
     if len(devices) > 1:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.errors import counted
 from orchestrator.reporting.curves import Curve, MeanCurve, mean_curves, value_curves
 from orchestrator.reporting.effects import grouping, sort_key
 from orchestrator.reporting.plot import Axis, Line, xy_plot
@@ -50,22 +51,27 @@ def loss_curves(
     if len(drawn) <= MAX_COLOURS:
         return tuple(_curves_by(name, drawn) for name in names[:MAX_CURVE_CHARTS] or [""])
     by_value = {name: value_curves(sweep, name, curves) for name in names[:MAX_CURVE_CHARTS]}
-    return tuple(_means_by(n, means, drawn) if means else _curves_by(n, drawn) for n, means in by_value.items())
+    return tuple(
+        _means_by(name, means, combinations, drawn) if means else _curves_by(name, drawn)
+        for name, (means, combinations) in by_value.items()
+    )
 
 
-def _means_by(name: str, means: Sequence[MeanCurve], drawn: Sequence[MeanCurve]) -> Figure:
-    """In colour each value's mean, in grey what it is the mean of."""
-    colour_of, keys = colours([dict(mean.settings)[name] for mean in means])
+def _means_by(name: str, means: Sequence[MeanCurve], combinations: int, drawn: Sequence[MeanCurve]) -> Figure:
+    """In colour each value's mean, in grey all configurations."""
+    styles = [f"s{place}" if place < MAX_COLOURS else "rest" for place in range(len(means))]
     grey = drawn[:: math.ceil(len(drawn) / MAX_GREY)]
     lines = [Line(curve.points, curve.label) for curve in grey]
-    lines += [Line(m.points, m.label, f"{colour_of(dict(m.settings)[name])} mean", m.band) for m in means]
-    words = f"Loss of the evaluation over optimizer steps. In colour: the mean of the completed trials with each {name}"
+    lines += [Line(m.points, m.label, f"{style} mean", m.band) for m, style in zip(means, styles, strict=True)]
+    alike = f"{counted(combinations, 'combination')} of the other settings that completed with every one of them"
+    words = f"Loss of the evaluation over optimizer steps. In colour: the mean with each {name}, over {alike}"
     if any(mean.band for mean in means):
         words += ", with its 95 % interval over the seeds, their common shift taken out"
     words += f". In grey: {len(grey)} of {len(drawn)} configurations."
     title = f"Evaluation loss by {name}"
     svg = xy_plot(title, words, Axis("optimizer step"), Axis("eval_loss (nats a token)"), lines)
-    return Figure(title, svg, tuple(Key(key.style, f"{name} {key.label}") for key in keys), words)
+    keys = tuple(Key(style, m.label.replace("=", " ", 1)) for m, style in zip(means, styles, strict=True))
+    return Figure(title, svg, keys, words)
 
 
 def _curves_by(name: str, drawn: Sequence[MeanCurve]) -> Figure:

@@ -60,6 +60,11 @@ class Comparison:
     `sequence_length` of what they recommend."""
     shared: tuple[SharedConfiguration, ...]
 
+    @property
+    def besides(self) -> tuple[str, ...]:
+        """In what they differ, but for what the answer says already."""
+        return tuple(words for words in self.differing if words not in self.answer)
+
 
 def compare(reports: Sequence[Report]) -> Comparison:
     """Put sweeps side by side, in the order given.

@@ -24,7 +24,7 @@ def render_text(comparison: Comparison) -> str:
     rows = [HEADS, *(_row(sweep) for sweep in comparison.sweeps)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEADS))]
     table = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines = [comparison.answer, *(f"  - {told}" for told in comparison.differing), "", *table]
+    lines = [comparison.answer, *(f"  - {told}" for told in comparison.besides), "", *table]
     if comparison.shared:
         lines += ["", "ran in several, all settings alike:"]
     for shared in comparison.shared:

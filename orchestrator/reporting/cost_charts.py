@@ -12,10 +12,11 @@ from orchestrator.reporting.noise import ONE_RUN_SPEED
 from orchestrator.reporting.objectives import ParetoFront, value_of
 from orchestrator.reporting.plot import Axis, Bar, Dot, Part, bar_plot, xy_plot
 from orchestrator.reporting.statistics import ConfigurationSummary, are_the_same
-from orchestrator.results.records import SweepResult
+from orchestrator.results.records import SweepResult, TrialStatus
 
 MAX_BARS = 24
 MAX_LABELS = 8
+NEVER_RAN = frozenset({TrialStatus.PENDING, TrialStatus.INFEASIBLE, TrialStatus.CANCELLED})
 PART_STYLES = {
     "weights": "s0",
     "adapter": "s4",
@@ -66,8 +67,8 @@ def memory_chart(found: Sequence[ConfigurationSummary], parts: Parts, kind: str)
         Bar(
             s.label,
             (s.predicted_memory_bytes or 0) / unit,
-            f"{quantities.memory(s.peak_memory_bytes)} measured" if s.peak_memory_bytes else "not run",
-            "s0",
+            _measured_words(s),
+            "whole",
             s.peak_memory_bytes / unit if s.peak_memory_bytes else None,
             tuple(
                 Part(size / unit, PART_STYLES[part], f"{part} {quantities.memory(size)}")
@@ -92,8 +93,16 @@ def memory_chart(found: Sequence[ConfigurationSummary], parts: Parts, kind: str)
     drawn = {part for s in known for part in parts.get(s.configuration_id, {})}
     keys = [Key(f"{style} bar", part) for part, style in PART_STYLES.items() if part in drawn]
     if len(drawn) == 0 or any(s.configuration_id not in parts for s in known if s.predicted_memory_bytes):
-        keys.insert(0, Key("s0 bar", "predicted"))
+        keys.insert(0, Key("whole bar", "predicted"))
     return Figure("Peak memory by part, predicted and measured", svg, (*keys, Key("mark", "measured")), words)
+
+
+def _measured_words(summary: ConfigurationSummary) -> str:
+    if summary.peak_memory_bytes:
+        return f"{quantities.memory(summary.peak_memory_bytes)} measured"
+    if summary.counts.keys() <= NEVER_RAN:
+        return "not run"
+    return "not measured yet" if summary.counts.get(TrialStatus.RUNNING) else "not measured"
 
 
 def _shown(known: Sequence[ConfigurationSummary], found: Sequence[ConfigurationSummary]) -> str:

@@ -55,21 +55,30 @@ def mean_curves(
     return tuple(curve for curve in drawn if curve.points)
 
 
-def value_curves(sweep: SweepResult, name: str, curves: Mapping[str, Curve]) -> tuple[MeanCurve, ...]:
-    """One curve for every value of a searched setting: the mean of the completed trials with it, seed by seed.
+def value_curves(sweep: SweepResult, name: str, curves: Mapping[str, Curve]) -> tuple[tuple[MeanCurve, ...], int]:
+    """One curve for every value of a searched setting, seed by seed: the mean over those combinations of the other
+    settings that completed with every value; and how many these are.
 
-    Stopped trials would make the mean jump where they end. Empty where a value has no completed trial.
+    A scheduler stops the worst of each value: over whatever is left, the value of which the most were stopped would
+    look the best. Stopped trials themselves would make the mean jump where they end. Empty where there is no such
+    combination, as after a search that drew its values.
     """
+    ran = [trial for trial in sweep.trials if trial.steps]
     group_of = grouping([getattr(trial.config, name) for trial in sweep.trials])
-    completed = [trial for trial in sweep.trials if trial.status is TrialStatus.COMPLETED]
+    groups = {group_of(getattr(trial.config, name)) for trial in ran}
+    completed = [trial for trial in ran if trial.status is TrialStatus.COMPLETED]
+    places = places_of(name, sweep.searched, completed, group_of)
+    values_at: dict[tuple[Any, ...], set[str]] = defaultdict(set)
+    for place, group in places:
+        values_at[place].add(group)
+    matched = [(t, group) for t, (place, group) in zip(completed, places, strict=True) if values_at[place] == groups]
     first: dict[str, Any] = {}
-    for value in sorted((getattr(trial.config, name) for trial in completed), key=sort_key):
-        first.setdefault(group_of(value), value)
-    if first.keys() < {group_of(getattr(trial.config, name)) for trial in sweep.trials if trial.steps}:
-        return ()
-    losses = _losses((group_of(getattr(t.config, name)), t.repeat, curves.get(t.trial_id, ())) for t in completed)
+    for trial, group in sorted(matched, key=lambda entry: sort_key(getattr(entry[0].config, name))):
+        first.setdefault(group, getattr(trial.config, name))
+    losses = _losses((group, trial.repeat, curves.get(trial.trial_id, ())) for trial, group in matched)
     drawn = (_mean_curve(group, f"{name}={group}", ((name, value),), losses) for group, value in first.items())
-    return tuple(curve for curve in drawn if curve.points)
+    combinations = {tuple(others) for (_, *others), values in values_at.items() if values == groups}
+    return tuple(curve for curve in drawn if curve.points), len(combinations)
 
 
 def _losses(found: Iterable[tuple[str, int, Curve]]) -> Losses:

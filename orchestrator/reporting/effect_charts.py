@@ -40,8 +40,6 @@ def _effect_chart(metric: str, effect: Effect) -> Figure | None:
         if all(max(abs(e.mean), e.half_width or 0.0) < quantities.NOTHING for e in estimates):
             # Differences in the last bits alone make no picture.
             return None
-    if effect.explained is not None:
-        words += f" {effect.setting} alone accounts for {quantities.share(effect.explained)} of the variance."
     dots = [
         Dot(
             (place, one.mean),

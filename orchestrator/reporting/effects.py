@@ -43,7 +43,7 @@ class SettingValue:
     gain: Estimate | None
     """The same, to the value before: what one step more still brings."""
     memory_ratio: Estimate | None
-    """Peak memory over that with the reference value, over such pairs; stopped trials take part."""
+    """Peak memory over that with the reference value, over such pairs of one micro-batch; stopped trials take part."""
     speed_ratio: Estimate | None
     """Tokens a second, likewise."""
 
@@ -69,8 +69,6 @@ class Effect:
     values: tuple[SettingValue, ...]
     reference: str
     """The first value of which there are pairs: what the others are compared with."""
-    explained: float | None
-    """Share of the objective's variance over completed trials that the setting alone accounts for (eta squared)."""
     levelling: Levelling | None
     """Of a setting of which more costs more; None where no two of its values can be compared with their noise, and of
     `sequence_length` where the objective is a loss, whose tokens are others at each length."""
@@ -102,7 +100,9 @@ def _effect(sweep: SweepResult, name: str, measured: Sequence[TrialResult]) -> E
         if (value := final(trial)) is not None:
             objectives[group_of(getattr(trial.config, name))].append(value)
     places = places_of(name, sweep.searched, measured, group_of)
-    cells, memory, speed = (_cells(places, measured, reading) for reading in (final, _memory, _speed))
+    cells = _cells(places, measured, final)
+    at_one_size = _of_one_micro_batch(name, places, measured)
+    memory, speed = (_cells(at_one_size, measured, reading) for reading in (_memory, _speed))
     paired = {group for found in (cells, memory, speed) for _, cell in found if len(cell) > 1 for group in cell}
     reference = next((group for group in order if group in paired), order[0])
     values = tuple(
@@ -116,11 +116,10 @@ def _effect(sweep: SweepResult, name: str, measured: Sequence[TrialResult]) -> E
         )
         for place, group in enumerate(order)
     )
-    known = [group for group in objectives.values() if group]
     # Later tokens of a row are easier to predict: a loss falls with the length, however well a model was trained.
     levels_off = name in COSTLIER_UPWARDS and not (name == "sequence_length" and sweep.objective_metric in LOSSES)
     levels = _levelling(cells, order, sign_of(sweep)) if levels_off and group_of is spell else None
-    return Effect(name, values, reference, _explained(known), levels)
+    return Effect(name, values, reference, levels)
 
 
 def _memory(trial: TrialResult) -> float | None:
@@ -142,15 +141,20 @@ def grouping(values: Sequence[Any]) -> Callable[[Any], str]:
     distinct = sorted({v for v in values if isinstance(v, int | float) and not isinstance(v, bool)})
     if len(set(map(spell, values))) <= MAX_VALUES or len(distinct) <= MAX_VALUES:
         return spell
-    edges = [distinct[len(distinct) * i // BINS] for i in range(BINS)] + [distinct[-1]]
+    starts = [len(distinct) * i // BINS for i in range(BINS)]
+    bins = [distinct[low:high] for low, high in zip(starts, [*starts[1:], None], strict=True)]
 
     def quarter(value: Any) -> str:
         if not isinstance(value, int | float):
             return spell(value)
-        place = max(i for i in range(BINS) if value >= edges[i] or i == 0)
-        return f"{spell(edges[place])} to {spell(edges[place + 1])}"
+        own = next((values for values in reversed(bins) if value >= values[0]), bins[0])
+        return f"{_short(own[0])} to {_short(own[-1])}"
 
     return quarter
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def places_of(
@@ -164,6 +168,20 @@ def places_of(
             group_of(getattr(trial.config, name)),
         )
         for trial in measured
+    ]
+
+
+def _of_one_micro_batch(
+    name: str, places: Sequence[tuple[tuple[Any, ...], str]], measured: Sequence[TrialResult]
+) -> Sequence[tuple[tuple[Any, ...], str]]:
+    """The same places, apart where the micro-batch is another: chosen to fit, it changes memory and speed by itself.
+
+    Of the loss it changes nothing, since accumulation makes up for it.
+    """
+    if name == "micro_batch_size":
+        return places
+    return [
+        ((*place, trial.config.micro_batch_size), group) for (place, group), trial in zip(places, measured, strict=True)
     ]
 
 
@@ -210,13 +228,3 @@ def _levelling(cells: Cells, order: Sequence[str], sign: int) -> Levelling | Non
 def _gain(cells: Cells, further: str, value: str, sign: int) -> Estimate | None:
     found = _difference(cells, further, value)
     return Estimate(-sign * found.mean, found.half_width, found.count) if found else None
-
-
-def _explained(groups: Sequence[Sequence[float]]) -> float | None:
-    everything = [value for group in groups for value in group]
-    if len(everything) <= len(groups) or len(groups) < 2:
-        return None
-    middle = fmean(everything)
-    total = sum((value - middle) ** 2 for value in everything)
-    between = sum(len(group) * (fmean(group) - middle) ** 2 for group in groups)
-    return between / total if total > 0 else None

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from orchestrator.config.constraint import parse
 from orchestrator.reporting import quantities
 from orchestrator.reporting.statistics import ConfigurationSummary, Costs, front, pareto_front, sign_of
+from orchestrator.results.constraints import worst_excess
 from orchestrator.results.records import SweepResult, TrialStatus
 
 REFERENCE = 1.1
@@ -52,6 +54,23 @@ def value_of(sweep: SweepResult, summary: ConfigurationSummary, metric: str) -> 
     completed = [trial for trial in trials if trial.status is TrialStatus.COMPLETED]
     values = [value for trial in completed if (value := trial.measured(metric)) is not None]
     return sum(values) / len(values) if values else None
+
+
+def nearest_words(sweep: SweepResult, completed: Sequence[ConfigurationSummary]) -> str:
+    """` rank=8 comes nearest, at 104 % of the bound in peak_memory_bytes <= 24GiB.`, the one it breaks worst."""
+    broken = [(*_worst(sweep, summary), summary.label) for summary in completed if summary.breaks]
+    if not broken:
+        return ""
+    # Of those that come as near, the first has the best objective.
+    excess, text, label = min(broken, key=lambda entry: entry[0])
+    percent = 100 * math.exp(excess if parse(text).is_upper else -excess)
+    told = f"{percent:.0f}" if percent >= 100 else f"{percent:.2g}"
+    return f" {label} comes nearest, at {told} % of the bound in {text}."
+
+
+def _worst(sweep: SweepResult, summary: ConfigurationSummary) -> tuple[float, str]:
+    repeats = [t for t in sweep.trials if t.trial_id in summary.trial_ids and t.status is TrialStatus.COMPLETED]
+    return max((worst_excess(parse(text), repeats) or 0.0, text) for text in summary.breaks)
 
 
 def costs_of(sweep: SweepResult, summaries: Sequence[ConfigurationSummary]) -> dict[str, Costs]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 560, 340
-LEFT, RIGHT, TOP, BOTTOM = 74, 14, 12, 46
+LEFT, RIGHT, TOP, BOTTOM = 74, 14, 12, 48
 ROW_HEIGHT, BAR_HEIGHT, BAR_LEFT, BAR_VALUES = 38, 13, 14, 140
 CHARACTER_WIDTH = 6.9
 """Of the drawings' text at most: for keeping labels apart."""
@@ -203,18 +203,31 @@ def _grid(scale: _Scale, x: Axis, y: Axis) -> str:
         at = scale.y(tick)
         parts.append(f'<path class="grid" d="M{LEFT} {at:.1f}H{right}"/>')
         parts.append(f'<text x="{LEFT - 7}" y="{at + 4:.1f}" text-anchor="end">{escape(text)}</text>')
-    for tick, text in _spelled(x.at or ticks(*scale.x_range, 6), x):
+    columns = _spelled(x.at or ticks(*scale.x_range, 6), x)
+    room = (right - LEFT) / len(columns)
+    for tick, text in columns:
         at = scale.x(tick)
         parts.append(f'<path class="grid" d="M{at:.1f} {bottom}v5"/>')
-        parts.append(f'<text x="{at:.1f}" y="{bottom + 19}" text-anchor="middle">{escape(text)}</text>')
+        parts += [
+            f'<text x="{at:.1f}" y="{bottom + 16 + 12 * row}" text-anchor="middle">{escape(words)}</text>'
+            for row, words in enumerate(_in_rows(text, room))
+        ]
     middle, centre = (TOP + bottom) / 2, (LEFT + right) / 2
     parts.append(f'<path class="frame" d="M{LEFT} {bottom}H{right}"/>')
     parts.append(
-        f'<text class="axis" x="{centre:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x.label)}</text>'
+        f'<text class="axis" x="{centre:.1f}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x.label)}</text>'
         f'<text class="axis" transform="translate(14 {middle:.1f}) rotate(-90)" text-anchor="middle">'
         f"{escape(y.label)}</text>"
     )
     return "".join(parts)
+
+
+def _in_rows(text: str, room: float) -> list[str]:
+    """What is too long for the room beside its neighbours, as `0.0001 to 0.000283`, in two rows."""
+    first, _, last = text.rpartition(" ")
+    if len(text) * CHARACTER_WIDTH <= room or not first:
+        return [_shortened(text, room)]
+    return [_shortened(first, room), _shortened(last, room)]
 
 
 def _path(points: Sequence[Point], scale: _Scale) -> str:

@@ -30,7 +30,8 @@ from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 RULE = (
     "Of the configurations whose objective is within the noise of the best (the 95 % interval of their difference, "
     "seed by seed, contains 0, by Tukey's studentised range, since the best of them is chosen by the same data; or it "
-    "differs by less than 0.01 %), take the one with the least peak memory; of those within 2 % of it, the fastest. "
+    "differs by less than 0.01 %), take the one with the least peak memory; of those within 2 % of it, the fastest, by "
+    "tokens a second. "
     "Only completed trials compete; where several objectives are named, those on the Pareto front do, and the next "
     "objective takes the place of memory."
 )
@@ -38,7 +39,6 @@ SAME_MEMORY = 1.02
 CLOSE = 0.01
 FIRST_REPEATS = 3
 UNCLEAR = "no clear difference in memory or speed"
-STEP_SIZES = frozenset({"global_batch_size", "sequence_length", "packing"})
 
 NOT_ENDED = OPEN | {TrialStatus.CANCELLED}
 
@@ -56,7 +56,7 @@ class Comparison:
     memory_saved: float | None
     """Share of the best's peak memory that it does not need."""
     speedup: float | None
-    """Over the best, by step time, or by tokens a second where steps are not of one size."""
+    """Over the best, by tokens a second."""
     memory_differs: bool
     """By more than its noise; of one run each, by more than repeats usually do."""
     speed_differs: bool
@@ -91,7 +91,10 @@ def recommend(sweep: SweepResult) -> Recommendation:
     contenders = objectives.on_front(sweep, sound)
     told = (*caveats(sweep, found, completed, contenders, wild), *objectives.evidence(sweep, found, sound))
     if completed and not sound:
-        answer = "No configuration that has completed keeps the constraints: loosen them, or search more settings."
+        answer = (
+            "No configuration that has completed keeps the constraints: loosen them, or search more settings."
+            f"{objectives.nearest_words(sweep, completed)}"
+        )
         return _make("nothing", None, answer, told)
     if not contenders:
         return _without_completed(sweep, found, told)
@@ -191,22 +194,22 @@ def _compare(
     values = {summary.configuration_id: summary.objective_by_repeat for summary in contenders}
     measured = [t for t in sweep.trials if t.status is TrialStatus.COMPLETED and t.configuration_id in values]
     memory = logarithms(measured, memory_of)
-    slowness = logarithms(measured, lambda trial: _slowness_of(sweep.searched, trial))
-    memory_noise, speed_noise, least = noise_of(memory), noise_of(slowness), least_memory(sweep)
+    speed = logarithms(measured, lambda trial: trial.tokens_per_s)
+    memory_noise, speed_noise, least = noise_of(memory), noise_of(speed), least_memory(sweep)
     comparisons = []
     for other in contenders[1:]:
         pair = (other.configuration_id, best.configuration_id, len(contenders))
         difference = _difference(values, *pair, noise)
         if difference and sign < 0:
             difference = Estimate(-difference.mean, difference.half_width, difference.count)
-        lighter, faster = _difference(memory, *pair, memory_noise), _difference(slowness, *pair, speed_noise)
+        lighter, faster = _difference(memory, *pair, memory_noise), _difference(speed, *pair, speed_noise)
         comparisons.append(
             Comparison(
                 other.configuration_id,
                 other.label,
                 difference,
                 _saved(other.peak_memory_bytes, best.peak_memory_bytes),
-                _ratio(_slowness(best), _slowness(other)),
+                _ratio(other.tokens_per_s, best.tokens_per_s),
                 verdict(lighter, least) == "differs",
                 verdict(faster, ONE_RUN_SPEED) == "differs",
                 difference is not None and difference.mean <= max(difference.half_width or 0.0, resolution),
@@ -239,21 +242,10 @@ def _preferred(sweep: SweepResult, candidates: Sequence[ConfigurationSummary]) -
 
 
 def _cheapest(candidates: Sequence[ConfigurationSummary]) -> ConfigurationSummary:
-    """The least memory; within 2 % of it the least time; the first, which has the best objective, where they tie."""
+    """The least memory; within 2 % of it the fastest; the first, which has the best objective, where they tie."""
     memory = [c.peak_memory_bytes if c.peak_memory_bytes is not None else math.inf for c in candidates]
     light = [c for c, size in zip(candidates, memory, strict=True) if size <= min(memory) * SAME_MEMORY]
-    return min(light, key=lambda c: slowness if (slowness := _slowness(c)) is not None else math.inf)
-
-
-def _slowness(summary: ConfigurationSummary) -> float | None:
-    return _slowness_of([name for name, _ in summary.settings], summary)
-
-
-def _slowness_of(searched: Sequence[str], measured: ConfigurationSummary | TrialResult) -> float | None:
-    """Step time; seconds a token where steps are not of one size."""
-    if STEP_SIZES.isdisjoint(searched):
-        return measured.step_time_s
-    return 1 / measured.tokens_per_s if measured.tokens_per_s else None
+    return max(light, key=lambda c: c.tokens_per_s or 0.0)
 
 
 def _ratio(over: float | None, under: float | None) -> float | None:
@@ -275,9 +267,11 @@ def _within_words(comparison: Comparison, best: str) -> str:
 
 
 def _apart_from(chosen: ConfigurationSummary, best: ConfigurationSummary) -> str:
-    """The best's label, without the settings that both share."""
+    """The best's label, without the settings that both share; with its micro-batch where that is another."""
     differing = [f"{n}={spell(v)}" for n, v in best.settings if v != dict(chosen.settings)[n]]
     alike = "" if len(differing) == len(best.settings) else " (all else alike)"
+    if best.micro_batch_sizes != chosen.micro_batch_sizes and "micro_batch_size" not in dict(best.settings):
+        differing += [f"micro_batch_size={size}" for size in best.micro_batch_sizes]
     return f"{' '.join(differing)}{alike}" if differing else best.label
 
 
@@ -384,7 +378,7 @@ def _by_cost(
     """Ways to compute the same, as ZeRO stages are: their costs decide, and no repeat is needed to see that."""
     best = contenders[0]
     is_least = all(comparison.memory_saved is None or comparison.memory_saved <= 0 for comparison in comparisons)
-    why = "takes the least memory" if is_least else "is the fastest, by one run each, within 2 % of the least memory"
+    why = "takes the least memory" if is_least else f"is within 2 % of the least memory, {_speed_words(comparisons)}"
     if len(sweep.objectives) > 1:
         why = f"is the best of them by {sweep.objectives[1][0]}"
     answer = (
@@ -393,6 +387,15 @@ def _by_cost(
     )
     others = [f"{comparison.label} {words[0]}." for comparison in comparisons if (words := _cost_words(comparison))]
     return _make("single_runs", best, answer, [*others[:8], *caveats], comparisons, is_decided=True)
+
+
+def _speed_words(comparisons: Sequence[Comparison]) -> str:
+    """How the speed of the one that was taken stands to that of the others which take as little memory."""
+    least_share = min(1.0, *(1 - comparison.memory_saved for comparison in comparisons if comparison.memory_saved))
+    light = [c for c in comparisons if c.memory_saved is not None and 1 - c.memory_saved <= least_share * SAME_MEMORY]
+    if all(comparison.speed_differs for comparison in light):
+        return "where it is the fastest, by one run each"
+    return "where no other is clearly faster"
 
 
 def _without_completed(

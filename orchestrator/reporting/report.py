@@ -19,7 +19,13 @@ from orchestrator.reporting.findings import (
 from orchestrator.reporting.pages import plain, render_page, status_words
 from orchestrator.reporting.recommendation import RULE
 from orchestrator.reporting.samples import samples_of
-from orchestrator.reporting.statistics import label, objective_of, sign_of
+from orchestrator.reporting.statistics import (
+    ConfigurationSummary,
+    differing_micro_batches,
+    label,
+    objective_of,
+    sign_of,
+)
 from orchestrator.results.records import TrialStatus
 from orchestrator.results.storage import SweepFolder
 
@@ -65,7 +71,7 @@ def _table(report: Report) -> list[str]:
         rows.append(
             (
                 marked,
-                summary.label,
+                _named(report, summary),
                 states,
                 objective_text(summary),
                 behind_text(report, summary),
@@ -83,6 +89,13 @@ def _table(report: Report) -> list[str]:
     if len(report.summaries) > TEXT_ROWS:
         lines.append(f"… {len(report.summaries) - TEXT_ROWS} more configurations in results.csv")
     return [*lines, ""]
+
+
+def _named(report: Report, summary: ConfigurationSummary) -> str:
+    """Its label, with the micro-batch where one was chosen that others do not have."""
+    if not differing_micro_batches(report.sweep, report.sweep.trials):
+        return summary.label
+    return f"{summary.label} (micro-batch {' or '.join(map(str, summary.micro_batch_sizes)) or 'not chosen'})"
 
 
 def _closing(report: Report) -> str:
@@ -163,6 +176,7 @@ def _page(report: Report) -> dict[str, Any]:
         "part_styles": cost_charts.PART_STYLES,
         "setting_figures": [figure for figure in settings if figure],
         "configurations": [(s, objective_text(s), behind_text(report, s)) for s in report.summaries],
+        "has_micro_batches": bool(differing_micro_batches(sweep, sweep.trials)),
         "has_repeats": any(len(summary.objective_by_repeat) > 1 for summary in report.summaries),
         "most": PAGE_ROWS,
         "plus_minus": lambda e: quantities.plus_minus(e.mean, e.half_width) if e else "",

@@ -53,6 +53,9 @@ class ConfigurationSummary:
     label: str
     settings: tuple[tuple[str, Any], ...]
     """The searched ones."""
+    micro_batch_sizes: tuple[int, ...]
+    """Of the trials that count; several where a repeat ran out of memory and went on with half. None is known of a
+    trial that was not planned."""
     trial_ids: tuple[str, ...]
     best_trial_id: str | None
     """The completed repeat with the best objective; of those that may be looked at where none has completed."""
@@ -161,6 +164,7 @@ def _summary(sweep: SweepResult, trials: Sequence[TrialResult]) -> Configuration
         configuration_id=trials[0].configuration_id,
         label=label(trials[0], sweep.searched),
         settings=tuple((name, getattr(trials[0].config, name)) for name in sweep.searched),
+        micro_batch_sizes=micro_batch_sizes(measured),
         trial_ids=tuple(trial.trial_id for trial in trials),
         best_trial_id=best.trial_id if best else None,
         counts=dict(Counter(trial.status for trial in trials)),
@@ -173,6 +177,18 @@ def _summary(sweep: SweepResult, trials: Sequence[TrialResult]) -> Configuration
         tokens_per_s=_mean(trial.tokens_per_s for trial in measured),
         breaks=tuple(text for text in sweep.constraints if is_broken(parse(text), completed or trials)),
     )
+
+
+def micro_batch_sizes(trials: Iterable[TrialResult]) -> tuple[int, ...]:
+    """Those that trials ran with, or would have; `auto` is none yet."""
+    sizes = {trial.config.micro_batch_size for trial in trials}
+    return tuple(sorted(size for size in sizes if size != "auto"))
+
+
+def differing_micro_batches(sweep: SweepResult, trials: Iterable[TrialResult]) -> tuple[int, ...]:
+    """Where nobody searched them and they differ all the same, since each was chosen to fit."""
+    sizes = micro_batch_sizes(trials)
+    return sizes if len(sizes) > 1 and "micro_batch_size" not in sweep.searched else ()
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

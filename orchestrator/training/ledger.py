@@ -55,7 +55,9 @@ class Speed:
     @property
     def step_time_s(self) -> float | None:
         """Median of the counted steps."""
-        return self.sorted_s[len(self.sorted_s) // 2] if self.sorted_s else None
+        # Asked for at every step: statistics.median would sort them all again.
+        middle = len(self.sorted_s) // 2
+        return (self.sorted_s[middle] + self.sorted_s[~middle]) / 2 if self.sorted_s else None
 
 
 class Ledger:

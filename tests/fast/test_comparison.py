@@ -62,6 +62,8 @@ def test_sweeps_of_another_model_or_data_are_not_ranked(tmp_path: Path, field: s
     assert not found.is_comparable
     assert found.answer.startswith("Their objectives cannot be compared: ")
     assert words in found.differing[0]
+    assert comparison_report.render_text(found).count(words) == 1
+    assert Page(comparison_report.render_html(found)).text.count(words) == 1
     assert found.shared == ()
 
 

@@ -103,7 +103,14 @@ def test_where_nobody_keeps_the_constraints_the_report_says_that() -> None:
     answer = recommend(sweep)
     assert answer.label is None
     assert "loosen them" in answer.answer
+    assert answer.answer.endswith(" rank=16 comes nearest, at 0.2 % of the bound in tokens_per_s >= 1000000.")
     assert trial_to_take(sweep) is None
+
+
+def test_who_comes_nearest_to_the_constraints_is_named_by_the_one_that_it_breaks_the_worst() -> None:
+    constraints = ("peak_memory_bytes <= 0.5GiB", "eval_loss <= 1.75")
+    answer = recommend(made_up_sweep(trials()).model_copy(update={"constraints": constraints})).answer
+    assert answer.endswith(" rank=4 comes nearest, at 200 % of the bound in peak_memory_bytes <= 0.5GiB.")
 
 
 def test_who_is_beaten_in_every_objective_is_not_said_to_scatter() -> None:

@@ -15,12 +15,12 @@ import pytest
 from orchestrator.errors import FolderError
 from orchestrator.planning.plan import SweepPlan
 from orchestrator.reporting import charts, quantities, report
-from orchestrator.reporting.cost_charts import parts_of
+from orchestrator.reporting.cost_charts import PART_STYLES, memory_chart, parts_of
 from orchestrator.reporting.curves import plateaus, value_curves
 from orchestrator.reporting.findings import trial_snippet
 from orchestrator.reporting.plot import Axis, Dot, Line, ticks, xy_plot
 from orchestrator.reporting.times import Outlay, against_plan, times_of
-from orchestrator.results.records import SweepResult, Timing, TrialStatus
+from orchestrator.results.records import PeakMemory, SweepResult, Timing, TrialStatus
 from orchestrator.results.storage import SweepFolder, write_atomically
 from tests.made_up_sweep import (
     START_MS,
@@ -328,7 +328,9 @@ def test_time_and_money_stand_beside_the_plan(tmp_path: Path) -> None:
     assert outlays["GPU-hours of the trials"].actual == pytest.approx(hours)
     assert outlays["cost of the trials"].actual == pytest.approx(3 * hours)
     assert outlays["a completed trial's time over the plan's, median"].actual == pytest.approx(2)
-    assert "Against the plan" in report.render_html(made)
+    page = report.render_html(made)
+    assert "Against the plan" in page
+    assert "without the pauses between its runs" in page
 
 
 def test_against_the_plan_attempts_before_the_last_count_and_examples_do_not(tmp_path: Path) -> None:
@@ -396,9 +398,33 @@ def test_of_many_configurations_the_mean_of_each_value_is_drawn_with_its_band(tm
     for figure, values in ((by_rank, 3), (by_stage, 4)):
         assert figure.svg.count(' mean"') == 2 * values  # a line and its band
         assert figure.svg.count('class="line rest"') == len(settings)
-    (first, *_) = value_curves(made.sweep, "rank", made.curves)
+    (first, *_), combinations = value_curves(made.sweep, "rank", made.curves)
+    assert combinations == 4
     last = [t.best.eval_loss for t in made.sweep.trials if t.config.rank == 8 and t.best and t.best.eval_loss]
     assert first.points[-1][1] == pytest.approx(sum(last) / len(last))
+
+
+def test_a_values_mean_curve_is_that_of_the_combinations_which_all_values_completed(tmp_path: Path) -> None:
+    """ASHA left rank 32 its best learning rate alone: over whatever completed it would look the best."""
+    settings = [{"rank": rank, "learning_rate": rate} for rank in (2, 8, 32) for rate in (1e-4, 1e-3, 1e-2)]
+    stopped = {(32, 1e-4), (32, 1e-3), (8, 1e-4)}
+    sweep = simulated(
+        [2.0 + s["rank"] / 100 - s["learning_rate"] * 50 for s in settings],
+        2,
+        0,
+        noise_sd=0,
+        configurations=settings,
+        status_of=lambda place, _: (
+            TrialStatus.STOPPED if tuple(settings[place].values()) in stopped else TrialStatus.COMPLETED
+        ),
+    )
+    made = built(tmp_path, sweep)
+    means, combinations = value_curves(made.sweep, "rank", made.curves)
+    assert combinations == 1
+    ends = [mean.points[-1][1] for mean in means]
+    assert [end - ends[0] for end in ends] == pytest.approx([0.0, 0.06, 0.3])
+    by_rank, _ = charts.loss_curves(made.sweep, made.summaries, made.curves)
+    assert "over 1 combination of the other settings that completed with every one of them" in by_rank.caption
 
 
 def test_where_a_value_was_always_stopped_its_configurations_are_drawn(tmp_path: Path) -> None:
@@ -411,7 +437,7 @@ def test_where_a_value_was_always_stopped_its_configurations_are_drawn(tmp_path:
         status_of=lambda place, _: TrialStatus.STOPPED if place >= 5 else TrialStatus.COMPLETED,
     )
     made = built(tmp_path, sweep)
-    assert value_curves(made.sweep, "precision", made.curves) == ()
+    assert value_curves(made.sweep, "precision", made.curves) == ((), 0)
     _, by_precision = charts.loss_curves(made.sweep, made.summaries, made.curves)
     assert "precision nf4" in {key.label for key in by_precision.keys}
 
@@ -455,6 +481,36 @@ def test_ticks_are_round_numbers(low: float, high: float, expected: tuple[float,
     assert ticks(low, high) == pytest.approx(expected)
 
 
+def test_ticks_that_are_too_long_for_their_columns_take_two_rows() -> None:
+    names = ["0.0001 to 0.000253", "0.000283 to 0.000566", "0.000823 to 0.00792", "0.00894 to 0.063"]
+    axis = Axis("learning_rate", lambda place: names[int(place)], (0.0, 1.0, 2.0, 3.0))
+    svg = xy_plot("t", "s", axis, Axis("y"), dots=[Dot((0.0, 1.0), "dot")])
+    assert ">0.000283 to</text>" in svg
+    assert ">0.000566</text>" in svg
+    assert ">0.00894 to 0.063</text>" in svg
+
+
+def test_a_legend_tells_the_range_that_a_colour_stands_for(tmp_path: Path) -> None:
+    made = built(tmp_path, simulated([2.0] * 12, 1, 0, configurations=[{"rank": rank} for rank in range(1, 13)]))
+    (figure,) = charts.loss_curves(made.sweep, made.summaries, made.curves)
+    assert [key.label for key in figure.keys] == ["rank 1 to 3", "rank 4 to 6", "rank 7 to 9", "rank 10 to 12"]
+
+
+def test_memory_without_parts_has_a_colour_that_no_part_has_and_a_running_trial_is_not_said_to_be_none(
+    tmp_path: Path,
+) -> None:
+    ends = ((8, TrialStatus.RUNNING), (16, TrialStatus.PENDING), (32, TrialStatus.FAILED))
+    trials = [made_up_trial({"rank": rank}, status=status) for rank, status in ends]
+    trials = [
+        t.model_copy(update={"peak_memory": PeakMemory(predicted_bytes=2**30, kind="cuda_allocated")}) for t in trials
+    ]
+    figure = memory_chart(built(tmp_path, made_up_sweep(trials)).summaries, {}, "cuda_allocated")
+    assert figure
+    assert figure.keys[0].style.removesuffix(" bar") not in PART_STYLES.values()
+    for words in ("rank=8: not measured yet", "rank=16: not run", "rank=32: not measured"):
+        assert f"<title>{words}</title>" in figure.svg
+
+
 def test_labels_do_not_lie_on_each_other() -> None:
     dots = [Dot((1 + i / 1000, 2.0), f"dot {i}", "s0", "a label of some length") for i in range(5)]
     svg = xy_plot("t", "s", Axis("x"), Axis("y"), [Line(((1.0, 1.0), (3.0, 3.0)), "l")], dots)
@@ -496,3 +552,14 @@ def test_a_steps_time_has_no_exponent(seconds: float, words: str) -> None:
 )
 def test_the_half_width_decides_how_many_digits_a_mean_has(mean: float, half_width: float | None, words: str) -> None:
     assert quantities.plus_minus(mean, half_width) == words
+
+
+def test_the_micro_batch_is_told_where_each_configuration_was_given_its_own(tmp_path: Path) -> None:
+    sizes = {8: 4, 16: 4, 32: 1}
+    trials = [made_up_trial({"rank": rank, "micro_batch_size": size}) for rank, size in sizes.items()]
+    made = built(tmp_path, made_up_sweep(trials))
+    assert "rank=32 (micro-batch 1)" in report.render_text(made)
+    assert report.render_html(made).count(">micro-batch</th>") == 2
+    alike = built(tmp_path / "alike", made_up_sweep(trials[:2]))
+    assert "micro-batch" not in report.render_text(alike)
+    assert ">micro-batch</th>" not in report.render_html(alike)

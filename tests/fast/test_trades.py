@@ -12,6 +12,7 @@ import pytest
 from orchestrator.reporting import findings, report
 from orchestrator.reporting.curves import Curve
 from orchestrator.reporting.effects import Levelling, main_effects
+from orchestrator.reporting.recommendation import recommend
 from orchestrator.reporting.statistics import Estimate
 from orchestrator.reporting.trades import trades
 from orchestrator.results.records import PeakMemory, SweepResult, TrialStatus
@@ -147,3 +148,32 @@ def test_a_higher_value_that_is_worse_is_said_to_be_worse() -> None:
     assert words == "rank levels off at 128: 256 is worse by 0.049 ± 0.035 than 128, all else alike."
     words = findings.levelling_words("rank", Levelling("levelled_off", "64", "128", Estimate(0.001, 0.004, 3)))
     assert words == "rank levels off at 64: 128 gains 0.0010 ± 0.0040 over 64, all else alike, and 1 % at most."
+
+
+def test_memory_and_speed_are_compared_at_one_micro_batch_and_the_loss_at_any() -> None:
+    measured = {
+        ("fp32", 4): (1, 1000, 4.0),
+        ("nf4", 4): (4, 1070, 1.0),
+        ("fp32", 64): (4, 1000, 1.0),
+        ("nf4", 64): (4, 800, 1.3),
+    }
+    trials = [
+        made_up_trial(
+            {"precision": precision, "rank": rank, "micro_batch_size": size}, memory_bytes=memory, step_time_s=s
+        )
+        for (precision, rank), (size, memory, s) in measured.items()
+    ]
+    sweep = made_up_sweep(trials, searched=("precision", "rank"))
+    (line,) = told(sweep)
+    assert line.endswith("the same eval_loss, 20 % less memory, 1.30× slower.")
+    (precision, _) = main_effects(sweep)
+    assert precision.values[1].difference is not None
+    assert any("several micro_batch_size (1, 4), each chosen to fit" in line for line in recommend(sweep).evidence)
+
+
+def test_a_micro_batch_that_was_searched_is_compared_with_another() -> None:
+    trials = [made_up_trial({"micro_batch_size": size}, step_time_s=1 / size) for size in (1, 4)]
+    sweep = made_up_sweep(trials, searched=("micro_batch_size",))
+    (effect,) = main_effects(sweep)
+    assert effect.values[1].speed_ratio == Estimate(4.0, None, 1)
+    assert not any("chosen to fit" in line for line in recommend(sweep).evidence)

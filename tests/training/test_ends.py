@@ -20,7 +20,7 @@ from orchestrator.errors import ModelError, StorageError
 from orchestrator.results.records import TrialStatus
 from orchestrator.training import device as devices
 from orchestrator.training import trial_log
-from orchestrator.training.ledger import Ledger
+from orchestrator.training.ledger import Ledger, Speed
 from orchestrator.training.task import START_LIMIT_S, TrialEnd, TrialTask, WorkerPlace
 from orchestrator.training.training_loop import learning_rate
 from orchestrator.training.worker_process import ended_by, run
@@ -293,3 +293,12 @@ def test_the_learning_rate_is_the_one_of_transformers(schedule: str, warmup_step
         assert learning_rate(config, step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9, abs=1e-15)
         optimizer.step()
         scheduler.step()
+
+
+def test_the_median_of_two_steps_lies_between_them() -> None:
+    speed = Speed(warm_up_steps=1)
+    for step_s in (9.0, 1.0, 3.0):
+        speed.add(step_s, tokens=10)
+    assert (speed.step_time_s, speed.tokens_per_s) == (2.0, 5.0)
+    speed.add(2.5, tokens=10)
+    assert speed.step_time_s == 2.5
