@@ -182,6 +182,8 @@ def _by_rule(
     answer = (
         f"Take {chosen.label}{' for now' if doubt else ''}: it {_within_words(against, _apart_from(chosen, best))}."
     )
+    if len(sweep.objectives) > 1:
+        answer = f"{answer[:-1]}, and of those within the noise it has the best {sweep.objectives[1][0]}."
     evidence = [f"Its {metric} is {_value(chosen)}; the best mean is {_value(best)} ({best.label}).", *doubt, *caveats]
     return _make("within_noise", chosen, answer, evidence, comparisons, noise, needed, is_decided=not doubt)
 

@@ -254,6 +254,17 @@ def test_of_several_objectives_those_on_the_front_compete_and_the_next_one_decid
     assert "nothing better by tokens_per_s is within its noise" in recommend(whole).answer
 
 
+def test_an_answer_within_the_noise_says_by_which_objective_it_was_chosen() -> None:
+    made = [
+        made_up_trial({"rank": rank}, repeat, objective=loss + 0.01 * (repeat == rank % 3), step_time_s=seconds)
+        for rank, loss, seconds in ((8, 2.0, 0.5), (16, 2.001, 0.25))
+        for repeat in range(3)
+    ]
+    answer = recommend(made_up_sweep(made, objectives=(("eval_loss", "min"), ("tokens_per_s", "max"))))
+    assert answer.label == "rank=16"
+    assert answer.answer.endswith("and of those within the noise it has the best tokens_per_s.")
+
+
 def test_who_is_best_in_everything_is_recommended_for_that() -> None:
     objectives = (("eval_loss", "min"), ("peak_memory_bytes", "min"))
     answer = recommend(made_up_sweep([trials()[0], made_up_trial({"rank": 2}, objective=9.0)], objectives=objectives))
