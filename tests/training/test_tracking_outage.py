@@ -561,9 +561,9 @@ def begins(folder: SweepFolder, trial: TrialResult, steps: int, time_ms: int) ->
     own = folder.trial(trial.trial_id)
     own.forget_checkpoints()
     points = [
-        made_up_point(step, 3 - step / 10).model_copy(update={"time_ms": time_ms + step}) for step in range(steps)
+        made_up_point(step, 3 - step / 10).model_copy(update={"time_ms": time_ms + step}) for step in range(1, steps)
     ]
-    own.metrics.write_text("".join(point.model_dump_json() + "\n" for point in points[1:]))
+    own.metrics.write_text("".join(point.model_dump_json() + "\n" for point in points))
     own.checkpoint(steps - 1).mkdir()
 
 
