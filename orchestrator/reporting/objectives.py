@@ -48,8 +48,13 @@ def value_of(sweep: SweepResult, summary: ConfigurationSummary, metric: str) -> 
     """A configuration's measured value: mean over its completed repeats, of memory the largest."""
     if metric == sweep.objective_metric:
         return summary.objective.mean if summary.objective else None
-    if metric == "peak_memory_bytes":
-        return summary.peak_memory_bytes
+    measured = {
+        "peak_memory_bytes": summary.peak_memory_bytes,
+        "tokens_per_s": summary.tokens_per_s,
+        "step_time_s": summary.step_time_s,
+    }
+    if metric in measured:
+        return measured[metric]
     trials = [trial for trial in sweep.trials if trial.trial_id in summary.trial_ids]
     completed = [trial for trial in trials if trial.status is TrialStatus.COMPLETED]
     values = [value for trial in completed if (value := trial.measured(metric)) is not None]

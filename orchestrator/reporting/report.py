@@ -65,13 +65,14 @@ def _first_line(text: str) -> str:
 def _table(report: Report) -> list[str]:
     metric = report.sweep.objective_metric
     rows = [("", "configuration", "trials", metric, "behind the best", "tokens/s", "step", "memory", "predicted")]
+    several = differing_micro_batches(report.sweep, report.sweep.trials)
     for summary in report.summaries[:TEXT_ROWS]:
         marked = "*" if summary.configuration_id == report.recommendation.configuration_id else ""
         states = ", ".join(f"{summary.counts[s]} {status_words(s)}" for s in TrialStatus if summary.counts.get(s))
         rows.append(
             (
                 marked,
-                _named(report, summary),
+                _named(summary) if several else summary.label,
                 states,
                 objective_text(summary),
                 behind_text(report, summary),
@@ -91,10 +92,8 @@ def _table(report: Report) -> list[str]:
     return [*lines, ""]
 
 
-def _named(report: Report, summary: ConfigurationSummary) -> str:
-    """Its label, with the micro-batch where one was chosen that others do not have."""
-    if not differing_micro_batches(report.sweep, report.sweep.trials):
-        return summary.label
+def _named(summary: ConfigurationSummary) -> str:
+    """Its label, with the micro-batch that was chosen, where others have another."""
     return f"{summary.label} (micro-batch {' or '.join(map(str, summary.micro_batch_sizes)) or 'not chosen'})"
 
 

@@ -157,7 +157,11 @@ def kept(earlier: Earlier, planned: frozenset[str]) -> dict[str, TrialResult]:
 
 
 def useless_checkpoints(records: Iterable[TrialResult], folder: SweepFolder) -> list[str]:
-    """Ids of trials whose checkpoints outlived them: the run that recorded their end died before it removed these."""
+    """Ids of trials whose checkpoints outlived them in the object store: the run that recorded their end died before it
+    removed these. What lies here goes with the record, whenever that is written.
+    """
+    if not folder.remote:
+        return []
     return [
         record.trial_id
         for record in records

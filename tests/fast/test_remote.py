@@ -157,14 +157,22 @@ def test_what_speaks_of_other_files_is_stored_after_them(
     assert remote.read_text(f"{uri}/{last}") is None
 
 
-class CutShort:
-    """The store on a line that breaks: so many files arrive as a half."""
+class Around:
+    """The store, but for what a test does to it."""
 
-    def __init__(self, store: Any, times: int) -> None:
-        self._store, self._left = store, times
+    def __init__(self, store: Any) -> None:
+        self._store = store
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
+
+
+class CutShort(Around):
+    """The store on a line that breaks: so many files arrive as a half."""
+
+    def __init__(self, store: Any, times: int) -> None:
+        super().__init__(store)
+        self._left = times
 
     def open_input_stream(self, path: str) -> Any:
         whole = self._store.open_input_stream(path)
@@ -195,14 +203,12 @@ def test_a_file_that_arrives_in_part_is_fetched_again_and_never_taken_for_the_wh
     assert (other.local / "a").read_text() == "0123456789"
 
 
-class Replacing:
+class Replacing(Around):
     """The store, where a file is written anew as soon as it has been opened, once."""
 
     def __init__(self, store: Any, replace: Callable[[], None]) -> None:
-        self._store, self._replace = store, replace
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._store, name)
+        super().__init__(store)
+        self._replace = replace
 
     def open_input_stream(self, path: str) -> Any:
         stream = self._store.open_input_stream(path)
@@ -225,14 +231,12 @@ def test_a_file_that_is_written_anew_while_it_is_fetched_arrives_as_it_is_then_a
     assert (other.local / "a").read_text() == "newer, and longer"
 
 
-class BrokenBut:
+class BrokenBut(Around):
     """The store, of which one file arrives and then no other."""
 
     def __init__(self, store: Any, arrives: Path) -> None:
-        self._store, self._arrives = store, arrives
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._store, name)
+        super().__init__(store)
+        self._arrives = arrives
 
     def open_input_stream(self, path: str) -> Any:
         if path.endswith(f"/{self._arrives.name}"):
