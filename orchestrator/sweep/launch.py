@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import ray
 from ray import tune
+from ray.tune.progress_reporter import TrialProgressCallback
 from ray.util.placement_group import NODE_ID_LABEL_KEY
 
 from orchestrator.errors import StorageError
@@ -16,7 +17,7 @@ from orchestrator.results.records import TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder, is_storage_failure
 from orchestrator.sweep.generations import Generations, last_step
 from orchestrator.sweep.preparation import Prepared
-from orchestrator.sweep.recorder import ForgetResults, Recorder
+from orchestrator.sweep.recorder import Recorder
 from orchestrator.sweep.scheduler import RuleScheduler
 from orchestrator.sweep.stopper import Stopper
 from orchestrator.sweep.suggestions import NewRecord, Suggestions
@@ -78,7 +79,7 @@ def launch(
             trial_name_creator=_name,
             trial_dirname_creator=_name,
         ),
-        run_config=_run_config(folder, [*callbacks, ForgetResults()], stopper),
+        run_config=_run_config(folder, [*callbacks, _NoProgress()], stopper),
     )
     try:
         tuner.fit()
@@ -90,6 +91,16 @@ def launch(
             recorder.storage_error = StorageError(f"cannot write to {folder.root} ({error})")
     with contextlib.suppress(ray.exceptions.RayActorError):
         ray.get(prepared.groups.close_all.remote(HURRIED_CLOSE_LIMIT_S if stopper.interrupted else CLOSE_LIMIT_S))
+
+
+class _NoProgress(TrialProgressCallback):
+    """Stands in for Tune's own, which keeps each trial for the lines that it would print: progress is ours to show."""
+
+    def log_result(self, trial: Any, result: dict[str, Any], error: bool = False) -> None:
+        pass
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        pass
 
 
 def _slot() -> tune.PlacementGroupFactory:

@@ -26,8 +26,6 @@ from orchestrator.training.task import TrialProgress
 
 log = logging.getLogger(__name__)
 LITTLE_SPACE_BYTES = 2**30
-KEPT_BY_TUNE = frozenset(("done", "trial_id", "node_ip", "pid"))
-"""Without `done` it would tell of each trial on stdout, as of one that it had not heard of the end of."""
 STORAGE_LIMIT_S = 120.0
 """So long a disk that is full or away is waited for."""
 
@@ -263,35 +261,6 @@ class Recorder(tune.Callback):
             total_s = record.timing.total_s + time.time() - launched_at
             update["timing"] = record.timing.model_copy(update={"total_s": total_s})
         return record.model_copy(update=update)
-
-
-class ForgetResults(tune.Callback):
-    """The last callback: takes from Tune what nobody reads any more.
-
-    Tune keeps every trial while the sweep lasts, with its last result, statistics of each number in it, three copies of
-    its settings, one of what a slot asks for and an answer of its actor (ray 2.60.0).
-    """
-
-    def __init__(self) -> None:
-        self._slot: Any = None
-
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
-        """Recorded, and heard by the scheduler, by now."""
-        for name in result.keys() - KEPT_BY_TUNE:
-            del result[name]
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Its slot is not told of it again."""
-        trial.config = {"trial_id": trial.config["trial_id"]}
-        trial.evaluated_params = trial._Trial__unresolved_config = {}
-        self._slot = self._slot or trial.placement_group_factory
-        trial.placement_group_factory = self._slot
-        trial.experiment_tag = ""
-        trial.metric_analysis.clear()
-        trial.metric_n_steps.clear()
-        trial._default_result_or_future = None
 
 
 def share_names(model: BaseModel) -> None:

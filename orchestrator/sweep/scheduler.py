@@ -40,6 +40,10 @@ class RuleScheduler(FIFOScheduler):
         self.reasons[task.trial_id] = reason
         return str(TrialScheduler.STOP)
 
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """A good moment to forget those that ended before."""
+        forget_ended(tune_controller)
+
     def hear_again(self, folder: SweepFolder, records: Iterable[TrialResult]) -> None:
         """Rebuild the rules' state out of the curves that earlier runs have left."""
         curves = [
@@ -87,6 +91,19 @@ class RuleScheduler(FIFOScheduler):
         # exact, which a product that is divided again is not.
         end = at if point.step >= config.max_steps else at * config.max_steps / point.step
         return Heard(trial_id, configuration_id, at, self._goal.of(point), end)
+
+
+def forget_ended(tune_controller: Any) -> None:
+    """Take from Tune the trials that have ended and left their slot: nobody asks it for them, our records tell all.
+
+    It would keep each with its settings, and look through all of them in every round of its loop (ray 2.60.0,
+    tune_controller.py), for as long as the sweep lasts.
+    """
+    trials: list[Any] = tune_controller.get_trials()
+    ended = {trial for trial in trials if trial.is_finished() and trial not in tune_controller._trial_to_actor}
+    trials[:] = [trial for trial in trials if trial not in ended]
+    for kept in (tune_controller._stopped_trials, tune_controller._failed_trials, tune_controller._trials_to_cache):
+        kept -= ended
 
 
 def rules_of(sweep: SweepConfig) -> Iterator[tuple[str, StopRule, GraceUnit]]:

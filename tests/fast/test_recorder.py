@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import pickle
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,43 +14,9 @@ from orchestrator.results.records import Timing, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder, write_atomically
 from orchestrator.sweep import recorder as recorders
 from orchestrator.sweep.folder_lock import Tenure
-from orchestrator.sweep.recorder import ForgetResults, Recorder, share_names
+from orchestrator.sweep.recorder import Recorder, share_names
 from orchestrator.training.task import TrialProgress
 from tests.made_up_sweep import made_up_point, made_up_trial
-
-
-def test_tune_keeps_of_a_trials_results_only_where_they_came_from() -> None:
-    trial = Trial("sweep", stub=True)
-    sizes = []
-    for iteration in range(1, 40):
-        result = {
-            "progress": ["a curve"] * 1000,
-            "trial_config": object(),
-            "done": iteration == 39,
-            "training_iteration": iteration,
-            "time_total_s": 1.0 * iteration,
-            "trial_id": "t-0",
-            "pid": 1,
-            "node_ip": "127.0.0.1",
-        }
-        ForgetResults().on_trial_result(iteration, [trial], trial, result)
-        trial.update_last_result(result)
-        sizes.append(len(pickle.dumps(trial.run_metadata)))
-    assert trial.last_result == {"done": True, "trial_id": "t-0", "pid": 1, "node_ip": "127.0.0.1"}
-    assert set(trial.run_metadata.metric_analysis) == {"done"}
-    assert max(sizes) < 2 * min(sizes)
-
-
-def test_tune_keeps_of_a_trial_that_has_ended_little_more_than_its_name() -> None:
-    forget, sizes = ForgetResults(), []
-    for number in range(3):
-        config = {"trial_id": f"t-{number}", "task": ["settings"] * 1000}
-        trial = Trial("sweep", stub=True, config=config, evaluated_params=dict(config))
-        trial.create_placement_group_factory()
-        forget.on_trial_complete(40, [trial], trial)
-        assert trial.config == {"trial_id": f"t-{number}"}
-        sizes.append(len(pickle.dumps(trial.__dict__)))
-    assert max(sizes) < 2000, sizes
 
 
 def test_alike_records_share_the_names_of_what_was_set_and_a_changed_copy_has_its_own() -> None:

@@ -11,6 +11,9 @@ import pytest
 
 pytest.importorskip("ray")
 
+from ray.tune.execution.tune_controller import TuneController
+from ray.tune.experiment import Trial
+
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.results.records import MetricPoint, TrialStatus
 from orchestrator.results.storage import SweepFolder
@@ -61,6 +64,22 @@ def test_a_trial_at_its_last_step_has_ended_whatever_its_grace_is_counted_in() -
         last = point(config.max_steps, 1.0).model_copy(update={"seconds": number / 7})
         heard = RuleScheduler(SWEEP)._heard("0", "0", config, last, "seconds")
         assert heard.at >= heard.end
+
+
+def test_tune_forgets_trials_that_have_ended_and_left_their_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TuneController, "__init__", lambda self: None)
+    tune = TuneController()  # type: ignore[no-untyped-call]
+    completed, failed, leaving, at_work = trials = [Trial("sweep", stub=True) for _ in range(4)]
+    for trial, status in zip(trials, ("TERMINATED", "ERROR", "TERMINATED", "RUNNING"), strict=True):
+        trial.set_status(status)
+    tune._trials = list(trials)
+    tune._stopped_trials, tune._failed_trials = {completed, leaving}, {failed}
+    tune._trials_to_cache = set(trials)
+    tune._trial_to_actor = {leaving: "a slot", at_work: "another"}
+    RuleScheduler(SWEEP).on_trial_complete(tune, at_work, {})
+    assert tune.get_trials() == [leaving, at_work]
+    assert tune._trials_to_cache == {leaving, at_work}
+    assert (tune._stopped_trials, tune._failed_trials) == ({leaving}, set())
 
 
 def test_what_is_no_evaluation_is_not_judged() -> None:

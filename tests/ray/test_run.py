@@ -149,6 +149,8 @@ def test_twenty_trials_on_two_cpus_end_though_one_crashes_and_leave_nothing_behi
     assert [t.status.value for t in trials] == ["completed"] * 19 + ["failed"]
     assert "signal 6" in str(trials[-1].reason)
     assert psutil.wait_procs(below, 10)[1] == []
+    (state,) = run.folder.tune.glob("experiment_state-*.json")
+    assert len(json.loads(state.read_text())["trial_data"]) < 5, "Tune keeps the trials that have ended"
     # What came after a slot's first trial had its worker, its imports and its group there already.
     startups = sorted(t.timing.startup_s for t in trials[:-1])
     assert startups[9] < startups[-1] / 3
