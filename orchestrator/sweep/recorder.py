@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -264,13 +265,15 @@ class Recorder(tune.Callback):
 
 
 def share_names(model: BaseModel) -> None:
-    """Let a record, and what is in it, keep the names of its fields that were set once with all that are alike.
+    """Let a record, and what is in it, keep one copy of its fields' names with all that are alike.
 
-    A set for each is three fifths of what a record takes, and a sweep keeps thousands (pydantic 2.14; copies of a model
-    get a set of their own, so that nobody changes a shared one).
+    A set of those that were set, for each, is three fifths of what a record takes, and what came by message has names
+    of its own (pydantic 2.14); a sweep keeps thousands. Copies of a model get a set of their own, so that nobody
+    changes a shared one.
     """
     names = frozenset(model.model_fields_set)
     object.__setattr__(model, "__pydantic_fields_set__", _NAMES.setdefault(names, set(names)))
+    object.__setattr__(model, "__dict__", {sys.intern(name): value for name, value in vars(model).items()})
     for value in vars(model).values():
         if isinstance(value, BaseModel):
             share_names(value)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,6 +71,17 @@ def test_the_time_that_a_slot_held_which_died_stays_in_the_budget(
     assert recorder.trial_seconds() == 150
     recorder.on_trial_result(3, [trial], trial, told | {"launched_at": now - 50, "status": "completed"})
     assert recorder.trial_seconds() == recorder.records[waiting.trial_id].timing.total_s == 150
+
+
+def test_what_came_by_message_shares_the_names_of_its_fields_with_the_rest() -> None:
+    record = made_up_trial({"rank": 4})
+    came = pickle.loads(pickle.dumps(record))
+    share_names(record)
+    share_names(came)
+    assert came == record
+    assert record.best is not None
+    for one, other in zip((record, record.config, record.best), (came, came.config, came.best), strict=True):
+        assert all(name is its for name, its in zip(vars(one), vars(other), strict=True))
 
 
 def test_a_trial_that_goes_on_has_waited_for_both_of_its_starts(tmp_path: Path) -> None:
