@@ -561,7 +561,7 @@ def test_the_patch_for_nvidias_runtime_renders_for_sweeps_and_for_the_cluster_th
     assert cluster(manifests)["workerGroupSpecs"][0]["template"]["spec"]["runtimeClassName"] == "nvidia"
 
 
-def test_a_queue_that_has_what_the_readme_says_has_room_for_the_sweep() -> None:
+def test_the_readme_says_what_room_the_sweep_and_each_of_its_workers_need() -> None:
     (job,) = of_kind(rendered(K8S / "overlays" / KUEUE), "RayJob")
     asked = {"cpu": 0.0, "memory": 0.0, "nvidia.com/gpu": 0.0}
     replicas = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"]
@@ -571,9 +571,14 @@ def test_a_queue_that_has_what_the_readme_says_has_room_for_the_sweep() -> None:
             asked["cpu"] += count * float(requests["cpu"].replace("m", "e-3"))
             asked["memory"] += count * policies.quantity_bytes(requests["memory"]) / 2**30
             asked["nvidia.com/gpu"] += count * int(requests.get("nvidia.com/gpu", 0))
-    said = re.search(r"ask for ([\d.]+) CPUs,\s([\d.]+) GiB and (\d+) GPUs", (K8S / "README.md").read_text())
+    readme = (K8S / "README.md").read_text()
+    said = re.search(r"ask for ([\d.]+) CPUs,\s([\d.]+) GiB and (\d+) GPUs", readme)
     assert said
     assert tuple(map(float, said.groups())) == tuple(asked.values())
+    requests = worker([job])["containers"][0]["resources"]["requests"]
+    said = re.search(r"A GPU worker asks for (\d+) CPUs and\s+(\d+) GiB", readme)
+    assert said
+    assert (said[1], f"{said[2]}Gi") == (requests["cpu"], requests["memory"])
 
 
 def test_the_patch_for_an_object_store_of_an_own_network_renders_and_breaks_no_rule(tmp_path: Path) -> None:
