@@ -64,6 +64,9 @@ CMD ["mlflow", "server", "--host=0.0.0.0", "--port=5000"]
 FROM base AS orchestrator
 # Not NVIDIA_VISIBLE_DEVICES: who gives the container a GPU says which, and with `all` a pod without one would see them all.
 ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility
+# NVIDIA's runtime puts the driver where it is looked for. GKE mounts it here, and leaves it to the image to look.
+ENV PATH=$PATH:/usr/local/nvidia/bin \
+    LD_LIBRARY_PATH=/usr/local/nvidia/lib64
 COPY --from=build-orchestrator /opt/venv /opt/venv
 COPY search_spaces /opt/search_spaces
 USER 1000:1000

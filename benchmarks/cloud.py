@@ -13,6 +13,8 @@ real; `absent_gpus.py` says what stands in their place. A trial takes `--steps` 
   that trials did. Filling the slots, which takes this machine longer than a trial, and the end, when fewer trials are
   left than slots, count against it.
 - full: the same while every slot had had a trial and trials were still waiting: what is lost between two trials.
+- hand-over: the seconds that a slot's GPUs stood idle between one trial and the next, the median and the longest. The
+  first start of its workers is not in it: that is in "all slots after".
 - placed: trials by the type of the node that they ran on, as Ray's placement groups tell.
 """
 
@@ -28,7 +30,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.sweeps import Ran, Work, describe, environ, machine, measure_and_tell, run_sweep, say, table
+from benchmarks.sweeps import (
+    Ran,
+    Work,
+    describe,
+    environ,
+    machine,
+    measure_and_tell,
+    median,
+    run_sweep,
+    say,
+    startups,
+    table,
+)
 
 TYPES = ("T4", "A100")
 NODES_LIMIT_S = 900.0
@@ -134,10 +148,13 @@ def run_both(cloud: Cloud, arguments: argparse.Namespace, folder: Path) -> dict[
 def told_of(ran: Ran, slots: int, types: Mapping[str, str]) -> dict[str, Any]:
     """One sweep's row."""
     works = ran.works()
+    _, between = startups(works, slots, ran.launched)
     return {
         "trials": len(works),
         "completed": sum(trial.status.value == "completed" for trial in ran.sweep.trials),
         "full_share": busy_share(works, slots, *full_span(works, slots)),
+        "hand_over_s": median(between),
+        "hand_over_max_s": max(between),
         "start_s": min(work.started for work in works) - ran.launched,
         "fill_s": full_span(works, slots)[0] - ran.launched,
         "command_s": ran.command_s,
@@ -173,8 +190,9 @@ def run_all(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def render(result: dict[str, Any]) -> str:
     """The table."""
-    header = ["sweep", "trials", "completed", "full", "first trial after, s", "all slots after, s", "command, s"]
-    names = ("trials", "completed", "full_share", "start_s", "fill_s", "command_s")
+    header = ["sweep", "trials", "completed", "full", "hand-over, s", "longest, s", "first trial after, s"]
+    header += ["all slots after, s", "command, s", "placed"]
+    names = ("trials", "completed", "full_share", "hand_over_s", "hand_over_max_s", "start_s", "fill_s", "command_s")
     rows = [
         [name, *(one[key] for key in names), ", ".join(f"{count} on {kind}" for kind, count in one["placed"].items())]
         for name, one in result["sweeps"].items()
@@ -184,7 +202,7 @@ def render(result: dict[str, Any]) -> str:
         f"{result['nodes_a_trial']} node(s) a trial; {describe(result['machine'])}"
     )
     busy = f"GPUs busy from the first trial to the last: {result['busy_share']:.1%}; a trial: {result['trial_s']:.1f} s"
-    return "\n".join([where, "", table([*header, "placed"], rows), "", busy])
+    return "\n".join([where, "", table(header, rows), "", busy])
 
 
 def main() -> None:

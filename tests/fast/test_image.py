@@ -104,6 +104,14 @@ def test_a_container_that_was_given_no_gpu_sees_none() -> None:
     assert not re.search(r"^(?!#).*NVIDIA_VISIBLE_DEVICES", RECIPE, re.MULTILINE)
 
 
+def test_a_driver_that_gke_mounts_is_found() -> None:
+    # Its device plugin takes no NVIDIA runtime (github.com/GoogleCloudPlatform/container-engine-accelerators,
+    # cmd/nvidia_gpu): without the folders torch finds no libcuda, and `doctor` no nvidia-smi.
+    image = RECIPE.split("\nFROM ")[-1]
+    assert re.search(r"\bPATH=\S*:/usr/local/nvidia/bin\b", image)
+    assert re.search(r"\bLD_LIBRARY_PATH=/usr/local/nvidia/lib64\b", image)
+
+
 def test_the_linter_has_nothing_to_say_of_the_recipe_and_much_of_a_bad_one(tmp_path: Path) -> None:
     hadolint = Path(sys.executable).parent / "hadolint"
     good = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True, timeout=30)

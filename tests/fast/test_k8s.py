@@ -100,6 +100,7 @@ REFUSED_BY_RULE: dict[str, tuple[Callable[[list[Manifest]], object], str]] = {
     "no limits": (lambda m: mlflow(m)["resources"].pop("limits"), "no limits.memory"),
     "no requests": (lambda m: head(m)["containers"][0]["resources"].pop("requests"), "no requests.cpu"),
     "no probes": (lambda m: mlflow(m).pop("livenessProbe"), "no probes"),
+    "impatient probe": (lambda m: mlflow(m)["readinessProbe"].pop("timeoutSeconds"), "fails its readinessProbe"),
     "Secret object": (a_secret, "Secret/mlflow: a Secret stands in the manifests"),
     "plain secret": (
         lambda m: mlflow(m)["env"].append({"name": "AWS_SECRET_ACCESS_KEY", "value": "abc"}),
@@ -255,6 +256,11 @@ REFUSED_IN: list[tuple[str, Callable[[list[Manifest]], object], str]] = [
     (PRODUCTION, lambda m: worker(m)["containers"][0].pop("lifecycle"), "does not leave a spot node"),
     (PRODUCTION, lambda m: head(m).update(tolerations=worker(m)["tolerations"]), "head: may run on spot nodes"),
     (PRODUCTION, lambda m: the(m, "Deployment/mlflow")["spec"].update(replicas=1), "may ever be moved"),
+    (
+        PRODUCTION,
+        lambda m: the(m, "Deployment/mlflow")["spec"]["template"]["spec"].pop("initContainers"),
+        "make the tables of an empty database",
+    ),
     (PRODUCTION, lambda m: head(m)["volumes"][0]["emptyDir"].pop("sizeLimit"), "volume tmp has no sizeLimit"),
     (
         KUEUE,
@@ -386,7 +392,8 @@ def test_a_head_that_goes_waits_for_its_driver_and_tells_one_that_nobody_has_tol
 
 def test_a_demo_needs_no_more_than_its_overlay_says() -> None:
     overlay = K8S / "overlays" / "cpu-demo"
-    requests = [c["resources"]["requests"] for pod in pods(rendered(overlay)) for c in pod.containers]
+    # What runs before a pod's containers asks for no more than they do.
+    requests = [c["resources"]["requests"] for pod in pods(rendered(overlay)) for c in pod.spec["containers"]]
     said = re.search(r"with (\d+) free cores and (\d+) GiB", (overlay / "kustomization.yaml").read_text())
     assert said
     cpus = sum(float(r["cpu"].replace("m", "e-3")) for r in requests)
@@ -466,8 +473,11 @@ def test_the_driver_finds_mlflow_where_its_service_is_under_a_name_that_the_serv
     service = the(manifests, f"Service/{host}")
     (pod,) = (pod for pod in pods(manifests) if service["spec"]["selector"].items() <= pod.labels.items())
     assert service["spec"]["ports"][0]["port"] == int(port)
-    assert pod.containers[0]["ports"][0] == {"name": service["spec"]["ports"][0]["targetPort"], "containerPort": 5000}
-    allowed = next(word for word in pod.containers[0]["command"] if word.startswith("--allowed-hosts="))
+    assert pod.spec["containers"][0]["ports"][0] == {
+        "name": service["spec"]["ports"][0]["targetPort"],
+        "containerPort": 5000,
+    }
+    allowed = next(word for word in pod.spec["containers"][0]["command"] if word.startswith("--allowed-hosts="))
     assert f"{host}:{port}" in allowed.partition("=")[2].split(",")
 
 
@@ -534,6 +544,41 @@ def test_the_patch_for_a_registry_with_a_login_renders(tmp_path: Path) -> None:
     accounts = of_kind(render(mine), "ServiceAccount")
     assert len(accounts) >= 5
     assert all(account["imagePullSecrets"] == [{"name": "registry"}] for account in accounts)
+
+
+def test_the_patch_for_nvidias_runtime_renders_for_sweeps_and_for_the_cluster_that_stays(tmp_path: Path) -> None:
+    (patch,) = re.findall(r"`({target: {kind: RayJob, name: sweep}.*?})`", (K8S / "README.md").read_text())
+    likewise = patch.replace("RayJob, name: sweep", "RayCluster, name: ray").replace("/spec/rayClusterSpec", "/spec")
+    shutil.copytree(K8S, tmp_path / "k8s")
+    mine = tmp_path / "k8s" / "overlays" / "mine"
+    mine.mkdir()
+    (mine / "kustomization.yaml").write_text(
+        f"resources: [../gpu-autoscaling]\npatches:\n  - {patch}\n  - {likewise}\n"
+    )
+    manifests = render(mine)
+    assert schemas.problems(manifests) + policies.problems(manifests) == []
+    assert worker(manifests)["runtimeClassName"] == "nvidia"
+    assert cluster(manifests)["workerGroupSpecs"][0]["template"]["spec"]["runtimeClassName"] == "nvidia"
+
+
+def test_the_readme_says_what_room_the_sweep_and_each_of_its_workers_need() -> None:
+    (job,) = of_kind(rendered(K8S / "overlays" / KUEUE), "RayJob")
+    asked = {"cpu": 0.0, "memory": 0.0, "nvidia.com/gpu": 0.0}
+    replicas = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"]
+    for pod in pods([job]):
+        for container in pod.containers:
+            requests, count = container["resources"]["requests"], replicas if pod.owner.endswith("workers") else 1
+            asked["cpu"] += count * float(requests["cpu"].replace("m", "e-3"))
+            asked["memory"] += count * policies.quantity_bytes(requests["memory"]) / 2**30
+            asked["nvidia.com/gpu"] += count * int(requests.get("nvidia.com/gpu", 0))
+    readme = (K8S / "README.md").read_text()
+    said = re.search(r"ask for ([\d.]+) CPUs,\s([\d.]+) GiB and (\d+) GPUs", readme)
+    assert said
+    assert tuple(map(float, said.groups())) == tuple(asked.values())
+    requests = worker([job])["containers"][0]["resources"]["requests"]
+    said = re.search(r"A GPU worker asks for (\d+) CPUs and\s+(\d+) GiB", readme)
+    assert said
+    assert (said[1], f"{said[2]}Gi") == (requests["cpu"], requests["memory"])
 
 
 def test_the_patch_for_an_object_store_of_an_own_network_renders_and_breaks_no_rule(tmp_path: Path) -> None:

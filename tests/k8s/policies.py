@@ -22,6 +22,8 @@ POD_IDENTITY = "169.254.170.23/32"
 KUBERNETES_GRACE_S = 30
 STAYS = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "karpenter.sh/do-not-disrupt": "true"}
 SUBMITTER_RETRIES = 100
+PROBES = {"startupProbe", "readinessProbe", "livenessProbe"}
+ANSWER_S = 5
 SPOT_NOTICE_S = 25
 """What Google's cloud gives a pod of the 30 s that it has; the others give more."""
 
@@ -102,10 +104,14 @@ def bounded(pod: PodTemplate) -> Iterator[str]:
 
 
 def probed(pod: PodTemplate) -> Iterator[str]:
-    """What serves is asked whether it lives."""
+    """What serves is asked whether it lives, and given more time to answer than Kubernetes' second."""
     for container in pod.spec.get("containers", []):
         if container.get("ports") and not {"readinessProbe", "livenessProbe"} <= container.keys():
             yield f"container {container['name']} has no probes"
+        for name in PROBES & container.keys():
+            # A port answers from the kernel, however busy its process is.
+            if "tcpSocket" not in container[name] and container[name].get("timeoutSeconds", 1) < ANSWER_S:
+                yield f"container {container['name']} fails its {name} where it is busy for a second"
 
 
 def no_secret_is_written_down(manifests: list[Manifest]) -> Iterator[str]:
@@ -279,6 +285,15 @@ def a_drain_of_what_serves_ends(manifests: list[Manifest]) -> Iterator[str]:
                 yield f"{name_of(budget)}: no pod of {name_of(served)} may ever be moved"
 
 
+def servers_of_one_database_make_it_in_turn(manifests: list[Manifest]) -> Iterator[str]:
+    """Two that find it empty would make the same tables at once, and one of them would end."""
+    for deployment in of_kind(manifests, "Deployment"):
+        if deployment["spec"].get("replicas", 1) > 1:
+            before = [c["name"] for c in deployment["spec"]["template"]["spec"].get("initContainers", [])]
+            if "prepare-database" not in before:
+                yield f"{name_of(deployment)}: its servers would all make the tables of an empty database"
+
+
 def _autoscaler_problems(name: str, options: dict[str, Any]) -> Iterator[str]:
     container = {"name": "autoscaler", "image": "as-the-head:1", **options}
     pod = PodTemplate(
@@ -330,5 +345,6 @@ RULES: tuple[Callable[[list[Manifest]], Iterator[str]], ...] = (
     spot_nodes_are_left_in_time,
     kueue_may_take_it,
     a_drain_of_what_serves_ends,
+    servers_of_one_database_make_it_in_turn,
     *wiring.RULES,
 )
