@@ -36,15 +36,15 @@ CONTEXT_BYTES = 450 * 2**20
 """CUDA context and libraries, as the driver reports them over torch's own figure (cuBLAS and cuDNN loaded)."""
 WORKSPACE_BYTES = 64 * 2**20
 """cuBLAS workspaces and what else is allocated once."""
-FRAGMENTATION = 0.20
+FRAGMENTATION = 0.19
 """What torch's caching allocator reserves beyond what it gave out at its peak, as a share of what comes and goes, for
-weights lie without gaps: four of five of benchmarks/memory_accuracy.py's runs on one GPU took no more. Equal settings
+weights lie without gaps: three of four of benchmarks/memory_accuracy.py's runs on one GPU took no more. Equal settings
 in other lengths measured 0.07 and 0.21, so that no formula of the settings comes nearer than 4 % of the reserved
 bytes."""
-FRAGMENTATION_SHARDED = 0.41
-"""The same where weights are gathered and freed layer by layer: of the sharded runs."""
-FRAGMENTATION_OFFLOADED = 0.45
-"""The same where they come from the host besides: on a stream of their own, which reuses no block of another."""
+FRAGMENTATION_SHARDED = 0.445
+"""The same where weights come and go layer by layer, gathered from other workers or from the host: of those runs. They
+come on a stream of their own (deepspeed 0.19.8, partitioned_param_coordinator.py, `__allgather_stream`), and the
+allocator gives no stream another's blocks (torch 2.13, CUDACachingAllocator.cpp)."""
 GAPS = 0.05
 """What of it cannot be given back when memory runs short, as a share of what comes and goes: torch then frees all
 blocks that it only keeps (2.13, CUDACachingAllocator.cpp, `release_cached_blocks`), and gaps beside those in use stay.
@@ -175,13 +175,14 @@ def estimate(
 
 
 def _reserved(config: TrialConfig, shape: ModelShape, workers: int, width: Widths, parts: MemoryParts) -> int:
+    share = FRAGMENTATION_SHARDED if config.zero_stage == 3 else FRAGMENTATION
+    reserved = parts.total + int(parts.comes_and_goes * share)
     if config.offload != "optimizer_and_parameters":
-        share = FRAGMENTATION_SHARDED if config.zero_stage == 3 else FRAGMENTATION
-        return parts.total + int(parts.comes_and_goes * share)
+        return reserved
     # Blocks of the copies' stream hold weights, and no more of them than would else be there all the time.
     kept = config.model_copy(update={"offload": "optimizer"})
     bound = _reserved(kept, shape, workers, width, memory_parts(kept, shape, workers, width))
-    return min(parts.total + int(parts.comes_and_goes * FRAGMENTATION_OFFLOADED), bound)
+    return min(reserved, bound)
 
 
 def estimate_on(config: TrialConfig, shape: ModelShape, workers: int, hardware: Hardware) -> MemoryEstimate:
