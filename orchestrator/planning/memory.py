@@ -208,7 +208,10 @@ def _bytes_of(config: TrialConfig, device: Literal["cuda", "cpu"], has_bf16: boo
         # attention, adapters and head in half. DeepSpeed casts the whole module back (deepspeed 0.19.8, engine.py,
         # _configure_distributed_model).
         linear = NF4_BYTES if precision is Precision.NF4 else INT8_BYTES
-        return Widths(linear, adapter, adapter, adapter, half, half, adapter, half, half, on_gpu, repeats_keys)
+        # Training on a CPU int8 takes a plain product of the whole weight, which autocast makes one in half
+        # (bitsandbytes 0.50, autograd/_functions.py, MatMul8bitFp).
+        product = half if precision is Precision.INT8 and not on_gpu else adapter
+        return Widths(linear, adapter, adapter, product, half, half, adapter, half, half, on_gpu, repeats_keys)
     adapter = 2 if config.trains_all_weights else adapter
     return Widths(2, 2, 2, 2, 2, 0, adapter, 2, 2, on_gpu, repeats_keys)
 
@@ -253,8 +256,9 @@ def _phases(config: TrialConfig, shape: ModelShape, workers: int, width: Widths)
     """The peaks of training and, where it counts, of loading."""
     training = _training(config, shape, workers, width)
     if not width.on_gpu:
-        # What `WORKSPACE_BYTES` stands for comes with the first step.
-        return training, MemoryParts(_loading_on_a_cpu(config, shape, workers, width), 0, 0, 0, 0, 0, 0, 0)
+        # What `WORKSPACE_BYTES` stands for comes with the first step; under ZeRO-3 with the first weight shared.
+        once = WORKSPACE_BYTES if config.zero_stage == 3 else 0
+        return training, MemoryParts(_loading_on_a_cpu(config, shape, workers, width), 0, 0, 0, 0, 0, 0, once)
     if not config.precision.is_quantized or config.zero_stage == 3:
         return (training,)
     return training, MemoryParts(_loading(shape, width), 0, 0, 0, 0, 0, 0, WORKSPACE_BYTES)

@@ -138,6 +138,13 @@ def test_on_a_cpu_embeddings_are_cast_up_from_the_files_pages_and_not_from_a_cop
     assert quantised == THREE_B.quantisable_parameters
 
 
+def test_under_autocast_int8_products_are_in_half_on_a_cpu_and_in_fp32_on_a_gpu() -> None:
+    config = TrialConfig(precision="int8", engine="ddp", micro_batch_size=1, global_batch_size=1, sequence_length=4096)
+    gpu, cpu = (estimate(config, SEVEN_B, 1, device, has_bf16=True).parts.activations for device in ("cuda", "cpu"))
+    # What gate and up returned, what the activation did, and what down was given.
+    assert gpu - cpu == pytest.approx(SEVEN_B.layers * 4096 * 2 * 4 * SEVEN_B.intermediate, rel=0.05)
+
+
 def test_offload_is_measured_against_the_memory_of_the_host() -> None:
     seventy = shape_of(
         LLAMA_2_7B
