@@ -28,8 +28,8 @@ from orchestrator.planning.estimate import estimate_lines
 from orchestrator.planning.model_shape import shape_of
 
 GIB = 2**30
-ENOUGH = 8
-"""Of ten runs, those that reserve no more than the fitted share: told too low costs a run, told too high some room."""
+ENOUGH = 3
+"""Of four runs, those that reserve no more than the fitted share: told too low costs a run, told too high some room."""
 UNSEEN = 0.20
 """How much the interval is wider, each way, than the fitted points' 5 % and 95 % quantiles."""
 LORA_DROPOUT = {"litgpt_resource_tables": 0.05, "fsdp_qlora": 0.1}
@@ -44,7 +44,6 @@ class Constants:
 
     fragmentation: float = memory.FRAGMENTATION
     fragmentation_sharded: float = memory.FRAGMENTATION_SHARDED
-    fragmentation_offloaded: float = memory.FRAGMENTATION_OFFLOADED
     low: float = memory.REST_LOW
     """The interval's ends, over what is predicted beside the weights."""
     high: float = memory.REST_HIGH
@@ -93,8 +92,6 @@ class Point:
     @property
     def fragmentation_constant(self) -> str:
         """The name of what holds of its reserved bytes."""
-        if self.row["offload"] == "param":
-            return "fragmentation_offloaded"
         return "fragmentation_sharded" if self.row["zero_stage"] == "fsdp" else "fragmentation"
 
     @property
@@ -226,13 +223,13 @@ def zero3_model_states(parameters: int, largest_layer: int, gpus: int) -> int:
 
 
 def fitted(points: Sequence[Point]) -> Constants:
-    """Fragmentation as what `ENOUGH` of ten runs have no more of, then the interval's ends."""
+    """Fragmentation as what `ENOUGH` of four runs have no more of, where there are any, and the interval's ends."""
     beyond: dict[str, list[float]] = defaultdict(list)
     for p in points:
         if p.row["metric"] == "max_reserved":
             beyond[p.fragmentation_constant].append(p.reserved_beyond)
-    tenths = {name: statistics.quantiles(shares, n=10, method="inclusive") for name, shares in beyond.items()}
-    known = replace(Constants(), **{name: cuts[ENOUGH - 1] for name, cuts in tenths.items()})
+    quarters = {name: statistics.quantiles(shares, n=4, method="inclusive") for name, shares in beyond.items()}
+    known = replace(Constants(), **{name: cuts[ENOUGH - 1] for name, cuts in quarters.items()})
     over = sorted(p.rest_over_predicted(known) for p in points if p.row["metric"] == "max_allocated")
     outside = int(0.05 * (len(over) - 1))
     return replace(known, low=over[outside] - UNSEEN, high=over[-1 - outside] + UNSEEN)

@@ -99,7 +99,11 @@ def linear_input_bytes(config: TrialConfig, shape: ModelShape, width: Widths) ->
     """
     if not config.trains_all_weights and config.precision is not Precision.INT8:
         return 0.0
-    return float(width.product * sum(_shared_inputs(((m, _uses(m, shape)) for m in shape.matrices), shape)))
+    # A norm's result is as wide as the stream, and int8 keeps it so; autocast casts it for a trained product.
+    of_norm = width.stream if config.precision is Precision.INT8 else width.product
+    tokens = [(matrix, _uses(matrix, shape)) for matrix in shape.matrices]
+    of_norms, others = ([t for t in tokens if (t[0].columns == shape.hidden) is reads] for reads in (True, False))
+    return float(of_norm * sum(_shared_inputs(of_norms, shape)) + width.product * sum(_shared_inputs(others, shape)))
 
 
 def _adapter_inputs(config: TrialConfig, shape: ModelShape, width: Widths) -> float:

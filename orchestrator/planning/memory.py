@@ -36,15 +36,15 @@ CONTEXT_BYTES = 450 * 2**20
 """CUDA context and libraries, as the driver reports them over torch's own figure (cuBLAS and cuDNN loaded)."""
 WORKSPACE_BYTES = 64 * 2**20
 """cuBLAS workspaces and what else is allocated once."""
-FRAGMENTATION = 0.20
+FRAGMENTATION = 0.19
 """What torch's caching allocator reserves beyond what it gave out at its peak, as a share of what comes and goes, for
-weights lie without gaps: four of five of benchmarks/memory_accuracy.py's runs on one GPU took no more. Equal settings
+weights lie without gaps: three of four of benchmarks/memory_accuracy.py's runs on one GPU took no more. Equal settings
 in other lengths measured 0.07 and 0.21, so that no formula of the settings comes nearer than 4 % of the reserved
 bytes."""
-FRAGMENTATION_SHARDED = 0.41
-"""The same where weights are gathered and freed layer by layer: of the sharded runs."""
-FRAGMENTATION_OFFLOADED = 0.45
-"""The same where they come from the host besides: on a stream of their own, which reuses no block of another."""
+FRAGMENTATION_SHARDED = 0.445
+"""The same where weights come and go layer by layer, gathered from other workers or from the host: of those runs. They
+come on a stream of their own (deepspeed 0.19.8, partitioned_param_coordinator.py, `__allgather_stream`), and the
+allocator gives no stream another's blocks (torch 2.13, CUDACachingAllocator.cpp)."""
 GAPS = 0.05
 """What of it cannot be given back when memory runs short, as a share of what comes and goes: torch then frees all
 blocks that it only keeps (2.13, CUDACachingAllocator.cpp, `release_cached_blocks`), and gaps beside those in use stay.
@@ -175,13 +175,14 @@ def estimate(
 
 
 def _reserved(config: TrialConfig, shape: ModelShape, workers: int, width: Widths, parts: MemoryParts) -> int:
+    share = FRAGMENTATION_SHARDED if config.zero_stage == 3 else FRAGMENTATION
+    reserved = parts.total + int(parts.comes_and_goes * share)
     if config.offload != "optimizer_and_parameters":
-        share = FRAGMENTATION_SHARDED if config.zero_stage == 3 else FRAGMENTATION
-        return parts.total + int(parts.comes_and_goes * share)
+        return reserved
     # Blocks of the copies' stream hold weights, and no more of them than would else be there all the time.
     kept = config.model_copy(update={"offload": "optimizer"})
     bound = _reserved(kept, shape, workers, width, memory_parts(kept, shape, workers, width))
-    return min(parts.total + int(parts.comes_and_goes * FRAGMENTATION_OFFLOADED), bound)
+    return min(reserved, bound)
 
 
 def estimate_on(config: TrialConfig, shape: ModelShape, workers: int, hardware: Hardware) -> MemoryEstimate:
@@ -207,7 +208,10 @@ def _bytes_of(config: TrialConfig, device: Literal["cuda", "cpu"], has_bf16: boo
         # attention, adapters and head in half. DeepSpeed casts the whole module back (deepspeed 0.19.8, engine.py,
         # _configure_distributed_model).
         linear = NF4_BYTES if precision is Precision.NF4 else INT8_BYTES
-        return Widths(linear, adapter, adapter, adapter, half, half, adapter, half, half, on_gpu, repeats_keys)
+        # Training on a CPU int8 takes a plain product of the whole weight, which autocast makes one in half
+        # (bitsandbytes 0.50, autograd/_functions.py, MatMul8bitFp).
+        product = half if precision is Precision.INT8 and not on_gpu else adapter
+        return Widths(linear, adapter, adapter, product, half, half, adapter, half, half, on_gpu, repeats_keys)
     adapter = 2 if config.trains_all_weights else adapter
     return Widths(2, 2, 2, 2, 2, 0, adapter, 2, 2, on_gpu, repeats_keys)
 
@@ -251,10 +255,10 @@ def _largest(phases: Sequence[MemoryParts]) -> MemoryParts:
 def _phases(config: TrialConfig, shape: ModelShape, workers: int, width: Widths) -> tuple[MemoryParts, ...]:
     """The peaks of training and, where it counts, of loading."""
     training = _training(config, shape, workers, width)
-    if not width.on_gpu and (config.precision.is_quantized or config.zero_stage == 3):
-        return training, MemoryParts(
-            _loading_on_a_cpu(config, shape, workers, width), 0, 0, 0, 0, 0, 0, WORKSPACE_BYTES
-        )
+    if not width.on_gpu:
+        # What `WORKSPACE_BYTES` stands for comes with the first step; under ZeRO-3 with the first weight shared.
+        once = WORKSPACE_BYTES if config.zero_stage == 3 else 0
+        return training, MemoryParts(_loading_on_a_cpu(config, shape, workers, width), 0, 0, 0, 0, 0, 0, once)
     if not config.precision.is_quantized or config.zero_stage == 3:
         return (training,)
     return training, MemoryParts(_loading(shape, width), 0, 0, 0, 0, 0, 0, WORKSPACE_BYTES)
@@ -322,21 +326,27 @@ def _loading_on_a_cpu(config: TrialConfig, shape: ModelShape, workers: int, widt
     """Resident bytes while weights are read: beside what they become, the pages of the file, which is mapped.
 
     Under ZeRO-3 a worker holds the weights that it has read, and the model's gathered to take them, beside its shard.
-    With the 135M model this and the imports were 0.81 of what nf4 took, 0.93 of int8, 1.03 of ZeRO-3 on two workers.
+    With the 135M model this and the imports were 1.05 of what loading took for nf4, 1.03 for fp32.
     """
     pages = shape.parameters * FILE_BYTES
     if config.precision.is_quantized:
-        return pages + _loading(shape, width)
-    return pages + int(shape.parameters * width.rest * (2 + 1 / workers))
+        return pages + int(_quantised_bytes(shape, width))
+    if config.zero_stage == 3:
+        return pages + int(shape.parameters * width.rest * (2 + 1 / workers))
+    # Weights of the file's own type stay the file's pages.
+    return pages + (shape.parameters * width.rest if width.rest > FILE_BYTES else 0)
 
 
 def _loading(shape: ModelShape, width: Widths) -> int:
-    """Quantised weights, the rest cast up to fp32, and the largest tensor that is being cast, twice."""
-    rest = shape.parameters - shape.quantisable_parameters
+    """Quantised weights, and the largest tensor that is being cast, twice."""
     # Gate and up of all of a layer's experts are one tensor.
     stacked = max((2 * m.parameters // m.count * shape.experts for m in shape.matrices if m.is_expert), default=0)
-    cast = max(shape.embedding_parameters, stacked) * width.dequantised
-    return int(shape.quantisable_parameters * width.linear + rest * 4 + cast)
+    return int(_quantised_bytes(shape, width) + max(shape.embedding_parameters, stacked) * width.dequantised)
+
+
+def _quantised_bytes(shape: ModelShape, width: Widths) -> float:
+    """Quantised weights, and the rest cast up to fp32."""
+    return shape.quantisable_parameters * width.linear + (shape.parameters - shape.quantisable_parameters) * 4
 
 
 def trainable_parameters(config: TrialConfig, shape: ModelShape) -> int:

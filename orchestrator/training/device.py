@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 import resource
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,7 @@ _ALLOCATION_FAILED = re.compile(
 )
 _ASKED = re.compile(r"tried to allocate ([\d.]+) ?(bytes|KiB|MiB|GiB)", re.I)
 _UNITS = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h, M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,26 @@ def _limit_resident(limit_bytes: int) -> None:
     growth_bytes = max(0, limit_bytes - _status_bytes("VmRSS"))
     soft_bytes = _status_bytes("VmData") + growth_bytes
     resource.setrlimit(resource.RLIMIT_DATA, (soft_bytes, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
+@contextlib.contextmanager
+def giving_back_what_is_freed() -> Iterator[None]:
+    """Blocks of 128 KiB and more go back to the system at once, rather than to glibc's heap, which keeps its holes.
+
+    That size is where glibc starts; it raises it to that of any block that is freed, up to 32 MiB, and what the heap
+    keeps at its end to twice as much (mallopt(3)). Work goes on with these ends, which do not ask the system for pages
+    again and again. Where the C library has no such call nothing is done.
+    """
+    tune = getattr(ctypes.CDLL(None), "mallopt", None)
+    if tune is None:
+        yield
+        return
+    tune(_MMAP_THRESHOLD, 128 * 2**10)
+    try:
+        yield
+    finally:
+        tune(_MMAP_THRESHOLD, 32 * 2**20)
+        tune(_TRIM_THRESHOLD, 64 * 2**20)
 
 
 def half_precision(device: torch.device) -> HalfPrecision:

@@ -120,6 +120,31 @@ def test_dora_with_dropout_keeps_every_dequantised_weight() -> None:
     assert dora - spared > 1.9 * LLAMA_3_8B.linear_parameters
 
 
+def weights_on_a_cpu(precision: str) -> int:
+    """Where so little is trained on that loading holds most."""
+    config = TrialConfig(precision=precision, micro_batch_size=1, global_batch_size=1, sequence_length=16)
+    return estimate(config, THREE_B, 1, "cpu", has_bf16=True).parts.weights
+
+
+def test_on_a_cpu_fp32_weights_lie_beside_the_pages_of_their_file_while_they_are_read() -> None:
+    assert weights_on_a_cpu("fp32") == THREE_B.parameters * (2 + 4)
+    # Those of the file's type are its pages.
+    assert weights_on_a_cpu("bf16") == THREE_B.parameters * 2
+
+
+def test_on_a_cpu_embeddings_are_cast_up_from_the_files_pages_and_not_from_a_copy() -> None:
+    rest = THREE_B.parameters - THREE_B.quantisable_parameters
+    quantised = weights_on_a_cpu("int8") - THREE_B.parameters * 2 - rest * 4
+    assert quantised == THREE_B.quantisable_parameters
+
+
+def test_under_autocast_int8_products_are_in_half_on_a_cpu_and_in_fp32_on_a_gpu() -> None:
+    config = TrialConfig(precision="int8", engine="ddp", micro_batch_size=1, global_batch_size=1, sequence_length=4096)
+    gpu, cpu = (estimate(config, SEVEN_B, 1, device, has_bf16=True).parts.activations for device in ("cuda", "cpu"))
+    # What gate and up returned, what the activation did, and what down was given.
+    assert gpu - cpu == pytest.approx(SEVEN_B.layers * 4096 * 2 * 4 * SEVEN_B.intermediate, rel=0.05)
+
+
 def test_offload_is_measured_against_the_memory_of_the_host() -> None:
     seventy = shape_of(
         LLAMA_2_7B

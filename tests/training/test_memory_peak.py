@@ -324,6 +324,14 @@ def test_checkpointing_really_keeps_what_an_int8_product_was_given() -> None:
     del out
 
 
+def test_an_int8_product_on_a_cpu_really_is_in_half_under_autocast() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    layer = bitsandbytes.nn.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False)
+    layer.load_state_dict({"weight": torch.randn(64, 64)})
+    with torch.autocast("cpu", dtype=HALF):
+        assert layer.to("cpu")(torch.randn(4, 64, requires_grad=True)).dtype == HALF
+
+
 def profiled_peak(work: Callable[[], None]) -> int:
     """Bytes that torch allocated at most beyond those before, as its own profiler tells: no mode is in the way of
     gradients that are added in place."""
