@@ -30,6 +30,8 @@ from orchestrator.results.records import MetricPoint, SweepResult, TrialResult, 
 _STORAGE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN)
 LARGEST_BYTES = 2**30
 """Of a file that is read whole; the records of 100,000 trials have less."""
+CURVES_END_BYTES = 2**14
+"""Some 40 points."""
 DEAD_AFTER_S = 20.0
 """An owner on another host that has not renewed its lease for so long is gone."""
 TABLE = "results.json"
@@ -146,6 +148,19 @@ class TrialFolder:
                 points.append(point)
             end += len(line) + 1
         return tuple(points), end
+
+    def last_point(self) -> MetricPoint | None:
+        """The newest of the curve; None where there is none. The curve's end alone is read: it may have 100,000."""
+        try:
+            with opened(self.metrics) as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - CURVES_END_BYTES))
+                *lines, _ = file.read().split(b"\n")
+        except OSError:
+            return None
+        for line in reversed(lines):
+            with contextlib.suppress(ValidationError):
+                return MetricPoint.model_validate_json(line)
+        return None
 
     def began_ms(self) -> int | None:
         """When the first point of the curve was made; None where there is none yet."""

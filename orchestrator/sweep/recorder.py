@@ -255,10 +255,10 @@ class Recorder(tune.Callback):
         launched_at = self._launched_at.get(record.trial_id)
         # Where it is not, what the trial told is more than is known here.
         is_here = launched_at is not None and self._fetch(record.trial_id)
-        points = self._folder.trial(record.trial_id).read_metrics()
+        last = self._folder.trial(record.trial_id).last_point()
         update: dict[str, Any] = {"status": status, "reason": reason}
-        if points and is_here:
-            update |= {"last": points[-1], "steps": points[-1].step, "tokens": points[-1].tokens}
+        if last and is_here:
+            update |= {"last": last, "steps": last.step, "tokens": last.tokens}
         if launched_at:
             total_s = record.timing.total_s + time.time() - launched_at
             update["timing"] = record.timing.model_copy(update={"total_s": total_s})

@@ -162,7 +162,8 @@ def _run_prepared(
     say(start_words(records.values(), folder, prepared.slots, sweep))
     if search.told_at_start:
         say(search.told_at_start)
-    with progress, signals_to(stopper, progress.say), system_metrics.logged(tracking_uri(sweep), tracker.parent_run_id):
+    sampled = system_metrics.logged(tracking_uri(sweep), tracker.parent_run_id)
+    with progress, signals_to(stopper, progress.stopping), sampled:
         launch(prepared, folder, recorder, search, scheduler, [recorder, progress], stopper, isolation)
     recorder.tenure.require()
     if stopper.interrupted:
