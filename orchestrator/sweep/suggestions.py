@@ -17,7 +17,7 @@ from orchestrator.planning import budget
 from orchestrator.planning.plan import PlannedTrial
 from orchestrator.results.records import MetricPoint, StartedFrom, Suggestion, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder, read_sweep
-from orchestrator.search.observation import Goal, Observation, observe
+from orchestrator.search.observation import Goal, Observation, evaluated, observe
 from orchestrator.search.payoff import expected_gain
 from orchestrator.search.suggest import FIRST, next_settings
 from orchestrator.search.warm_start import best_settings, learned
@@ -34,7 +34,7 @@ class Suggestions:
     def __init__(self, prepared: Prepared, folder: SweepFolder, recorder: Recorder, new_record: NewRecord) -> None:
         self._prepared, self._sweep = prepared, prepared.sweep
         self._folder, self._recorder, self._new_record = folder, recorder, new_record
-        self._ended_curves: dict[str, tuple[MetricPoint, ...]] = {}
+        self._ended_curves: dict[str, Sequence[MetricPoint]] = {}
         self._points = to_try_first(self._sweep) or FIRST
         self._of_another_space = frozenset(
             trial_id
@@ -120,10 +120,12 @@ class Suggestions:
         before = learned(others, sweep.domains, sweep.base, goals(sweep), self._curve, limits(sweep))
         return before + observe(own, goals(sweep), self._curve, limits(sweep))
 
-    def _curve(self, trial_id: str) -> tuple[MetricPoint, ...]:
-        """Read once where the trial has ended: a sweep may have thousands, and looks at each proposal."""
+    def _curve(self, trial_id: str) -> Sequence[MetricPoint]:
+        """Read once where the trial has ended, and its evaluations kept: a sweep may have thousands of trials with
+        thousands of steps, and looks at each proposal.
+        """
         if trial_id not in self._ended_curves:
-            points = self._folder.trial(trial_id).read_metrics()
+            points = evaluated(self._folder.trial(trial_id).read_metrics())
             if not self._recorder.records[trial_id].status.is_final:
                 return points
             self._ended_curves[trial_id] = points

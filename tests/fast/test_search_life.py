@@ -114,6 +114,18 @@ class Life:
         self.save(record.model_copy(update=ended))
 
 
+def test_a_search_keeps_of_each_curve_its_evaluations(tmp_path: Path) -> None:
+    """It looks at all that have ended before each proposal: all steps of thousands would take the driver's memory."""
+    life = Life(tmp_path, "tpe", "fifo", {})
+    life.live(1)
+    (record,) = life.records.values()
+    with life.folder.trial(record.trial_id).metrics.open("a") as metrics:
+        metrics.write(point(91, 1.0).model_copy(update={"eval_loss": None}).model_dump_json() + "\n")
+    life.live(1)
+    (kept,) = life.suggestions._ended_curves.values()
+    assert [one.step for one in kept] == list(range(10, 100, 10))
+
+
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("algorithm", ["grid", "random", "tpe", "gp", "cma_es"])
 def test_a_sweep_keeps_its_budget_learns_from_every_end_and_goes_on_as_without_an_interruption(
