@@ -86,7 +86,7 @@ class Progress(tune.Callback):
         never_began = record.status is TrialStatus.CANCELLED and record.trial_id not in self._launched
         if (changed and not never_began) or evaluated:
             self.say(self._line(record))
-        if changed and not self._warned and (told := self._beyond_budget()):
+        if changed and record.status in RAN and not self._warned and (told := self._beyond_budget()):
             self._warned = True
             self.say(told)
 
@@ -167,7 +167,7 @@ class Progress(tune.Callback):
 
     def _beyond_budget(self) -> str | None:
         """That the sweep will be ended before its last trials, once a trial has ended by which that is known."""
-        if self._budget_hours is None or not any(record.status in RAN for record in self._known()):
+        if self._budget_hours is None:
             return None
         needed = (time.monotonic() - self._started + (self._left_s() or 0.0)) / 3600
         if needed <= self._budget_hours:

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import StorageError
 from orchestrator.results.records import PeakMemory, Timing, TrialResult, TrialStatus
 from orchestrator.results.secrets import without_secret
-from orchestrator.results.storage import SweepFolder, write_result
+from orchestrator.results.storage import SweepFolder, at_once, write_result
 from orchestrator.sweep.failure_policy import STOP_LIMIT_S, pause_s
 from orchestrator.sweep.folder_lock import Tenure
 from orchestrator.training.task import TrialProgress
@@ -125,9 +125,8 @@ class Recorder(tune.Callback):
 
     def cancel_rest(self, reason: str) -> None:
         """What had not ended when the sweep did goes on when it is resumed."""
-        for record in list(self.records.values()):
-            if record.status in (TrialStatus.PENDING, TrialStatus.RUNNING):
-                self.save(self._ended(record, TrialStatus.CANCELLED, reason))
+        rest = [r for r in self.records.values() if r.status in (TrialStatus.PENDING, TrialStatus.RUNNING)]
+        self.save_all(self._ended(record, TrialStatus.CANCELLED, reason) for record in rest)
 
     @property
     def has_launched(self) -> bool:
@@ -143,10 +142,29 @@ class Recorder(tune.Callback):
 
     def save(self, record: TrialResult) -> None:
         """Keep a record, on disk first; of one that is not there nobody hears, since the next run does not know it."""
-        hidden = {"reason": record.reason and without_secret(record.reason), "notes": _each(record.notes)}
-        record = record.model_copy(update=hidden)
+        record = _without_secrets(record)
+        self._note(record, not self.tenure.is_lost and self._write(record))
+
+    def save_all(self, records: Iterable[TrialResult]) -> None:
+        """Keep many, whose writes wait for the disk side by side: whoever interrupts a sweep has little time."""
+        hidden = [_without_secrets(record) for record in records]
+        written = at_once(self._is_written, hidden)
+        for record, is_written in zip(hidden, written, strict=True):
+            # What failed is written as one alone is, which waits for a disk that is full or away.
+            self._note(record, not self.tenure.is_lost and (is_written or self._write(record)))
+
+    def _is_written(self, record: TrialResult) -> bool:
+        if self.tenure.is_lost:
+            return False
+        try:
+            self._require_folder()
+            write_result(self._folder, record)
+        except StorageError:
+            return False
+        return True
+
+    def _note(self, record: TrialResult, is_kept: bool) -> None:
         share_names(record)
-        is_kept = not self.tenure.is_lost and self._write(record)
         self.records[record.trial_id] = record
         if is_kept:
             self._watch_disk()
@@ -310,8 +328,9 @@ def share_names(model: BaseModel) -> None:
 _NAMES: dict[frozenset[str], set[str]] = {}
 
 
-def _each(notes: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(without_secret(note) for note in notes)
+def _without_secrets(record: TrialResult) -> TrialResult:
+    notes = tuple(without_secret(note) for note in record.notes)
+    return record.model_copy(update={"reason": record.reason and without_secret(record.reason), "notes": notes})
 
 
 def _last_words(trial: Any) -> str:

@@ -230,8 +230,7 @@ def _finish(
     result = result.model_copy(update={"trials": tuple(recorder.records.values()), **ended})
     if not result.interrupted:
         is_evaluated = evaluation.evaluate(sweep, result, prepared.shape, folder, carrier.wrote, say)
-        for record in evaluation.scored(result, folder):
-            recorder.save(record)
+        recorder.save_all(evaluation.scored(result, folder))
         trials = tuple(recorder.records.values())
         result = result.model_copy(update={"trials": trials, "interrupted": not is_evaluated})
         recorder.tenure.require()
@@ -243,5 +242,5 @@ def _finish(
     # And MLflow hears of an end when the store has it.
     carrier.finish()
     limit_s, wait = (INTERRUPTED_TRACKING_LIMIT_S, None) if result.interrupted else (TRACKING_LIMIT_S, say)
-    result, tracked = deliver(sweep, result, tracker, folder, limit_s, wait, recorder.save, say)
+    result, tracked = deliver(sweep, result, tracker, folder, limit_s, wait, recorder.save_all, say)
     return Outcome(result, made, tracked, tracking_uri(sweep))
