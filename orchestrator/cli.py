@@ -173,17 +173,19 @@ def plan(
         from orchestrator.planning.pace import READ_SWEEPS, Pace
         from orchestrator.planning.plan import plan_sweep
         from orchestrator.planning.plan_table import render
-        from orchestrator.results.remote import local_storage
+        from orchestrator.results.remote import local_storage, sweep_folder
         from orchestrator.results.storage import newest_sweeps
+        from orchestrator.sweep.resume import words_for_a_plan
         from orchestrator.training import inputs
 
-        config = load(sweep, overrides or ())
-        hardware = hardware_for(config.resources.accelerator if gpu is None else gpu, gpus, gpu_memory)
-        config = config.on_hardware(has_gpus=hardware.device == "cuda")
+        asked = load(sweep, overrides or ())
+        hardware = hardware_for(asked.resources.accelerator if gpu is None else gpu, gpus, gpu_memory)
+        config = asked.on_hardware(has_gpus=hardware.device == "cuda")
         pace = Pace.of(newest_sweeps(local_storage(config.storage), READ_SWEEPS), config.model, hardware)
         planned = plan_sweep(config, inputs.find_model(config).shape, hardware, pace)
-        missing = map(without_secret, inputs.missing_here(config))
-        planned = planned.model_copy(update={"warnings": (*planned.warnings, *missing)})
+        before = words_for_a_plan(sweep_folder(asked.storage, asked.name), asked, planned)
+        told = map(without_secret, (*before, *inputs.missing_here(config)))
+        planned = planned.model_copy(update={"warnings": (*planned.warnings, *told)})
         _show(planned.model_dump_json(indent=1) if json else render(planned))
 
 

@@ -60,7 +60,8 @@ def refusal(config: TrialConfig, predicted_bytes: int, available_bytes: int, see
     Two kinds of evidence: a trial of its kind with an estimate no larger ran out; or every trial of its kind took so
     much more than its estimate that this one would not fit by any of them, neither by ratio nor by difference.
     """
-    alike = [observation for observation in seen if observation.kind == kind_of(config)]
+    kind = kind_of(config)
+    alike = [observation for observation in seen if observation.kind == kind]
     full = [o for o in alike if o.measured_bytes is None and o.predicted_bytes <= predicted_bytes]
     if full:
         least = min(full, key=lambda observation: observation.predicted_bytes)
@@ -70,16 +71,17 @@ def refusal(config: TrialConfig, predicted_bytes: int, available_bytes: int, see
             "sequence_length, or set gradient_checkpointing: true"
         )
     measured = [(o.predicted_bytes, o.measured_bytes) for o in alike if o.measured_bytes is not None]
-    if len(measured) < ENOUGH:
+
+    def needed_bytes(estimated: int, took: int) -> float:
+        return min(predicted_bytes * took / estimated, predicted_bytes + took - estimated)
+
+    # In a sweep of thousands the first of them says so: this is asked before each launch.
+    if len(measured) < ENOUGH or any(needed_bytes(*one) <= available_bytes for one in measured):
         return None
-    needed_bytes = min(
-        min(predicted_bytes * took / estimated, predicted_bytes + took - estimated) for estimated, took in measured
-    )
-    if needed_bytes <= available_bytes:
-        return None
+    least_bytes = min(needed_bytes(*one) for one in measured)
     ratios = sorted(took / estimated for estimated, took in measured)
     return (
         f"{len(measured)} trials of its kind took {ratios[0]:.2f} to {ratios[-1]:.2f} times their estimate here, by "
-        f"which this one needs at least {needed_bytes / GIB:.2f} GiB a worker and {available_bytes / GIB:.2f} GiB are "
+        f"which this one needs at least {least_bytes / GIB:.2f} GiB a worker and {available_bytes / GIB:.2f} GiB are "
         "there: lower micro_batch_size or sequence_length, or set gradient_checkpointing: true"
     )

@@ -9,7 +9,7 @@ from orchestrator.planning.plan import SweepPlan
 from orchestrator.reporting import quantities
 from orchestrator.reporting.charts import Figure, Key
 from orchestrator.reporting.noise import ONE_RUN_SPEED
-from orchestrator.reporting.objectives import ParetoFront, value_of
+from orchestrator.reporting.objectives import ParetoFront, by_id, value_of
 from orchestrator.reporting.plot import Axis, Bar, Dot, Part, bar_plot, xy_plot
 from orchestrator.reporting.statistics import ConfigurationSummary, are_the_same
 from orchestrator.results.records import SweepResult, TrialStatus
@@ -159,7 +159,10 @@ def _cost(sweep: SweepResult, found: Sequence[ConfigurationSummary], metric: str
             f"{metric} against speed", Axis("tokens a second", quantities.rate), lambda s: s.tokens_per_s
         ),
     }
-    return known.get(other) or Cost(f"{metric} against {other}", Axis(other), lambda s: value_of(sweep, s, other))
+    trials = by_id(sweep)
+    return known.get(other) or Cost(
+        f"{metric} against {other}", Axis(other), lambda s: value_of(sweep, s, other, trials)
+    )
 
 
 def _pareto_chart(

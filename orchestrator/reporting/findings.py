@@ -14,7 +14,7 @@ from orchestrator.config.sweep_config import COSTS
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.planning.plan import SweepPlan
 from orchestrator.reporting import quantities
-from orchestrator.reporting.curves import Curve, Plateau, plateaus
+from orchestrator.reporting.curves import Curve, Plateau, evaluations, plateaus
 from orchestrator.reporting.effects import Effect, Levelling, main_effects
 from orchestrator.reporting.importance import importances
 from orchestrator.reporting.lineage import lineage_words
@@ -44,6 +44,7 @@ class Report:
     effects: tuple[Effect, ...]
     importances: Mapping[str, float]
     curves: Mapping[str, Curve]
+    """Of each trial the evaluations: all steps of thousands of trials would take the driver's memory."""
     plateaus: Mapping[str, Plateau]
     times: Times
     outlays: tuple[Outlay, ...]
@@ -91,7 +92,7 @@ def build(folder: SweepFolder, now_s: float | None = None) -> Report:
     plan, unread = _plan(folder)
     sweep_file = _sweep_file(folder)
     found = summaries(sweep)
-    curves = {trial.trial_id: folder.trial(trial.trial_id).read_metrics() for trial in sweep.trials if trial.steps}
+    curves = {t.trial_id: evaluations(folder.trial(t.trial_id).read_metrics()) for t in sweep.trials if t.steps}
     levels = plateaus(sweep, curves)
     effects = main_effects(sweep)
     times = times_of(sweep, time.time() if now_s is None else now_s)

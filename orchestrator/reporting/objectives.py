@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -11,7 +11,7 @@ from orchestrator.config.constraint import parse
 from orchestrator.reporting import quantities
 from orchestrator.reporting.statistics import ConfigurationSummary, Costs, front, pareto_front, sign_of
 from orchestrator.results.constraints import worst_excess
-from orchestrator.results.records import SweepResult, TrialStatus
+from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 
 REFERENCE = 1.1
 """Up to where an objective counts in the hypervolume: its best value is 0, the worst of all that competes 1. A tenth of
@@ -44,8 +44,18 @@ class ParetoFront:
         return f"{', '.join(others)} and {last}"
 
 
-def value_of(sweep: SweepResult, summary: ConfigurationSummary, metric: str) -> float | None:
-    """A configuration's measured value: mean over its completed repeats, of memory the largest."""
+def by_id(sweep: SweepResult) -> dict[str, TrialResult]:
+    """The trials, to be found by a summary's ids: there may be thousands of both."""
+    return {trial.trial_id: trial for trial in sweep.trials}
+
+
+def value_of(
+    sweep: SweepResult, summary: ConfigurationSummary, metric: str, trials: Mapping[str, TrialResult]
+) -> float | None:
+    """A configuration's measured value: mean over its completed repeats, of memory the largest.
+
+    trials: the sweep's, `by_id`.
+    """
     if metric == sweep.objective_metric:
         return summary.objective.mean if summary.objective else None
     measured = {
@@ -55,15 +65,18 @@ def value_of(sweep: SweepResult, summary: ConfigurationSummary, metric: str) -> 
     }
     if metric in measured:
         return measured[metric]
-    trials = [trial for trial in sweep.trials if trial.trial_id in summary.trial_ids]
-    completed = [trial for trial in trials if trial.status is TrialStatus.COMPLETED]
-    values = [value for trial in completed if (value := trial.measured(metric)) is not None]
+    values = [value for trial in _completed(summary, trials) if (value := trial.measured(metric)) is not None]
     return sum(values) / len(values) if values else None
+
+
+def _completed(summary: ConfigurationSummary, trials: Mapping[str, TrialResult]) -> list[TrialResult]:
+    return [t for trial_id in summary.trial_ids if (t := trials[trial_id]).status is TrialStatus.COMPLETED]
 
 
 def nearest_words(sweep: SweepResult, completed: Sequence[ConfigurationSummary]) -> str:
     """` rank=8 comes nearest, at 104 % of the bound in peak_memory_bytes <= 24GiB.`, the one it breaks worst."""
-    broken = [(*_worst(sweep, summary), summary.label) for summary in completed if summary.breaks]
+    trials = by_id(sweep)
+    broken = [(*_worst(summary, trials), summary.label) for summary in completed if summary.breaks]
     if not broken:
         return ""
     # Of those that come as near, the first has the best objective.
@@ -73,16 +86,16 @@ def nearest_words(sweep: SweepResult, completed: Sequence[ConfigurationSummary])
     return f" {label} comes nearest, at {told} % of the bound in {text}."
 
 
-def _worst(sweep: SweepResult, summary: ConfigurationSummary) -> tuple[float, str]:
-    repeats = [t for t in sweep.trials if t.trial_id in summary.trial_ids and t.status is TrialStatus.COMPLETED]
+def _worst(summary: ConfigurationSummary, trials: Mapping[str, TrialResult]) -> tuple[float, str]:
+    repeats = _completed(summary, trials)
     return max((worst_excess(parse(text), repeats) or 0.0, text) for text in summary.breaks)
 
 
 def costs_of(sweep: SweepResult, summaries: Sequence[ConfigurationSummary]) -> dict[str, Costs]:
     """The objectives of each completed configuration that keeps the constraints, lower is better."""
-    found = {}
+    found, trials = {}, by_id(sweep)
     for summary in summaries:
-        values = [value_of(sweep, summary, metric) for metric, _ in sweep.objectives]
+        values = [value_of(sweep, summary, metric, trials) for metric, _ in sweep.objectives]
         if summary.objective and not summary.breaks and None not in values:
             pairs = zip(_signs(sweep), values, strict=True)
             found[summary.configuration_id] = tuple(sign * value for sign, value in pairs if value is not None)

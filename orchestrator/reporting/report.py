@@ -135,10 +135,15 @@ def render_json(report: Report) -> str:
         "times": {**asdict(report.times), "training_share": report.times.training_share},
         "against_plan": [asdict(outlay) for outlay in report.outlays],
         "trials": trials,
-        "curves": {identity: [(p.step, p.loss, p.eval_loss) for p in c] for identity, c in report.curves.items()},
+        "curves": {trial_id: _every_step(report, trial_id) for trial_id in report.curves},
         "damaged": [{"file": str(record.file), "why": record.why} for record in report.damaged],
     }
     return json.dumps(plain(whole), indent=1, ensure_ascii=False, allow_nan=False)
+
+
+def _every_step(report: Report, trial_id: str) -> list[tuple[int, float | None, float | None]]:
+    points = SweepFolder(report.folder).trial(trial_id).read_metrics()
+    return [(point.step, point.loss, point.eval_loss) for point in points]
 
 
 def render_html(report: Report) -> str:

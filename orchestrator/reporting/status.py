@@ -56,8 +56,8 @@ def _named(sweep: SweepResult, trial: TrialResult) -> str:
 
 def _at(folder: SweepFolder, trial: TrialResult) -> str:
     """By its curve, which has every step: the record changes with evaluations."""
-    points = folder.trial(trial.trial_id).read_metrics()
-    step = points[-1].step if points else trial.steps
+    last = folder.trial(trial.trial_id).last_point()
+    step = last.step if last else trial.steps
     return f"step {step} of {trial.config.max_steps}" if step else "starting"
 
 

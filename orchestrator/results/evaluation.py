@@ -12,7 +12,8 @@ from orchestrator.results.storage import SweepFolder, TrialFolder, read_record, 
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
+    # A score may be no number, and must be read back as that.
+    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="strings", use_attribute_docstrings=True)
 
 
 class Sample(_Record):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import socket
 import time
 import uuid
@@ -16,6 +17,7 @@ from orchestrator.errors import FolderError, StorageError
 from orchestrator.results import remote
 from orchestrator.results.heartbeat import beating
 
+_LEASE = re.compile(r"\w+ \S+ [1-9][0-9]{0,8}")
 log = logging.getLogger(__name__)
 BEAT_S = 20.0
 LAPSE_S = 90.0
@@ -43,13 +45,13 @@ class Found:
 
 
 def look(uri: str) -> Found | None:
-    """The lease on a sweep's folder, or None.
+    """The lease on a sweep's folder, or None where there is none, or what lies there is no lease.
 
     Raises:
         StorageError: the store cannot be asked.
     """
     found = remote.read_text(_object(uri))
-    if found is None:
+    if found is None or not _LEASE.fullmatch(found[0]):
         return None
     # Clocks differ between machines: the store's own is asked by writing something.
     probe = f"{uri}/.clock-{uuid.uuid4().hex}"

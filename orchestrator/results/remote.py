@@ -359,7 +359,7 @@ def read_text(uri: str) -> tuple[str, float] | None:
         if info.type != fs.FileType.File:
             return None
         with _missing_is_fine():
-            return str(store(uri).open_input_stream(path).read(), "utf-8"), info.mtime_ns / 1e9
+            return str(store(uri).open_input_stream(path).read(), "utf-8", "replace"), info.mtime_ns / 1e9
     return None
 
 

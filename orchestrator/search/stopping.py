@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import itemgetter
 from statistics import fmean, median
 from typing import Protocol
 
@@ -118,16 +119,20 @@ class Median:
     def __init__(self, grace: float, min_trials: int, unit: str) -> None:
         self._grace, self._min_trials, self._unit = grace, min_trials, unit
         self._curves: dict[str, list[tuple[float, float]]] = {}
+        self._means: dict[str, list[float]] = {}
+        """Of each curve up to each of its evaluations: every evaluation is compared with all other trials."""
 
     def hear(self, heard: Heard) -> str | None:
         """Compare with all that came as far."""
         if heard.value is None:
             return no_number(heard, self._unit)
         curve = continued(self._curves, heard, heard.value)
+        before = self._means.get(heard.trial_id, [])[: len(curve) - 1]
+        self._means[heard.trial_id] = [*before, fmean(value for _, value in curve)]
         if heard.at < self._grace:
             return None
         others = [
-            fmean(value for at, value in other if at <= heard.at)
+            self._means[trial_id][bisect.bisect_right(other, heard.at, key=itemgetter(0)) - 1]
             for trial_id, other in self._curves.items()
             if trial_id != heard.trial_id and other[-1][0] >= heard.at and other[0][0] <= heard.at
         ]

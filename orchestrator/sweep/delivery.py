@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.sweep_file import load
@@ -12,7 +12,7 @@ from orchestrator.errors import OrchestratorError, TrackingUnreachableError
 from orchestrator.reporting.recommendation import trial_to_take
 from orchestrator.results.records import SweepResult, TrialResult
 from orchestrator.results.secrets import without_secret
-from orchestrator.results.storage import SweepFolder, read_sweep, write_result, write_sweep
+from orchestrator.results.storage import SweepFolder, read_sweep, write_results, write_sweep
 from orchestrator.sweep import evaluation, logged_model
 from orchestrator.sweep.delivered import is_known, told_server
 from orchestrator.sweep.folder_lock import only_one
@@ -28,13 +28,13 @@ def deliver(
     folder: SweepFolder,
     limit_s: float,
     wait: Callable[[str], None] | None,
-    save: Callable[[TrialResult], None],
+    save: Callable[[Sequence[TrialResult]], None],
     say: Callable[[str], None],
 ) -> tuple[SweepResult, bool]:
     """Give MLflow a bounded time to have all trials, and then what belongs to the sweep as a whole.
 
     wait: as `Tracker.finish` takes it.
-    save: keeps a record that has learned its run's id.
+    save: keeps the records that have learned their run's id.
 
     Returns the sweep with these ids, and whether MLflow has everything.
     """
@@ -42,15 +42,11 @@ def deliver(
         is_complete = tracker.finish(limit_s, wait)
     except KeyboardInterrupt:
         is_complete = False
-    trials = []
-    for trial in result.trials:
-        run_id = tracker.run_id(trial.trial_id)
-        # Another server has another run for it.
-        if run_id and trial.mlflow_run_id != run_id:
-            trial = trial.model_copy(update={"mlflow_run_id": run_id})
-            save(trial)
-        trials.append(trial)
-    result = result.model_copy(update={"trials": tuple(trials)})
+    run_ids = {trial.trial_id: tracker.run_id(trial.trial_id) or trial.mlflow_run_id for trial in result.trials}
+    trials = tuple(trial.model_copy(update={"mlflow_run_id": run_ids[trial.trial_id]}) for trial in result.trials)
+    # Another server has other runs for them.
+    save([new for new, old in zip(trials, result.trials, strict=True) if new.mlflow_run_id != old.mlflow_run_id])
+    result = result.model_copy(update={"trials": trials})
     write_sweep(folder, result)
     if is_complete:
         best = trial_to_take(result)
@@ -83,7 +79,7 @@ def deliver_late(folder: SweepFolder, say: Callable[[str], None]) -> None:
             result = result.model_copy(update={"mlflow_run_id": tracker.parent_run_id})
             for trial in result.trials:
                 tracker.track(trial)
-            save = functools.partial(write_result, folder)
+            save = functools.partial(write_results, folder)
             _, is_complete = deliver(sweep, result, tracker, folder, LATE_LIMIT_S, say, save, lambda _: None)
     except OrchestratorError as error:
         say(f"MLflow still lacks a part of this sweep: {error}")

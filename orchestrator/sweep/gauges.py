@@ -16,9 +16,13 @@ class Gauges:
 
     def __init__(self, sweep: str, records: Iterable[TrialResult], metric: str, mode: Literal["min", "max"]) -> None:
         self._metric, self._sign = metric, 1.0 if mode == "min" else -1.0
+        # A sweep of thousands is not counted anew at each change of one of them.
         self._statuses: dict[str, TrialStatus] = {}
+        self._counts: Counter[TrialStatus] = Counter()
         self._hours: dict[str, float] = {}
+        self._all_hours = 0.0
         self._values: dict[str, float] = {}
+        self._best: float | None = None
         self._trials = _gauge("trials", "Trials of the sweep by their status", sweep, "status")
         self._objective = _gauge("best_objective", "The best value of the sweep's objective so far", sweep, "metric")
         self._spent = _gauge("trial_hours", "Hours that trials took which have ended, from launch to end", sweep)
@@ -32,20 +36,27 @@ class Gauges:
         self._show()
 
     def _note(self, record: TrialResult) -> None:
-        self._statuses[record.trial_id] = record.status
-        self._hours[record.trial_id] = record.timing.total_s / 3600
-        value = record.measured(self._metric)
-        if value is not None:
+        trial_id, hours = record.trial_id, record.timing.total_s / 3600
+        self._counts[record.status] += 1
+        if before := self._statuses.get(trial_id):
+            self._counts[before] -= 1
+        self._all_hours += hours - self._hours.get(trial_id, 0.0)
+        self._statuses[trial_id], self._hours[trial_id] = record.status, hours
+        if (value := record.measured(self._metric)) is not None:
             # Each trial's newest: what a running one takes, as its peak memory, may still grow.
-            self._values[record.trial_id] = self._sign * value
+            new, old = self._sign * value, self._values.get(trial_id)
+            self._values[trial_id] = new
+            if self._best is None or new <= self._best:
+                self._best = new
+            elif old == self._best:
+                self._best = min(self._values.values())
 
     def _show(self) -> None:
-        counts = Counter(self._statuses.values())
         for status in TrialStatus:
-            self._trials.set(counts[status], {"status": status.value})
-        self._spent.set(sum(self._hours.values()))
-        if self._values:
-            self._objective.set(self._sign * min(self._values.values()), {"metric": self._metric})
+            self._trials.set(self._counts[status], {"status": status.value})
+        self._spent.set(self._all_hours)
+        if self._best is not None:
+            self._objective.set(self._sign * self._best, {"metric": self._metric})
 
 
 def _gauge(name: str, about: str, sweep: str, *tags: str) -> Gauge:

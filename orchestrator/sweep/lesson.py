@@ -13,7 +13,7 @@ from orchestrator.config.sweep_file import load
 from orchestrator.errors import InputError
 from orchestrator.results.records import SweepResult
 from orchestrator.results.storage import SweepFolder, read_sweep
-from orchestrator.search.observation import Goal, Observation, Standing
+from orchestrator.search.observation import Goal, Observation, Standing, evaluated
 from orchestrator.search.warm_start import LIGHTER, learned, of_another_model
 
 
@@ -40,7 +40,8 @@ def lesson_of(sweep: SweepConfig, data_hash: str, goals: Sequence[Goal], limits:
     is_other = earlier.model != sweep.model
     if why := _incomparable(sweep, folder, earlier, data_hash, is_other=is_other):
         return Lesson(told=f"warm start: the best of {folder.shown} are tried first, and no more is learned: {why}")
-    curves = functools.cache(lambda trial_id: folder.trial(trial_id).read_metrics())
+    # Of a curve no more is kept than its evaluations: thousands of trials may have thousands of steps.
+    curves = functools.cache(lambda trial_id: evaluated(folder.trial(trial_id).read_metrics()))
     found = learned(earlier.trials, sweep.domains, sweep.base, goals, curves, limits)
     known = tuple(one for one in found if one.standing not in (Standing.OPEN, Standing.UNKNOWN))
     lighter = f", of which one of {LIGHTER} counts: it trained {earlier.model}" if is_other else ""

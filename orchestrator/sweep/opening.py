@@ -16,7 +16,7 @@ from orchestrator.planning.plan import PlannedTrial
 from orchestrator.results import provenance
 from orchestrator.results.records import PeakMemory, StartedFrom, Suggestion, SweepResult, TrialResult, TrialStatus
 from orchestrator.results.secrets import without_secret
-from orchestrator.results.storage import SweepFolder, write_atomically, write_result, write_sweep
+from orchestrator.results.storage import SweepFolder, write_atomically, write_results, write_sweep
 from orchestrator.sweep.preparation import Prepared
 from orchestrator.sweep.resume import Earlier, at_work_s, gone_on_with, kept, with_time_spent
 from orchestrator.sweep.suggestions import NewRecord, known_at_start
@@ -115,8 +115,7 @@ def write_opening(prepared: Prepared, folder: SweepFolder, records: Iterable[Tri
     """The folder's files, before the first launch."""
     write_atomically(folder.sweep_file, without_secret(to_yaml(prepared.sweep)))
     write_atomically(folder.plan, prepared.plan.model_dump_json(indent=1) + "\n")
-    for record in records:
-        write_result(folder, record)
+    write_results(folder, records)
     write_sweep(folder, result)
 
 

@@ -53,7 +53,7 @@ class Progress(tune.Callback):
         self._planned_s, self._launches, self._budget_hours = planned_s, launches, budget_hours
         self._started = self._said = time.monotonic()
         self._launched: dict[str, float] = {}
-        self._warned = False
+        self._warned = self._is_stopping = False
         self._steps, self._read_at = "", 0.0
         self._console = _Stderr(stderr=True, highlight=False)
         # Where a stream is closed, there is none.
@@ -86,7 +86,7 @@ class Progress(tune.Callback):
         never_began = record.status is TrialStatus.CANCELLED and record.trial_id not in self._launched
         if (changed and not never_began) or evaluated:
             self.say(self._line(record))
-        if changed and not self._warned and (told := self._beyond_budget()):
+        if changed and record.status in RAN and not self._warned and (told := self._beyond_budget()):
             self._warned = True
             self.say(told)
 
@@ -103,13 +103,18 @@ class Progress(tune.Callback):
         """The running trials' last steps, read from their files at most every two seconds."""
         if time.monotonic() - self._read_at > 2:
             told = []
-            for record in self._records.values():
+            for record in self._known():
                 if record.status is TrialStatus.RUNNING:
-                    points = self._folder.trial(record.trial_id).read_metrics()
-                    where = f"step {points[-1].step} of {record.config.max_steps}" if points else "starting"
+                    last = self._folder.trial(record.trial_id).last_point()
+                    where = f"step {last.step} of {record.config.max_steps}" if last else "starting"
                     told.append(f"{record.trial_id} {where}")
             self._steps, self._read_at = f"at work: {', '.join(told)}" if told else "", time.monotonic()
         return self._steps
+
+    def stopping(self, text: str) -> None:
+        """Say that the sweep is about to end: from here on no time is left, and nobody waits for the running trials."""
+        self._is_stopping = True
+        self.say(text)
 
     def say(self, text: str) -> None:
         """One line."""
@@ -132,29 +137,37 @@ class Progress(tune.Callback):
             told += f"  ({record.reason.splitlines()[0]})"
         return f"[{_clock(time.monotonic() - self._started)}] {told}"
 
+    def _known(self) -> tuple[TrialResult, ...]:
+        """All as they stand: the panel looks at them from a thread of its own, while the sweep's adds others."""
+        return tuple(self._records.values())
+
     def _panel(self) -> Text:
-        counts = Counter(record.status for record in self._records.values())
+        known = self._known()
+        counts = Counter(record.status for record in known)
         parts = ", ".join(f"{counts[status]} {status}" for status in TrialStatus if counts[status])
-        if more := to_come(self._records.values(), self._launches):
-            parts += f" of up to {len(self._records) + more} trials"
+        if more := to_come(known, self._launches):
+            parts += f" of up to {len(known) + more} trials"
         gone_s = time.monotonic() - self._started
         text = f"{parts} · {_clock(gone_s)} gone"
-        if left := self._left_s():
-            text += f", about {_clock(left)} left"
-        if running := self._running():
-            text += f"\n{running}"
+        if self._is_stopping:
+            text += ", stopping"
+        else:
+            if left := self._left_s():
+                text += f", about {_clock(left)} left"
+            if running := self._running():
+                text += f"\n{running}"
         if best := self._best():
             text += f"\nbest so far: {self._metric} {best.measured(self._metric):.4g}  {self._label(best)}"
         return Text(printable(text), style="bold")
 
     def _left_s(self) -> float | None:
         now = time.monotonic()
-        gone_s = {trial_id: now - launched for trial_id, launched in self._launched.items()}
-        return left_s(self._records.values(), self._planned_s, gone_s, self._slots, self._launches)
+        gone_s = {trial_id: now - launched for trial_id, launched in dict(self._launched).items()}
+        return left_s(self._known(), self._planned_s, gone_s, self._slots, self._launches)
 
     def _beyond_budget(self) -> str | None:
         """That the sweep will be ended before its last trials, once a trial has ended by which that is known."""
-        if self._budget_hours is None or not any(record.status in RAN for record in self._records.values()):
+        if self._budget_hours is None:
             return None
         needed = (time.monotonic() - self._started + (self._left_s() or 0.0)) / 3600
         if needed <= self._budget_hours:
@@ -165,7 +178,7 @@ class Progress(tune.Callback):
         )
 
     def _best(self) -> TrialResult | None:
-        known = [record for record in self._records.values() if record.measured(self._metric) is not None]
+        known = [record for record in self._known() if record.measured(self._metric) is not None]
         sign = 1 if self._mode == "min" else -1
         return min(known, key=lambda record: sign * (record.measured(self._metric) or 0.0), default=None)
 

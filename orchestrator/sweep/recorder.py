@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import StorageError
 from orchestrator.results.records import PeakMemory, Timing, TrialResult, TrialStatus
 from orchestrator.results.secrets import without_secret
-from orchestrator.results.storage import SweepFolder, write_result
+from orchestrator.results.storage import SweepFolder, at_once, write_result
 from orchestrator.sweep.failure_policy import STOP_LIMIT_S, pause_s
 from orchestrator.sweep.folder_lock import Tenure
 from orchestrator.training.task import TrialProgress
@@ -124,9 +124,8 @@ class Recorder(tune.Callback):
 
     def cancel_rest(self, reason: str) -> None:
         """What had not ended when the sweep did goes on when it is resumed."""
-        for record in list(self.records.values()):
-            if record.status in (TrialStatus.PENDING, TrialStatus.RUNNING):
-                self.save(self._ended(record, TrialStatus.CANCELLED, reason))
+        rest = [r for r in self.records.values() if r.status in (TrialStatus.PENDING, TrialStatus.RUNNING)]
+        self.save_all(self._ended(record, TrialStatus.CANCELLED, reason) for record in rest)
 
     @property
     def has_launched(self) -> bool:
@@ -142,10 +141,29 @@ class Recorder(tune.Callback):
 
     def save(self, record: TrialResult) -> None:
         """Keep a record, on disk first; of one that is not there nobody hears, since the next run does not know it."""
-        hidden = {"reason": record.reason and without_secret(record.reason), "notes": _each(record.notes)}
-        record = record.model_copy(update=hidden)
+        record = _without_secrets(record)
+        self._note(record, not self.tenure.is_lost and self._write(record))
+
+    def save_all(self, records: Iterable[TrialResult]) -> None:
+        """Keep many, whose writes wait for the disk side by side: whoever interrupts a sweep has little time."""
+        hidden = [_without_secrets(record) for record in records]
+        written = at_once(self._is_written, hidden)
+        for record, is_written in zip(hidden, written, strict=True):
+            # What failed is written as one alone is, which waits for a disk that is full or away.
+            self._note(record, not self.tenure.is_lost and (is_written or self._write(record)))
+
+    def _is_written(self, record: TrialResult) -> bool:
+        if self.tenure.is_lost:
+            return False
+        try:
+            self._require_folder()
+            write_result(self._folder, record)
+        except StorageError:
+            return False
+        return True
+
+    def _note(self, record: TrialResult, is_kept: bool) -> None:
         share_names(record)
-        is_kept = not self.tenure.is_lost and self._write(record)
         self.records[record.trial_id] = record
         if is_kept:
             self._watch_disk()
@@ -254,10 +272,10 @@ class Recorder(tune.Callback):
         launched_at = self._launched_at.get(record.trial_id)
         # Where it is not, what the trial told is more than is known here.
         is_here = launched_at is not None and self._fetch(record.trial_id)
-        points = self._folder.trial(record.trial_id).read_metrics()
+        last = self._folder.trial(record.trial_id).last_point()
         update: dict[str, Any] = {"status": status, "reason": reason}
-        if points and is_here:
-            update |= {"last": points[-1], "steps": points[-1].step, "tokens": points[-1].tokens}
+        if last and is_here:
+            update |= {"last": last, "steps": last.step, "tokens": last.tokens}
         if launched_at:
             total_s = record.timing.total_s + time.time() - launched_at
             update["timing"] = record.timing.model_copy(update={"total_s": total_s})
@@ -282,8 +300,9 @@ def share_names(model: BaseModel) -> None:
 _NAMES: dict[frozenset[str], set[str]] = {}
 
 
-def _each(notes: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(without_secret(note) for note in notes)
+def _without_secrets(record: TrialResult) -> TrialResult:
+    notes = tuple(without_secret(note) for note in record.notes)
+    return record.model_copy(update={"reason": record.reason and without_secret(record.reason), "notes": notes})
 
 
 def _last_words(trial: Any) -> str:

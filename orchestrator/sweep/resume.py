@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.sweep_file import load
 from orchestrator.config.trial_config import TrialConfig
-from orchestrator.errors import FolderError, cut
+from orchestrator.errors import FolderError, InputError, counted, cut
+from orchestrator.planning.plan import SweepPlan
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 from orchestrator.results.storage import (
     DamagedRecord,
@@ -70,6 +71,33 @@ def _ended_by_the_table(folder: SweepFolder, result: SweepResult | None) -> Iter
     for trial in result.trials if result else ():
         if trial.status.is_final and folder.trial(trial.trial_id).root.is_dir():
             yield trial
+
+
+def words_for_a_plan(folder: SweepFolder, sweep: SweepConfig, plan: SweepPlan) -> Iterator[str]:
+    """How much of a plan is done in the sweep's folder already, or that `run` would refuse to go on there.
+
+    A folder in an object store is left out: a plan asks nobody.
+    """
+    if folder.remote:
+        return
+    try:
+        earlier = read_earlier(folder)
+        if earlier:
+            require_same_question(folder, earlier.sweep, sweep)
+    except InputError as error:
+        yield f"run would end at once: {error}"
+        return
+    ended = [t for t in earlier.trials.values() if t.status.is_final] if earlier else []
+    done = [trial for trial in ended if trial.status is not TrialStatus.INFEASIBLE]
+    planned = {trial.trial_id for trial in plan.trials}
+    if plan.proposed_by and (tried := {trial.suggestion.number for trial in done if trial.suggestion}):
+        yield f"{counted(len(tried), 'configuration')} of this search {_are_done(len(tried), folder)}"
+    elif count := sum(trial.trial_id in planned for trial in done):
+        yield f"{count} of these trials {_are_done(count, folder)}"
+
+
+def _are_done(count: int, folder: SweepFolder) -> str:
+    return f"{'is' if count == 1 else 'are'} done already in {cut(folder.shown)}: `run` goes on with the rest"
 
 
 def require_same_question(

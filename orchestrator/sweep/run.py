@@ -162,7 +162,8 @@ def _run_prepared(
     say(start_words(records.values(), folder, prepared.slots, sweep))
     if search.told_at_start:
         say(search.told_at_start)
-    with progress, signals_to(stopper, progress.say), system_metrics.logged(tracking_uri(sweep), tracker.parent_run_id):
+    sampled = system_metrics.logged(tracking_uri(sweep), tracker.parent_run_id)
+    with progress, signals_to(stopper, progress.stopping), sampled:
         launch(prepared, folder, recorder, search, scheduler, [recorder, progress], stopper, isolation)
     recorder.tenure.require()
     if stopper.interrupted:
@@ -229,8 +230,7 @@ def _finish(
     result = result.model_copy(update={"trials": tuple(recorder.records.values()), **ended})
     if not result.interrupted:
         is_evaluated = evaluation.evaluate(sweep, result, prepared.shape, folder, carrier.wrote, say)
-        for record in evaluation.scored(result, folder):
-            recorder.save(record)
+        recorder.save_all(evaluation.scored(result, folder))
         trials = tuple(recorder.records.values())
         result = result.model_copy(update={"trials": trials, "interrupted": not is_evaluated})
         recorder.tenure.require()
@@ -242,5 +242,5 @@ def _finish(
     # And MLflow hears of an end when the store has it.
     carrier.finish()
     limit_s, wait = (INTERRUPTED_TRACKING_LIMIT_S, None) if result.interrupted else (TRACKING_LIMIT_S, say)
-    result, tracked = deliver(sweep, result, tracker, folder, limit_s, wait, recorder.save, say)
+    result, tracked = deliver(sweep, result, tracker, folder, limit_s, wait, recorder.save_all, say)
     return Outcome(result, made, tracked, tracking_uri(sweep))

@@ -17,13 +17,14 @@ from orchestrator.planning import budget
 from orchestrator.planning.plan import PlannedTrial
 from orchestrator.results.records import MetricPoint, StartedFrom, Suggestion, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder, read_sweep
-from orchestrator.search.observation import Goal, Observation, observe
+from orchestrator.search.observation import Goal, Observation, evaluated, observe
 from orchestrator.search.payoff import expected_gain
 from orchestrator.search.suggest import FIRST, next_settings
 from orchestrator.search.warm_start import best_settings, learned
 from orchestrator.sweep.lesson import lesson_of
 from orchestrator.sweep.preparation import Prepared
 from orchestrator.sweep.recorder import Recorder
+from orchestrator.sweep.resume import gone_on_with, with_time_spent
 
 NewRecord = Callable[[PlannedTrial, Suggestion | None, StartedFrom | None], TrialResult]
 
@@ -34,7 +35,7 @@ class Suggestions:
     def __init__(self, prepared: Prepared, folder: SweepFolder, recorder: Recorder, new_record: NewRecord) -> None:
         self._prepared, self._sweep = prepared, prepared.sweep
         self._folder, self._recorder, self._new_record = folder, recorder, new_record
-        self._ended_curves: dict[str, tuple[MetricPoint, ...]] = {}
+        self._ended_curves: dict[str, Sequence[MetricPoint]] = {}
         self._points = to_try_first(self._sweep) or FIRST
         self._of_another_space = frozenset(
             trial_id
@@ -71,14 +72,21 @@ class Suggestions:
             if settings is None:
                 break
             suggestion = Suggestion(number=next_number(records), settings=settings)
-            made = [
-                self._new_record(planned, suggestion, None) for planned in plan_suggestion(self._prepared, suggestion)
-            ]
+            made = [self._begun(planned, suggestion) for planned in plan_suggestion(self._prepared, suggestion)]
             for record in made:
                 self._recorder.save(record)
             if waiting := [record.trial_id for record in made if record.status is TrialStatus.PENDING]:
                 return waiting
         return ()
+
+    def _begun(self, planned: PlannedTrial, suggestion: Suggestion) -> TrialResult:
+        """Its record, with what a grid that was cut off in this folder had done of it."""
+        new = self._new_record(planned, suggestion, None)
+        old = self._recorder.records.get(new.trial_id)
+        if old is None:
+            return new
+        gone_on = with_time_spent(old, gone_on_with(old, new, self._folder.trial(new.trial_id)))
+        return gone_on.model_copy(update={"suggestion": suggestion})
 
     def _not_worth_it(self) -> str | None:
         """What `search.min_gain_per_hour` and `min_gain_per_cost` say; None: go on."""
@@ -115,15 +123,21 @@ class Suggestions:
     def _known(self) -> tuple[Observation, ...]:
         records, sweep = self._recorder.records.values(), self._sweep
         own = [record for record in records if record.suggestion and record.trial_id not in self._of_another_space]
-        # A grid may have run in this folder before.
-        others = [r for r in records if r.suggestion is None or r.trial_id in self._of_another_space]
+        # A grid may have run in this folder before. Nobody goes on with what it left open, unless it is proposed here.
+        others = [
+            record
+            for record in records
+            if record.status.is_final and (record.suggestion is None or record.trial_id in self._of_another_space)
+        ]
         before = learned(others, sweep.domains, sweep.base, goals(sweep), self._curve, limits(sweep))
         return before + observe(own, goals(sweep), self._curve, limits(sweep))
 
-    def _curve(self, trial_id: str) -> tuple[MetricPoint, ...]:
-        """Read once where the trial has ended: a sweep may have thousands, and looks at each proposal."""
+    def _curve(self, trial_id: str) -> Sequence[MetricPoint]:
+        """Read once where the trial has ended, and its evaluations kept: a sweep may have thousands of trials with
+        thousands of steps, and looks at each proposal.
+        """
         if trial_id not in self._ended_curves:
-            points = self._folder.trial(trial_id).read_metrics()
+            points = evaluated(self._folder.trial(trial_id).read_metrics())
             if not self._recorder.records[trial_id].status.is_final:
                 return points
             self._ended_curves[trial_id] = points

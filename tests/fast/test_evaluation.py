@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,20 @@ def test_a_trial_is_evaluated_once_more_where_it_has_another_adapter_since(tmp_p
         write_evaluation(folder.trial(trial.trial_id), found)
         evaluation.evaluate(sweep, result, GroupShape(1, 0, 1), folder, pytest.fail, print)
         assert len(cluster.cancelled) == tasks
+
+
+def test_a_trial_with_a_score_that_is_no_number_is_not_evaluated_again(tmp_path: Path, cluster: CutShort) -> None:
+    sweep = SweepConfig.model_validate(ASKED)
+    trial = made_up_trial({"rank": 2})
+    result = made_up_sweep([trial])
+    folder = write_made_up(tmp_path, result)
+    scores = {"wikitext/word_perplexity": math.inf, "cola/mcc": math.nan, "cola/acc": 0.5}
+    write_evaluation(folder.trial(trial.trial_id), Evaluation(asked=sweep.evaluate, scores=scores, seconds=1.0))
+    assert evaluation.evaluate(sweep, result, GroupShape(1, 0, 1), folder, pytest.fail, print)
+    assert not cluster.cancelled
+    (record,) = evaluation.scored(result, folder)
+    assert record.measured("cola/acc") == 0.5
+    assert record.measured("cola/mcc") is None
 
 
 def test_models_are_evaluated_on_the_type_of_gpu_that_they_were_trained_on(tmp_path: Path, cluster: CutShort) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from orchestrator.config.trial_config import TrialConfig, halved_micro_batch
+from orchestrator.planning import evidence
 from orchestrator.planning.evidence import Observation, kind_of, observe, refusal
 from orchestrator.results.records import PeakMemory, TrialStatus
 from tests.made_up_sweep import made_up_trial
@@ -43,6 +44,14 @@ def test_what_all_of_its_kind_took_beyond_their_estimates_refuses_what_would_not
     assert told is not None
     assert "1.50 to 1.60 times their estimate" in told
     assert "at least 8.40 GiB" in told
+
+
+def test_thousands_of_trials_that_fitted_are_looked_through_in_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked before each launch: what it works out for each of them took minutes of a sweep of thousands."""
+    worked_out: list[TrialConfig] = []
+    monkeypatch.setattr(evidence, "kind_of", lambda config: worked_out.append(config) or kind_of(config))
+    assert refusal(CONFIG, 6 * GIB, 8 * GIB, [seen(5, 5)] * 1000) is None
+    assert len(worked_out) == 1
 
 
 def test_one_measurement_refuses_nothing() -> None:

@@ -74,6 +74,35 @@ def test_the_panel_tells_of_how_many_trials_a_search_may_try_these_are(tmp_path:
     assert "1 running · " in str(progress_of(tmp_path, [running], 1, launches=1)._panel())
 
 
+def test_the_panel_is_drawn_while_a_search_proposes_trials(tmp_path: Path) -> None:
+    """A thread of its own draws it, and ended in an error where one was added meanwhile."""
+
+    class OneMoreMeanwhile(TrialResult):
+        def measured(self, metric: str) -> float | None:
+            progress(new)
+            return super().measured(metric)
+
+    new = made_up_trial({"rank": 8}, status=TrialStatus.RUNNING)
+    old = OneMoreMeanwhile(**dict(made_up_trial({"rank": 4})))
+    progress = progress_of(tmp_path, [old, made_up_trial({"rank": 2})], 1)
+    assert "2 completed · " in str(progress._panel())
+    assert "1 running, 2 completed · " in str(progress._panel())
+
+
+def test_once_the_sweep_is_to_end_the_panel_tells_of_no_time_that_is_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    progress = progress_of(tmp_path, [*trials_of(TrialStatus.RUNNING), made_up_trial({"rank": 4})], 1)
+    assert " left" in str(progress._panel())
+    assert "at work: " in str(progress._panel())
+    progress.stopping("stopping: all is safe")
+    assert capsys.readouterr().err == "stopping: all is safe\n"
+    told = str(progress._panel())
+    assert ", stopping" in told
+    assert " left" not in told
+    assert "at work: " not in told
+
+
 def test_a_budget_that_will_do_is_not_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     progress = progress_of(tmp_path, trials_of(TrialStatus.PENDING), budget_hours=1)
     progress(trials_of(TrialStatus.COMPLETED)[0])

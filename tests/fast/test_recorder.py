@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ pytest.importorskip("ray")
 from ray.tune.experiment import Trial
 
 from orchestrator.results.records import Timing, TrialResult, TrialStatus
-from orchestrator.results.storage import SweepFolder, write_atomically
+from orchestrator.results.storage import SweepFolder, read_trial_results, write_atomically
 from orchestrator.sweep import recorder as recorders
 from orchestrator.sweep.folder_lock import Tenure
 from orchestrator.sweep.recorder import Recorder, share_names
@@ -47,6 +48,50 @@ def test_nobody_hears_of_a_record_that_could_not_be_kept(tmp_path: Path, monkeyp
     write_atomically(folder.sweep_file, "")
     recorder.save(trial)
     assert heard == [trial]
+
+
+def test_what_waits_when_a_sweep_ends_is_written_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other 10,000 take a minute, and Kubernetes gives 30 s from SIGTERM to SIGKILL."""
+    folder = SweepFolder(tmp_path)
+    write_atomically(folder.sweep_file, "")
+    trials = [made_up_trial({"rank": rank}, status=TrialStatus.PENDING) for rank in range(1, 5)]
+    both, write = threading.Barrier(2, timeout=30), recorders.write_result
+
+    def waiting_for_another(folder: SweepFolder, record: TrialResult) -> None:
+        both.wait()
+        write(folder, record)
+
+    monkeypatch.setattr(recorders, "write_result", waiting_for_another)
+    heard: list[TrialResult] = []
+    records = {trial.trial_id: trial for trial in trials}
+    recorder = Recorder(
+        folder, records, 0.0, None, {}, lambda config: 0, lambda trial_id: True, Tenure(""), (heard.append,)
+    )
+    recorder.cancel_rest("interrupted (SIGTERM)")
+    assert [(one.trial_id, one.status) for one in heard] == [(one.trial_id, TrialStatus.CANCELLED) for one in trials]
+    assert read_trial_results(folder) == (recorder.records, ())
+
+
+def test_of_many_records_those_that_the_disk_does_not_take_are_waited_for_and_not_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorders, "STORAGE_LIMIT_S", 0.0)
+    folder = SweepFolder(tmp_path)
+    write_atomically(folder.sweep_file, "")
+    good, bad, late = (made_up_trial({"rank": rank}) for rank in (1, 2, 3))
+    folder.trial(bad.trial_id).result.mkdir(parents=True)
+    heard: list[TrialResult] = []
+    recorder = Recorder(folder, {}, 0.0, None, {}, lambda config: 0, lambda trial_id: True, Tenure(""), (heard.append,))
+    recorder.save_all([good, bad, late])
+    assert heard == [good, late]
+    assert recorder.storage_error
+    assert recorder.records.keys() == {good.trial_id, bad.trial_id, late.trial_id}
+    lost = Tenure("")
+    lost.is_lost = True
+    recorder = Recorder(folder, {}, 0.0, None, {}, lambda config: 0, lambda trial_id: True, lost, (pytest.fail,))
+    folder.trial(good.trial_id).result.unlink()
+    recorder.save_all([good])
+    assert not folder.trial(good.trial_id).result.exists()
 
 
 def test_the_time_that_a_slot_held_which_died_stays_in_the_budget(

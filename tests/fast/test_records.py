@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 from pydantic import ValidationError
@@ -12,6 +14,7 @@ from pydantic import ValidationError
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import FolderError
 from orchestrator.reporting import report
+from orchestrator.results import storage
 from orchestrator.results.records import MOVES, MetricPoint, TrialResult, TrialStatus, upgrade
 from orchestrator.results.storage import SweepFolder, read_sweep, read_trial_results, write_atomically, write_result
 from tests.made_up_sweep import made_up_point, made_up_sweep, made_up_trial, write_made_up
@@ -207,6 +210,31 @@ def test_a_metrics_line_that_is_half_written_is_left_out(tmp_path: Path) -> None
     point = MetricPoint(step=1, tokens=10, seconds=0.1, loss=2.0, learning_rate=1e-4, time_ms=5)
     write_atomically(trial_folder.metrics, point.model_dump_json() + "\n" + point.model_dump_json()[:20])
     assert trial_folder.read_metrics() == (point,)
+
+
+def test_the_newest_point_is_found_at_the_curves_end_which_is_read_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial_folder = SweepFolder(tmp_path).trial("a-0")
+    assert trial_folder.last_point() is None
+    lines = [made_up_point(step, 2.0).model_dump_json() for step in range(1, 2001)]
+    write_atomically(trial_folder.metrics, "\n".join([*lines, '{"step": -1}', lines[0][:20]]))
+    opened, read_bytes = storage.opened, []
+
+    @contextlib.contextmanager
+    def watched(file: Path) -> Iterator[BinaryIO]:
+        with opened(file) as stream:
+            before = stream.read
+            stream.read = lambda: read_bytes.append(len(found := before())) or found  # type: ignore[method-assign]
+            yield stream
+
+    monkeypatch.setattr(storage, "opened", watched)
+    assert trial_folder.last_point() == made_up_point(2000, 2.0)
+    assert read_bytes == [storage.CURVES_END_BYTES]
+    write_atomically(trial_folder.metrics, lines[0])
+    assert trial_folder.last_point() is None
+    write_atomically(trial_folder.metrics, lines[0] + "\n")
+    assert trial_folder.last_point() == made_up_point(1, 2.0)
 
 
 def test_metrics_are_read_on_from_where_they_were_and_anew_when_the_trial_began_anew(tmp_path: Path) -> None:

@@ -350,6 +350,15 @@ def test_a_dead_owner_of_this_machine_is_given_up_at_once_and_one_elsewhere_afte
         assert str(os.getpid()) in lease.look(uri).owner
 
 
+@pytest.mark.parametrize("found", [b"", b"a-machine", b"token elsewhere 99999999999999", b"a b c", b"\xff\xfe"])
+def test_what_is_no_lease_holds_no_folder(uri: str, found: bytes) -> None:
+    with remote.store(uri).open_output_stream(f"{uri.removeprefix(remote.SCHEME)}/.lease") as target:
+        target.write(found)
+    assert not is_at_work(remote.opened(uri))
+    with lease.held(uri, pytest.fail):
+        assert is_at_work(remote.opened(uri))
+
+
 def test_a_run_that_died_elsewhere_a_moment_ago_is_waited_for_until_it_is_given_up(
     uri: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

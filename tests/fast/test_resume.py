@@ -17,7 +17,7 @@ from orchestrator.config.sweep_file import to_yaml
 from orchestrator.errors import FolderError, StorageError
 from orchestrator.reporting.times import times_of
 from orchestrator.results import storage
-from orchestrator.results.records import TrialStatus
+from orchestrator.results.records import Suggestion, TrialStatus
 from orchestrator.results.storage import SweepFolder, read_sweep, write_atomically, write_result
 from orchestrator.sweep.delivered import Delivered, write_delivered
 from orchestrator.sweep.resume import (
@@ -30,6 +30,7 @@ from orchestrator.sweep.resume import (
     require_same_data,
     require_same_question,
     with_time_spent,
+    words_for_a_plan,
 )
 from tests.made_up_sweep import START_MS, made_up_point, made_up_trial, simulated, write_made_up
 
@@ -49,6 +50,39 @@ FOLDER = SweepFolder(Path("sweeps/made-up"))
 
 def sweep(**keys: Any) -> SweepConfig:
     return SweepConfig.model_validate(BASE | keys)
+
+
+def told_in_a_plan(folder: SweepFolder, now: SweepConfig, planned: int, proposed_by: str | None = None) -> list[str]:
+    trials = [SimpleNamespace(trial_id=made_up_trial({"rank": rank}).trial_id) for rank in range(1, planned + 1)]
+    plan: Any = SimpleNamespace(trials=trials, proposed_by=proposed_by)
+    return list(words_for_a_plan(folder, now, plan))
+
+
+def test_a_plan_tells_how_many_of_its_trials_are_done_already(tmp_path: Path) -> None:
+    folder = SweepFolder(tmp_path / "made-up")
+    assert told_in_a_plan(folder, sweep(), 8) == []
+    statuses = ["completed", "stopped", "infeasible", "cancelled", "running", "pending", "completed"]
+    for rank, status in enumerate(statuses, 1):
+        write_result(folder, made_up_trial({"rank": rank}, status=TrialStatus(status)))
+    write_atomically(folder.sweep_file, to_yaml(sweep()))
+    assert told_in_a_plan(folder, sweep(), 6) == [
+        f"2 of these trials are done already in {folder.root}: `run` goes on with the rest"
+    ]
+    assert told_in_a_plan(folder, sweep(), 1)[0].startswith("1 of these trials is done already in ")
+    assert told_in_a_plan(replace(folder, remote="s3://bucket/made-up"), sweep(), 6) == []
+    (told,) = told_in_a_plan(folder, sweep(model="builtin:smollm2-135m"), 6)
+    assert told.startswith("run would end at once: ")
+    assert "model was builtin:tiny-llama, now builtin:smollm2-135m" in told
+
+
+def test_a_plan_of_a_search_tells_how_many_configurations_it_has_tried(tmp_path: Path) -> None:
+    folder = SweepFolder(tmp_path / "made-up")
+    for number, repeat in ((0, 0), (0, 1), (1, 0)):
+        proposed = {"suggestion": Suggestion(number=number, settings={"rank": 2 + number})}
+        write_result(folder, made_up_trial({"rank": 2 + number}, repeat).model_copy(update=proposed))
+    write_atomically(folder.sweep_file, to_yaml(sweep()))
+    (told,) = told_in_a_plan(folder, sweep(), 0, proposed_by="tpe")
+    assert told.startswith("2 configurations of this search are done already in ")
 
 
 def test_a_score_may_become_the_objective_once_the_trials_are_there() -> None:

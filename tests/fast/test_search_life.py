@@ -12,7 +12,7 @@ import pytest
 from orchestrator.config.search_space import Trial
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.planning.plan import PlannedTrial
-from orchestrator.results.records import TrialResult, TrialStatus
+from orchestrator.results.records import Timing, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder
 from tests.fast.cases import new_record, planned
 from tests.fast.test_suggest import point
@@ -61,7 +61,7 @@ class Life:
     ) -> None:
         raw = {**SWEEP, "search": {"algorithm": algorithm, "repeats": repeats}, "scheduler": SCHEDULERS[scheduler]}
         raw |= keys
-        if algorithm == "grid":
+        if algorithm == "grid" and not keys:
             raw["space"] = {**SWEEP["space"], "learning_rate": [1e-4, 3e-3, 1e-3]}
             raw["budget"] = {"trials": 42}
         self.sweep, self.folder = SweepConfig.model_validate(raw), SweepFolder(folder)
@@ -112,6 +112,37 @@ class Life:
         reason = self.scheduler.reasons.get(record.trial_id, "told") if status.needs_reason else None
         ended = {"status": status, "reason": reason, "last": last, "best": last, "steps": last.step if last else 0}
         self.save(record.model_copy(update=ended))
+
+
+def test_a_search_goes_on_with_what_a_grid_has_left_open_in_its_folder(tmp_path: Path) -> None:
+    keys: dict[str, Any] = {"space": {"rank": [8, 32], "zero_stage": [1, 2]}, "exclude": [], "budget": {"trials": 9}}
+    grid = Life(tmp_path, "grid", "fifo", {}, repeats=2, **keys)
+    grid.live(2)
+    cut_off = {"status": TrialStatus.CANCELLED, "reason": "interrupted", "timing": Timing(total_s=60)}
+    before = {i: r if r.status.is_final else r.model_copy(update=cut_off) for i, r in grid.records.items()}
+    ended = {i: r for i, r in before.items() if r.status.is_final}
+    assert len(ended) == 2
+    search = Life(tmp_path, "tpe", "fifo", before, repeats=2, **keys)
+    search.live()
+    assert {i: r for i, r in search.records.items() if i in ended} == ended
+    tried = [r for r in search.records.values() if r.suggestion]
+    assert sorted((r.suggestion.number, r.repeat) for r in tried if r.suggestion) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert all(r.status.is_final for r in tried)
+    assert {r.timing.earlier_s for r in tried} == {60}
+    configurations = {r.configuration_id for r in before.values()}
+    assert {r.configuration_id for r in (*tried, *ended.values())} == configurations
+
+
+def test_a_search_keeps_of_each_curve_its_evaluations(tmp_path: Path) -> None:
+    """It looks at all that have ended before each proposal: all steps of thousands would take the driver's memory."""
+    life = Life(tmp_path, "tpe", "fifo", {})
+    life.live(1)
+    (record,) = life.records.values()
+    with life.folder.trial(record.trial_id).metrics.open("a") as metrics:
+        metrics.write(point(91, 1.0).model_copy(update={"eval_loss": None}).model_dump_json() + "\n")
+    life.live(1)
+    (kept,) = life.suggestions._ended_curves.values()
+    assert [one.step for one in kept] == list(range(10, 100, 10))
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterable
+from statistics import fmean
 
 import pytest
 
 from orchestrator.config.sweep_config import SweepConfig
+from orchestrator.search import stopping
 from orchestrator.search.extrapolation import Extrapolation, forecast
 from orchestrator.search.stopping import Halving, Heard, Hyperband, Median, StopRule, Together, replay
 
@@ -114,6 +116,29 @@ def test_a_trial_that_begins_anew_is_judged_by_its_new_curve() -> None:
     rule.hear(heard("anew", 6, 1.0))
     rule.hear(heard("anew", 3, 5.0))
     assert rule.hear(heard("anew", 9, 3.0)) is not None
+
+
+def test_the_median_is_of_the_others_means_up_to_there_also_of_one_that_began_anew() -> None:
+    rule = Median(1, 2, "steps")
+    for at, value in ((2, 4.0), (4, 2.0), (6, 0.1)):
+        assert rule.hear(heard("a", at, value)) is None
+        assert rule.hear(heard("b", at, value)) is None
+    # Both have a mean of 3 up to step 5.
+    assert rule.hear(heard("c", 5, 3.0)) is None
+    assert rule.hear(heard("d", 5, 3.1)) == "its best was worse than the median of 3 others at 5 steps"
+    for name in ("a", "b"):
+        rule.hear(heard(name, 2, 1.0))
+        rule.hear(heard(name, 6, 1.0))
+    assert rule.hear(heard("e", 5, 3.05)) == "its best was worse than the median of 4 others at 5 steps"
+
+
+def test_the_median_works_out_each_mean_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each evaluation is compared with all trials: of 2,000 with ten evaluations each it took minutes."""
+    worked_out: list[float] = []
+    monkeypatch.setattr(stopping, "fmean", lambda values: worked_out.append(fmean(values)) or worked_out[-1])
+    told = evaluations(0, trials=30)
+    assert obeyed(Median(9, 3, "steps"), told, set())
+    assert len(worked_out) <= len(told)
 
 
 def test_equal_values_are_no_reason_to_stop() -> None:

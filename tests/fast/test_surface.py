@@ -16,9 +16,12 @@ import pytest
 from typer.testing import CliRunner
 
 from orchestrator.cli import app
+from orchestrator.config.sweep_file import load, to_yaml
 from orchestrator.planning.plan import SweepPlan
+from orchestrator.results.storage import SweepFolder, write_atomically, write_result
 from tests.fast.cases import LLAMA_2_7B
 from tests.golden_files import commands, expected
+from tests.made_up_sweep import made_up_trial
 
 ROOT = Path(__file__).parent.parent.parent
 DOCUMENTS = [
@@ -107,6 +110,20 @@ def test_a_plan_is_made_where_the_data_is_not() -> None:
     told = "run would end at once on this machine: data nowhere.jsonl: no such file"
     assert f"warning: {told}" in result.stdout.splitlines()[-1]
     assert json.loads(script.stdout)["warnings"][-1].startswith(told)
+
+
+def test_a_plan_tells_what_is_done_already_in_the_sweeps_folder(tmp_path: Path) -> None:
+    words = ["plan", "search_spaces/demo.yaml", "--set", f"storage={tmp_path}", "--json"]
+    planned = json.loads(CliRunner().invoke(app, words).stdout)
+    folder = SweepFolder(tmp_path / "demo")
+    done = made_up_trial({}).model_copy(update={"trial_id": planned["trials"][0]["trial_id"]})
+    write_result(folder, done)
+    write_atomically(folder.sweep_file, to_yaml(load(Path("search_spaces/demo.yaml"), [f"storage={tmp_path}"])))
+    told = json.loads(CliRunner().invoke(app, words).stdout)["warnings"]
+    assert told == [
+        *planned["warnings"],
+        f"1 of these trials is done already in {folder.root}: `run` goes on with the rest",
+    ]
 
 
 def test_an_output_that_cannot_be_written_is_told() -> None:
