@@ -82,12 +82,8 @@ class Extrapolation:
         """Judge once there is an end to be measured by."""
         if heard.value is None:
             return no_number(heard, self._unit)
-        curve = continued(self._curves, heard, heard.value)
-        if heard.at >= heard.end:
-            best = min(value for _, value in curve)
-            self._best_end = best if self._best_end is None else min(self._best_end, best)
-            return None
-        if heard.at < self._grace or self._best_end is None:
+        curve = self._note(heard, heard.value)
+        if heard.at >= heard.end or heard.at < self._grace or self._best_end is None:
             return None
         expected = forecast(curve, heard.end)
         if expected is None:
@@ -99,3 +95,15 @@ class Extrapolation:
             f"by its curve it would end at {expected.mean:.4g} ± {expected.sd:.2g}, with a chance of {chance:.2g} to "
             f"beat {self._best_end:.4g}, the best so far"
         )
+
+    def recall(self, heard: Heard, said: str | None) -> None:  # noqa: ARG002
+        """Its state is the curves, and the best end."""
+        if heard.value is not None:
+            self._note(heard, heard.value)
+
+    def _note(self, heard: Heard, value: float) -> list[tuple[float, float]]:
+        curve = continued(self._curves, heard, value)
+        if heard.at >= heard.end:
+            best = min(value for _, value in curve)
+            self._best_end = best if self._best_end is None else min(self._best_end, best)
+        return curve

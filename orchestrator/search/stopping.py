@@ -1,7 +1,7 @@
 """Who is stopped early: rules that hear every evaluation and say why a trial should go no further.
 
-A rule's state is what it has heard. After an interruption it hears the curves on disk again, in the order of their
-clock, and decides on as if there had been none.
+A rule's state is what it has heard and said. After an interruption it hears the curves on disk again, with what it said
+then, and decides on as if there had been none.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from operator import itemgetter
 from statistics import fmean, median
@@ -36,6 +36,21 @@ class StopRule(Protocol):
     def hear(self, heard: Heard) -> str | None:
         """Why the trial should stop, or None."""
 
+    def recall(self, heard: Heard, said: str | None) -> None:
+        """Hear again what this was said to before an interruption; it may have come in another order then."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recalled:
+    """An evaluation on disk."""
+
+    time_ms: int
+    heard: Heard
+    is_answered: bool
+    """False where the sweep may have been cut off before a rule heard of it."""
+    said: str | None
+    """Why the rule stopped the trial then; None where it did not."""
+
 
 class Halving:
     """Asynchronous successive halving. Source: Li et al. 2020, A System for Massively Parallel Hyperparameter Tuning.
@@ -57,12 +72,24 @@ class Halving:
         """Judge at the highest rung that the evaluation has reached."""
         if heard.value is None:
             return no_number(heard, self._unit)
-        best = self._best(heard, heard.value)
+        return self._verdict(heard, heard.value, self._judge)
+
+    def recall(self, heard: Heard, said: str | None) -> None:
+        """Its configuration's place in the rung, and the verdict of then."""
+        if heard.value is not None:
+            self._verdict(heard, heard.value, lambda *_: said)
+
+    def _verdict(
+        self, heard: Heard, value: float, judge: Callable[[list[float], float, Heard], str | None]
+    ) -> str | None:
+        best = self._best(heard, value)
         if heard.at < self._grace:
             return None
         rung = _rung(heard.at / self._grace, self._factor)
         if (rung, heard.configuration_id) not in self._verdicts:
-            self._verdicts[rung, heard.configuration_id] = self._judge(rung, heard, best)
+            there = self._rungs.setdefault(rung, [])
+            bisect.insort(there, best)
+            self._verdicts[rung, heard.configuration_id] = judge(there, best, heard)
         return self._verdicts[rung, heard.configuration_id]
 
     def _best(self, heard: Heard, value: float) -> float:
@@ -74,9 +101,7 @@ class Halving:
             falls.append((heard.at, value))
         return falls[-1][1]
 
-    def _judge(self, rung: int, heard: Heard, value: float) -> str | None:
-        there = self._rungs.setdefault(rung, [])
-        bisect.insort(there, value)
+    def _judge(self, there: list[float], value: float, heard: Heard) -> str | None:
         better = bisect.bisect_left(there, value)
         if better < math.ceil(len(there) / self._factor):
             return None
@@ -97,6 +122,10 @@ class Hyperband:
     def hear(self, heard: Heard) -> str | None:
         """Judge in the configuration's own bracket."""
         return self._brackets[self.bracket_of(heard.configuration_id)].hear(heard)
+
+    def recall(self, heard: Heard, said: str | None) -> None:
+        """In the same bracket."""
+        self._brackets[self.bracket_of(heard.configuration_id)].recall(heard, said)
 
     def bracket_of(self, configuration_id: str) -> int:
         """The bracket that its name falls into."""
@@ -141,6 +170,10 @@ class Median:
             return None
         return f"its best was worse than the median of {len(others)} others at {heard.at:g} {self._unit}"
 
+    def recall(self, heard: Heard, said: str | None) -> None:  # noqa: ARG002
+        """Its state is the curves."""
+        self.hear(heard)
+
 
 class Together:
     """Lets a rule that judges trials judge configurations: the repeat that is ahead is judged, and the rest follow it.
@@ -155,9 +188,17 @@ class Together:
 
     def hear(self, heard: Heard) -> str | None:
         """The rule's verdict, or the one on the repeat that was here before."""
-        verdict, configuration = self._rule.hear(heard), heard.configuration_id
-        if heard.value is None:
-            return verdict
+        verdict = self._rule.hear(heard)
+        return verdict if heard.value is None else self._of_all(heard, verdict)
+
+    def recall(self, heard: Heard, said: str | None) -> None:
+        """And the configuration's verdict of then."""
+        self._rule.recall(heard, said)
+        if heard.value is not None:
+            self._of_all(heard, said)
+
+    def _of_all(self, heard: Heard, verdict: str | None) -> str | None:
+        configuration = heard.configuration_id
         if configuration in self._stopped:
             at, reason = self._stopped[configuration]
             return reason if heard.at >= at else None
@@ -182,10 +223,17 @@ def continued(curves: dict[str, list[tuple[float, float]]], heard: Heard, value:
     return curves[heard.trial_id]
 
 
-def replay(rule: StopRule, evaluations: Iterable[tuple[float, Heard]]) -> None:
-    """Let a rule hear again what is on disk, in the order of the clock; what it says to that was done then."""
-    for _, heard in sorted(evaluations, key=lambda pair: pair[0]):
-        rule.hear(heard)
+def replay(rule: StopRule, evaluations: Iterable[Recalled]) -> None:
+    """Let a rule hear again what is on disk, in the order of the workers' clocks, and what it said to that.
+
+    Workers that evaluate in the same moment may have been heard in another order: judged anew, who was stopped then
+    might go on now, and its repeats with it.
+    """
+    for one in sorted(evaluations, key=lambda one: one.time_ms):
+        if one.is_answered:
+            rule.recall(one.heard, one.said)
+        else:
+            rule.hear(one.heard)
 
 
 def _rung(ratio: float, factor: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -9,11 +11,15 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from orchestrator.config.sweep_config import GraceUnit, SweepConfig
 from orchestrator.config.trial_config import TrialConfig
-from orchestrator.results.records import MetricPoint, TrialResult
+from orchestrator.results.records import MetricPoint, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder
 from orchestrator.search.extrapolation import Extrapolation
 from orchestrator.search.observation import Goal
-from orchestrator.search.stopping import Halving, Heard, Hyperband, Median, StopRule, Together, replay
+from orchestrator.search.stopping import Halving, Heard, Hyperband, Median, Recalled, StopRule, Together, replay
+
+STOPPED_BY, NEXT = "stopped by ", "; "
+STOPPED_AT = re.compile(r"stopped by [^:]* at step (\d{1,9}): ")
+"""Of a record's reasons, as in `stopped by median at step 4: …; stopped by extrapolation at step 4: …`."""
 
 
 class RuleScheduler(FIFOScheduler):
@@ -45,21 +51,22 @@ class RuleScheduler(FIFOScheduler):
         forget_ended(tune_controller)
 
     def hear_again(self, folder: SweepFolder, records: Iterable[TrialResult]) -> None:
-        """Rebuild the rules' state out of the curves that earlier runs have left."""
-        curves = [
-            (record, [point for point in folder.trial(record.trial_id).read_metrics() if self._judges(point)])
-            for record in records
-        ]
-        for _, rule, unit in self._rules:
-            heard = (
+        """Rebuild the rules' state out of the curves and reasons that earlier runs have left."""
+        curves = [(record, [point for point in heard_of(record, folder) if self._judges(point)]) for record in records]
+        for name, rule, unit in self._rules:
+            replay(
+                rule,
                 (
-                    point.time_ms,
-                    self._heard(record.trial_id, record.configuration_id, record.config, point, unit),
-                )
-                for record, points in curves
-                for point in points
+                    Recalled(
+                        point.time_ms,
+                        self._heard(record.trial_id, record.configuration_id, record.config, point, unit),
+                        is_answered=point.step <= record.steps,
+                        said=said_to(record, point, name),
+                    )
+                    for record, points in curves
+                    for point in points
+                ),
             )
-            replay(rule, heard)
 
     def _judges(self, point: MetricPoint) -> bool:
         """Whether rules hear of it: an evaluation, and its objective is known.
@@ -73,8 +80,8 @@ class RuleScheduler(FIFOScheduler):
         for name, rule, unit in self._rules:
             reason = rule.hear(self._heard(trial_id, configuration_id, config, point, unit))
             if reason:
-                found.append(f"stopped by {name} at step {point.step}: {reason}")
-        return "; ".join(found) or None
+                found.append(f"{STOPPED_BY}{name} at step {point.step}: {reason}")
+        return NEXT.join(found) or None
 
     def _heard(
         self, trial_id: str, configuration_id: str, config: TrialConfig, point: MetricPoint, unit: GraceUnit
@@ -104,6 +111,23 @@ def forget_ended(tune_controller: Any) -> None:
     trials[:] = [trial for trial in trials if trial not in ended]
     for kept in (tune_controller._stopped_trials, tune_controller._failed_trials, tune_controller._trials_to_cache):
         kept -= ended
+
+
+def said_to(record: TrialResult, point: MetricPoint, name: str) -> str | None:
+    """Why the rule of this name stopped the trial there; None where it did not."""
+    reasons = (record.reason or "") if record.status is TrialStatus.STOPPED else ""
+    for told in reasons.removeprefix(STOPPED_BY).split(NEXT + STOPPED_BY):
+        where, _, reason = told.partition(": ")
+        if where == f"{name} at step {point.step}":
+            return reason
+    return None
+
+
+def heard_of(record: TrialResult, folder: SweepFolder) -> Iterator[MetricPoint]:
+    """A trial's curve, as far as the rules heard of it: one that is stopped trains on until it is told so."""
+    found = STOPPED_AT.match(record.reason or "") if record.status is TrialStatus.STOPPED else None
+    last = int(found[1]) if found else math.inf
+    return (point for point in folder.trial(record.trial_id).read_metrics() if point.step <= last)
 
 
 def rules_of(sweep: SweepConfig) -> Iterator[tuple[str, StopRule, GraceUnit]]:

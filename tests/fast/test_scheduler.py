@@ -14,7 +14,7 @@ pytest.importorskip("ray")
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 
-from orchestrator.config.sweep_config import SweepConfig
+from orchestrator.config.sweep_config import SchedulerConfig, SweepConfig
 from orchestrator.results.records import MetricPoint, TrialStatus
 from orchestrator.results.storage import SweepFolder
 from orchestrator.sweep.scheduler import RuleScheduler
@@ -68,7 +68,7 @@ def test_a_trial_at_its_last_step_has_ended_whatever_its_grace_is_counted_in() -
 
 def test_tune_forgets_trials_that_have_ended_and_left_their_slot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TuneController, "__init__", lambda self: None)
-    tune = TuneController()  # type: ignore[no-untyped-call]
+    tune: Any = TuneController()
     completed, failed, leaving, at_work = trials = [Trial("sweep", stub=True) for _ in range(4)]
     for trial, status in zip(trials, ("TERMINATED", "ERROR", "TERMINATED", "RUNNING"), strict=True):
         trial.set_status(status)
@@ -113,3 +113,27 @@ def test_a_new_scheduler_knows_what_the_curves_on_disk_say(tmp_path: Path) -> No
     scheduler.hear_again(folder, ended)
     assert told(scheduler, 2, 10, 2.0) == "STOP"
     assert told(scheduler, 3, 10, 0.5) == "CONTINUE"
+
+
+@pytest.mark.parametrize("rule", ["asha", "hyperband"])
+def test_a_repeat_follows_the_one_that_was_stopped_before_an_interruption_whatever_the_workers_clocks_say(
+    rule: str, tmp_path: Path
+) -> None:
+    """Of two that evaluated in the same moment the later one was heard first, and so the other one was stopped."""
+    sweep = SWEEP.model_copy(update={"scheduler": SchedulerConfig.model_validate({rule: {"grace_steps": 10}})})
+    before, folder = RuleScheduler(sweep), SweepFolder(tmp_path)
+    assert told(before, 0, 10, 1.0) == "CONTINUE"
+    assert told(before, 1, 10, 2.0) == "STOP"
+    records = []
+    for number, status, loss, ms in ((0, "cancelled", 1.0, 2000), (1, "stopped", 2.0, 1000)):
+        # The stopped one had trained on, and been evaluated, until its stop came.
+        points = [point(step, loss).model_copy(update={"time_ms": ms + step}) for step in (10, 11)]
+        update = {"status": TrialStatus(status), "reason": before.reasons.get(str(number), "a signal"), "steps": 11}
+        records.append(record(number, {}, TrialStatus.RUNNING).model_copy(update=update))
+        folder.trial(records[-1].trial_id).root.mkdir(parents=True)
+        folder.trial(records[-1].trial_id).metrics.write_text("".join(p.model_dump_json() + "\n" for p in points))
+    again = RuleScheduler(sweep)
+    again.hear_again(folder, records)
+    last = point(10, 3.0)
+    reason = again._hear("1-again", records[1].configuration_id, records[1].config, last)
+    assert reason == before.reasons["1"]

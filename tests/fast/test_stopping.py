@@ -12,7 +12,7 @@ import pytest
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.search import stopping
 from orchestrator.search.extrapolation import Extrapolation, forecast
-from orchestrator.search.stopping import Halving, Heard, Hyperband, Median, StopRule, Together, replay
+from orchestrator.search.stopping import Halving, Heard, Hyperband, Median, Recalled, StopRule, Together, replay
 
 END = 81.0
 RULES: dict[str, Callable[[], StopRule]] = {
@@ -71,11 +71,16 @@ def test_after_an_interruption_it_decides_as_without_one(name: str, cut: int) ->
     whole = obeyed(RULES[name](), told, set())
     stopped: set[str] = set()
     before = obeyed(RULES[name](), told[:cut], stopped)
-    # What is on disk: the evaluations of each trial up to its stop.
+    # What is on disk: the evaluations of each trial up to its stop. Each turn of three was heard against their clocks.
+    said = {(one.trial_id, one.at): reason for one, reason in before}
     ends = {one.trial_id: one.at for one, _ in before}
-    kept = [(float(i), one) for i, one in enumerate(told[:cut]) if one.at <= ends.get(one.trial_id, END)]
+    kept = [
+        Recalled(3 * (place // 3) - place % 3, one, is_answered=True, said=said.get((one.trial_id, one.at)))
+        for place, one in enumerate(told[:cut])
+        if one.at <= ends.get(one.trial_id, END)
+    ]
     again = RULES[name]()
-    replay(again, reversed(kept))
+    replay(again, kept)
     assert before + obeyed(again, told[cut:], stopped) == whole
 
 
@@ -173,6 +178,9 @@ class FirstWord:
     def hear(self, heard: Heard) -> str | None:
         return "worse than 1" if heard.value is None or heard.value > 1 else None
 
+    def recall(self, heard: Heard, said: str | None) -> None:
+        """It has no state."""
+
 
 def test_repeats_follow_the_one_that_comes_first_under_rules_that_judge_trials_too() -> None:
     rule = Together(FirstWord())
@@ -184,6 +192,14 @@ def test_repeats_follow_the_one_that_comes_first_under_rules_that_judge_trials_t
     assert rule.hear(heard("b-0", 3, 0.5, "b")) is None
     assert rule.hear(heard("b-1", 3, None, "b")) is not None, "what is no number goes no further, whoever has passed"
     assert rule.hear(heard("b-0", 6, 0.5, "b")) is None
+
+
+def test_repeats_follow_what_was_said_before_an_interruption_and_not_what_would_be_said_now() -> None:
+    rule = Together(FirstWord())
+    rule.recall(heard("a-0", 3, 0.5, "a"), "worse than others then")
+    assert rule.hear(heard("a-1", 3, 0.5, "a")) == "worse than others then"
+    rule.recall(heard("b-0", 3, 2.0, "b"), None)
+    assert rule.hear(heard("b-1", 3, 2.0, "b")) is None
 
 
 def test_each_bracket_of_hyperband_gets_fewer_configurations_than_the_one_before() -> None:
