@@ -165,9 +165,7 @@ def at_work_s(earlier: Earlier, now_ms: int) -> float:
     if result is None or result.started_ms is None:
         return 0.0
     began_ms = result.run_started_ms or result.started_ms
-    # A run that was killed could not tell: what its trials reported last is the last sign of it.
-    seen = (trial.last.time_ms for trial in earlier.trials.values() if trial.last)
-    ended_ms = result.ended_ms or max(seen, default=began_ms)
+    ended_ms = result.model_copy(update={"trials": tuple(earlier.trials.values())}).last_sign_ms or began_ms
     return result.earlier_runs_s + max(0, min(ended_ms, now_ms) - began_ms) / 1000
 
 
