@@ -186,7 +186,7 @@ def plan(
         config = asked.on_hardware(has_gpus=hardware.device == "cuda")
         pace = Pace.of(newest_sweeps(local_storage(config.storage), READ_SWEEPS), config.model, hardware)
         planned = plan_sweep(config, inputs.find_model(config).shape, hardware, pace)
-        before = words_for_a_plan(sweep_folder(asked.storage, asked.name), asked, planned)
+        before = words_for_a_plan(sweep_folder(config.storage, config.name), config, planned)
         told = map(without_secret, (*before, *inputs.missing_here(config)))
         planned = planned.model_copy(update={"warnings": (*planned.warnings, *told)})
         _show(planned.model_dump_json(indent=1) if json else render(planned))

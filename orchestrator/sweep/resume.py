@@ -73,22 +73,28 @@ def _ended_by_the_table(folder: SweepFolder, result: SweepResult | None) -> Iter
             yield trial
 
 
+def stays(record: TrialResult, available_bytes: int) -> bool:
+    """Whether an end is final: refusals are made anew, and what ran out of memory may fit where there is more."""
+    if record.status is TrialStatus.OUT_OF_MEMORY and record.peak_memory and record.peak_memory.available_bytes:
+        return available_bytes <= record.peak_memory.available_bytes
+    return record.status.is_final and record.status is not TrialStatus.INFEASIBLE
+
+
 def words_for_a_plan(folder: SweepFolder, sweep: SweepConfig, plan: SweepPlan) -> Iterator[str]:
     """How much of a plan is done in the sweep's folder already, or that `run` would refuse to go on there.
 
-    A folder in an object store is left out: a plan asks nobody.
+    `sweep` has its hardware's defaults. A folder in an object store is left out: a plan asks nobody.
     """
     if folder.remote:
         return
     try:
         earlier = read_earlier(folder)
         if earlier:
-            require_same_question(folder, earlier.sweep, sweep)
+            require_same_question(folder, earlier.sweep, sweep, knows_hardware=True)
     except InputError as error:
         yield f"run would end at once: {error}"
         return
-    ended = [t for t in earlier.trials.values() if t.status.is_final] if earlier else []
-    done = [trial for trial in ended if trial.status is not TrialStatus.INFEASIBLE]
+    done = [t for t in earlier.trials.values() if stays(t, plan.worker_memory_bytes)] if earlier else []
     planned = {trial.trial_id for trial in plan.trials}
     if plan.proposed_by and (tried := {trial.suggestion.number for trial in done if trial.suggestion}):
         yield f"{counted(len(tried), 'configuration')} of this search {_are_done(len(tried), folder)}"

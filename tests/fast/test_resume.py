@@ -11,13 +11,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
+from typer.testing import CliRunner
 
+from orchestrator.cli import app
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.sweep_file import to_yaml
 from orchestrator.errors import FolderError, StorageError
 from orchestrator.reporting.times import times_of
 from orchestrator.results import storage
-from orchestrator.results.records import Suggestion, TrialStatus
+from orchestrator.results.records import PeakMemory, Suggestion, TrialStatus
 from orchestrator.results.storage import SweepFolder, read_sweep, write_atomically, write_result
 from orchestrator.sweep.delivered import Delivered, write_delivered
 from orchestrator.sweep.resume import (
@@ -54,7 +57,7 @@ def sweep(**keys: Any) -> SweepConfig:
 
 def told_in_a_plan(folder: SweepFolder, now: SweepConfig, planned: int, proposed_by: str | None = None) -> list[str]:
     trials = [SimpleNamespace(trial_id=made_up_trial({"rank": rank}).trial_id) for rank in range(1, planned + 1)]
-    plan: Any = SimpleNamespace(trials=trials, proposed_by=proposed_by)
+    plan: Any = SimpleNamespace(trials=trials, proposed_by=proposed_by, worker_memory_bytes=2**30)
     return list(words_for_a_plan(folder, now, plan))
 
 
@@ -73,6 +76,29 @@ def test_a_plan_tells_how_many_of_its_trials_are_done_already(tmp_path: Path) ->
     (told,) = told_in_a_plan(folder, sweep(model="builtin:smollm2-135m"), 6)
     assert told.startswith("run would end at once: ")
     assert "model was builtin:tiny-llama, now builtin:smollm2-135m" in told
+
+
+def test_a_plan_for_a_gpu_tells_that_run_would_refuse_results_of_cpus(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text(yaml.safe_dump(BASE | {"storage": str(tmp_path)}))
+    folder = SweepFolder(tmp_path / "made-up")
+    write_atomically(folder.sweep_file, to_yaml(sweep().on_hardware(has_gpus=False)))
+
+    def plan(*more: str) -> str:
+        return CliRunner().invoke(app, ["plan", str(file), "--gpu", "A100", *more]).stdout
+
+    assert "run would end at once: " in plan()
+    assert "trial.precision was fp32, now bf16" in plan()
+    assert "run would end" not in plan("--set", "trial.precision=fp32")
+
+
+def test_a_plan_with_more_memory_counts_no_trial_that_ran_out_of_it(tmp_path: Path) -> None:
+    folder = SweepFolder(tmp_path / "made-up")
+    write_atomically(folder.sweep_file, to_yaml(sweep()))
+    short = PeakMemory(predicted_bytes=2**28, available_bytes=2**29, kind="resident")
+    ran_out = made_up_trial({"rank": 1}, status=TrialStatus.OUT_OF_MEMORY).model_copy(update={"peak_memory": short})
+    write_result(folder, ran_out)
+    assert told_in_a_plan(folder, sweep(), 1) == []
 
 
 def test_a_plan_of_a_search_tells_how_many_configurations_it_has_tried(tmp_path: Path) -> None:
