@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from orchestrator.config.sweep_config import SweepConfig
-from orchestrator.config.sweep_file import load
+from orchestrator.config.sweep_file import load, shown_as_yaml
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import FolderError, InputError, counted, cut
 from orchestrator.planning.plan import SweepPlan
@@ -143,26 +143,26 @@ def changes(before: SweepConfig, now: SweepConfig, knows_hardware: bool) -> Iter
     for key in SAME_KEYS:
         old, new = getattr(before, key), getattr(now, key)
         if old != new:
-            yield f"{key} was {cut(str(old))}, now {cut(str(new))}"
+            yield f"{key} was {shown_as_yaml(old)}, now {shown_as_yaml(new)}"
     # Scores come after training: they may be asked for, and decide, once the trials are there.
     if before.training_objectives != now.training_objectives:
-        yield f"objective was {cut(str(before.objective))}, now {cut(str(now.objective))}"
+        yield f"objective was {shown_as_yaml(before.objective)}, now {shown_as_yaml(now.objective)}"
     if before.scheduler.pbt != now.scheduler.pbt:
         # Its members began with each other's checkpoints: what they came to belongs to that population.
-        yield f"scheduler.pbt was {before.scheduler.pbt}, now {now.scheduler.pbt}"
+        yield f"scheduler.pbt was {shown_as_yaml(before.scheduler.pbt)}, now {shown_as_yaml(now.scheduler.pbt)}"
     searched = {*before.domains, *now.domains}
     for name in sorted(searched) if now.scheduler.pbt else ():
         # With other settings its members would be other trials, which begin with checkpoints that have gone.
         old, new = (config.domains.get(name, "not searched") for config in (before, now))
         if old != new:
-            yield f"space.{name} was {cut(str(old))}, now {cut(str(new))}"
+            yield f"space.{name} was {shown_as_yaml(old)}, now {shown_as_yaml(new)}"
     for name in TrialConfig.model_fields:
         follows = name == "precision" and now.precision_follows_hardware
         if name in searched or (follows and not knows_hardware):
             continue
         old, new = getattr(before.trial, name), getattr(now.trial, name)
         if old != new:
-            yield f"trial.{name} was {cut(str(old))}, now {cut(str(new))}"
+            yield f"trial.{name} was {shown_as_yaml(old)}, now {shown_as_yaml(new)}"
 
 
 def at_work_s(earlier: Earlier, now_ms: int) -> float:

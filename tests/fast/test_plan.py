@@ -548,6 +548,8 @@ def test_one_of_a_thing_is_told_as_one() -> None:
     (line,) = [line for line in told.splitlines() if "of these examples" in line]
     assert line.startswith("up to 4 trials, 4 at a time; 0 of these examples are refused; they take ")
     assert " to " not in line.partition("; they take ")[2]
+    one_trial = {**search, "budget": {"trials": 1}}
+    assert "up to 1 trial, 1 at a time" in render(plan(A100, space={"rank": [8, 16]}, **one_trial))
     (alone,) = [w for w in plan(CPU, resources={"gpus_per_worker": 1}).warnings if "not one can start" in w]
     assert alone.startswith("a trial takes 1 worker of 1 CPU and 1 GPU each, and the cluster has 2 CPUs and 0 GPUs")
 

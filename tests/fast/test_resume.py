@@ -124,8 +124,16 @@ def test_a_score_may_become_the_objective_once_the_trials_are_there() -> None:
         ({"trial": {"max_steps": 40}}, "trial.max_steps was 20, now 40"),
         ({"trial": {"max_steps": 20, "learning_rate": 0.01}}, "trial.learning_rate was 0.0002, now 0.01"),
         ({"model": "builtin:smollm2-135m"}, "model was builtin:tiny-llama, now builtin:smollm2-135m"),
-        ({"objective": {"metric": "loss"}}, "objective was metric='eval_loss'"),
-        ({"data": {"train": "builtin:python-docs", "eval": 0.5}}, "data was "),
+        (
+            {"objective": {"metric": "loss"}},
+            "objective was {metric: eval_loss, mode: min}, now {metric: loss, mode: min}",
+        ),
+        (
+            {"objective": [{"metric": "eval_loss"}, {"metric": "tokens_per_s"}]},
+            "now [{metric: eval_loss, mode: min}, {metric: tokens_per_s, mode: max}]",
+        ),
+        ({"trial": {"max_steps": 20, "gradient_checkpointing": True}}, "gradient_checkpointing was false, now true"),
+        ({"data": {"train": "builtin:python-docs", "eval": 0.5}}, "data was {train: 'builtin:python-docs', "),
     ],
     ids=str,
 )
@@ -161,7 +169,7 @@ def test_another_space_is_refused_to_a_population_that_was_born_in_one() -> None
     pbt = {"scheduler": {"pbt": {"population": 2, "interval_steps": 20}}, "trial": {"max_steps": 40}}
     before = sweep(**pbt, space={"learning_rate": [1e-4, 1e-3]})
     require_same_question(FOLDER, before, sweep(**pbt, space={"learning_rate": [1e-4, 1e-3]}))
-    with pytest.raises(FolderError, match=r"space\.rank was not searched, now .*4, 8"):
+    with pytest.raises(FolderError, match=r"space\.rank was not searched, now .*\[4, 8\]"):
         require_same_question(FOLDER, before, sweep(**pbt, space={"learning_rate": [1e-4, 1e-3], "rank": [4, 8]}))
 
 
