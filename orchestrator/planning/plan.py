@@ -39,6 +39,8 @@ SPARE = 0.97
 """Share of a GPU's memory that a trial may be planned to take: the driver keeps some for itself."""
 HOST_SHARE = 0.9
 """Share of a host's memory that trials on its CPUs may be planned to take: Ray and the system have the rest."""
+MOST_SHARES = 10_000
+"""Ray counts a GPU in ten-thousandths."""
 
 
 TIGHT = (
@@ -159,11 +161,12 @@ def packed_share(
     planned = [plan_trial(trial, model, hardware, whole, memory_bytes) for trial in trials]
     needed = [trial.memory.device_bytes for trial in planned if trial.memory and not trial.reasons]
     by_memory = memory_bytes // max(needed, default=memory_bytes)
-    by_cpus = sum(_rooms(hardware, replace(whole, gpus_per_worker=0.0)))
+    by_cpus = sum(_rooms(hardware, replace(whole, gpus_per_worker=1 / MOST_SHARES)))
     to_run = len(trials) if sweep.search.is_adaptive else len(needed)
     at_once = min(by_cpus, _wanted_at_once(sweep.resources, to_run))
-    # Ray counts a GPU in ten-thousandths: rounded up, three thirds would not fit on it.
-    return math.floor(10_000 / max(1, min(by_memory, math.ceil(at_once / max(1, hardware.gpus))))) / 10_000
+    on_each = max(1, min(by_memory, math.ceil(at_once / max(1, hardware.gpus))))
+    # Rounded up, three thirds would not fit on it.
+    return math.floor(MOST_SHARES / on_each) / MOST_SHARES
 
 
 def _wanted_at_once(resources: ResourcesConfig, trials: int) -> int:

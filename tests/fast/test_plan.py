@@ -461,10 +461,21 @@ def test_an_automatic_share_of_a_gpu_is_what_a_trial_has_of_it_and_is_charged_wi
     space = {"learning_rate": [n * 1e-5 for n in range(1, 9)]}
     trial = {"micro_batch_size": 1, "sequence_length": 64}
     auto = {"gpus_per_worker": "auto", **resources}
-    found = plan(named_gpu("A100", gpus), shape_of(SMOLLM2_135M), space=space, trial=trial, resources=auto, **keys)
+    hardware = named_gpu("A100", gpus)
+    found = plan(hardware, shape_of(SMOLLM2_135M), space=space, trial=trial, resources=auto, **keys)
     assert round(1 / found.gpus_per_worker) == found.gpu_shared_by == on_each
+    # What torch may take of the GPU is less by the context of each.
+    assert 0.8 / on_each < (gpu_memory_fraction(found, hardware) or 0.97) < 1 / on_each
     (first, *_) = found.trials
     assert first.gpu_hours == pytest.approx(first.seconds / 3600 / on_each, rel=0.001)
+
+
+def test_cpus_of_nodes_without_a_gpu_make_no_share_of_one_smaller() -> None:
+    two_nodes = replace(named_gpu("A100", 1), cpus=8, nodes=2)
+    space = {"learning_rate": [n * 1e-5 for n in range(1, 9)]}
+    trial = {"micro_batch_size": 1, "sequence_length": 64}
+    found = plan(two_nodes, shape_of(SMOLLM2_135M), space=space, trial=trial, resources={"gpus_per_worker": "auto"})
+    assert (found.concurrent, found.gpus_per_worker) == (4, 0.25)
 
 
 def test_trials_that_do_not_run_leave_their_share_of_a_gpu_to_the_others() -> None:

@@ -35,6 +35,7 @@ from orchestrator.sweep.resume import (
     with_time_spent,
     words_for_a_plan,
 )
+from tests.fast.cases import CPU
 from tests.made_up_sweep import START_MS, made_up_point, made_up_trial, simulated, write_made_up
 
 pytest.importorskip("ray")
@@ -78,7 +79,9 @@ def test_a_plan_tells_how_many_of_its_trials_are_done_already(tmp_path: Path) ->
     assert "model was builtin:tiny-llama, now builtin:smollm2-135m" in told
 
 
-def test_a_plan_for_a_gpu_tells_that_run_would_refuse_results_of_cpus(tmp_path: Path) -> None:
+def test_a_plan_for_a_gpu_tells_that_run_would_refuse_results_of_cpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "sweep.yaml"
     file.write_text(yaml.safe_dump(BASE | {"storage": str(tmp_path)}))
     folder = SweepFolder(tmp_path / "made-up")
@@ -90,6 +93,8 @@ def test_a_plan_for_a_gpu_tells_that_run_would_refuse_results_of_cpus(tmp_path: 
     assert "run would end at once: " in plan()
     assert "trial.precision was fp32, now bf16" in plan()
     assert "run would end" not in plan("--set", "trial.precision=fp32")
+    monkeypatch.setattr("orchestrator.planning.hardware.hardware_for", lambda *named: CPU)
+    assert "run would end" not in plan()
 
 
 def test_a_plan_with_more_memory_counts_no_trial_that_ran_out_of_it(tmp_path: Path) -> None:
