@@ -17,12 +17,15 @@ from contextlib import contextmanager, redirect_stdout
 from enum import StrEnum
 from json import dumps
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
 from orchestrator.errors import InputError, OrchestratorError, StorageError, cut, printable
 from orchestrator.results.secrets import without_secret
+
+if TYPE_CHECKING:
+    from orchestrator.results.storage import SweepFolder
 
 app = typer.Typer(
     name="orchestrator",
@@ -183,7 +186,7 @@ def plan(
         config = asked.on_hardware(has_gpus=hardware.device == "cuda")
         pace = Pace.of(newest_sweeps(local_storage(config.storage), READ_SWEEPS), config.model, hardware)
         planned = plan_sweep(config, inputs.find_model(config).shape, hardware, pace)
-        before = words_for_a_plan(sweep_folder(asked.storage, asked.name), asked, planned)
+        before = words_for_a_plan(sweep_folder(config.storage, config.name), config, planned)
         told = map(without_secret, (*before, *inputs.missing_here(config)))
         planned = planned.model_copy(update={"warnings": (*planned.warnings, *told)})
         _show(planned.model_dump_json(indent=1) if json else render(planned))
@@ -303,8 +306,7 @@ def report(
     """Print a sweep's answer with its evidence, and write report.html; of several, how they compare."""
     with _told_errors():
         from orchestrator.reporting import report as reporting
-        from orchestrator.results.remote import opened, publish
-        from orchestrator.results.storage import write_atomically
+        from orchestrator.results.remote import opened
         from orchestrator.sweep.delivered import is_owed
 
         where = [opened(folder) for folder in folders]
@@ -319,24 +321,36 @@ def report(
             compared = compare(built)
             pages.append((where[0], where[0].comparison, comparison_report.render_html(compared)))
             answer = comparison_report.render_json(compared) if json else comparison_report.render_text(compared)
-        for folder, page, text in pages:
-            try:
-                write_atomically(page, text)
-                publish(folder, page)
-            except StorageError as error:
-                # What it says is printed all the same.
-                _say(f"{page} could not be written: {error}")
+        written = [page if _is_written(folder, page, text) else None for folder, page, text in pages]
         _show(answer)
-        _say(f"report: {page}")
+        if page := written[-1]:
+            _say(f"report: {page}")
         for folder in filter(is_owed, where):
             from orchestrator.sweep.delivery import deliver_late
 
             deliver_late(folder, _say)
-        if opens:
+        if opens and page:
             import webbrowser
 
             if not webbrowser.open(page.absolute().as_uri()):
                 _say("no browser could be opened here: copy the file to where one is")
+
+
+def _is_written(folder: SweepFolder, page: Path, text: str) -> bool:
+    """Whether the page is here to be opened; where it is not, what it says is printed all the same."""
+    from orchestrator.results.remote import publish
+    from orchestrator.results.storage import write_atomically
+
+    try:
+        write_atomically(page, text)
+    except StorageError as error:
+        _say(str(error))
+        return False
+    try:
+        publish(folder, page)
+    except StorageError as error:
+        _say(str(error))
+    return True
 
 
 @app.command()

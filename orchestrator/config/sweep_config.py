@@ -239,7 +239,7 @@ class ResourcesConfig(_Part):
     workers_per_trial: Annotated[int, Field(ge=1, le=4096)] = 1
     gpus_per_worker: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] | None = None
     """1 where the cluster has GPUs and 0 elsewhere, where nothing is said. 0 is for clusters without GPUs, a share for
-    one-worker trials. `auto` packs such trials on a GPU."""
+    one-worker trials. `auto` packs such trials on a GPU, which those that run on it at a time share evenly."""
     cpus_per_worker: Annotated[float, Field(ge=0.01, le=1024)] = 1
     memory_per_worker: Annotated[ByteSize, Field(ge=2**20)] | None = None
     """Most that a worker may take, of its GPU or, without one, of host memory, as 24GiB; none: what there is."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import to_jsonable_python
 
 from orchestrator.config.axes import axis_of
 from orchestrator.config.constraint import parse
@@ -102,6 +103,15 @@ def to_yaml(sweep: SweepConfig) -> str:
     if not whole["space"]:
         del whole["space"]
     return yaml.safe_dump(whole, sort_keys=False, allow_unicode=True, width=100)
+
+
+def shown_as_yaml(value: Any) -> str:
+    """A part of a sweep as a message repeats it: in one line, as the file would have it."""
+    told = yaml.safe_dump(
+        to_jsonable_python(value), default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf
+    )
+    # YAML ends a value that stands alone with a line of its own.
+    return cut(told.removesuffix("...\n").strip())
 
 
 def _not_yaml(file: Path, error: Exception) -> str:
@@ -480,7 +490,9 @@ def _problems_of_cost(sweep: SweepConfig) -> Iterator[Problem]:
     for path, value in counts.items():
         if value and not sweep.budget.price_per_gpu_hour:
             instead = MONEYLESS[path.partition(".")[0].partition("[")[0]]
-            yield Problem(path, f"counts money: name budget.price_per_gpu_hour, or use {instead}")
+            price = "budget.price_per_gpu_hour"
+            mend = f"name {price}" if sweep.budget.price_per_gpu_hour is None else f"raise {price} above 0"
+            yield Problem(path, f"counts money: {mend}, or use {instead}")
     for name in ("min_gain_per_hour", "min_gain_per_cost"):
         if getattr(sweep.search, name) and sweep.search.algorithm in ("grid", "random", "pbt"):
             told = f"ends searches that choose one by one, and {sweep.search.algorithm} does not: use tpe, gp or cma_es"

@@ -39,6 +39,8 @@ SPARE = 0.97
 """Share of a GPU's memory that a trial may be planned to take: the driver keeps some for itself."""
 HOST_SHARE = 0.9
 """Share of a host's memory that trials on its CPUs may be planned to take: Ray and the system have the rest."""
+MOST_SHARES = 10_000
+"""Ray counts a GPU in ten-thousandths."""
 
 
 TIGHT = (
@@ -146,37 +148,49 @@ def bound_bytes(constraints: Sequence[str]) -> float:
     return min((one.bound for one in found if one.metric == "peak_memory_bytes" and one.is_upper), default=math.inf)
 
 
-def packed_share(trials: Sequence[Trial], model: ModelShape, hardware: Hardware, whole: WorkerShape) -> float:
-    """The share of a GPU that lets as many workers on each as the largest trial's memory allows.
+def packed_share(
+    trials: Sequence[Trial], sweep: SweepConfig, model: ModelShape, hardware: Hardware, whole: WorkerShape
+) -> float:
+    """What `auto` is of a GPU: 1 divided by the trials at a time on it, by which they are charged too.
 
-    `micro_batch_size: auto` takes what a whole GPU holds, so that only trials with a number are packed.
+    As many as the largest trial's memory allows, and no more than there are for each GPU: a smaller share would leave a
+    part of the GPU to nobody, and charge nobody for it. `micro_batch_size: auto` takes what a whole GPU holds, so that
+    only trials with a number are packed.
     """
     memory_bytes = memory_for_a_worker(hardware, replace(whole, limit_bytes=None), 1)
     planned = [plan_trial(trial, model, hardware, whole, memory_bytes) for trial in trials]
     needed = [trial.memory.device_bytes for trial in planned if trial.memory and not trial.reasons]
-    # Ray counts a GPU in ten-thousandths: rounded up, three thirds would not fit on it.
-    return math.floor(10_000 / max(1, memory_bytes // max(needed, default=memory_bytes))) / 10_000
+    by_memory = memory_bytes // max(needed, default=memory_bytes)
+    by_cpus = sum(_rooms(hardware, replace(whole, gpus_per_worker=1 / MOST_SHARES)))
+    to_run = len(trials) if sweep.search.is_adaptive else len(needed)
+    at_once = min(by_cpus, _wanted_at_once(sweep.resources, to_run))
+    on_each = max(1, min(by_memory, math.ceil(at_once / max(1, hardware.gpus))))
+    # Rounded up, three thirds would not fit on it.
+    return math.floor(MOST_SHARES / on_each) / MOST_SHARES
+
+
+def _wanted_at_once(resources: ResourcesConfig, trials: int) -> int:
+    """Of so many trials, wherever there is room."""
+    return trials if resources.max_concurrent == "auto" else min(resources.max_concurrent, trials)
 
 
 def max_concurrent(
     trials: Sequence[Trial], resources: ResourcesConfig, model: ModelShape, hardware: Hardware, shape: WorkerShape
 ) -> int:
-    """Trials at a time; at least one, since what cannot fit at all is told when the cluster is joined.
+    """Of all trials so many at a time; at least one, since what cannot fit at all is told when the cluster is joined.
 
-    On CPUs, whose trials share the host's memory, `auto` is no more than the trials that there are, nor than lets the
-    largest of them run that fits on a node alone.
+    On CPUs, whose trials share the host's memory, `auto` leaves each enough for the largest that fits on a node alone.
     """
     rooms = _rooms(hardware, shape)
     on_one_node = max(rooms) >= shape.workers
-    room = max(1, trials_that_fit(rooms, shape.workers, on_one_node=on_one_node))
-    if resources.max_concurrent != "auto":
-        return min(room, resources.max_concurrent)
-    if hardware.device == "cuda":
-        return room
+    room = trials_that_fit(rooms, shape.workers, on_one_node=on_one_node)
+    at_once = max(1, min(room, _wanted_at_once(resources, len(trials))))
+    if resources.max_concurrent != "auto" or hardware.device == "cuda":
+        return at_once
     alone_bytes = memory_for_a_worker(hardware, shape, 1)
     needed = _needed_bytes(trials, model, hardware, shape.workers, alone_bytes)
     if not needed:
-        return min(room, len(trials)) or 1
+        return at_once
     by_memory = int(hardware.host_memory_bytes * HOST_SHARE) // max(needed)
     rooms = [min(has, by_memory) for has in rooms]
     return max(1, min(len(needed), trials_that_fit(rooms, shape.workers, on_one_node=on_one_node)))
@@ -384,7 +398,7 @@ def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware, pace: 
     shape, wanted = worker_shape(sweep.resources, hardware), sweep.trials()
     shape = replace(shape, bound_bytes=bound_bytes(sweep.constraints))
     if sweep.resources.gpus_per_worker == "auto" and hardware.device == "cuda" and shape.workers == 1:
-        shape = replace(shape, gpus_per_worker=packed_share(wanted, model, hardware, shape))
+        shape = replace(shape, gpus_per_worker=packed_share(wanted, sweep, model, hardware, shape))
     if not shape.gpus_per_worker:
         _require_no_money(sweep)
     concurrent = max_concurrent(wanted, sweep.resources, model, hardware, shape)
@@ -396,9 +410,10 @@ def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware, pace: 
         return tuple(_with_cost(trial, sweep.budget) for trial in each)
 
     trials = planned(shape)
-    # What is refused shares no GPU; whether a trial is refused does not hang on how many do.
+    # What is refused takes no place; whether a trial is refused does not hang on how many run at a time.
     runnable = len(wanted) if proposes else sum(not trial.reasons for trial in trials)
-    shape = replace(shape, gpu_shared_by=sharing(shape.gpus_per_worker, min(concurrent, runnable)))
+    concurrent = max(1, min(concurrent, runnable))
+    shape = replace(shape, gpu_shared_by=sharing(shape.gpus_per_worker, concurrent))
     if shape.gpu_shared_by > 1:
         trials = planned(shape)
     running = [trial for trial in trials if not trial.reasons]
@@ -413,9 +428,7 @@ def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware, pace: 
     if pbt := sweep.scheduler.pbt:
         works = [part for work in works for part in _generations(work, pbt.interval_steps)]
     alone = _alone(running, model, hardware, shape)
-    # Of a population no more run at a time than it has members.
-    at_once = min(concurrent, len(trials)) or 1
-    taken = simulate(works, at_once, asha.reduction_factor if asha else None, shape.gpu_shared_by, alone)
+    taken = simulate(works, concurrent, asha.reduction_factor if asha else None, shape.gpu_shared_by, alone)
     makespan, hours = taken.makespan_s, taken.trials_s.times(shape.workers * shape.gpus_per_worker / 3600)
     return SweepPlan(
         name=sweep.name,

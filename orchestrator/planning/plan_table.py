@@ -86,7 +86,8 @@ def _trials(plan: SweepPlan) -> str:
 
 
 def _proposals(plan: SweepPlan) -> str:
-    told = f"a population of {len(plan.trials)}" if plan.proposed_by == "pbt" else f"up to {len(plan.trials)} trials"
+    launched = len(plan.trials)
+    told = f"a population of {launched}" if plan.proposed_by == "pbt" else f"up to {counted(launched, 'trial')}"
     told += f", {plan.concurrent} at a time; {plan.refused} of these examples {_is(plan.refused)} refused"
     known = [(t.memory.device_bytes, t.seconds) for t in plan.trials if not t.reasons and t.memory and t.seconds]
     if not known:

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from orchestrator.config.sweep_config import COSTS
 from orchestrator.config.trial_config import TrialConfig
+from orchestrator.errors import StorageError
 from orchestrator.planning.plan import SweepPlan
 from orchestrator.reporting import quantities
 from orchestrator.reporting.curves import Curve, Plateau, evaluations, plateaus
@@ -25,7 +26,7 @@ from orchestrator.reporting.times import Outlay, Times, against_plan, times_of
 from orchestrator.reporting.trades import trades
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 from orchestrator.results.secrets import without_secret
-from orchestrator.results.storage import DamagedRecord, SweepFolder, read_record, read_sweep, why_unread
+from orchestrator.results.storage import DamagedRecord, SweepFolder, is_at_work, read_record, read_sweep, why_unread
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ def build(folder: SweepFolder, now_s: float | None = None) -> Report:
 
     Args:
         folder: what `orchestrator run` made.
-        now_s: seconds since 1970 that a sweep which has not ended is measured to; the clock's where nothing is said.
+        now_s: seconds since 1970 that a sweep at work is measured to; the clock's where nothing is said.
 
     Raises:
         FolderError: the folder holds no sweep.
@@ -95,7 +96,8 @@ def build(folder: SweepFolder, now_s: float | None = None) -> Report:
     curves = {t.trial_id: evaluations(folder.trial(t.trial_id).read_metrics()) for t in sweep.trials if t.steps}
     levels = plateaus(sweep, curves)
     effects = main_effects(sweep)
-    times = times_of(sweep, time.time() if now_s is None else now_s)
+    now_s = time.time() if now_s is None else now_s
+    times = times_of(sweep, now_s if sweep.ended_ms is None and _may_be_at_work(folder) else None)
     return Report(
         folder=folder.root,
         sweep=sweep,
@@ -112,6 +114,14 @@ def build(folder: SweepFolder, now_s: float | None = None) -> Report:
         times=times,
         outlays=against_plan(sweep, plan, times, _price(sweep_file)) if plan else (),
     )
+
+
+def _may_be_at_work(folder: SweepFolder) -> bool:
+    try:
+        return is_at_work(folder)
+    except StorageError:
+        # The store tells nobody who may only read.
+        return True
 
 
 def _plan(folder: SweepFolder) -> tuple[SweepPlan | None, tuple[DamagedRecord, ...]]:

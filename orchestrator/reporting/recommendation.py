@@ -414,7 +414,9 @@ def _without_completed(
             if evaluated
             else "no trial has completed an evaluation"
         )
-        return _make("nothing", None, f"No answer yet: {why}.", caveats)
+        is_over = sweep.ended_ms and not sweep.interrupted and all(t.status not in NOT_ENDED for t in sweep.trials)
+        answer = f"No answer: {why}, and the sweep has ended." if is_over else f"No answer yet: {why}."
+        return _make("nothing", None, answer, caveats)
     best = kept[0]
     value = quantities.number(best.provisional_objective)
     answer = (

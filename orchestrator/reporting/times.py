@@ -17,7 +17,7 @@ class Times:
     """Where the wall-clock time of the sweep and of its workers went, in seconds."""
 
     wall_s: float | None
-    """From the sweep's start to its end, or to now, without the pauses between its runs."""
+    """From the sweep's start to its end, or to now or its last sign of life, without the pauses between its runs."""
     worker_s: float
     """Launch to end, summed over trials."""
     parts_s: Mapping[str, float]
@@ -41,16 +41,20 @@ class Outlay:
     """`s`, `gpu_hours`, `cost`, `trials`; `ratio` has no plan: it is the actual over the expected."""
 
 
-def times_of(sweep: SweepResult, now_s: float) -> Times:
-    """Sums over all trials, those that still run too; a sweep that has not ended is measured to `now_s`, since 1970."""
-    end_s = sweep.ended_ms / 1000 if sweep.ended_ms else now_s
+def times_of(sweep: SweepResult, now_s: float | None) -> Times:
+    """Sums over all trials, those that still run too.
+
+    A sweep that has not ended is measured to `now_s`, since 1970, where a run is at work; None where none is: it was
+    killed, and its time ends with its last sign of life.
+    """
     timings = [trial.timing for trial in sweep.trials]
     parts_s = {name: sum(getattr(timing, f"{name}_s") for timing in timings) for name in PARTS}
     known_s = sum(parts_s.values())
     # A running trial has parts and no total yet.
     worker_s = max(known_s, sum(max(t.total_s, sum(getattr(t, f"{n}_s") for n in PARTS)) for t in timings))
     began_ms = sweep.run_started_ms or sweep.started_ms
-    wall_s = sweep.earlier_runs_s + max(0.0, end_s - began_ms / 1000) if began_ms else None
+    end_ms = sweep.last_sign_ms if sweep.ended_ms or now_s is None else now_s * 1000
+    wall_s = sweep.earlier_runs_s + max(0.0, (end_ms or began_ms) - began_ms) / 1000 if began_ms else None
     return Times(wall_s, worker_s, {**parts_s, "other": worker_s - known_s})
 
 

@@ -305,6 +305,12 @@ class SweepResult(_Record):
     mlflow_run_id: str | None = None
     trials: tuple[TrialResult, ...]
 
+    @property
+    def last_sign_ms(self) -> int | None:
+        """When it ended; of a run that was killed, and could not tell, what its trials reported last."""
+        seen = (trial.last.time_ms for trial in self.trials if trial.last)
+        return self.ended_ms or max(seen, default=None)
+
     @field_validator("objective_metric")
     @classmethod
     def _is_logged(cls, metric: str) -> str:

@@ -555,7 +555,8 @@ def is_storage_failure(error: BaseException) -> bool:
 def write_atomically(path: Path, text: str) -> None:
     """Replace `path`; a reader sees the old text or the new, never half of one.
 
-    What a writer that was killed has left half written of it goes. Of two that write at once, one wins.
+    What a writer that was killed has left half written of it goes, and so does what finds no room. Of two that write at
+    once, one wins.
 
     Raises:
         StorageError: the file cannot be written.
@@ -577,9 +578,10 @@ def write_atomically(path: Path, text: str) -> None:
         for half in path.parent.glob(f".{glob.escape(path.name)}.*"):
             half.unlink(missing_ok=True)
     except OSError as error:
-        raise StorageError(
-            f"cannot write {path} ({error}): free some space there, or name another --storage"
-        ) from error
+        # Where the folder is away or read-only there is nothing to be removed.
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise StorageError(f"cannot write {path} ({error}): free some space there, or make it writable") from error
 
 
 def sync(path: Path) -> None:

@@ -18,7 +18,7 @@ from orchestrator.results.records import PeakMemory, StartedFrom, Suggestion, Sw
 from orchestrator.results.secrets import without_secret
 from orchestrator.results.storage import SweepFolder, write_atomically, write_results, write_sweep
 from orchestrator.sweep.preparation import Prepared
-from orchestrator.sweep.resume import Earlier, at_work_s, gone_on_with, kept, with_time_spent
+from orchestrator.sweep.resume import Earlier, at_work_s, gone_on_with, kept, stays, with_time_spent
 from orchestrator.sweep.suggestions import NewRecord, known_at_start
 
 
@@ -33,7 +33,7 @@ def opening_records(
         if old and suggestion:
             # As it is told in today's space.
             old = old.model_copy(update={"suggestion": suggestion})
-        if old and _stays(old, prepared.plan.worker_memory_bytes):
+        if old and stays(old, prepared.plan.worker_memory_bytes):
             records[planned.trial_id] = old
             continue
         new = new_record(planned, suggestion, parent)
@@ -41,13 +41,6 @@ def opening_records(
             with_time_spent(old, gone_on_with(old, new, folder.trial(planned.trial_id))) if old else new
         )
     return records | kept(earlier, frozenset(records)) if earlier else records
-
-
-def _stays(record: TrialResult, available_bytes: int) -> bool:
-    """Whether an end is final: refusals are made anew, and what ran out of memory may fit where there is more."""
-    if record.status is TrialStatus.OUT_OF_MEMORY and record.peak_memory and record.peak_memory.available_bytes:
-        return available_bytes <= record.peak_memory.available_bytes
-    return record.status.is_final and record.status is not TrialStatus.INFEASIBLE
 
 
 def record_maker(prepared: Prepared) -> NewRecord:

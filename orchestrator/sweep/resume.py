@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from orchestrator.config.sweep_config import SweepConfig
-from orchestrator.config.sweep_file import load
+from orchestrator.config.sweep_file import load, shown_as_yaml
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import FolderError, InputError, counted, cut
 from orchestrator.planning.plan import SweepPlan
@@ -73,22 +73,28 @@ def _ended_by_the_table(folder: SweepFolder, result: SweepResult | None) -> Iter
             yield trial
 
 
+def stays(record: TrialResult, available_bytes: int) -> bool:
+    """Whether an end is final: refusals are made anew, and what ran out of memory may fit where there is more."""
+    if record.status is TrialStatus.OUT_OF_MEMORY and record.peak_memory and record.peak_memory.available_bytes:
+        return available_bytes <= record.peak_memory.available_bytes
+    return record.status.is_final and record.status is not TrialStatus.INFEASIBLE
+
+
 def words_for_a_plan(folder: SweepFolder, sweep: SweepConfig, plan: SweepPlan) -> Iterator[str]:
     """How much of a plan is done in the sweep's folder already, or that `run` would refuse to go on there.
 
-    A folder in an object store is left out: a plan asks nobody.
+    `sweep` has its hardware's defaults. A folder in an object store is left out: a plan asks nobody.
     """
     if folder.remote:
         return
     try:
         earlier = read_earlier(folder)
         if earlier:
-            require_same_question(folder, earlier.sweep, sweep)
+            require_same_question(folder, earlier.sweep, sweep, knows_hardware=True)
     except InputError as error:
         yield f"run would end at once: {error}"
         return
-    ended = [t for t in earlier.trials.values() if t.status.is_final] if earlier else []
-    done = [trial for trial in ended if trial.status is not TrialStatus.INFEASIBLE]
+    done = [t for t in earlier.trials.values() if stays(t, plan.worker_memory_bytes)] if earlier else []
     planned = {trial.trial_id for trial in plan.trials}
     if plan.proposed_by and (tried := {trial.suggestion.number for trial in done if trial.suggestion}):
         yield f"{counted(len(tried), 'configuration')} of this search {_are_done(len(tried), folder)}"
@@ -137,26 +143,26 @@ def changes(before: SweepConfig, now: SweepConfig, knows_hardware: bool) -> Iter
     for key in SAME_KEYS:
         old, new = getattr(before, key), getattr(now, key)
         if old != new:
-            yield f"{key} was {cut(str(old))}, now {cut(str(new))}"
+            yield f"{key} was {shown_as_yaml(old)}, now {shown_as_yaml(new)}"
     # Scores come after training: they may be asked for, and decide, once the trials are there.
     if before.training_objectives != now.training_objectives:
-        yield f"objective was {cut(str(before.objective))}, now {cut(str(now.objective))}"
+        yield f"objective was {shown_as_yaml(before.objective)}, now {shown_as_yaml(now.objective)}"
     if before.scheduler.pbt != now.scheduler.pbt:
         # Its members began with each other's checkpoints: what they came to belongs to that population.
-        yield f"scheduler.pbt was {before.scheduler.pbt}, now {now.scheduler.pbt}"
+        yield f"scheduler.pbt was {shown_as_yaml(before.scheduler.pbt)}, now {shown_as_yaml(now.scheduler.pbt)}"
     searched = {*before.domains, *now.domains}
     for name in sorted(searched) if now.scheduler.pbt else ():
         # With other settings its members would be other trials, which begin with checkpoints that have gone.
         old, new = (config.domains.get(name, "not searched") for config in (before, now))
         if old != new:
-            yield f"space.{name} was {cut(str(old))}, now {cut(str(new))}"
+            yield f"space.{name} was {shown_as_yaml(old)}, now {shown_as_yaml(new)}"
     for name in TrialConfig.model_fields:
         follows = name == "precision" and now.precision_follows_hardware
         if name in searched or (follows and not knows_hardware):
             continue
         old, new = getattr(before.trial, name), getattr(now.trial, name)
         if old != new:
-            yield f"trial.{name} was {cut(str(old))}, now {cut(str(new))}"
+            yield f"trial.{name} was {shown_as_yaml(old)}, now {shown_as_yaml(new)}"
 
 
 def at_work_s(earlier: Earlier, now_ms: int) -> float:
@@ -165,9 +171,7 @@ def at_work_s(earlier: Earlier, now_ms: int) -> float:
     if result is None or result.started_ms is None:
         return 0.0
     began_ms = result.run_started_ms or result.started_ms
-    # A run that was killed could not tell: what its trials reported last is the last sign of it.
-    seen = (trial.last.time_ms for trial in earlier.trials.values() if trial.last)
-    ended_ms = result.ended_ms or max(seen, default=began_ms)
+    ended_ms = result.model_copy(update={"trials": tuple(earlier.trials.values())}).last_sign_ms or began_ms
     return result.earlier_runs_s + max(0, min(ended_ms, now_ms) - began_ms) / 1000
 
 

@@ -58,6 +58,10 @@ def problems(tmp_path: Path, **keys: Any) -> str:
         ({"objective": [{"metric": "loss"}, {"metric": "loss", "mode": "max"}]}, "names loss twice"),
         ({"objective": {"metric": "cost"}, "budget": {"price_per_gpu_hour": 2}}, "behind another objective"),
         ({"objective": [{"metric": "loss"}, {"metric": "cost"}]}, "name budget.price_per_gpu_hour, or use step_time_s"),
+        (
+            {"objective": [{"metric": "loss"}, {"metric": "cost"}], "budget": {"price_per_gpu_hour": 0}},
+            "raise budget.price_per_gpu_hour above 0, or use step_time_s",
+        ),
         ({"constraints": ["cost <= 3"]}, "name budget.price_per_gpu_hour, or use step_time_s"),
         ({"constraints": ["eval_loss <= 1", "eval_loss >= 2"]}, "constraints[1]: leaves no eval_loss between"),
         (

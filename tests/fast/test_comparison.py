@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -143,7 +145,31 @@ def test_the_comparison_is_told_where_its_page_cannot_be_written(tmp_path: Path)
     shown = CliRunner().invoke(app, ["report", *(str(folder.root) for folder in folders)])
     assert shown.exit_code == 0
     assert "ran in several, all settings alike:" in shown.stdout
-    assert f"{folders[0].comparison} could not be written: " in shown.stderr
+    assert f"cannot write {folders[0].comparison} " in shown.stderr
+    # Nothing is named that is not there, nor an option that `report` does not have, and nothing half written stays.
+    assert "report: " not in shown.stderr
+    assert "--storage" not in shown.stderr
+    assert not list(folders[0].root.glob(".comparison.html*"))
+
+
+def test_a_page_of_an_earlier_report_is_not_shown_where_the_new_one_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_made_up(tmp_path / "a", simulated([2.2, 2.0], 2, 1))
+    folder.report.write_text("of an earlier report")
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.fsync", full)
+    shown = CliRunner().invoke(app, ["report", "--open", str(folder.root)])
+    assert shown.exit_code == 0
+    assert "No space left on device" in shown.stderr
+    assert "report: " not in shown.stderr
+    assert not opened
+    assert [path.name for path in folder.root.glob("*report.html*")] == [folder.report.name]
 
 
 def test_every_page_is_put_where_its_sweep_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

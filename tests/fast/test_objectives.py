@@ -99,6 +99,19 @@ def test_before_anything_has_completed_who_breaks_a_constraint_is_not_the_best_s
     assert trial_to_take(sweep) is None
 
 
+@pytest.mark.parametrize(
+    ("keys", "is_over"),
+    [({}, True), ({"ended_ms": None}, False), ({"interrupted": True}, False)],
+    ids=["ended", "at work", "interrupted"],
+)
+def test_no_answer_is_to_come_of_a_sweep_that_has_ended(keys: dict[str, Any], is_over: bool) -> None:
+    ends = [TrialStatus.FAILED, TrialStatus.OUT_OF_MEMORY, TrialStatus.INFEASIBLE]
+    lost = [made_up_trial({"rank": 4 + place}, status=status) for place, status in enumerate(ends)]
+    waits = made_up_trial({"rank": 16}, status=TrialStatus.PENDING)
+    assert recommend(made_up_sweep(lost, **keys)).answer.endswith("and the sweep has ended.") == is_over
+    assert recommend(made_up_sweep([*lost, waits], **keys)).answer.startswith("No answer yet: ")
+
+
 def test_where_nobody_keeps_the_constraints_the_report_says_that() -> None:
     sweep = made_up_sweep(trials()).model_copy(update={"constraints": ("tokens_per_s >= 1000000",)})
     answer = recommend(sweep)

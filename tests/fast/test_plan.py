@@ -327,8 +327,9 @@ def test_the_parts_of_a_plan_on_a_cpu_sum_to_the_memory_that_it_tells() -> None:
 
 def test_trials_at_a_time_follow_from_what_each_takes() -> None:
     shape = {"workers_per_trial": 2, "gpus_per_worker": 1, "cpus_per_worker": 4}
-    assert plan(A100, resources=shape).concurrent == 4
-    assert plan(A100, resources={**shape, "max_concurrent": 3}).concurrent == 3
+    space = {"learning_rate": [n * 1e-5 for n in range(1, 6)]}
+    assert plan(A100, space=space, resources=shape).concurrent == 4
+    assert plan(A100, space=space, resources={**shape, "max_concurrent": 3}).concurrent == 3
     assert plan(CPU, resources={"workers_per_trial": 2}).concurrent == 1
 
 
@@ -363,7 +364,8 @@ def test_on_cpus_no_more_run_at_a_time_than_there_are_and_one_that_fits_nowhere_
 def test_a_trial_that_would_fit_with_fewer_at_a_time_is_told_so_first() -> None:
     def reason(**resources: Any) -> str:
         trial = {"sequence_length": 256, "micro_batch_size": 8, "global_batch_size": 8}
-        (told,) = plan(cpus(8, 16), shape_of(SMOLLM2_135M), trial=trial, resources=resources).trials[0].reasons
+        found = plan(cpus(8, 16), shape_of(SMOLLM2_135M), trial=trial, search={"repeats": 8}, resources=resources)
+        (told,) = found.trials[0].reasons
         return told.partition("fits with ")[2]
 
     told = reason(max_concurrent=8)
@@ -374,6 +376,7 @@ def test_a_trial_that_would_fit_with_fewer_at_a_time_is_told_so_first() -> None:
         cpus(8, 16),
         shape_of(SMOLLM2_135M),
         trial={"sequence_length": 256, "micro_batch_size": 8, "global_batch_size": 8},
+        search={"repeats": 8},
         resources={"max_concurrent": most},
     ).runs
     assert "max_concurrent" not in reason(max_concurrent=8, memory_per_worker="1500MiB")
@@ -414,16 +417,15 @@ def test_no_gpus_are_asked_for_only_where_there_are_none() -> None:
 )
 def test_a_plan_counts_as_a_cluster_does(hardware: Hardware, resources: dict[str, Any], concurrent: int) -> None:
     trial = {"sequence_length": 64, "micro_batch_size": 1, "global_batch_size": 15, "precision": "fp32"}
-    space = {"learning_rate": [n * 1e-5 for n in range(1, 11)]}
+    space = {"learning_rate": [n * 1e-5 for n in range(1, 21)]}
     found = plan(hardware, shape_of(SMOLLM2_135M), trial=trial, space=space, resources=resources)
     assert (found.refused, found.concurrent) == (0, concurrent)
 
 
 def test_trials_share_a_gpu_by_the_memory_of_the_largest() -> None:
     small = {"precision": "nf4", "micro_batch_size": 1, "global_batch_size": 4, "sequence_length": 256}
-    packed = plan(
-        A100, trial=small, space={"rank": [8, 64]}, resources={"gpus_per_worker": "auto", "cpus_per_worker": 0.5}
-    )
+    space = {"rank": [8, 64], "learning_rate": [n * 1e-5 for n in range(1, 101)]}
+    packed = plan(A100, trial=small, space=space, resources={"gpus_per_worker": "auto", "cpus_per_worker": 0.5})
     needed_bytes = max(trial.memory.device_bytes for trial in packed.trials)
     on_each = round(1 / packed.gpus_per_worker)
     assert on_each >= 2
@@ -434,9 +436,66 @@ def test_trials_share_a_gpu_by_the_memory_of_the_largest() -> None:
     assert on_each * (fraction * 80 * 2**30 + CONTEXT_BYTES) <= 80 * 2**30
     assert max(trial.memory.reserved_bytes for trial in packed.trials) <= fraction * 80 * 2**30
     assert packed.refused == 0
-    alone = plan(A100, trial=small, resources={"gpus_per_worker": 1})
+    alone = plan(A100, trial=small, space=space, resources={"gpus_per_worker": 1})
     assert alone.concurrent == 8
     assert gpu_memory_fraction(alone, A100) is None
+
+
+@pytest.mark.parametrize(
+    ("gpus", "resources", "keys", "on_each"),
+    [
+        (1, {"max_concurrent": 1}, {}, 1),
+        (1, {"max_concurrent": 4}, {}, 4),
+        (1, {}, {}, 8),
+        (3, {}, {}, 3),
+        (4, {"max_concurrent": 6}, {}, 2),
+        (1, {"cpus_per_worker": 8}, {}, 2),
+        (1, {}, {"budget": {"trials": 3}}, 3),
+        (1, {}, {"budget": {"trials": 5}, "search": {"algorithm": "tpe", "repeats": 2}}, 10),
+    ],
+    ids=["one", "four", "all", "three GPUs", "uneven", "CPUs", "cut grid", "search"],
+)
+def test_an_automatic_share_of_a_gpu_is_what_a_trial_has_of_it_and_is_charged_with(
+    gpus: int, resources: dict[str, Any], keys: dict[str, Any], on_each: int
+) -> None:
+    space = {"learning_rate": [n * 1e-5 for n in range(1, 9)]}
+    trial = {"micro_batch_size": 1, "sequence_length": 64}
+    auto = {"gpus_per_worker": "auto", **resources}
+    hardware = named_gpu("A100", gpus)
+    found = plan(hardware, shape_of(SMOLLM2_135M), space=space, trial=trial, resources=auto, **keys)
+    assert round(1 / found.gpus_per_worker) == found.gpu_shared_by == on_each
+    # What torch may take of the GPU is less by the context of each.
+    assert 0.8 / on_each < (gpu_memory_fraction(found, hardware) or 0.97) < 1 / on_each
+    (first, *_) = found.trials
+    assert first.gpu_hours == pytest.approx(first.seconds / 3600 / on_each, rel=0.001)
+
+
+def test_cpus_of_nodes_without_a_gpu_make_no_share_of_one_smaller() -> None:
+    two_nodes = replace(named_gpu("A100", 1), cpus=8, nodes=2)
+    space = {"learning_rate": [n * 1e-5 for n in range(1, 9)]}
+    trial = {"micro_batch_size": 1, "sequence_length": 64}
+    found = plan(two_nodes, shape_of(SMOLLM2_135M), space=space, trial=trial, resources={"gpus_per_worker": "auto"})
+    assert (found.concurrent, found.gpus_per_worker) == (4, 0.25)
+
+
+def test_trials_that_do_not_run_leave_their_share_of_a_gpu_to_the_others() -> None:
+    space = {"sequence_length": [64, 128, 10**6, 2 * 10**6]}
+    found = plan(
+        named_gpu("A100", 1),
+        shape_of(SMOLLM2_135M),
+        space=space,
+        trial={"micro_batch_size": 1},
+        resources={"gpus_per_worker": "auto"},
+    )
+    assert (found.refused, found.gpus_per_worker, found.concurrent) == (2, 0.5, 2)
+
+
+def test_a_plan_has_no_more_trials_at_a_time_than_run() -> None:
+    space = {"sequence_length": [64, 128, 10**6]}
+    assert plan(A100, shape_of(SMOLLM2_135M), space=space).concurrent == 2
+    assert plan(A100, shape_of(SMOLLM2_135M), space={"sequence_length": [10**6]}).concurrent == 1
+    search = {"search": {"algorithm": "tpe", "repeats": 2}, "budget": {"trials": 3}}
+    assert plan(A100, space={"learning_rate": {"log_uniform": [1e-5, 1e-3]}}, **search).concurrent == 6
 
 
 def test_sharing_a_gpu_makes_no_trial_cheaper_that_keeps_it_busy() -> None:
@@ -498,8 +557,10 @@ def test_one_of_a_thing_is_told_as_one() -> None:
     search = {"search": {"algorithm": "tpe"}, "budget": {"trials": 4}, "trial": {"max_steps": 10}}
     told = render(plan(A100, space={"learning_rate": {"log_uniform": [1e-5, 1e-3]}}, **search))
     (line,) = [line for line in told.splitlines() if "of these examples" in line]
-    assert line.startswith("up to 4 trials, 8 at a time; 0 of these examples are refused; they take ")
+    assert line.startswith("up to 4 trials, 4 at a time; 0 of these examples are refused; they take ")
     assert " to " not in line.partition("; they take ")[2]
+    one_trial = {**search, "budget": {"trials": 1}}
+    assert "up to 1 trial, 1 at a time" in render(plan(A100, space={"rank": [8, 16]}, **one_trial))
     (alone,) = [w for w in plan(CPU, resources={"gpus_per_worker": 1}).warnings if "not one can start" in w]
     assert alone.startswith("a trial takes 1 worker of 1 CPU and 1 GPU each, and the cluster has 2 CPUs and 0 GPUs")
 

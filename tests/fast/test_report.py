@@ -11,6 +11,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from filelock import FileLock
 
 from orchestrator.errors import FolderError
 from orchestrator.planning.plan import SweepPlan
@@ -264,9 +265,19 @@ def test_a_sweep_with_little_in_it_can_be_reported(tmp_path: Path, sweep: SweepR
 
 def test_a_running_sweep_says_so_and_counts_to_now(tmp_path: Path) -> None:
     sweep = simulated([2.0, 2.1], 2, 0, status_of=lambda place, repeat: list(TrialStatus)[1 + (repeat == 0)])
-    made = built(tmp_path, sweep.model_copy(update={"ended_ms": None}))
+    folder = write_made_up(tmp_path / "sweep", sweep.model_copy(update={"ended_ms": None}))
+    with FileLock(folder.lock):
+        made = report.build(folder, now_s=START_MS / 1000 + 60)
     assert (made.state, made.times.wall_s) == ("not ended", 60)
     assert "2 of 4 trials have not ended yet" in report.render_html(made)
+
+
+def test_the_time_of_a_sweep_that_was_killed_ends_with_its_last_sign_of_life(tmp_path: Path) -> None:
+    killed = simulated([2.0, 2.1], 1, 0).model_copy(update={"ended_ms": None})
+    folder = write_made_up(tmp_path / "sweep", killed)
+    # The kernel freed its lock. Its last evaluation was at step 100, half a second each.
+    folder.lock.touch()
+    assert [report.build(folder, START_MS / 1000 + hours * 3600).times.wall_s for hours in (1, 9)] == [50, 50]
 
 
 def test_damaged_records_are_named_and_taken_from_the_summary(tmp_path: Path) -> None:

@@ -11,13 +11,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
+from typer.testing import CliRunner
 
+from orchestrator.cli import app
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.sweep_file import to_yaml
 from orchestrator.errors import FolderError, StorageError
 from orchestrator.reporting.times import times_of
 from orchestrator.results import storage
-from orchestrator.results.records import Suggestion, TrialStatus
+from orchestrator.results.records import PeakMemory, Suggestion, TrialStatus
 from orchestrator.results.storage import SweepFolder, read_sweep, write_atomically, write_result
 from orchestrator.sweep.delivered import Delivered, write_delivered
 from orchestrator.sweep.resume import (
@@ -32,6 +35,7 @@ from orchestrator.sweep.resume import (
     with_time_spent,
     words_for_a_plan,
 )
+from tests.fast.cases import CPU
 from tests.made_up_sweep import START_MS, made_up_point, made_up_trial, simulated, write_made_up
 
 pytest.importorskip("ray")
@@ -54,7 +58,7 @@ def sweep(**keys: Any) -> SweepConfig:
 
 def told_in_a_plan(folder: SweepFolder, now: SweepConfig, planned: int, proposed_by: str | None = None) -> list[str]:
     trials = [SimpleNamespace(trial_id=made_up_trial({"rank": rank}).trial_id) for rank in range(1, planned + 1)]
-    plan: Any = SimpleNamespace(trials=trials, proposed_by=proposed_by)
+    plan: Any = SimpleNamespace(trials=trials, proposed_by=proposed_by, worker_memory_bytes=2**30)
     return list(words_for_a_plan(folder, now, plan))
 
 
@@ -73,6 +77,33 @@ def test_a_plan_tells_how_many_of_its_trials_are_done_already(tmp_path: Path) ->
     (told,) = told_in_a_plan(folder, sweep(model="builtin:smollm2-135m"), 6)
     assert told.startswith("run would end at once: ")
     assert "model was builtin:tiny-llama, now builtin:smollm2-135m" in told
+
+
+def test_a_plan_for_a_gpu_tells_that_run_would_refuse_results_of_cpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text(yaml.safe_dump(BASE | {"storage": str(tmp_path)}))
+    folder = SweepFolder(tmp_path / "made-up")
+    write_atomically(folder.sweep_file, to_yaml(sweep().on_hardware(has_gpus=False)))
+
+    def plan(*more: str) -> str:
+        return CliRunner().invoke(app, ["plan", str(file), "--gpu", "A100", *more]).stdout
+
+    assert "run would end at once: " in plan()
+    assert "trial.precision was fp32, now bf16" in plan()
+    assert "run would end" not in plan("--set", "trial.precision=fp32")
+    monkeypatch.setattr("orchestrator.planning.hardware.hardware_for", lambda *named: CPU)
+    assert "run would end" not in plan()
+
+
+def test_a_plan_with_more_memory_counts_no_trial_that_ran_out_of_it(tmp_path: Path) -> None:
+    folder = SweepFolder(tmp_path / "made-up")
+    write_atomically(folder.sweep_file, to_yaml(sweep()))
+    short = PeakMemory(predicted_bytes=2**28, available_bytes=2**29, kind="resident")
+    ran_out = made_up_trial({"rank": 1}, status=TrialStatus.OUT_OF_MEMORY).model_copy(update={"peak_memory": short})
+    write_result(folder, ran_out)
+    assert told_in_a_plan(folder, sweep(), 1) == []
 
 
 def test_a_plan_of_a_search_tells_how_many_configurations_it_has_tried(tmp_path: Path) -> None:
@@ -98,8 +129,16 @@ def test_a_score_may_become_the_objective_once_the_trials_are_there() -> None:
         ({"trial": {"max_steps": 40}}, "trial.max_steps was 20, now 40"),
         ({"trial": {"max_steps": 20, "learning_rate": 0.01}}, "trial.learning_rate was 0.0002, now 0.01"),
         ({"model": "builtin:smollm2-135m"}, "model was builtin:tiny-llama, now builtin:smollm2-135m"),
-        ({"objective": {"metric": "loss"}}, "objective was metric='eval_loss'"),
-        ({"data": {"train": "builtin:python-docs", "eval": 0.5}}, "data was "),
+        (
+            {"objective": {"metric": "loss"}},
+            "objective was {metric: eval_loss, mode: min}, now {metric: loss, mode: min}",
+        ),
+        (
+            {"objective": [{"metric": "eval_loss"}, {"metric": "tokens_per_s"}]},
+            "now [{metric: eval_loss, mode: min}, {metric: tokens_per_s, mode: max}]",
+        ),
+        ({"trial": {"max_steps": 20, "gradient_checkpointing": True}}, "gradient_checkpointing was false, now true"),
+        ({"data": {"train": "builtin:python-docs", "eval": 0.5}}, "data was {train: 'builtin:python-docs', "),
     ],
     ids=str,
 )
@@ -135,7 +174,7 @@ def test_another_space_is_refused_to_a_population_that_was_born_in_one() -> None
     pbt = {"scheduler": {"pbt": {"population": 2, "interval_steps": 20}}, "trial": {"max_steps": 40}}
     before = sweep(**pbt, space={"learning_rate": [1e-4, 1e-3]})
     require_same_question(FOLDER, before, sweep(**pbt, space={"learning_rate": [1e-4, 1e-3]}))
-    with pytest.raises(FolderError, match=r"space\.rank was not searched, now .*4, 8"):
+    with pytest.raises(FolderError, match=r"space\.rank was not searched, now .*\[4, 8\]"):
         require_same_question(FOLDER, before, sweep(**pbt, space={"learning_rate": [1e-4, 1e-3], "rank": [4, 8]}))
 
 

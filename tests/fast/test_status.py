@@ -116,7 +116,7 @@ def test_only_the_last_troubles_are_told(tmp_path: Path) -> None:
     text = render_status(write_made_up(tmp_path / "sweep", sweep), NOW_S)
     assert text.count("boom") == 5
     assert "15 more went wrong" in text
-    assert "best so far: none. No answer yet: no trial that went well has its eval_loss." in text
+    assert "best so far: none. No answer: no trial that went well has its eval_loss, and the sweep has ended." in text
 
 
 def test_a_sweep_that_has_not_started_and_a_damaged_record(tmp_path: Path) -> None:

@@ -258,7 +258,7 @@ def test_a_trial_without_an_adapter_says_why(status: TrialStatus, told: str, tmp
     folder = write_made_up(tmp_path / "sweep", made_up_sweep([trial]))
     with pytest.raises(InputError, match=told):
         export(folder, trial.trial_id, tmp_path / "out", merge=False, force=False)
-    with pytest.raises(InputError, match=r"No answer yet: .* is named with --trial is exported"):
+    with pytest.raises(InputError, match=r"No answer: .* is named with --trial is exported"):
         export(folder, None, tmp_path / "out", merge=False, force=False)
     assert not (tmp_path / "out").exists()
 
