@@ -46,7 +46,7 @@ class Suggestions:
         self._lesson = lesson_of(self._sweep, prepared.data_hash, goals(self._sweep), limits(self._sweep))
         self.told_at_start = self._lesson.told
         self.ended_because: str | None = None
-        """Where nothing new was left, or another trial would not have been worth it, with what is left of the budget."""
+        """Where nothing new was left, or another trial not worth it, with what is left of the budget."""
 
     def more(self) -> Sequence[str]:
         """Propose until a trial may be launched; its repeats' ids, or none at the search's end.
