@@ -57,7 +57,7 @@ def patience_s(rays_limit: str | None) -> float:
 
 
 def is_lost(answers: Callable[[], bool], limit_s: float, ended: threading.Event) -> bool:
-    """Look until there was no answer for so long, or until `ended`; a head that cannot be asked from here is not lost."""
+    """Look until there was no answer for so long, or until `ended`; one that cannot be asked from here is not lost."""
     if not answers():
         return False
     silent_since_s: float | None = None
