@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import to_jsonable_python
 
-from orchestrator.config.axes import axis_of
+from orchestrator.config.axes import axes_of, axis_of, complete
 from orchestrator.config.constraint import parse
 from orchestrator.config.known_good import GUIDED, KNOWN_GOOD
 from orchestrator.config.names import nearest
@@ -24,10 +24,11 @@ from orchestrator.config.search_space import (
     LogIntRange,
     Range,
     in_order_of_need,
+    is_excluded,
 )
 from orchestrator.config.storage_address import storage_problem
 from orchestrator.config.sweep_config import BETTER_MODES, SchedulerConfig, SweepConfig, is_score
-from orchestrator.config.trial_config import CHANGEABLE
+from orchestrator.config.trial_config import CHANGEABLE, TrialConfig
 from orchestrator.errors import InputError, Problem, SweepFileError, cut, shown
 
 Path_ = tuple[str | int, ...]
@@ -44,6 +45,11 @@ MOST_COMPARISONS = 10_000_000
 """Of configurations with entries of `exclude`."""
 LARGEST_WHOLE_NUMBER = 2**63
 MOST_TRIALS = 100_000
+LISTS: dict[Path_, str] = {
+    ("constraints",): "takes a list, as `constraints: [peak_memory_bytes <= 24GiB]`",
+    ("search", "points"): "takes a list, as `points: [known_good, {rank: 16}]`",
+}
+"""Keys of which the list is best told by an example."""
 PBT_EXAMPLE = "pbt: {population: 8, interval_steps: 40}"
 MONEYLESS = {
     "scheduler": "grace_seconds",
@@ -297,9 +303,9 @@ def _sentence(detail: Any, path: Path_) -> str:
     if kind == "tuple_type":
         if len(path) > 2 and path[-1] in DOMAIN_TAGS:
             return "takes a list of values" if path[-1] == "choice" else "takes two bounds, as [1, 4]"
-        if path == ("constraints",):
-            return "takes a list, as `constraints: [peak_memory_bytes <= 24GiB]`"
-        return "takes a list of values, `{choice: [...]}` or a range"
+        if path[0] == "space":
+            return "takes a list of values, `{choice: [...]}` or a range"
+        return LISTS.get(path, f"takes a list, not {shown(value)}")
     if kind in ("model_type", "dict_type"):
         takes = "a rule with its keys, as `{asha: {grace_steps: 40}}`" if path == ("scheduler",) else "keys with values"
         return f"takes {takes}, not {shown(value)}"
@@ -372,6 +378,7 @@ def _problems_of_meaning(sweep: SweepConfig) -> Iterator[Problem]:
     except ValueError as error:
         yield Problem("space", str(error))
         return
+    yield from _problems_of_points(sweep)
     ranges = [domain for domain in sweep.domains.values() if not isinstance(domain, Choice)]
     if sweep.search.algorithm == "grid" and ranges:
         return
@@ -469,6 +476,29 @@ def _problems_of_search(sweep: SweepConfig) -> Iterator[Problem]:
         for name, domain in sweep.domains.items():
             if not axis_of(name, domain).is_ordered:
                 yield Problem(f"space.{name}", "has no order, which cma_es needs: use tpe or gp, or share the setting")
+
+
+def _problems_of_points(sweep: SweepConfig) -> Iterator[Problem]:
+    """Points that could not be tried as they are written: of a setting where it is not searched, or excluded."""
+    axes = axes_of(sweep.domains)
+    if sweep.precision_follows_hardware and any("precision" in axis.when for axis in axes):
+        # What is searched where is known on the hardware alone.
+        return
+    for i, point in enumerate(sweep.search.points):
+        if isinstance(point, str):
+            continue
+        settings = complete(axes, sweep.base, point)
+        for name in sorted(set(point) - set(settings)):
+            told = (
+                f"is searched only where its `when` holds ({cut(str(sweep.domains[name].when))}), and not in this point"
+            )
+            yield Problem(f"search.points[{i}].{name}", f"{told}: leave it out, or change what the point has there")
+        config = TrialConfig(**{**sweep.base, **settings})
+        for j, partial in enumerate(sweep.exclude):
+            if is_excluded(config, [partial]):
+                told = f"is excluded by exclude[{j}], with what it leaves open in the middle of its range: change it"
+                yield Problem(f"search.points[{i}]", f"{told}, name more of its settings, or take the exclusion away")
+                break
 
 
 def _problems_of_lengths(sweep: SweepConfig) -> Iterator[Problem]:

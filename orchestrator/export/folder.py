@@ -110,10 +110,12 @@ def _base_of(model: str, *, with_weights: bool) -> _Base:
 
 
 def _refuse_to_destroy(to: Path, sweep: SweepFolder, base: _Base) -> None:
-    """With --force a folder is replaced as a whole; not one that other things live in."""
+    """Nothing of ours lies in a sweep's folder but the sweep, and with --force a folder is replaced as a whole: not one
+    that other things live in.
+    """
     goes = to.resolve()
-    if goes.is_relative_to(sweep.trial("any").root.parent.resolve()):
-        raise InputError(f"--to {to} is a part of the sweep's records, which --force would remove: name another folder")
+    if sweep.root.resolve() in goes.parents:
+        raise InputError(f"--to {to} lies in the sweep's own folder, which holds its records: name one outside of it")
     if not os.path.lexists(to):
         return
     if to.is_symlink() or not to.is_dir():

@@ -584,6 +584,16 @@ def write_atomically(path: Path, text: str) -> None:
         raise StorageError(f"cannot write {path} ({error}): free some space there, or make it writable") from error
 
 
+def require_there(folder: Path) -> None:
+    """Refuse to begin anything in the place of a folder that was moved away: brought back, it would lie inside of it.
+
+    Raises:
+        StorageError: it is not there, as where its mount has gone away, too.
+    """
+    if not folder.is_dir():
+        raise StorageError(f"{folder} is gone, as where it was moved or its mount went away: bring it back")
+
+
 def sync(path: Path) -> None:
     """Let what is in a file, or the names in a folder, outlast a power cut, where there is one that can be synced.
 

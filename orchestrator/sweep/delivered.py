@@ -12,7 +12,14 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from orchestrator.errors import FolderError, StorageError
 from orchestrator.results.records import SweepId, TrialStatus
 from orchestrator.results.remote import cache_folder
-from orchestrator.results.storage import SweepFolder, is_at_work, read_record, read_sweep, write_atomically
+from orchestrator.results.storage import (
+    SweepFolder,
+    is_at_work,
+    read_record,
+    read_sweep,
+    require_there,
+    write_atomically,
+)
 
 MOST_SERVERS = 100
 
@@ -116,4 +123,5 @@ def write_delivered(folder: SweepFolder, delivered: Delivered) -> None:
     Raises:
         StorageError: it cannot be written.
     """
+    require_there(folder.root)
     write_atomically(folder.tracking, delivered.model_dump_json() + "\n")

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 
 from orchestrator.errors import FolderError, StorageError
 from orchestrator.results.heartbeat import beating
-from orchestrator.results.storage import DEAD_AFTER_S, SweepFolder, read_lease, write_atomically
+from orchestrator.results.storage import DEAD_AFTER_S, SweepFolder, read_lease, require_there, write_atomically
 
 RENEWED_EVERY_S = 5.0
 
@@ -125,6 +125,7 @@ def _lease(folder: SweepFolder, host: str) -> Iterator[Tenure]:
 
     def write() -> None:
         lease = {"host": host, "owner": owner, "renewals": next(renewals)}
+        require_there(folder.root)
         write_atomically(folder.lease, json.dumps(lease) + "\n")
 
     def renew() -> bool:

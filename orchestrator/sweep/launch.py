@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -89,8 +90,19 @@ def launch(
             raise
         if stopper.broken() is None:
             recorder.storage_error = StorageError(f"cannot write to {folder.root} ({error})")
+    remove_in_its_place(folder)
     with contextlib.suppress(ray.exceptions.RayActorError):
         ray.get(prepared.groups.close_all.remote(HURRIED_CLOSE_LIMIT_S if stopper.interrupted else CLOSE_LIMIT_S))
+
+
+def remove_in_its_place(folder: SweepFolder) -> None:
+    """Where the folder was moved away Tune begins it anew, with its own state: brought back, it would lie inside of
+    that.
+    """
+    if not folder.sweep_file.exists():
+        shutil.rmtree(folder.tune, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.root.rmdir()
 
 
 class _NoProgress(TrialProgressCallback):

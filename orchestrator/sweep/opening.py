@@ -40,7 +40,9 @@ def opening_records(
         records[planned.trial_id] = (
             with_time_spent(old, gone_on_with(old, new, folder.trial(planned.trial_id))) if old else new
         )
-    return records | kept(earlier, frozenset(records)) if earlier else records
+    if earlier is None:
+        return records
+    return records | kept(earlier, frozenset(records), searches=prepared.sweep.search.is_adaptive)
 
 
 def record_maker(prepared: Prepared) -> NewRecord:
@@ -115,13 +117,17 @@ def write_opening(prepared: Prepared, folder: SweepFolder, records: Iterable[Tri
 def start_words(records: Collection[TrialResult], folder: SweepFolder, slots: int, sweep: SweepConfig) -> str:
     """What is left to do, and what an earlier run has done."""
     found = Counter(record.status for record in records)
-    pending, refused = found[TrialStatus.PENDING], found[TrialStatus.INFEASIBLE]
-    done = len(records) - pending - refused
+    pending, refused, cut_off = (
+        found[status] for status in (TrialStatus.PENDING, TrialStatus.INFEASIBLE, TrialStatus.CANCELLED)
+    )
+    done = len(records) - pending - refused - cut_off
     told = f"{_to_run(records, pending, sweep)}, {slots} at a time; {refused} refused; {done} done before"
     waiting = (record for record in records if record.status is TrialStatus.PENDING)
     # Where it was cut off is not done, and not lost either.
     if going_on := sum(bool(folder.trial(record.trial_id).checkpoint_steps()) for record in waiting):
         told += f"; {going_on} {'goes on from its checkpoint' if going_on == 1 else 'go on from their checkpoints'}"
+    if cut_off:
+        told += f"; {cut_off} cut off before and not asked for now"
     return told
 
 

@@ -175,15 +175,19 @@ def at_work_s(earlier: Earlier, now_ms: int) -> float:
     return result.earlier_runs_s + max(0, min(ended_ms, now_ms) - began_ms) / 1000
 
 
-def kept(earlier: Earlier, planned: frozenset[str]) -> dict[str, TrialResult]:
-    """Results of trials that the sweep file no longer asks for: nothing that was measured is dropped."""
+def kept(earlier: Earlier, planned: frozenset[str], *, searches: bool = False) -> dict[str, TrialResult]:
+    """Results of trials that are not asked for now: nothing that was measured is dropped.
+
+    searches: an adaptive search runs now, which may propose what a grid left open.
+    """
     found = {}
     for trial_id, record in earlier.trials.items():
         if trial_id in planned or record.status is TrialStatus.INFEASIBLE:
             continue
         if not record.status.is_final and record.status is not TrialStatus.CANCELLED:
-            why = {"status": TrialStatus.CANCELLED, "reason": "the sweep file no longer asks for it"}
-            record = record.model_copy(update=why)
+            may_come = searches and record.suggestion is None
+            why = "cut off, and not proposed by the search" if may_come else "the sweep file no longer asks for it"
+            record = record.model_copy(update={"status": TrialStatus.CANCELLED, "reason": why})
         found[trial_id] = record
     return found
 

@@ -20,6 +20,7 @@ from orchestrator.sweep.carrier import Carrier, carried
 from orchestrator.sweep.delivery import deliver
 from orchestrator.sweep.folder_lock import Tenure, only_one
 from orchestrator.sweep.gauges import Gauges
+from orchestrator.sweep.head_watch import told_of_a_lost_head
 from orchestrator.sweep.launch import Isolation, launch, search_of
 from orchestrator.sweep.opening import (
     opening_records,
@@ -95,7 +96,8 @@ def run(
         try:
             ended = {name for name, trial in earlier.trials.items() if trial.status.is_final} if earlier else ()
             prepared = prepare(sweep, model, folder, address, ended, say)
-            return _run_prepared(prepared, folder, tenure, carrier, earlier, isolation, say)
+            with told_of_a_lost_head(say):
+                return _run_prepared(prepared, folder, tenure, carrier, earlier, isolation, say)
         finally:
             cluster.disconnect()
 

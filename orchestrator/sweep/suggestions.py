@@ -46,7 +46,7 @@ class Suggestions:
         self._lesson = lesson_of(self._sweep, prepared.data_hash, goals(self._sweep), limits(self._sweep))
         self.told_at_start = self._lesson.told
         self.ended_because: str | None = None
-        """Where another trial would not have been worth it, with what is left."""
+        """Where nothing new was left, or another trial not worth it, with what is left of the budget."""
 
     def more(self) -> Sequence[str]:
         """Propose until a trial may be launched; its repeats' ids, or none at the search's end.
@@ -70,6 +70,10 @@ class Suggestions:
                 self._lesson.beside(known),
             )
             if settings is None:
+                self.ended_because = (
+                    "the search ended by itself: its space holds nothing that was not tried in this folder; "
+                    f"{self._left()}"
+                )
                 break
             suggestion = Suggestion(number=next_number(records), settings=settings)
             made = [self._begun(planned, suggestion) for planned in plan_suggestion(self._prepared, suggestion)]

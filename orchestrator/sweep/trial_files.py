@@ -17,7 +17,7 @@ from filelock import FileLock
 from orchestrator.config.storage_address import is_remote
 from orchestrator.errors import StorageError
 from orchestrator.results.remote import Mirror, Wanted, copy_of, everything
-from orchestrator.results.storage import TrialFolder
+from orchestrator.results.storage import TrialFolder, require_there
 from orchestrator.training.task import TrialTask, WorkerPlace
 
 Keep = Callable[[float], None]
@@ -32,9 +32,11 @@ def on_this_node(task: TrialTask, place: WorkerPlace, group_id: str) -> tuple[Tr
     others their own logs.
 
     Raises:
-        StorageError: the store does not answer.
+        StorageError: the store does not answer, or the sweep's folder was moved away.
     """
     if not is_remote(task.trial_folder):
+        # Not the trial's own, which is new: a node may hear of it late (NFS).
+        require_there(Path(task.trial_folder).parents[1])
         return task, _keep_nothing
     copy = copy_of(task.trial_folder, _owner(group_id))
     mirror = Mirror(copy, task.trial_folder)

@@ -11,12 +11,15 @@ import logging
 import uuid
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray.util import remove_placement_group
 from ray.util.placement_group import NODE_ID_LABEL_KEY
 
+from orchestrator.errors import StorageError
+from orchestrator.results.storage import require_there
 from orchestrator.sweep.worker import GroupShape, WorkerConfig, serve
 
 log = logging.getLogger(__name__)
@@ -129,6 +132,8 @@ class WorkerGroups:
             ),
         )
         try:
+            # Ray makes its own folder there, with all above it.
+            require_there(Path(self._storage).parents[1])
             trainer.fit()
         except Exception as error:
             # Whatever Ray raises here means the same: this group is gone, and its trial needs another.
@@ -143,6 +148,8 @@ class WorkerGroups:
 
 def why_lost(error: Exception) -> str:
     """What took a group's workers, by what `TorchTrainer.fit` raised."""
+    if isinstance(error, StorageError):
+        return str(error)
     # Ray Train wraps what took a worker (ray 2.60.0, train/v2/_internal/execution/worker_group/worker_group.py).
     deaths = [getattr(one, "health_check_failure", one) for one in getattr(error, "worker_failures", {}).values()]
     if any(isinstance(death, ray.exceptions.OutOfMemoryError) for death in deaths):

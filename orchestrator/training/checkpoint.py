@@ -121,7 +121,7 @@ class Checkpoints:
         started = time.monotonic()
         partial = self._folder.partial_checkpoint(step)
         try:
-            partial.mkdir(parents=True, exist_ok=True)
+            partial.mkdir(exist_ok=True)
             _write(self._file(partial), state, self._fits)
             written = True
         except _UNUSABLE as error:

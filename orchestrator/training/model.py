@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from orchestrator.config.trial_config import Precision, TrialConfig
 from orchestrator.errors import ModelError
 from orchestrator.planning.model_families import IMAGE_PARTS
-from orchestrator.results.storage import sync
+from orchestrator.results.storage import require_there, sync
 from orchestrator.training import device as devices
 from orchestrator.training.deepspeed_config import ComputeDtype
 
@@ -287,10 +287,14 @@ def save(model: torch.nn.Module, folder: Path, writes: bool) -> None:
     """Save the adapter, or the model where all weights are trained; `folder` is replaced as a whole.
 
     Every worker must call it, since under ZeRO-3 all of them hold parts; the one with `writes` writes.
+
+    Raises:
+        StorageError: what it should lie in is gone.
     """
     weights = _whole_weights(model, writes)
     if not writes:
         return
+    require_there(folder.parent)
     # One process writes here: what one that was killed left is written over.
     partial = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(partial, ignore_errors=True)

@@ -55,6 +55,15 @@ def problems(tmp_path: Path, **keys: Any) -> str:
         ({"search": {"algorithm": "grid"}, "space": {"rank": {"int": [1, 9]}}}, "a grid cannot walk"),
         ({"search": {"algorithm": "tpe", "points": ["known_good"]}}, "knows learning_rate and alpha: search one"),
         ({"search": {"algorithm": "tpe", "points": ["knwn_good"]}}, "did you mean known_good?"),
+        (
+            {"search": {"algorithm": "tpe", "points": "known_good"}},
+            "search.points: takes a list, as `points: [known_good",
+        ),
+        (
+            {"search": {"algorithm": "tpe", "points": {"rank": 8}}},
+            "search.points: takes a list, as `points: [known_good",
+        ),
+        ({"evaluate": {"prompts": "Hello"}}, "evaluate.prompts: takes a list, not 'Hello'"),
         ({"objective": [{"metric": "loss"}, {"metric": "loss", "mode": "max"}]}, "names loss twice"),
         ({"objective": {"metric": "cost"}, "budget": {"price_per_gpu_hour": 2}}, "behind another objective"),
         ({"objective": [{"metric": "loss"}, {"metric": "cost"}]}, "name budget.price_per_gpu_hour, or use step_time_s"),
@@ -76,6 +85,47 @@ def test_a_search_that_cannot_be_meant_is_refused_with_the_mend(
     tmp_path: Path, keys: dict[str, Any], told: str
 ) -> None:
     assert told in problems(tmp_path, **keys)
+
+
+WITH_CONDITION = {
+    "rank": [8, 32],
+    "precision": ["bf16", "nf4"],
+    "lora_dropout": {"choice": [0.0, 0.1], "when": {"rank": 32}},
+}
+
+
+@pytest.mark.parametrize("algorithm", ["random", "tpe"])
+@pytest.mark.parametrize(
+    ("point", "told"),
+    [
+        (
+            {"rank": 8, "precision": "bf16", "lora_dropout": 0.1},
+            "search.points[1].lora_dropout: is searched only where its `when` holds ({'rank': 32}), and not in this",
+        ),
+        ({"rank": 32, "precision": "nf4"}, "search.points[1]: is excluded by exclude[1]"),
+        # The middle of its precisions.
+        ({"rank": 32}, "search.points[1]: is excluded by exclude[1], with what it leaves open"),
+    ],
+    ids=str,
+)
+def test_a_point_that_cannot_be_tried_as_it_is_written_is_refused_with_its_line(
+    tmp_path: Path, algorithm: str, point: dict[str, Any], told: str
+) -> None:
+    exclude = [{"rank": 8, "precision": "nf4"}, {"rank": 32, "precision": "nf4"}]
+    keys = {"space": WITH_CONDITION, "exclude": exclude, "budget": {"trials": 3}}
+    fine = {"rank": 32, "precision": "bf16", "lora_dropout": 0.1}
+    refusal = problems(tmp_path, **keys, search={"algorithm": algorithm, "points": [fine, point]})
+    assert told in refusal
+    assert len(refusal.splitlines()) == 1
+    assert refusal.startswith(f"{tmp_path / 'sweep.yaml'}:"), "with its line"
+
+
+def test_a_point_whose_condition_hangs_on_the_hardware_is_judged_there(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    space = {"rank": [8, 32], "lora_dropout": {"choice": [0.0, 0.1], "when": {"precision": "fp32"}}}
+    search = {"algorithm": "tpe", "points": [{"rank": 8, "lora_dropout": 0.1}]}
+    file.write_text(yaml.safe_dump(SWEEP | {"space": space, "search": search, "budget": {"trials": 3}}))
+    assert load(file).on_hardware(has_gpus=False).points == ({"rank": 8, "lora_dropout": 0.1},)
 
 
 def test_what_the_field_begins_with_is_tried_first_for_a_middle_a_low_and_a_high_rank(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from tests.fast.test_suggest import point
 
 pytest.importorskip("ray")
 
-from orchestrator.sweep.opening import opening_records
+from orchestrator.sweep.opening import opening_records, start_words
 from orchestrator.sweep.resume import Earlier
 from orchestrator.sweep.scheduler import RuleScheduler
 from orchestrator.sweep.suggestions import Suggestions
@@ -66,10 +66,12 @@ class Life:
             raw["budget"] = {"trials": 42}
         self.sweep, self.folder = SweepConfig.model_validate(raw), SweepFolder(folder)
         plan = SimpleNamespace(trials=[self.plan_trial(trial) for trial in self.sweep.trials()], worker_memory_bytes=1)
-        prepared: Any = SimpleNamespace(sweep=self.sweep, plan_trial=self.plan_trial, plan=plan, data_hash="")
+        prepared: Any = SimpleNamespace(
+            sweep=self.sweep, plan_trial=self.plan_trial, plan=plan, data_hash="", shape=SimpleNamespace(gpus=1)
+        )
         earlier = Earlier(self.sweep, None, before) if before else None
         self.records = opening_records(prepared, self.folder, earlier, new_record)
-        recorder: Any = SimpleNamespace(records=self.records, save=self.save)
+        recorder: Any = SimpleNamespace(records=self.records, save=self.save, trial_seconds=lambda: 0, started_at=0)
         self.suggestions = Suggestions(prepared, self.folder, recorder, new_record)
         self.scheduler = RuleScheduler(self.sweep)
         self.scheduler.hear_again(self.folder, self.records.values())
@@ -131,6 +133,27 @@ def test_a_search_goes_on_with_what_a_grid_has_left_open_in_its_folder(tmp_path:
     assert {r.timing.earlier_s for r in tried} == {60}
     configurations = {r.configuration_id for r in before.values()}
     assert {r.configuration_id for r in (*tried, *ended.values())} == configurations
+
+
+def test_a_search_to_which_a_grid_left_nothing_says_so_and_why_the_rest_was_not_run(tmp_path: Path) -> None:
+    keys: dict[str, Any] = {"space": {"rank": [8, 32], "zero_stage": [2, 3]}, "exclude": [], "budget": {"trials": 4}}
+    grid = Life(tmp_path, "grid", "fifo", {}, repeats=2, **keys)
+    grid.live()
+    running = {"status": TrialStatus.RUNNING, "reason": None}
+    before = {i: r.model_copy(update=running) if r.repeat else r for i, r in grid.records.items()}
+    search = Life(tmp_path, "tpe", "fifo", before, repeats=2, **keys)
+    told = start_words(search.records.values(), search.folder, 2, search.sweep)
+    assert told == (
+        "up to 4 configurations to try, 2 at a time; 0 refused; 4 done before; 4 cut off before and not asked for now"
+    )
+    search.live()
+    assert search.suggestions.ended_because == (
+        "the search ended by itself: its space holds nothing that was not tried in this folder; "
+        "not used: 4 of budget.trials 4"
+    )
+    assert {r.reason for r in search.records.values() if r.status is TrialStatus.CANCELLED} == {
+        "cut off, and not proposed by the search"
+    }
 
 
 def test_a_search_keeps_of_each_curve_its_evaluations(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2.api.exceptions import WorkerGroupError
 
+from orchestrator.errors import StorageError
 from orchestrator.results.records import TrialStatus
 from orchestrator.sweep.worker import TEMPLATE_DIED, GroupShape, environment, unexpected_end
 from orchestrator.sweep.worker_group import why_lost
@@ -60,3 +61,7 @@ def test_a_worker_that_rays_memory_monitor_ended_is_told_as_that_and_no_other_is
         lost(ActorDiedError()) == "a worker or its node died (WorkerGroupError: Training failed due to worker errors:)"
     )
     assert "max_concurrent" not in why_lost(RuntimeError("the controller is gone"))
+
+
+def test_a_group_that_was_not_started_since_the_sweeps_folder_is_gone_is_told_as_that() -> None:
+    assert why_lost(StorageError("sweeps/demo is gone: bring it back")) == "sweeps/demo is gone: bring it back"

@@ -109,6 +109,35 @@ def _killed_after_step(place: WorkerPlace, pipe: Connection, task: TrialTask, st
     worker_process.run(task, place, send)
 
 
+def _moved_away_in_step(place: WorkerPlace, pipe: Connection, task: TrialTask, step: int, saves_adapter: bool) -> None:
+    from orchestrator.training import model as models
+    from orchestrator.training import training_loop, worker_process
+
+    folder = Path(task.trial_folder)
+    optimizer_step, save = training_loop.optimizer_step, models.save
+
+    def move(run: Any, done: int, ledger: Any) -> Any:
+        if done == step:
+            folder.parents[1].rename(folder.parents[1].with_name("moved"))
+        return optimizer_step(run, done, ledger)
+
+    training_loop.optimizer_step = move
+    models.save = lambda *whole, **named: save(*whole, **named) if saves_adapter or folder.exists() else None
+    worker_process.run(task, place, pipe.send)
+
+
+@pytest.mark.parametrize("saves_adapter", [True, False], ids=["its adapter", "its checkpoint"])
+def test_a_trial_begins_nothing_in_the_place_of_a_sweep_that_was_moved_away(
+    saves_adapter: bool, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    task = trial(tiny_model, tiny_data, tmp_path / "sweep" / "trials")
+    # It is evaluated after the step in which it is moved.
+    messages = in_workers(1, _moved_away_in_step, task, 2, saves_adapter)
+    end = messages[0][-1]
+    assert (end.status, ("bring it back" if saves_adapter else "it was removed") in end.reason) == ("preempted", True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["moved"]
+
+
 def test_a_killed_trial_goes_on_from_its_last_checkpoint_and_no_step_is_there_twice(
     tiny_model: Path, tiny_data: Path, tmp_path: Path
 ) -> None:

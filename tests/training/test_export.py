@@ -195,12 +195,10 @@ def test_force_replaces_only_what_export_made(tiny_model: Path, tmp_path: Path) 
     folder = a_sweep(tmp_path / "sweep", tiny_model, {})
     other = a_sweep(tmp_path / "other", tiny_model, {})
     (tmp_path / "mlartifacts" / "1").mkdir(parents=True)
-    (folder.root / "data").mkdir()
-    (folder.root / "data" / "train.jsonl").write_text("{}")
     out = export(folder, None, tmp_path / "out", merge=False, force=False).folder
     (out / "mine.txt").write_text("keep me")
     adapter = next(other.trials()).adapter
-    for to in (other.root, adapter, tmp_path / "mlartifacts", folder.root / "data", out):
+    for to in (other.root, adapter, tmp_path / "mlartifacts", out):
         before = sorted(path.name for path in to.rglob("*"))
         with pytest.raises(InputError, match=r"--force replaces what `export` made.*remove this one yourself"):
             export(folder, None, to, merge=False, force=True)
@@ -214,13 +212,27 @@ def test_a_folder_below_a_file_is_told_in_words(tiny_model: Path, tmp_path: Path
         export(folder, None, tmp_path / "file" / "out", merge=False, force=False)
 
 
-@pytest.mark.parametrize("inside", ["", "sweep", "sweep/trials", "sweep/trials/any/adapter"])
-def test_force_never_removes_what_the_sweep_lives_in(inside: str, tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("around", ["", "sweep"])
+def test_force_never_removes_what_the_sweep_lives_in(around: str, tiny_model: Path, tmp_path: Path) -> None:
     folder = a_sweep(tmp_path / "sweep", tiny_model, {})
-    to = tmp_path / inside.replace("any", next(folder.trials()).root.name)
     with pytest.raises(InputError, match="--force would remove"):
-        export(folder, None, to, merge=False, force=True)
+        export(folder, None, tmp_path / around, merge=False, force=True)
     assert next(folder.trials()).adapter.is_dir()
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("inside", ["adapter", "new/one", "trials", "trials/any/adapter", "trials/new", "data"])
+def test_nothing_is_exported_into_the_sweeps_own_folder(
+    inside: str, force: bool, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = a_sweep(tmp_path / "sweep", tiny_model, {})
+    (folder.root / "data").mkdir()
+    before = sorted(folder.root.rglob("*"))
+    to = folder.root / inside.replace("any", next(folder.trials()).root.name)
+    why = "lies in the sweep's own folder" if force or not to.exists() else "exists already"
+    with pytest.raises(InputError, match=why):
+        export(folder, None, to, merge=False, force=force)
+    assert sorted(folder.root.rglob("*")) == before
 
 
 def test_a_failed_export_leaves_nothing_and_the_old_folder_as_it_was(

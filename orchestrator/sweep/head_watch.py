@@ -1,0 +1,81 @@
+"""Ray ends a driver by itself once its head is silent for a minute: this says why before, and with a code of ours."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import ray
+from rich.console import Console
+
+from orchestrator.errors import ClusterUnreachableError
+
+RAYS_LIMIT = "RAY_gcs_rpc_server_reconnect_timeout_s"
+RAYS_LIMIT_S = 60
+"""After so long without the head's GCS Ray's C++ ends the process with code 1 (ray 2.60.0, gcs_rpc_client)."""
+OF_RAYS_LIMIT = 5 / 6
+LOOK_S = 1.0
+
+
+@contextmanager
+def told_of_a_lost_head(say: Callable[[str], None]) -> Iterator[None]:
+    """Within this a head that does not come back ends the process with the contract's code for it, and in words.
+
+    One that is back in time, as where a cluster keeps its state in Redis, changes nothing. At once, since whatever asks
+    Ray for anything waits for the head, and would until Ray ends it; records are on disk by then.
+    """
+    ended = threading.Event()
+    address, limit_s = ray.get_runtime_context().gcs_address, patience_s(os.environ.get(RAYS_LIMIT))
+
+    def look_on() -> None:
+        if is_lost(lambda: _answers(address), limit_s, ended):
+            # The live panel hides it.
+            Console(stderr=True).show_cursor()
+            say(
+                f"error: the sweep was stopped: the cluster's head (its GCS at {address}) has not answered for "
+                f"{limit_s:.0f} s. What had ended before is safe: once the cluster is back, the same command goes on"
+            )
+            os._exit(ClusterUnreachableError.exit_code)
+
+    watcher = threading.Thread(target=look_on, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def patience_s(rays_limit: str | None) -> float:
+    """How long a head may be silent, by what stands in `RAYS_LIMIT`: a little less than Ray waits."""
+    # What is no whole number Ray does not take either.
+    return OF_RAYS_LIMIT * (int(rays_limit) if rays_limit and rays_limit.isdecimal() else RAYS_LIMIT_S)
+
+
+def is_lost(answers: Callable[[], bool], limit_s: float, ended: threading.Event) -> bool:
+    """Look until there was no answer for so long, or until `ended`; one that cannot be asked from here is not lost."""
+    if not answers():
+        return False
+    silent_since_s: float | None = None
+    while not ended.wait(LOOK_S):
+        now_s = time.monotonic()
+        if answers():
+            silent_since_s = None
+        elif silent_since_s is None:
+            silent_since_s = now_s
+        elif now_s - silent_since_s >= limit_s:
+            return True
+    return False
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), LOOK_S).close()
+    except OSError:
+        return False
+    return True
