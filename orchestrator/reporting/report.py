@@ -33,6 +33,8 @@ __all__ = ["Report", "build", "render_html", "render_json", "render_text"]
 
 TEXT_ROWS = 40
 PAGE_ROWS = 60
+LAID_OUT_ROWS = 300
+"""So many a page lays out as it opens; a picture of a whole page shows only what is laid out."""
 QUANTISED_MODEL = "builtin:smollm2-135m"
 
 
@@ -183,6 +185,7 @@ def _page(report: Report) -> dict[str, Any]:
         "has_micro_batches": bool(differing_micro_batches(sweep, sweep.trials)),
         "has_repeats": any(len(summary.objective_by_repeat) > 1 for summary in report.summaries),
         "most": PAGE_ROWS,
+        "laid_out": LAID_OUT_ROWS,
         "plus_minus": lambda e: quantities.plus_minus(e.mean, e.half_width) if e else "",
         "trials": sorted(sweep.trials, key=lambda t: _place(values[t.trial_id], sign)),
         "objective": values,
