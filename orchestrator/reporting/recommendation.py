@@ -42,7 +42,9 @@ UNCLEAR = "no clear difference in memory or speed"
 
 NOT_ENDED = OPEN | {TrialStatus.CANCELLED}
 
-Basis = Literal["within_noise", "best", "single_runs", "only_one", "provisional", "nothing"]
+Basis = Literal["within_noise", "best", "single_runs", "only_one", "too_early", "provisional", "nothing"]
+NO_ANSWER_YET: Mapping[Basis, str] = {"too_early": "completed so far", "provisional": "best so far"}
+"""Where a configuration is shown that nothing speaks for yet, what it is called."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,16 @@ class Recommendation:
     """Repeats that would decide what these cannot."""
     is_decided: bool
 
+    @property
+    def called(self) -> str:
+        """What the configuration is: `recommended` only where the answer is to take it."""
+        return NO_ANSWER_YET.get(self.basis, "recommended")
+
+    @property
+    def is_recommended(self) -> bool:
+        """Whether the answer is to take the configuration."""
+        return self.configuration_id is not None and self.basis not in NO_ANSWER_YET
+
 
 def recommend(sweep: SweepResult) -> Recommendation:
     """Apply RULE; where it cannot be applied, say why and take the best that there is."""
@@ -104,12 +116,12 @@ def recommend(sweep: SweepResult) -> Recommendation:
         return _make("best", best, f"Take {best.label}: no other configuration is better by any of {names}.", told)
     if len(contenders) == 1:
         open_ = sum(trial.status in NOT_ENDED for trial in sweep.trials)
+        if open_:
+            of_all = f"{open_} of {len(sweep.trials)} trials have not ended"
+            return _make("too_early", best, f"Too early to tell: {best.label} alone has completed, and {of_all}.", told)
         answer = (
-            f"Too early to tell: {best.label} alone has completed, and {open_} of {len(sweep.trials)} trials have not "
-            "ended."
-            if open_
-            else f"Take {best.label}: no other configuration has completed soundly{_and_keeps(sweep)}, so there is "
-            "nothing to compare it with."
+            f"Take {best.label}: no other configuration has completed soundly{_and_keeps(sweep)}, so there is nothing "
+            "to compare it with."
         )
         return _make("only_one", best, answer, told)
     noise = noise_of({summary.configuration_id: summary.objective_by_repeat for summary in contenders})
@@ -133,7 +145,7 @@ def _and_keeps(sweep: SweepResult) -> str:
 
 
 def trial_to_take(sweep: SweepResult) -> TrialResult | None:
-    """Whose adapter is the answer: the recommended configuration's best repeat; None where nothing is recommended."""
+    """Whose adapter to take: the best repeat of the configuration that the answer names; None where it names none."""
     trial_id = recommend(sweep).trial_id
     return next((trial for trial in sweep.trials if trial.trial_id == trial_id), None)
 

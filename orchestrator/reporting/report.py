@@ -53,8 +53,7 @@ def render_text(report: Report) -> str:
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         lines.append(f"{status_words(status)}: {shown}: {_first_line(reason)}")
     if snippet := trial_snippet(report):
-        word = "best so far" if answer.basis == "provisional" else "recommended"
-        lines += ["", f"{word} ({answer.label}):", *(f"  {line}" for line in snippet.rstrip().splitlines())]
+        lines += ["", f"{answer.called} ({answer.label}):", *(f"  {line}" for line in snippet.rstrip().splitlines())]
     if report.adapter:
         lines.append(f"  adapter: {report.adapter}")
     return "\n".join([*lines, "", _closing(report)])
@@ -65,11 +64,11 @@ def _first_line(text: str) -> str:
 
 
 def _table(report: Report) -> list[str]:
-    metric = report.sweep.objective_metric
+    metric, answer = report.sweep.objective_metric, report.recommendation
     rows = [("", "configuration", "trials", metric, "behind the best", "tokens/s", "step", "memory", "predicted")]
     several = differing_micro_batches(report.sweep, report.sweep.trials)
     for summary in report.summaries[:TEXT_ROWS]:
-        marked = "*" if summary.configuration_id == report.recommendation.configuration_id else ""
+        marked = "*" if answer.is_recommended and summary.configuration_id == answer.configuration_id else ""
         states = ", ".join(f"{summary.counts[s]} {status_words(s)}" for s in TrialStatus if summary.counts.get(s))
         rows.append(
             (
@@ -154,7 +153,8 @@ def render_html(report: Report) -> str:
 
 
 def _page(report: Report) -> dict[str, Any]:
-    sweep, recommended = report.sweep, report.recommendation.configuration_id
+    sweep, answer = report.sweep, report.recommendation
+    recommended = answer.configuration_id if answer.is_recommended else None
     kind = next((t.peak_memory.kind for t in sweep.trials if t.peak_memory), "resident")
     parts = cost_charts.parts_of(report.plan, report.summaries)
     metric = sweep.objective_metric
@@ -173,7 +173,7 @@ def _page(report: Report) -> dict[str, Any]:
     return {
         "report": report,
         "sweep": sweep,
-        "answer": report.recommendation,
+        "answer": answer,
         "rule": RULE,
         "snippet": trial_snippet(report),
         "curves": charts.loss_curves(sweep, report.summaries, report.curves),

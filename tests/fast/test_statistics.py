@@ -260,6 +260,7 @@ def test_one_completed_trial_of_a_sweep_that_was_interrupted_is_no_answer_yet() 
     waiting = [made_up_trial({"rank": rank}, status=TrialStatus.CANCELLED, objective=None) for rank in (16, 32)]
     early = recommend(made_up_sweep([made_up_trial({"rank": 8}), *waiting]))
     assert early.answer == "Too early to tell: rank=8 alone has completed, and 2 of 3 trials have not ended."
+    assert (early.basis, early.label, early.is_recommended) == ("too_early", "rank=8", False)
 
 
 def test_the_trial_to_take_is_the_recommended_one_and_not_one_that_is_better_by_its_last_bits() -> None:
