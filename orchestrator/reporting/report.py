@@ -208,9 +208,13 @@ def _repeat(report: Report) -> str:
     versions = dict(sorted({item for trial in trials for item in trial.versions.items() if item[0] != "python"}))
     told = {trial.git.commit for trial in trials if trial.git}
     lines = [f"# in your repository at commit {commit}" for commit in sorted(told)]
-    lines += [f"pip install {' '.join(f'{n}=={v}' for n, v in versions.items() if n != 'orchestrator')}"] * bool(
-        versions
-    )
+    if own := versions.pop("orchestrator", None):
+        lines.append(f"# with orchestrator {own}")
+    # A build of one's own, as `2.13.0+cpu`, is in no public index under that name.
+    lines += [f"# {name} was the build {version}" for name, version in versions.items() if "+" in version]
+    if versions:
+        public = [f"{name}=={version.partition('+')[0]}" for name, version in versions.items()]
+        lines.append(f"pip install {' '.join(public)}")
     return "\n".join([*lines, f"orchestrator run sweep.yaml --name {report.sweep.name}-again"])
 
 

@@ -299,6 +299,14 @@ def test_a_folder_without_a_sweep_is_refused(tmp_path: Path) -> None:
         report.build(SweepFolder(tmp_path))
 
 
+def test_what_a_sweep_ran_with_can_be_installed_from_a_public_index(tmp_path: Path) -> None:
+    versions = {"python": "3.11.9", "orchestrator": "0.1.0", "torch": "2.13.0+cpu", "peft": "0.21.2"}
+    trial = made_up_trial({"rank": 8}).model_copy(update={"versions": versions})
+    page = report.render_html(built(tmp_path, made_up_sweep([trial])))
+    told = ["# with orchestrator 0.1.0", "# torch was the build 2.13.0+cpu", "pip install peft==0.21.2 torch==2.13.0"]
+    assert "\n".join([*told, "orchestrator run "]) in Page(page).text
+
+
 def test_the_same_folder_gives_the_same_page(tmp_path: Path) -> None:
     folder = write_made_up(tmp_path / "sweep", of_every_status())
     assert report.render_html(report.build(folder)) == report.render_html(report.build(folder))
