@@ -365,13 +365,16 @@ def _by_single_runs(
         return _by_cost(sweep, contenders, comparisons, caveats)
     # A member has no repeats: its settings and checkpoints come from the others of its population.
     is_member = any(trial.suggestion and trial.suggestion.generation is not None for trial in sweep.trials)
-    needed = None if is_member else FIRST_REPEATS
-    how = f"{needed} repeats (search.repeats: {needed})"
+    asked = _repeats_to_come(sweep, contenders)
+    needed = None if is_member else asked or FIRST_REPEATS
+    how = f"{needed} repeats (search.repeats: {needed}) would begin to"
     if is_member:
-        how = "populations of another search.seed, each under a --name of its own,"
+        how = "populations of another search.seed, each under a --name of its own, would begin to"
+    elif asked:
+        how = f"the repeats that are still to come (of {asked}) begin to"
     answer = (
         f"Take {best.label}: it has the best {metric} ({_value(best)}), but one run each cannot tell a difference "
-        f"from noise; {how} would begin to."
+        f"from noise; {how}."
     )
     close = []
     for other, comparison in zip(contenders[1:], comparisons, strict=True):
@@ -381,6 +384,13 @@ def _by_single_runs(
             words = " and ".join(_cost_words(comparison)) or f"shows {UNCLEAR}"
             close.append(f"{other.label} is within {difference.mean:.2g} of it, less than 1 %, and {words}.")
     return _make("single_runs", best, answer, [*close[:5], *caveats], comparisons, None, needed)
+
+
+def _repeats_to_come(sweep: SweepResult, contenders: Sequence[ConfigurationSummary]) -> int | None:
+    """How many repeats are asked for, where some of configurations that have completed once have not ended."""
+    completed = {summary.configuration_id for summary in contenders}
+    waiting = [t.repeat for t in sweep.trials if t.status in NOT_ENDED and t.configuration_id in completed]
+    return 1 + max(waiting) if waiting else None
 
 
 def _by_cost(
@@ -395,8 +405,9 @@ def _by_cost(
     why = "takes the least memory" if is_least else f"is within 2 % of the least memory, {_speed_words(comparisons)}"
     if len(sweep.objectives) > 1:
         why = f"is the best of them by {sweep.objectives[1][0]}"
+    counted_all = "both" if len(contenders) == 2 else f"all {len(contenders)}"
     answer = (
-        f"Take {best.label}: all {len(contenders)} configurations come to the same {sweep.objective_metric} "
+        f"Take {best.label}: {counted_all} configurations come to the same {sweep.objective_metric} "
         f"({_value(best)}), and it {why}."
     )
     others = [f"{comparison.label} {words[0]}." for comparison in comparisons if (words := _cost_words(comparison))]
