@@ -357,7 +357,7 @@ def _is_written(folder: SweepFolder, page: Path, text: str) -> bool:
 def export(
     folder: FolderArgument,
     to: Annotated[Path, typer.Option("--to", metavar="DIR", help="The folder to write.")],
-    trial: Annotated[str | None, typer.Option("--trial", metavar="ID", help="None: the best.")] = None,
+    trial: Annotated[str | None, typer.Option("--trial", metavar="ID", help="None: the recommended one.")] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into its base, unquantised.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace DIR where export made it.")] = False,
 ) -> None:

@@ -263,7 +263,17 @@ def _problems_of(error: ValidationError, raw: Any, within: Path_ = ()) -> Iterat
         # An element that is wrong leaves its list too short in pydantic's eyes: the element's own problem is enough.
         if any(len(other) > len(path) and other[: len(path)] == path for other in said):
             continue
-        yield Problem(_spell(path), " or ".join(dict.fromkeys(sentences)))
+        yield Problem(_spell(path), _either(sentences))
+
+
+def _either(sentences: Iterable[str]) -> str:
+    """`should be greater than or equal to 1 or 'full', not 0`: what all of them say is said once."""
+    told = list(dict.fromkeys(sentences))
+    parts = [sentence.removeprefix("should be ").rpartition(", not ") for sentence in told]
+    values = {value for _, _, value in parts}
+    if len(values) == 1 and all(sentence.startswith("should be ") for sentence in told):
+        return f"should be {' or '.join(takes for takes, _, _ in parts)}, not {values.pop()}"
+    return " or ".join(told)
 
 
 def _rule_told_whole(path: Path_) -> str | None:
@@ -585,8 +595,8 @@ def _problems_of_condition(condition: Mapping[str, Any], path: str) -> Iterator[
             try:
                 SETTINGS[name].validate_python(value)
             except ValidationError as error:
-                sentences = " or ".join(_sentence(d, ()) for d in error.errors(include_url=False))
-                yield Problem(f"{path}.{cut(name)}", f"can never hold: {sentences}")
+                told = _either(_sentence(detail, ()) for detail in error.errors(include_url=False))
+                yield Problem(f"{path}.{cut(name)}", f"can never hold: {told}")
 
 
 def _problems_of_range(name: str, domain: Range, algorithm: str) -> Iterator[Problem]:

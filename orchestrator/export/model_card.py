@@ -9,6 +9,7 @@ import yaml
 
 from orchestrator.config.local_path import local_path
 from orchestrator.config.sweep_config import SweepConfig
+from orchestrator.export.merge import merged_dtype
 from orchestrator.export.trial_weights import Kind
 from orchestrator.reporting import quantities
 from orchestrator.reporting.statistics import objective_of, spell
@@ -50,7 +51,7 @@ def model_card(sweep: SweepResult, trial: TrialResult, kind: Kind, config: Sweep
         f"{what} `{base}`, {MARK}",
         *_remarks(sweep, trial, kind),
         "## Use",
-        _snippet(kind),
+        _snippet(kind, merged_dtype(trial.config.precision)),
         "## Question",
         sweep.question or "None was written down.",
         "## Data",
@@ -78,27 +79,29 @@ def _remarks(sweep: SweepResult, trial: TrialResult, kind: Kind) -> list[str]:
             "The adapter names its base by a folder of the machine that exported it. Elsewhere put the base's folder "
             "into `adapter_config.json` (`base_model_name_or_path`), or export the whole model with `--merge`."
         )
-    if kind == "merged" and trial.config.precision.is_quantized:
+    if kind != "full" and trial.config.precision.is_quantized:
+        now = "is merged into" if kind == "merged" else "is loaded below with"
         found.append(
-            f"The adapter was trained on the base in {trial.config.precision} and is merged into the unquantised base, "
-            "so its loss may differ a little from the one below."
+            f"The adapter was trained on the base in {trial.config.precision} and {now} the unquantised base, so its "
+            "loss may differ a little from the one below."
         )
     if trial.status.needs_reason:
         found.append(f"The trial is {trial.status.value.replace('_', ' ')}: {trial.reason}")
     return found
 
 
-def _snippet(kind: Kind) -> str:
-    loader, imports = "AutoModelForCausalLM", ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
+def _snippet(kind: Kind, dtype: str) -> str:
+    """How to load it; an adapter's base is another's, and told which type it was trained in."""
+    loader, told, imports = "AutoModelForCausalLM", "", ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
     if kind == "adapter":
-        loader = "AutoPeftModelForCausalLM"
+        loader, told = "AutoPeftModelForCausalLM", f', dtype="{dtype}"'
         imports = [f"from peft import {loader}", "from transformers import AutoTokenizer"]
     return "\n".join(
         [
             "```python",
             *imports,
             "",
-            f'model = {loader}.from_pretrained("this folder")',
+            f'model = {loader}.from_pretrained("this folder"{told})',
             'tokenizer = AutoTokenizer.from_pretrained("this folder")',
             "```",
         ]

@@ -187,6 +187,9 @@ def fp16_autocast_excludes_zero(case: Case) -> str | None:
     not `torch_autocast_gradscaler`, so that gradients are clipped while they are 65,536 times too large; and where a
     step overflows at stage 1 or 2 the scaler never hears of it, and keeps its scale."""
     config = case.config
+    # Without fp16 another precision is the only mend, and `fp16_needs_hardware` names it.
+    if not case.hardware.has_fp16:
+        return None
     if config.precision is Precision.AMP_FP16 and config.engine == "deepspeed" and config.zero_stage:
         others = "amp_bf16 or fp16" if case.hardware.has_bf16 else "fp16"
         return (

@@ -26,9 +26,15 @@ class ComparedSweep:
 
     @property
     def recommended(self) -> ConfigurationSummary | None:
-        """What it recommends."""
+        """What it recommends, or shows where it is too early for that."""
         chosen = self.report.recommendation.configuration_id
         return next((s for s in self.report.summaries if s.configuration_id == chosen), None)
+
+    @property
+    def chosen_label(self) -> str | None:
+        """`rank=8`; `rank=8 (completed so far)` where that is all that can be said of it."""
+        answer = self.report.recommendation
+        return answer.label if answer.is_recommended or not answer.label else f"{answer.label} ({answer.called})"
 
     @property
     def completed(self) -> int:
@@ -118,7 +124,8 @@ def _settings(sweeps: Sequence[ComparedSweep]) -> dict[str, dict[str, str]]:
 
 def _answer(sweeps: Sequence[ComparedSweep]) -> str:
     sign, metric = sign_of(sweeps[0].report.sweep), sweeps[0].report.sweep.objective_metric
-    known = [(sign * s.objective.mean, sweep, s) for sweep in sweeps if (s := sweep.recommended) and s.objective]
+    answered = [sweep for sweep in sweeps if sweep.report.recommendation.is_recommended]
+    known = [(sign * s.objective.mean, sweep, s) for sweep in answered if (s := sweep.recommended) and s.objective]
     if not known:
         return "None of them has an answer yet."
     (_, best, chosen), *others = sorted(known, key=lambda entry: entry[0])

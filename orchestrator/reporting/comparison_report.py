@@ -38,7 +38,7 @@ def _row(sweep: ComparedSweep) -> tuple[str, ...]:
     chosen = sweep.recommended
     return (
         sweep.name,
-        chosen.label if chosen else quantities.UNKNOWN,
+        sweep.chosen_label or quantities.UNKNOWN,
         objective_text(chosen) if chosen else quantities.UNKNOWN,
         quantities.memory(chosen.peak_memory_bytes if chosen else None),
         quantities.rate(chosen.tokens_per_s if chosen else None),

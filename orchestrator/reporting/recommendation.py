@@ -42,7 +42,9 @@ UNCLEAR = "no clear difference in memory or speed"
 
 NOT_ENDED = OPEN | {TrialStatus.CANCELLED}
 
-Basis = Literal["within_noise", "best", "single_runs", "only_one", "provisional", "nothing"]
+Basis = Literal["within_noise", "best", "single_runs", "only_one", "too_early", "provisional", "nothing"]
+NO_ANSWER_YET: Mapping[Basis, str] = {"too_early": "completed so far", "provisional": "best so far"}
+"""Where a configuration is shown that nothing speaks for yet, what it is called."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,16 @@ class Recommendation:
     """Repeats that would decide what these cannot."""
     is_decided: bool
 
+    @property
+    def called(self) -> str:
+        """What the configuration is: `recommended` only where the answer is to take it."""
+        return NO_ANSWER_YET.get(self.basis, "recommended")
+
+    @property
+    def is_recommended(self) -> bool:
+        """Whether the answer is to take the configuration."""
+        return self.configuration_id is not None and self.basis not in NO_ANSWER_YET
+
 
 def recommend(sweep: SweepResult) -> Recommendation:
     """Apply RULE; where it cannot be applied, say why and take the best that there is."""
@@ -104,12 +116,12 @@ def recommend(sweep: SweepResult) -> Recommendation:
         return _make("best", best, f"Take {best.label}: no other configuration is better by any of {names}.", told)
     if len(contenders) == 1:
         open_ = sum(trial.status in NOT_ENDED for trial in sweep.trials)
+        if open_:
+            of_all = f"{open_} of {len(sweep.trials)} trials have not ended"
+            return _make("too_early", best, f"Too early to tell: {best.label} alone has completed, and {of_all}.", told)
         answer = (
-            f"Too early to tell: {best.label} alone has completed, and {open_} of {len(sweep.trials)} trials have not "
-            "ended."
-            if open_
-            else f"Take {best.label}: no other configuration has completed soundly{_and_keeps(sweep)}, so there is "
-            "nothing to compare it with."
+            f"Take {best.label}: no other configuration has completed soundly{_and_keeps(sweep)}, so there is nothing "
+            "to compare it with."
         )
         return _make("only_one", best, answer, told)
     noise = noise_of({summary.configuration_id: summary.objective_by_repeat for summary in contenders})
@@ -133,7 +145,7 @@ def _and_keeps(sweep: SweepResult) -> str:
 
 
 def trial_to_take(sweep: SweepResult) -> TrialResult | None:
-    """Whose adapter is the answer: the recommended configuration's best repeat; None where nothing is recommended."""
+    """Whose adapter to take: the best repeat of the configuration that the answer names; None where it names none."""
     trial_id = recommend(sweep).trial_id
     return next((trial for trial in sweep.trials if trial.trial_id == trial_id), None)
 
@@ -353,13 +365,16 @@ def _by_single_runs(
         return _by_cost(sweep, contenders, comparisons, caveats)
     # A member has no repeats: its settings and checkpoints come from the others of its population.
     is_member = any(trial.suggestion and trial.suggestion.generation is not None for trial in sweep.trials)
-    needed = None if is_member else FIRST_REPEATS
-    how = f"{needed} repeats (search.repeats: {needed})"
+    asked = _repeats_to_come(sweep, contenders)
+    needed = None if is_member else asked or FIRST_REPEATS
+    how = f"{needed} repeats (search.repeats: {needed}) would begin to"
     if is_member:
-        how = "populations of another search.seed, each under a --name of its own,"
+        how = "populations of another search.seed, each under a --name of its own, would begin to"
+    elif asked:
+        how = f"the repeats that are still to come (of {asked}) begin to"
     answer = (
         f"Take {best.label}: it has the best {metric} ({_value(best)}), but one run each cannot tell a difference "
-        f"from noise; {how} would begin to."
+        f"from noise; {how}."
     )
     close = []
     for other, comparison in zip(contenders[1:], comparisons, strict=True):
@@ -369,6 +384,13 @@ def _by_single_runs(
             words = " and ".join(_cost_words(comparison)) or f"shows {UNCLEAR}"
             close.append(f"{other.label} is within {difference.mean:.2g} of it, less than 1 %, and {words}.")
     return _make("single_runs", best, answer, [*close[:5], *caveats], comparisons, None, needed)
+
+
+def _repeats_to_come(sweep: SweepResult, contenders: Sequence[ConfigurationSummary]) -> int | None:
+    """How many repeats are asked for, where some of configurations that have completed once have not ended."""
+    completed = {summary.configuration_id for summary in contenders}
+    waiting = [t.repeat for t in sweep.trials if t.status in NOT_ENDED and t.configuration_id in completed]
+    return 1 + max(waiting) if waiting else None
 
 
 def _by_cost(
@@ -383,8 +405,9 @@ def _by_cost(
     why = "takes the least memory" if is_least else f"is within 2 % of the least memory, {_speed_words(comparisons)}"
     if len(sweep.objectives) > 1:
         why = f"is the best of them by {sweep.objectives[1][0]}"
+    counted_all = "both" if len(contenders) == 2 else f"all {len(contenders)}"
     answer = (
-        f"Take {best.label}: all {len(contenders)} configurations come to the same {sweep.objective_metric} "
+        f"Take {best.label}: {counted_all} configurations come to the same {sweep.objective_metric} "
         f"({_value(best)}), and it {why}."
     )
     others = [f"{comparison.label} {words[0]}." for comparison in comparisons if (words := _cost_words(comparison))]

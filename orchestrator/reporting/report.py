@@ -33,6 +33,8 @@ __all__ = ["Report", "build", "render_html", "render_json", "render_text"]
 
 TEXT_ROWS = 40
 PAGE_ROWS = 60
+LAID_OUT_ROWS = 300
+"""So many a page lays out as it opens; a picture of a whole page shows only what is laid out."""
 QUANTISED_MODEL = "builtin:smollm2-135m"
 
 
@@ -51,8 +53,7 @@ def render_text(report: Report) -> str:
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         lines.append(f"{status_words(status)}: {shown}: {_first_line(reason)}")
     if snippet := trial_snippet(report):
-        word = "best so far" if answer.basis == "provisional" else "recommended"
-        lines += ["", f"{word} ({answer.label}):", *(f"  {line}" for line in snippet.rstrip().splitlines())]
+        lines += ["", f"{answer.called} ({answer.label}):", *(f"  {line}" for line in snippet.rstrip().splitlines())]
     if report.adapter:
         lines.append(f"  adapter: {report.adapter}")
     return "\n".join([*lines, "", _closing(report)])
@@ -63,11 +64,11 @@ def _first_line(text: str) -> str:
 
 
 def _table(report: Report) -> list[str]:
-    metric = report.sweep.objective_metric
+    metric, answer = report.sweep.objective_metric, report.recommendation
     rows = [("", "configuration", "trials", metric, "behind the best", "tokens/s", "step", "memory", "predicted")]
     several = differing_micro_batches(report.sweep, report.sweep.trials)
     for summary in report.summaries[:TEXT_ROWS]:
-        marked = "*" if summary.configuration_id == report.recommendation.configuration_id else ""
+        marked = "*" if answer.is_recommended and summary.configuration_id == answer.configuration_id else ""
         states = ", ".join(f"{summary.counts[s]} {status_words(s)}" for s in TrialStatus if summary.counts.get(s))
         rows.append(
             (
@@ -152,7 +153,8 @@ def render_html(report: Report) -> str:
 
 
 def _page(report: Report) -> dict[str, Any]:
-    sweep, recommended = report.sweep, report.recommendation.configuration_id
+    sweep, answer = report.sweep, report.recommendation
+    recommended = answer.configuration_id if answer.is_recommended else None
     kind = next((t.peak_memory.kind for t in sweep.trials if t.peak_memory), "resident")
     parts = cost_charts.parts_of(report.plan, report.summaries)
     metric = sweep.objective_metric
@@ -171,7 +173,7 @@ def _page(report: Report) -> dict[str, Any]:
     return {
         "report": report,
         "sweep": sweep,
-        "answer": report.recommendation,
+        "answer": answer,
         "rule": RULE,
         "snippet": trial_snippet(report),
         "curves": charts.loss_curves(sweep, report.summaries, report.curves),
@@ -183,6 +185,7 @@ def _page(report: Report) -> dict[str, Any]:
         "has_micro_batches": bool(differing_micro_batches(sweep, sweep.trials)),
         "has_repeats": any(len(summary.objective_by_repeat) > 1 for summary in report.summaries),
         "most": PAGE_ROWS,
+        "laid_out": LAID_OUT_ROWS,
         "plus_minus": lambda e: quantities.plus_minus(e.mean, e.half_width) if e else "",
         "trials": sorted(sweep.trials, key=lambda t: _place(values[t.trial_id], sign)),
         "objective": values,
@@ -205,9 +208,13 @@ def _repeat(report: Report) -> str:
     versions = dict(sorted({item for trial in trials for item in trial.versions.items() if item[0] != "python"}))
     told = {trial.git.commit for trial in trials if trial.git}
     lines = [f"# in your repository at commit {commit}" for commit in sorted(told)]
-    lines += [f"pip install {' '.join(f'{n}=={v}' for n, v in versions.items() if n != 'orchestrator')}"] * bool(
-        versions
-    )
+    if own := versions.pop("orchestrator", None):
+        lines.append(f"# with orchestrator {own}")
+    # A build of one's own, as `2.13.0+cpu`, is in no public index under that name.
+    lines += [f"# {name} was the build {version}" for name, version in versions.items() if "+" in version]
+    if versions:
+        public = [f"{name}=={version.partition('+')[0]}" for name, version in versions.items()]
+        lines.append(f"pip install {' '.join(public)}")
     return "\n".join([*lines, f"orchestrator run sweep.yaml --name {report.sweep.name}-again"])
 
 

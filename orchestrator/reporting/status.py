@@ -7,12 +7,14 @@ import time
 from collections import Counter
 from typing import Any
 
+from orchestrator.config.constraint import parse
 from orchestrator.errors import counted
 from orchestrator.planning.pace import OPEN, left_s, to_come
 from orchestrator.reporting import quantities
-from orchestrator.reporting.recommendation import recommend, trial_to_take
-from orchestrator.reporting.statistics import label, objective_of
+from orchestrator.reporting.recommendation import recommend
+from orchestrator.reporting.statistics import PROVISIONAL, label, objective_of, sign_of
 from orchestrator.reporting.times import times_of
+from orchestrator.results.constraints import is_broken
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder, is_at_work, read_record, read_sweep
 
@@ -23,7 +25,7 @@ TROUBLE = frozenset({TrialStatus.FAILED, TrialStatus.OUT_OF_MEMORY, TrialStatus.
 
 
 def render_status(folder: SweepFolder, now_s: float | None = None) -> str:
-    """Counts, the best so far, time gone and left, and why trials went wrong.
+    """Counts, what is recommended or the best so far, time gone and left, and why trials went wrong.
 
     Raises:
         FolderError: the folder holds no sweep.
@@ -67,11 +69,29 @@ def _trouble(sweep: SweepResult, trial: TrialResult) -> str:
 
 
 def _best(sweep: SweepResult) -> str:
-    trial = trial_to_take(sweep)
+    """The recommended trial of a sweep that has ended, as the report has it; before, the best evaluation of any."""
+    answer = recommend(sweep)
+    if sweep.ended_ms and not sweep.interrupted and answer.is_recommended:
+        word, trial = "recommended", next((t for t in sweep.trials if t.trial_id == answer.trial_id), None)
+    else:
+        word, trial = "best so far", _best_evaluated(sweep)
     if trial is None:
-        return f"best so far: none. {recommend(sweep).answer}"
+        return f"best so far: none. {answer.answer}"
     value = quantities.number(objective_of(sweep, trial))
-    return f"best so far: {sweep.objective_metric} {value}, {_named(sweep, trial)}, {trial.status.value}"
+    return f"{word}: {sweep.objective_metric} {value}, {_named(sweep, trial)}, {trial.status.value}"
+
+
+def _best_evaluated(sweep: SweepResult) -> TrialResult | None:
+    """Of the trials that went well until now and keep the constraints, whether they have ended or not."""
+    constraints, sign = [parse(text) for text in sweep.constraints], sign_of(sweep)
+    ranked = [
+        (sign * value, trial)
+        for trial in sweep.trials
+        if trial.status in PROVISIONAL | {TrialStatus.COMPLETED}
+        and (value := objective_of(sweep, trial)) is not None
+        and not any(is_broken(constraint, [trial]) for constraint in constraints)
+    ]
+    return min(ranked, key=lambda entry: entry[0])[1] if ranked else None
 
 
 def _time(sweep: SweepResult, folder: SweepFolder, now_s: float, at_work: bool) -> str:

@@ -79,13 +79,14 @@ class Progress(tune.Callback):
         before = self._records.get(record.trial_id)
         self._records[record.trial_id] = record
         changed = before is None or before.status is not record.status
-        if changed and record.status is TrialStatus.RUNNING:
+        begins = changed and record.status is TrialStatus.RUNNING
+        if begins:
             self._launched[record.trial_id] = time.monotonic()
         evaluated = before is not None and record.best is not None and before.last != record.last
         # What an interruption kept from starting is the next run's, and no news of its own.
         never_began = record.status is TrialStatus.CANCELLED and record.trial_id not in self._launched
         if (changed and not never_began) or evaluated:
-            self.say(self._line(record))
+            self.say(self._line(record, begins))
         if changed and record.status in RAN and not self._warned and (told := self._beyond_budget()):
             self._warned = True
             self.say(told)
@@ -125,17 +126,19 @@ class Progress(tune.Callback):
             # As where a disk is full.
             self._console.quiet = True
 
-    def _line(self, record: TrialResult) -> str:
+    def _line(self, record: TrialResult, begins: bool) -> str:
         told = f"{record.trial_id}  {self._label(record)}  {record.status}"
-        if record.last and record.steps:
-            told += f"  step {record.steps}"
-        value = getattr(record.last, self._metric, None)
-        value = record.measured(self._metric) if value is None else value
-        if value is not None:
-            told += f"  {self._metric} {value:.4g}"
+        # Where an earlier run left it is not where it begins: that is its checkpoint, or anew.
+        told += "" if begins else self._stand(record)
         if record.reason:
             told += f"  ({record.reason.splitlines()[0]})"
         return f"[{_clock(time.monotonic() - self._started)}] {told}"
+
+    def _stand(self, record: TrialResult) -> str:
+        told = f"  step {record.steps}" if record.last and record.steps else ""
+        value = getattr(record.last, self._metric, None)
+        value = record.measured(self._metric) if value is None else value
+        return told if value is None else f"{told}  {self._metric} {value:.4g}"
 
     def _known(self) -> tuple[TrialResult, ...]:
         """All as they stand: the panel looks at them from a thread of its own, while the sweep's adds others."""

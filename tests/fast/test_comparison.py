@@ -16,10 +16,10 @@ from orchestrator.cli import app
 from orchestrator.errors import InputError
 from orchestrator.reporting import comparison_report, quantities, report
 from orchestrator.reporting.comparison import Comparison, compare
-from orchestrator.results.records import GitState, SweepResult
+from orchestrator.results.records import GitState, SweepResult, TrialStatus
 from orchestrator.results.storage import SweepFolder, write_atomically
 from tests.fast.test_report import Page
-from tests.made_up_sweep import made_up_plan, made_up_sweep, simulated, write_made_up
+from tests.made_up_sweep import made_up_plan, made_up_sweep, made_up_trial, simulated, write_made_up
 
 pytest.importorskip("jinja2")
 pytest.importorskip("scipy")
@@ -41,6 +41,16 @@ def test_the_better_sweep_is_named_with_how_sure_that_is(tmp_path: Path) -> None
     assert found.answer.startswith("new recommends the configuration with the best eval_loss: rank=8 (")
     assert "old's rank=8 comes to" in found.answer
     assert ", worse by 0.2" in found.answer
+
+
+def test_a_sweep_that_has_hardly_begun_recommends_nothing_yet(tmp_path: Path) -> None:
+    waits = made_up_trial({"rank": 16}, status=TrialStatus.CANCELLED, objective=None)
+    begun = made_up_sweep([made_up_trial({"rank": 8}, objective=1.0), waits], interrupted=True)
+    found = compared(tmp_path, named(begun, "begun"), named(simulated([2.0, 1.9], 4, 1), "whole"))
+    assert found.answer.startswith("whole recommends the configuration with the best eval_loss")
+    assert found.answer.endswith("no other sweep has an answer yet.")
+    assert "rank=8 (completed so far)" in comparison_report.render_text(found)
+    assert "rank=8 (completed so far)" in Page(comparison_report.render_html(found)).text
 
 
 def test_a_sweep_is_not_compared_with_itself(tmp_path: Path) -> None:

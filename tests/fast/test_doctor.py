@@ -79,6 +79,12 @@ def test_a_no_has_its_reason_and_its_mend(hardware: Hardware, setting: str, valu
     assert any(told in reason for reason in answer.reasons)
 
 
+def test_a_device_without_fp16_is_sent_to_no_kind_of_it() -> None:
+    (reason,) = answer_of(replace(CPU, has_bf16=True), "precision", "amp_fp16").reasons
+    assert "does not compute fp16" in reason
+    assert reason.endswith("use bf16 or fp32")
+
+
 def test_an_old_gpu_is_not_refused_all_settings_for_its_precision() -> None:
     assert answer_of(V100, "engine", "ddp").runs
     assert answer_of(V100, "zero_stage", 3).runs

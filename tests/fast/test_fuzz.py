@@ -71,6 +71,7 @@ def test_whatever_stands_at_a_key_loads_or_is_refused_at_that_key(
     ("text", "told"),
     [
         ("exclude: 5", "exclude: takes a list of partial configurations"),
+        ("trial: {rank: 0}", "trial.rank: should be greater than or equal to 1 or 'full', not 0"),
         ("trial: {alpha: foo}", "trial.alpha: takes a number above 0, or a multiple of the rank as 2x"),
         ("trial: {alpha: 0x}", "trial.alpha: takes a number above 0, or a multiple of the rank as 2x"),
         ("space: {alpha: [2x, foo]}", "space.alpha[1]: takes a number above 0, or a multiple"),

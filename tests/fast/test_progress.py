@@ -42,6 +42,19 @@ def progress_of(
     return Progress(folder, records, lambda record: "rank", "eval_loss", "min", 1, planned_s, launches, budget_hours)
 
 
+def test_a_trial_that_goes_on_is_not_said_to_be_where_an_earlier_run_left_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left = made_up_trial({"rank": 1}, status=TrialStatus.PENDING).model_copy(
+        update={"steps": 11, "best": made_up_point(8, 3.174), "last": made_up_point(11, 3.174)}
+    )
+    progress = progress_of(tmp_path, [left], budget_hours=1)
+    progress(left.model_copy(update={"status": TrialStatus.RUNNING}))
+    assert capsys.readouterr().err.strip().endswith("running")
+    progress(left.model_copy(update={"status": TrialStatus.RUNNING, "steps": 12, "last": made_up_point(12, 3.13)}))
+    assert "step 12  eval_loss 3.13" in capsys.readouterr().err
+
+
 def test_a_budget_that_will_not_do_is_told_once_as_soon_as_a_trial_has_shown_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

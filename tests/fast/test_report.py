@@ -103,6 +103,19 @@ def test_the_text_has_the_answer_the_table_the_reasons_and_what_to_take(tmp_path
     assert text.endswith("of the trials' time was training")
 
 
+def test_where_it_is_too_early_to_tell_nothing_is_called_recommended(tmp_path: Path) -> None:
+    cut_off = made_up_trial({"rank": 16}, status=TrialStatus.CANCELLED, objective=2.2)
+    early = built(tmp_path, made_up_sweep([made_up_trial({"rank": 8}), cut_off], interrupted=True))
+    text, page = report.render_text(early), report.render_html(early)
+    assert "completed so far (rank=8):" in text
+    assert "\n*" not in text
+    assert ">Completed so far</h2>" in page
+    assert '<span class="tag">completed so far</span>' in page
+    assert "recommended" not in text + page
+    assert "Take this" not in page
+    assert json.loads(report.render_json(early))["recommendation"]["basis"] == "too_early"
+
+
 @pytest.mark.parametrize("repeats", [1, 2])
 def test_a_spread_is_told_where_there_are_repeats_and_never_one_over_other_settings(
     tmp_path: Path, repeats: int
@@ -295,6 +308,14 @@ def test_damaged_records_are_named_and_taken_from_the_summary(tmp_path: Path) ->
 def test_a_folder_without_a_sweep_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FolderError, match="holds no sweep"):
         report.build(SweepFolder(tmp_path))
+
+
+def test_what_a_sweep_ran_with_can_be_installed_from_a_public_index(tmp_path: Path) -> None:
+    versions = {"python": "3.11.9", "orchestrator": "0.1.0", "torch": "2.13.0+cpu", "peft": "0.21.2"}
+    trial = made_up_trial({"rank": 8}).model_copy(update={"versions": versions})
+    page = report.render_html(built(tmp_path, made_up_sweep([trial])))
+    told = ["# with orchestrator 0.1.0", "# torch was the build 2.13.0+cpu", "pip install peft==0.21.2 torch==2.13.0"]
+    assert "\n".join([*told, "orchestrator run "]) in Page(page).text
 
 
 def test_the_same_folder_gives_the_same_page(tmp_path: Path) -> None:

@@ -155,6 +155,13 @@ def test_the_page_prints_on_light_paper_with_all_its_tables(opened: Any, pages: 
     assert page.pdf(format="A4", print_background=True).startswith(b"%PDF")
 
 
+def test_a_table_of_some_dozens_is_laid_out_before_anybody_scrolls_to_it(opened: Any, pages: Pages) -> None:
+    rows = {name: opened(getattr(pages, name)).locator("#every tbody tr") for name in ("report", "thousand")}
+    is_drawn = "row => row.checkVisibility({contentVisibilityAuto: true})"
+    assert rows["report"].last.evaluate(is_drawn)
+    assert not rows["thousand"].last.evaluate(is_drawn)
+
+
 def test_a_thousand_trials_open_in_a_second(opened: Any, pages: Pages) -> None:
     page = opened(pages.thousand)
     spent = page.context.new_cdp_session(page)

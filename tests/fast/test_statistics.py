@@ -143,6 +143,19 @@ def test_single_runs_take_the_best_and_say_that_noise_is_unknown() -> None:
     assert any("rank=4 is within 0.01 of it" in line for line in answer.evidence)
 
 
+@pytest.mark.parametrize("waits", [TrialStatus.PENDING, TrialStatus.RUNNING, TrialStatus.CANCELLED])
+def test_repeats_that_are_asked_for_and_have_not_run_are_to_come_and_not_advised(waits: TrialStatus) -> None:
+    sweep = simulated([2.01, 2.0], 2, 0, noise_sd=0.0, status_of=lambda _, r: waits if r else TrialStatus.COMPLETED)
+    answer = recommend(sweep)
+    assert answer.answer.endswith("from noise; the repeats that are still to come (of 2) begin to.")
+    assert answer.repeats_needed == 2
+
+
+def test_two_configurations_that_come_to_the_same_are_both() -> None:
+    trials = [made_up_trial({"zero_stage": s}, objective=2.0, memory_bytes=m) for s, m in ((0, 2000), (2, 1000))]
+    assert "both configurations come to the same eval_loss" in recommend(made_up_sweep(trials)).answer
+
+
 def test_a_population_is_to_be_run_again_where_repeats_would_be_refused() -> None:
     trials = [
         made_up_trial({"learning_rate": rate}, objective=loss).model_copy(
@@ -260,6 +273,7 @@ def test_one_completed_trial_of_a_sweep_that_was_interrupted_is_no_answer_yet() 
     waiting = [made_up_trial({"rank": rank}, status=TrialStatus.CANCELLED, objective=None) for rank in (16, 32)]
     early = recommend(made_up_sweep([made_up_trial({"rank": 8}), *waiting]))
     assert early.answer == "Too early to tell: rank=8 alone has completed, and 2 of 3 trials have not ended."
+    assert (early.basis, early.label, early.is_recommended) == ("too_early", "rank=8", False)
 
 
 def test_the_trial_to_take_is_the_recommended_one_and_not_one_that_is_better_by_its_last_bits() -> None:

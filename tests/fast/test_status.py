@@ -31,8 +31,9 @@ def running(tmp_path: Path) -> Iterator[SweepFolder]:
 def test_a_running_sweep_tells_counts_best_time_and_trouble(running: SweepFolder) -> None:
     lines = render_status(running, NOW_S).splitlines()
     assert lines[0] == "made-up: 4 trials: 1 pending, 1 running, 1 completed, 1 failed"
-    assert lines[1].startswith("best so far: eval_loss 2.000, ")
-    assert lines[1].endswith("(rank=4), completed")
+    # Whatever has completed: a trial that is still at work stands better.
+    assert lines[1].startswith("best so far: eval_loss 1.000, ")
+    assert lines[1].endswith("(rank=16), running")
     # Two that ended took some 81 s each: one is 50 s under way, the other has not begun.
     assert lines[2] == "time: 5 min 00 s gone, about 1 min 52 s left"
     assert any(line.startswith("running: ") and "(rank=16), step 100 of 100" in line for line in lines)
@@ -99,6 +100,28 @@ def test_the_plan_says_how_long_what_is_left_takes(running: SweepFolder) -> None
 def test_a_plan_that_cannot_be_read_is_done_without(running: SweepFolder, plan: str) -> None:
     write_atomically(running.plan, plan)
     assert "about 1 min 52 s left" in render_status(running, NOW_S)
+
+
+def test_an_ended_sweep_names_what_its_report_recommends_and_one_that_was_interrupted_the_best_so_far(
+    tmp_path: Path,
+) -> None:
+    heavy = made_up_trial({"zero_stage": 2}, objective=3.0 - 1e-7, memory_bytes=2**31)
+    light = made_up_trial({"zero_stage": 0}, objective=3.0, memory_bytes=2**30)
+    sweep = made_up_sweep([heavy, light], searched=("zero_stage",))
+    ended = render_status(write_made_up(tmp_path / "ended", sweep), NOW_S)
+    assert f"recommended: eval_loss 3.000, {light.trial_id} (zero_stage=0), completed" in ended
+    assert "so far" not in ended
+    cut_off = sweep.model_copy(update={"interrupted": True})
+    told = render_status(write_made_up(tmp_path / "cut-off", cut_off), NOW_S)
+    assert f"best so far: eval_loss 3.000, {heavy.trial_id} (zero_stage=2), completed" in told
+
+
+def test_the_best_so_far_keeps_the_constraints_and_went_well(tmp_path: Path) -> None:
+    heavy = made_up_trial({"rank": 4}, status=TrialStatus.RUNNING, objective=1.0, memory_bytes=2**32)
+    wild = made_up_trial({"rank": 8}, status=TrialStatus.DIVERGED, objective=1.1)
+    sound = made_up_trial({"rank": 16}, status=TrialStatus.RUNNING, objective=1.2)
+    sweep = made_up_sweep([heavy, wild, sound], ended_ms=None, constraints=("peak_memory_bytes <= 2GiB",))
+    assert "best so far: eval_loss 1.200" in render_status(write_made_up(tmp_path / "sweep", sweep), NOW_S)
 
 
 def test_an_ended_sweep_says_how_long_it_took(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from orchestrator.config.sweep_config import DataConfig, SweepConfig, TrackingCo
 from orchestrator.config.sweep_file import to_yaml
 from orchestrator.errors import InputError, StorageError
 from orchestrator.export.folder import export
+from orchestrator.export.model_card import model_card
 from orchestrator.results.records import TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder
 from orchestrator.training import model as models
@@ -133,7 +134,8 @@ def test_a_trained_trial_is_exported_with_a_card_that_tells_its_story(
     outcome = run_trial(make_task(record.config, tiny_model, tiny_data, folder.trial(record.trial_id).root))
     assert outcome.end.status == "completed", outcome.log
     done = export(folder, record.trial_id, tmp_path / "out", merge=False, force=False)
-    loaded = AutoPeftModelForCausalLM.from_pretrained(done.folder)
+    loaded = AutoPeftModelForCausalLM.from_pretrained(done.folder, dtype="float32")
+    assert loaded.dtype is torch.float32
     torch.testing.assert_close(logits_of(loaded), base_plus_adapter(folder, tiny_model, record))
     card = (done.folder / "README.md").read_text()
     for told in (
@@ -147,10 +149,20 @@ def test_a_trained_trial_is_exported_with_a_card_that_tells_its_story(
         "| eval_loss | 2.500 |",
         "| MLflow run | [run17](http://mlflow:5000/#/runs/run17) |",
         "| torch | 2.13.0 |",
-        'AutoPeftModelForCausalLM.from_pretrained("this folder")',
+        'AutoPeftModelForCausalLM.from_pretrained("this folder", dtype="float32")',
     ):
         assert told in card
     assert str(tmp_path) not in card
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", "float32"), ("amp_bf16", "float32"), ("bf16", "bfloat16"), ("nf4", "auto")]
+)
+def test_a_card_loads_an_adapters_base_in_the_type_that_it_was_trained_in(precision: str, dtype: str) -> None:
+    trial = made_up_trial({"rank": 8, "precision": precision})
+    card = model_card(made_up_sweep([trial]), trial, "adapter", None)
+    assert f'from_pretrained("this folder", dtype="{dtype}")' in card
+    assert ("trained on the base in nf4 and is loaded below with the unquantised base" in card) == (precision == "nf4")
 
 
 def test_a_folder_that_exists_is_kept_unless_it_is_forced(tiny_model: Path, tmp_path: Path) -> None:
