@@ -32,7 +32,7 @@ from orchestrator.results.records import MetricPoint, SweepResult, TrialResult, 
 from orchestrator.results.remote import local_storage
 from orchestrator.results.secrets import without_password, without_secret
 from orchestrator.results.storage import SweepFolder
-from orchestrator.sweep import failure_policy
+from orchestrator.sweep import failure_policy, own_database
 from orchestrator.sweep.delivered import TrialDelivery, read_delivered, remember_server, write_delivered
 from orchestrator.sweep.logged_data import dataset_inputs
 from orchestrator.sweep.trial_files import weights_on_this_node
@@ -92,13 +92,13 @@ def tracking_uri(sweep: SweepConfig) -> str:
                 "http://mlflow:5000 (tracking.uri, or MLFLOW_TRACKING_URI)"
             )
         return named
-    database = local_storage(sweep.storage) / "mlflow.db"
-    if found := sorted(NO_PART_OF_AN_ADDRESS & set(str(database))):
+    storage = local_storage(sweep.storage)
+    if found := sorted(NO_PART_OF_AN_ADDRESS & set(str(storage))):
         raise InputError(
             f"storage {sweep.storage}: MLflow's database there would have no address, since its path holds "
             f"{' and '.join(found)}: name another folder, or a tracking server (tracking.uri)"
         )
-    return f"sqlite:///{database}"
+    return own_database.address(storage)
 
 
 def require_address(sweep: SweepConfig) -> None:
@@ -247,16 +247,19 @@ class Tracker:
 
     def _find_experiment(self, sweep: SweepConfig, uri: str) -> str:
         name = sweep.tracking.experiment or sweep.name
+        storage = local_storage(sweep.storage)
         found = self._client.get_experiment_by_name(name)
         if found:
             if found.lifecycle_stage == "deleted":
                 self._client.restore_experiment(found.experiment_id)
+            location = found.artifact_location
+            if uri == own_database.address(storage) and own_database.is_left_behind(location, storage):
+                own_database.bring_along(location, storage)
             return str(found.experiment_id)
         local = uri.startswith("sqlite:")
-        artifacts = local_storage(sweep.storage) / "mlartifacts"
         # Without it MLflow's pages open on traces and judges of language-model applications (mlflow 3.17).
         kind = {"mlflow.experimentKind": "custom_model_development"}
-        return str(self._client.create_experiment(name, artifacts.as_uri() if local else None, kind))
+        return str(self._client.create_experiment(name, own_database.artifacts(storage) if local else None, kind))
 
     def _find_run(self, name: str, tags: dict[str, str]) -> str:
         wanted = {"sweep_id": self._sweep_id, **tags}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import shutil
 import signal
 import socket
 import sqlite3
@@ -17,6 +18,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.server.auth.client import AuthServiceClient
+from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
 from typer.testing import CliRunner
 
 from orchestrator.cli import app
@@ -55,7 +57,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FragileServer]:
             made.kill()
 
 
-def a_sweep(folder: Path, uri: str, **keys: Any) -> tuple[SweepConfig, SweepResult, SweepFolder]:
+def a_sweep(folder: Path, uri: str | None, **keys: Any) -> tuple[SweepConfig, SweepResult, SweepFolder]:
     result = made_up_sweep([made_up_trial({"rank": rank}) for rank in (2, 4, 8, 16, 32)])
     config = SweepConfig.model_validate(
         {
@@ -273,6 +275,98 @@ def test_report_sends_nothing_to_a_server_that_the_folder_alone_names(
         elsewhere.settimeout(0)
         with pytest.raises(BlockingIOError):
             elsewhere.accept()
+
+
+@pytest.mark.parametrize("is_copied", [False, True])
+def test_a_storage_that_was_moved_or_copied_has_the_artifacts_of_its_own_database_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_copied: bool
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    old, new = tmp_path / "old" / "sweeps", tmp_path / "with space" / "sweeps"
+    config, result, folder = a_sweep(old, None)
+    earlier, later, *_ = result.trials
+    tracker = Tracker(config, SWEEP_ID, folder)
+    tracker.track(earlier)
+    assert tracker.finish(LIMIT_S)
+    registers_a_model(tracking_uri(config), str(tracker.run_id(earlier.trial_id)), monkeypatch)
+    shutil.copytree(old, new)
+    if not is_copied:
+        shutil.rmtree(old)
+    before = sorted(old.rglob("*"))
+    # Of a run's artifacts, which another process has not.
+    _artifact_repos_cache.clear()
+
+    config = config.model_copy(update={"storage": str(new)})
+    tracker = Tracker(config, SWEEP_ID, SweepFolder(new / "sweep"))
+    for trial in (earlier, later):
+        tracker.track(trial)
+    assert tracker.finish(LIMIT_S)
+    assert sorted(old.rglob("*")) == before
+    for trial in (earlier, later):
+        run_id = str(tracker.run_id(trial.trial_id))
+        assert (new / "mlartifacts" / run_id / "artifacts" / "result.json").is_file()
+        assert "result.json" in {file.path for file in MlflowClient(tracking_uri(config)).list_artifacts(run_id)}
+    with contextlib.closing(sqlite3.connect(new / "mlflow.db")) as connection:
+        assert [line for line in connection.iterdump() if old.as_uri() in line] == []
+
+
+@pytest.mark.parametrize("is_of_an_older_release", [False, True])
+def test_report_delivers_to_the_storages_own_database_wherever_the_storage_lies_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_of_an_older_release: bool
+) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    old, new = tmp_path / "old" / "sweeps", tmp_path / "new" / "sweeps"
+    config, result, folder = a_sweep(old, None)
+    write_atomically(folder.sweep_file, to_yaml(config))
+    tracker = Tracker(config, SWEEP_ID, folder)
+    tracker.track(result.trials[0])
+    assert tracker.finish(LIMIT_S)
+    write_sweep(folder, result.model_copy(update={"ended_ms": 1, "sweep_id": SWEEP_ID}))
+    if is_of_an_older_release:
+        kept = json.loads(folder.tracking.read_text())
+        del kept["is_own"]
+        folder.tracking.write_text(json.dumps(kept))
+    shutil.copytree(old, new)
+    if is_of_an_older_release:
+        shutil.rmtree(old)
+    before = sorted(old.rglob("*"))
+
+    told = CliRunner().invoke(app, ["report", str(new / "sweep")])
+    assert (told.exit_code, told.stderr.count("MLflow lacked a part of this sweep: delivered")) == (0, 1)
+    assert sorted(old.rglob("*")) == before
+    run_ids = {trial.trial_id: str(trial.mlflow_run_id) for trial in read_sweep(SweepFolder(new / "sweep"))[0].trials}
+    assert run_ids[result.trials[0].trial_id] == tracker.run_id(result.trials[0].trial_id)
+    assert_equal_to_disk(Server(f"sqlite:///{new / 'mlflow.db'}", None, None), SweepFolder(new / "sweep"), run_ids)
+
+
+def test_report_takes_a_database_that_was_named_for_no_own_one_of_the_storage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
+    named = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    config, result, folder = a_sweep(tmp_path / "sweeps", None)
+    write_atomically(folder.sweep_file, to_yaml(config))
+    write_sweep(folder, result.model_copy(update={"ended_ms": 1, "sweep_id": SWEEP_ID}))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", named)
+    tracker = Tracker(config, SWEEP_ID, folder)
+    tracker.track(result.trials[0])
+    assert tracker.finish(LIMIT_S)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    told = CliRunner().invoke(app, ["report", str(folder.root)])
+    assert f"it went to {named}" in told.stderr
+    assert not (tmp_path / "sweeps" / "mlflow.db").exists()
+
+
+def registers_a_model(uri: str, run_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = MlflowClient(uri)
+    model = client.create_logged_model(client.get_run(run_id).info.experiment_id, "model", run_id)
+    client.finalize_logged_model(model.model_id, "READY")
+    client.create_registered_model("model")
+    with monkeypatch.context() as patch:
+        # A registry in a database looks for the model there, whatever its client was told (3.17.2).
+        patch.setenv("MLFLOW_TRACKING_URI", uri)
+        client.create_model_version("model", f"models:/{model.model_id}", run_id, model_id=model.model_id)
 
 
 def test_another_server_gets_what_had_ended_before_too(server: FragileServer, tmp_path: Path) -> None:
