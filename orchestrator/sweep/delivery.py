@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.sweep_file import load
-from orchestrator.errors import OrchestratorError, TrackingUnreachableError
+from orchestrator.errors import OrchestratorError, TrackingUnreachableError, counted, cut
 from orchestrator.reporting.recommendation import trial_to_take
 from orchestrator.results.records import SweepResult, TrialResult
 from orchestrator.results.secrets import without_secret
@@ -87,4 +87,12 @@ def deliver_late(folder: SweepFolder, say: Callable[[str], None]) -> None:
     except OrchestratorError as error:
         say(f"MLflow still lacks a part of this sweep: {error}")
     else:
-        say("MLflow lacked a part of this sweep: " + ("delivered" if is_complete else "it did not take all of it now"))
+        say("MLflow lacked a part of this sweep: " + _how_it_went(is_complete, tracker.refused()))
+
+
+def _how_it_went(is_complete: bool, refused: Sequence[str]) -> str:
+    if not is_complete:
+        return "it did not take all of it now"
+    if refused:
+        return f"delivered, without {counted(len(refused), 'trial')} that it refuses ({cut(', '.join(refused))})"
+    return "delivered"

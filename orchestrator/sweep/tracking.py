@@ -10,6 +10,7 @@ import contextlib
 import logging
 import math
 import os
+import shlex
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -65,6 +66,8 @@ LOGIN_REFUSED = frozenset({"UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSI
 """MLflow's codes for 401 and 403 (3.17.2, exceptions.py)."""
 END_TAGS = frozenset({"status", "reason", "notes"})
 """Of a trial's run: how the trial ended."""
+PARENT = "mlflow.parentRunId"
+"""MLflow's own tag."""
 RUN_STATUS = {
     TrialStatus.COMPLETED: "FINISHED",
     TrialStatus.STOPPED: "FINISHED",
@@ -176,6 +179,7 @@ class Tracker:
         self._experiment_id = self._find_experiment(self._sweep, uri)
         self.parent_run_id = self._find_run(self._sweep.name, {})
         self._resume()
+        self._take_in_orphans()
         if self._delivered.trials:
             self._forget_what_is_lost()
 
@@ -195,6 +199,10 @@ class Tracker:
         """The trial's run, once MLflow has all of it."""
         trial = self._trials.get(trial_id)
         return trial.run_id if trial and not trial.is_behind else None
+
+    def refused(self) -> list[str]:
+        """The trials that MLflow lacks for good, or until a person mends what it refuses them for."""
+        return [trial_id for trial_id, trial in self._trials.items() if trial.is_refused]
 
     def finish(self, limit_s: float, wait: Callable[[str], None] | None = None) -> bool:
         """Carry everything over; False where that was not done within `limit_s`.
@@ -269,20 +277,14 @@ class Tracker:
         found = self._client.search_runs([self._experiment_id], condition, ViewType.ACTIVE_ONLY, 1)
         if found:
             return str(found[0].info.run_id)
-        kind = {"mlflow.parentRunId": self.parent_run_id, "kind": "trial"} if tags else {"kind": "sweep"}
+        kind = {PARENT: self.parent_run_id, "kind": "trial"} if tags else {"kind": "sweep"}
         run = self._client.create_run(self._experiment_id, run_name=name, tags={**wanted, **kind})
         return str(run.info.run_id)
 
     def _forget_what_is_lost(self) -> None:
         """Where the server's database is an older one again, all it lacks is told once more."""
         # Runs that a person has deleted too: they are not to come back.
-        which: Any = ([self._experiment_id], f"tags.sweep_id = '{self._sweep_id}'", ViewType.ALL, PAGE)
-        page = self._client.search_runs(*which)
-        runs = list(page)
-        while page.token:
-            page = self._client.search_runs(*which, page_token=page.token)
-            runs += page
-        there = {run.info.run_id: run for run in runs}
+        there = {run.info.run_id: run for run in self._runs(ViewType.ALL)}
         self._delivered.trials = {
             trial_id: kept
             if _has_all(there[kept.run_id], kept)
@@ -290,6 +292,22 @@ class Tracker:
             for trial_id, kept in self._delivered.trials.items()
             if kept.run_id in there
         }
+
+    def _take_in_orphans(self) -> None:
+        """Nest the trials' runs below this parent where a person has deleted the one before."""
+        elsewhere = f" and tags.kind = 'trial' and tags.`{PARENT}` != '{self.parent_run_id}'"
+        for run in self._runs(ViewType.ACTIVE_ONLY, elsewhere):
+            self._client.set_tag(run.info.run_id, PARENT, self.parent_run_id)
+
+    def _runs(self, which: str, condition: str = "") -> list[Run]:
+        """All of the sweep."""
+        asked: Any = ([self._experiment_id], f"tags.sweep_id = '{self._sweep_id}'{condition}", which, PAGE)
+        page = self._client.search_runs(*asked)
+        runs = list(page)
+        while page.token:
+            page = self._client.search_runs(*asked, page_token=page.token)
+            runs += page
+        return runs
 
     def _resume(self) -> None:
         self._client.update_run(self.parent_run_id, status="RUNNING")
@@ -328,7 +346,7 @@ class Tracker:
                     trial.forget_run()
                 elif meaning != "away":
                     trial.is_refused = True
-                    log.warning("MLflow refuses trial %s: %s", trial.result.trial_id, _first_line(error, self._uri))
+                    self._tell_refusal(trial, error)
                 else:
                     self._failures += 1
                     if self._failures == 1:
@@ -342,6 +360,17 @@ class Tracker:
                     log.warning("%s answers again", self._away)
                     self._failures = 0
         self._keep(trials)
+
+    def _tell_refusal(self, trial: _TrackedTrial, error: Exception) -> None:
+        """Once, with what helps."""
+        why = _first_line(error, self._uri)
+        # What is asked here may fail as all else.
+        with contextlib.suppress(Exception):
+            if trial.run_id and is_deleted(self._client.get_run(trial.run_id)):
+                why = deleted_words(trial.run_id, self._uri)
+        if why != trial.refusal:
+            log.warning("MLflow refuses trial %s: %s", trial.result.trial_id, why)
+        trial.refusal = why
 
     def _keep(self, trials: Sequence[_TrackedTrial]) -> None:
         """On disk, how much has arrived: what is not known to have is told again, which adds nothing."""
@@ -520,6 +549,8 @@ class _TrackedTrial:
         self.is_open = False
         """Whether this process has set its run going."""
         self.is_refused = False
+        self.refusal = ""
+        """As it was told last."""
         self.had_ended = result.status is not TrialStatus.RUNNING
         """Before this process heard of it."""
         self.late = kept.late
@@ -657,6 +688,20 @@ def run_name(result: TrialResult, searched: Sequence[str]) -> str:
 def key_of(metric: str) -> str:
     """A metric's name as MLflow takes it: a score of lm-eval may have its filter after a comma."""
     return metric.replace(",", "_")
+
+
+def is_deleted(run: Run) -> bool:
+    """Whether a person has deleted it, of which MLflow takes no more, and which it can restore."""
+    return bool(run.info.lifecycle_stage == "deleted")
+
+
+def deleted_words(run_id: str, uri: str) -> str:
+    """What is said of it."""
+    server = shlex.quote(without_secret(uri))
+    return (
+        f"its run {run_id} was deleted there: restore it (MLFLOW_TRACKING_URI={server} mlflow runs restore "
+        f"--run-id {run_id}), and the next `run` of this sweep goes on in it"
+    )
 
 
 def _first_line(error: Exception, uri: str) -> str:

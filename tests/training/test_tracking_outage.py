@@ -526,6 +526,21 @@ def test_a_score_that_was_measured_anew_is_the_latest_whichever_is_larger(tmp_pa
     assert [metric.value for metric in client.get_metric_history(trial.mlflow_run_id, "a/b")] == [0.6, 0.41]
 
 
+def test_scores_of_a_trial_whose_run_a_person_deleted_keep_no_others_back(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    config, result, folder = a_sweep(tmp_path / "scored", uri)
+    client, tracker = MlflowClient(uri), Tracker(config, SWEEP_ID, folder)
+    trials = []
+    for trial in result.trials[:2]:
+        tracker.track(trial)
+        trials.append(trial.model_copy(update={"mlflow_run_id": delivered(tracker, trial)}))
+        scored = Evaluation(asked=EvaluateConfig(), scores={"a/b": 0.5}, seconds=1.0)
+        write_evaluation(folder.trial(trial.trial_id), scored)
+    client.delete_run(str(trials[0].mlflow_run_id))
+    evaluation.log(uri, result.model_copy(update={"trials": tuple(trials)}), folder, pytest.fail)
+    assert client.get_run(str(trials[1].mlflow_run_id)).data.metrics["a/b"] == 0.5
+
+
 def test_an_unfinished_trial_is_no_champion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, _, folder = a_sweep(tmp_path / "budget", f"sqlite:///{tmp_path / 'mlflow.db'}")
     logged: list[str] = []
@@ -617,6 +632,52 @@ def test_a_server_whose_database_is_of_yesterday_is_told_what_came_since_and_not
     made = client.search_runs([again._experiment_id], f"tags.trial_id = '{deleted.trial_id}'")
     assert made == []
     assert len(client.search_runs([again._experiment_id])) == 1 + len(runs)
+
+
+def test_runs_that_a_person_deleted_are_told_with_what_brings_them_back_and_what_is_left_gets_a_parent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config, result, folder = a_sweep(tmp_path / "sweeps", None)
+    write_atomically(folder.sweep_file, to_yaml(config))
+    deleted, kept, later, *_ = result.trials
+    tracker = Tracker(config, SWEEP_ID, folder)
+    own = folder.trial(deleted.trial_id)
+    own.checkpoint(own.read_metrics()[0].step).mkdir()
+    tracker.track(deleted.model_copy(update={"status": TrialStatus.RUNNING}))
+    tracker.track(kept)
+    delivered(tracker, kept)
+    client = MlflowClient(tracking_uri(config))
+    run_id = str(wait_until(lambda: tracker._trials[deleted.trial_id].run_id, bool, LIMIT_S))
+    for run in (run_id, tracker.parent_run_id):
+        client.delete_run(run)
+    tracker.track(deleted)
+    assert tracker.finish(LIMIT_S)
+    assert not tracker.close_parent(result, None)
+    restore = f"mlflow runs restore --run-id {run_id}"
+    assert (caplog.text.count("MLflow refuses trial"), caplog.text.count(restore)) == (1, 1)
+
+    result = result.model_copy(update={"ended_ms": 1, "sweep_id": SWEEP_ID, "trials": (deleted, kept, later)})
+    write_sweep(folder, result)
+    told = CliRunner().invoke(app, ["report", str(folder.root)])
+    assert f"delivered, without 1 trial that it refuses ({deleted.trial_id})" in told.stderr
+    again = Tracker(config, SWEEP_ID, folder)
+    assert again.parent_run_id != tracker.parent_run_id
+    nested = client.search_runs([again._experiment_id], f"tags.mlflow.parentRunId = '{again.parent_run_id}'")
+    assert {run.data.tags["trial_id"] for run in nested} == {kept.trial_id, later.trial_id}
+
+    # What was said helps.
+    said: list[str] = []
+    best = deleted.model_copy(update={"mlflow_run_id": run_id})
+    logged_model.log_best(config, result, best, folder, said.append)
+    assert restore in said[0]
+    client.restore_run(run_id)
+    again.track(deleted)
+    assert again.finish(LIMIT_S)
+    assert again.refused() == []
+    assert_equal_to_disk(Server(tracking_uri(config), None, None), folder, {deleted.trial_id: run_id})
+    assert client.get_run(run_id).info.status == "FINISHED"
 
 
 @pytest.mark.parametrize("last", [TrialStatus.COMPLETED, TrialStatus.CANCELLED])
