@@ -112,15 +112,16 @@ def late_once(server: FragileServer, path: str, late_s: float) -> Iterator[str]:
 
 
 @contextmanager
-def always(status: int) -> Iterator[str]:
-    """The address of a server that answers all with this status."""
+def always(status: int, body: bytes = b"") -> Iterator[str]:
+    """The address of a server that answers all with this."""
 
     class Handler(BaseHTTPRequestHandler):
         def answer(self) -> None:
             self.rfile.read(int(self.headers.get("Content-Length", 0)))
             self.send_response(status)
-            self.send_header("Content-Length", "0")
+            self.send_header("Content-Length", str(len(body)))
             self.end_headers()
+            self.wfile.write(body)
 
         do_GET = do_POST = answer
 

@@ -155,6 +155,11 @@ class Tracker:
                     f"MLflow's database {where} is damaged ({why}): put it back, "
                     "or move it away, and a new one gets all that is on disk"
                 ) from error
+            if _is_misread(error):
+                raise TrackingUnreachableError(
+                    f"the tracking server at {where} answers otherwise than MLflow does ({why}): name the address of "
+                    "an MLflow server, or leave tracking.uri out to track in a local database"
+                ) from error
             raise TrackingUnreachableError(
                 f"the tracking server at {where} does not answer ({why}): start it, "
                 "or leave tracking.uri out to track in a local database"
@@ -628,7 +633,13 @@ def _is_without_stack(record: logging.LogRecord) -> bool:
 
 def _is_servers(error: Exception) -> bool:
     """Whether it tells of the server, or of the database or package that it needs, and is no slip of ours."""
-    return isinstance(error, MlflowException | OSError | ImportError) or type(error).__module__.startswith("sqlalchemy")
+    is_known = isinstance(error, MlflowException | OSError | ImportError) or _is_misread(error)
+    return is_known or type(error).__module__.startswith("sqlalchemy")
+
+
+def _is_misread(error: Exception) -> bool:
+    """Whether an answer was JSON of other types than MLflow's, which it does not tell in an error of its own."""
+    return type(error).__module__.startswith("google.protobuf")
 
 
 def _may_come_up(error: BaseException | None) -> bool:

@@ -200,6 +200,24 @@ def test_a_server_that_refuses_the_login_is_told_as_that_and_not_as_one_that_doe
             Tracker(config, SWEEP_ID, folder)
 
 
+@pytest.mark.parametrize("body", [b'{"experiment":{"experiment_id":5}}', b'{"runs":[5]}'])
+def test_a_server_that_answers_otherwise_than_mlflow_is_told_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: bytes
+) -> None:
+    with always(200, body) as uri:
+        config, result, folder = a_sweep(tmp_path / "other", uri)
+        with pytest.raises(TrackingUnreachableError, match=r"answers otherwise than MLflow does .*tracking.uri"):
+            Tracker(config, SWEEP_ID, folder)
+
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        write_atomically(folder.sweep_file, to_yaml(config))
+        write_sweep(folder, result.model_copy(update={"ended_ms": 1, "sweep_id": SWEEP_ID}))
+        write_delivered(folder, Delivered(server=uri, sweep_id=SWEEP_ID, is_complete=False))
+        told = CliRunner().invoke(app, ["report", str(folder.root)])
+        assert (told.exit_code, told.stderr.count("MLflow still lacks a part of this sweep")) == (0, 1)
+        assert not starts_to_wait(tmp_path / "waits", uri)
+
+
 def test_a_database_that_refuses_the_connection_is_waited_for_and_one_without_its_driver_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
