@@ -132,6 +132,29 @@ def always(status: int, body: bytes = b"") -> Iterator[str]:
 
 
 @contextmanager
+def dripping() -> Iterator[str]:
+    """The address of a server that sends a byte of its answer at a time, and never the last one."""
+    is_over = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            until_s = time.monotonic() + LIMIT_S
+            with contextlib.suppress(OSError):
+                while not is_over.wait(0.2) and time.monotonic() < until_s:
+                    self.wfile.write(b" ")
+
+        def log_message(self, *_: object) -> None: ...
+
+    with _serving(Handler) as address:
+        try:
+            yield address
+        finally:
+            is_over.set()
+
+
+@contextmanager
 def _serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
     """The address at which it answers."""
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:

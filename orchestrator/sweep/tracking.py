@@ -14,6 +14,8 @@ import shlex
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -48,6 +50,7 @@ PAGE = 200
 """Of runs with all that they hold."""
 ANSWER_LIMIT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 """MLflow's own variable: seconds for each of its calls, a file's upload too."""
+WHOLE_ANSWER_LIMIT_S = 60.0
 NO_PART_OF_AN_ADDRESS = frozenset("%?#")
 """In a path within one they mean something else (mlflow 3.17, sqlalchemy 2)."""
 METRICS = (
@@ -261,7 +264,8 @@ class Tracker:
     def _find_experiment(self, sweep: SweepConfig, uri: str) -> str:
         name = sweep.tracking.experiment or sweep.name
         storage = local_storage(sweep.storage)
-        found = self._client.get_experiment_by_name(name)
+        # The first question that a server is asked.
+        found = _in_time(lambda: self._client.get_experiment_by_name(name), uri)
         if found:
             if found.lifecycle_stage == "deleted":
                 self._client.restore_experiment(found.experiment_id)
@@ -590,8 +594,28 @@ def twice(ask: Callable[[], Answer]) -> Answer:
     except Exception as error:
         if not _is_servers(error):
             raise
-        time.sleep(failure_policy.pause_s(1))
+    time.sleep(failure_policy.pause_s(1))
+    # Not while the first error is handled: one of another thread would lose what it was caused by.
+    return ask()
+
+
+def _in_time(ask: Callable[[], Answer], uri: str) -> Answer:
+    """What a server answers: MLflow's own limit is one for each read, and an answer may come a byte at a time."""
+    if not uri.startswith("http"):
         return ask()
+    answer: Future[Answer] = Future()
+
+    def wait() -> None:
+        try:
+            answer.set_result(ask())
+        except Exception as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=wait, daemon=True).start()
+    limit_s = max(WHOLE_ANSWER_LIMIT_S, 3 * float(os.environ[ANSWER_LIMIT]))
+    if not wait_for([answer], limit_s).done:
+        raise TimeoutError(f"no whole answer in {limit_s:g} s")
+    return answer.result()
 
 
 @contextlib.contextmanager

@@ -30,13 +30,22 @@ from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 from orchestrator.results.remote import Mirror, is_record, sweep_folder
 from orchestrator.results.secrets import without_secret
 from orchestrator.results.storage import SweepFolder, read_sweep, write_atomically, write_sweep
-from orchestrator.sweep import evaluation, logged_model, system_metrics
+from orchestrator.sweep import evaluation, logged_model, system_metrics, tracking
 from orchestrator.sweep.delivered import Delivered, read_delivered, write_delivered
 from orchestrator.sweep.delivery import deliver
 from orchestrator.sweep.tracking import Tracker, awaited_tracker, tracking_uri
 from tests.made_up_sweep import made_up_point, made_up_sweep, made_up_trial, write_made_up
 from tests.object_store import BUCKET, fragile_store
-from tests.tracking_servers import PASSWORD, FragileServer, Server, always, free_port, late_once, on_sqlite_with_a_login
+from tests.tracking_servers import (
+    PASSWORD,
+    FragileServer,
+    Server,
+    always,
+    dripping,
+    free_port,
+    late_once,
+    on_sqlite_with_a_login,
+)
 from tests.waiting import wait_until
 
 LIMIT_S = 180.0
@@ -216,6 +225,15 @@ def test_a_server_that_answers_otherwise_than_mlflow_is_told_as_one(
         told = CliRunner().invoke(app, ["report", str(folder.root)])
         assert (told.exit_code, told.stderr.count("MLflow still lacks a part of this sweep")) == (0, 1)
         assert not starts_to_wait(tmp_path / "waits", uri)
+
+
+def test_a_server_that_never_ends_its_answer_holds_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "WHOLE_ANSWER_LIMIT_S", 1.0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    with dripping() as uri:
+        config, _, folder = a_sweep(tmp_path / "drips", uri)
+        with pytest.raises(TrackingUnreachableError, match="no whole answer in 3 s"):
+            Tracker(config, SWEEP_ID, folder)
 
 
 def test_a_database_that_refuses_the_connection_is_waited_for_and_one_without_its_driver_is_not(
