@@ -112,15 +112,16 @@ def late_once(server: FragileServer, path: str, late_s: float) -> Iterator[str]:
 
 
 @contextmanager
-def always(status: int) -> Iterator[str]:
-    """The address of a server that answers all with this status."""
+def always(status: int, body: bytes = b"") -> Iterator[str]:
+    """The address of a server that answers all with this."""
 
     class Handler(BaseHTTPRequestHandler):
         def answer(self) -> None:
             self.rfile.read(int(self.headers.get("Content-Length", 0)))
             self.send_response(status)
-            self.send_header("Content-Length", "0")
+            self.send_header("Content-Length", str(len(body)))
             self.end_headers()
+            self.wfile.write(body)
 
         do_GET = do_POST = answer
 
@@ -128,6 +129,29 @@ def always(status: int) -> Iterator[str]:
 
     with _serving(Handler) as address:
         yield address
+
+
+@contextmanager
+def dripping() -> Iterator[str]:
+    """The address of a server that sends a byte of its answer at a time, and never the last one."""
+    is_over = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            until_s = time.monotonic() + LIMIT_S
+            with contextlib.suppress(OSError):
+                while not is_over.wait(0.2) and time.monotonic() < until_s:
+                    self.wfile.write(b" ")
+
+        def log_message(self, *_: object) -> None: ...
+
+    with _serving(Handler) as address:
+        try:
+            yield address
+        finally:
+            is_over.set()
 
 
 @contextmanager

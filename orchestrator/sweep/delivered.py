@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from orchestrator.errors import FolderError, StorageError
 from orchestrator.results.records import SweepId, TrialStatus
 from orchestrator.results.remote import cache_folder
+from orchestrator.results.secrets import without_secret
 from orchestrator.results.storage import (
     SweepFolder,
     is_at_work,
@@ -20,6 +21,7 @@ from orchestrator.results.storage import (
     require_there,
     write_atomically,
 )
+from orchestrator.sweep import own_database
 
 MOST_SERVERS = 100
 
@@ -44,6 +46,8 @@ class Delivered(BaseModel):
     schema_version: Literal[1] = 1
     server: str
     """Its address; another one has nothing of this."""
+    is_own: bool | None = None
+    """Whether it was the storage's own database, which moves with it; None: an older release did not keep it."""
     sweep_id: SweepId
     trials: dict[str, TrialDelivery] = {}
     is_complete: bool | None = None
@@ -53,9 +57,10 @@ class Delivered(BaseModel):
 def read_delivered(folder: SweepFolder, server: str, sweep_id: str) -> Delivered:
     """What was kept; nothing where it is lost, damaged, or of another server or sweep: all of it is told once more."""
     found = _read(folder)
-    if found and (found.server, found.sweep_id) == (server, sweep_id):
-        return found
-    return Delivered(server=server, sweep_id=sweep_id)
+    where: dict[str, Any] = {"server": server, "is_own": server == _own(folder)}
+    if found and found.sweep_id == sweep_id and _went_to(found, server, folder):
+        return found.model_copy(update=where)
+    return Delivered(sweep_id=sweep_id, **where)
 
 
 def kept_sweep_id(folder: SweepFolder) -> str | None:
@@ -65,9 +70,31 @@ def kept_sweep_id(folder: SweepFolder) -> str | None:
 
 
 def told_server(folder: SweepFolder) -> str | None:
-    """The server that the sweep was tracked by."""
+    """The server that the sweep was tracked by, under the address that it had then."""
     found = _read(folder)
     return found.server if found else None
+
+
+def has_been_told(folder: SweepFolder, server: str) -> bool:
+    """Whether the sweep was tracked by this server; it may be the storage's own database, and have moved with it."""
+    found = _read(folder)
+    return found is not None and _went_to(found, server, folder)
+
+
+def _went_to(found: Delivered, server: str, folder: SweepFolder) -> bool:
+    return found.server == server or (server == _own(folder) and _was_own(found))
+
+
+def _own(folder: SweepFolder) -> str:
+    return without_secret(own_database.address(folder.root.absolute().parent))
+
+
+def _was_own(found: Delivered) -> bool:
+    if found.is_own is not None:
+        return found.is_own
+    before = Path(found.server.removeprefix("sqlite:///"))
+    # What is there still may be one that somebody names.
+    return found.server == own_database.address(before.parent) and not before.exists()
 
 
 def remember_server(server: str) -> None:

@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.sweep_file import load
-from orchestrator.errors import OrchestratorError, TrackingUnreachableError
+from orchestrator.errors import OrchestratorError, TrackingUnreachableError, counted, cut
 from orchestrator.reporting.recommendation import trial_to_take
 from orchestrator.results.records import SweepResult, TrialResult
 from orchestrator.results.secrets import without_secret
 from orchestrator.results.storage import SweepFolder, read_sweep, write_results, write_sweep
 from orchestrator.sweep import evaluation, logged_model
-from orchestrator.sweep.delivered import is_known, told_server
+from orchestrator.sweep.delivered import has_been_told, is_known, told_server
 from orchestrator.sweep.folder_lock import only_one
 from orchestrator.sweep.tracking import Tracker, tracking_uri
 
@@ -63,12 +63,15 @@ def deliver_late(folder: SweepFolder, say: Callable[[str], None]) -> None:
     try:
         with only_one(folder):
             result, _ = read_sweep(folder)
-            sweep = load(folder.sweep_file)
-            if (now := without_secret(tracking_uri(sweep))) != (server := told_server(folder)):
+            # The file names the storage as it was called when the sweep ran, and from there.
+            sweep = load(folder.sweep_file).model_copy(update={"storage": str(folder.root.absolute().parent)})
+            now, before = without_secret(tracking_uri(sweep)), told_server(folder)
+            if before is None or not has_been_told(folder, now):
                 raise TrackingUnreachableError(
-                    f"it went to {server}, and not to {now}: set MLFLOW_TRACKING_URI to that"
+                    f"it went to {before}, and not to {now}: set MLFLOW_TRACKING_URI to that"
                 )
-            if not is_known(now) and now != without_secret(os.environ.get("MLFLOW_TRACKING_URI", "")):
+            named = without_secret(os.environ.get("MLFLOW_TRACKING_URI", ""))
+            if not any(is_known(server) for server in (now, before)) and now != named:
                 raise TrackingUnreachableError(
                     f"its folder names {now}, where this account has tracked no sweep, so nothing was sent there: set "
                     "MLFLOW_TRACKING_URI to it if it is yours"
@@ -84,4 +87,12 @@ def deliver_late(folder: SweepFolder, say: Callable[[str], None]) -> None:
     except OrchestratorError as error:
         say(f"MLflow still lacks a part of this sweep: {error}")
     else:
-        say("MLflow lacked a part of this sweep: " + ("delivered" if is_complete else "it did not take all of it now"))
+        say("MLflow lacked a part of this sweep: " + _how_it_went(is_complete, tracker.refused()))
+
+
+def _how_it_went(is_complete: bool, refused: Sequence[str]) -> str:
+    if not is_complete:
+        return "it did not take all of it now"
+    if refused:
+        return f"delivered, without {counted(len(refused), 'trial')} that it refuses ({cut(', '.join(refused))})"
+    return "delivered"

@@ -20,7 +20,7 @@ from orchestrator.reporting.recommendation import trial_to_take
 from orchestrator.results.evaluation import Evaluation, evaluation_of, write_evaluation
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder
-from orchestrator.sweep.tracking import key_of, log_latest, twice
+from orchestrator.sweep.tracking import is_deleted, key_of, log_latest, twice
 from orchestrator.sweep.trial_files import weights_on_this_node
 from orchestrator.sweep.worker import GroupShape
 from orchestrator.training import evaluation, model_source
@@ -139,6 +139,7 @@ def log(tracking_uri: str, result: SweepResult, folder: SweepFolder, say: Callab
 
 def _log(client: MlflowClient, trial: TrialResult, folder: SweepFolder) -> None:
     found = evaluation_of(trial, folder)
-    if found and trial.mlflow_run_id:
+    # What a person has deleted stays so, and keeps no other trial's scores back.
+    if found and trial.mlflow_run_id and not is_deleted(client.get_run(trial.mlflow_run_id)):
         client.log_artifact(trial.mlflow_run_id, str(folder.trial(trial.trial_id).evaluation))
         log_latest(client, trial.mlflow_run_id, {key_of(name): value for name, value in found.scores.items()})

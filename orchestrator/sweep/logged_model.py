@@ -27,7 +27,7 @@ from orchestrator.export.merge import merged_dtype
 from orchestrator.reporting.statistics import objective_of
 from orchestrator.results.records import SweepResult, TrialResult
 from orchestrator.results.storage import SweepFolder
-from orchestrator.sweep.tracking import key_of, time_to_upload, tracking_uri, twice
+from orchestrator.sweep.tracking import deleted_words, is_deleted, key_of, time_to_upload, tracking_uri, twice
 
 ALIAS = "champion"
 """Of the registered model's newest best version."""
@@ -50,6 +50,9 @@ def log_best(
     try:
         # A registry in a database looks for the model there, whatever its client was told (3.17.2).
         mlflow.set_tracking_uri(server)
+        if best.mlflow_run_id and is_deleted(MlflowClient(server).get_run(best.mlflow_run_id)):
+            say(f"the best adapter is not logged as an MLflow model: {deleted_words(best.mlflow_run_id, server)}")
+            return
         uri = twice(lambda: _logged(MlflowClient(server), sweep, result, best, folder))
     except (Exception, KeyboardInterrupt) as error:
         why = first_line(error)[:300]

@@ -10,9 +10,12 @@ import contextlib
 import logging
 import math
 import os
+import shlex
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -32,7 +35,7 @@ from orchestrator.results.records import MetricPoint, SweepResult, TrialResult, 
 from orchestrator.results.remote import local_storage
 from orchestrator.results.secrets import without_password, without_secret
 from orchestrator.results.storage import SweepFolder
-from orchestrator.sweep import failure_policy
+from orchestrator.sweep import failure_policy, own_database
 from orchestrator.sweep.delivered import TrialDelivery, read_delivered, remember_server, write_delivered
 from orchestrator.sweep.logged_data import dataset_inputs
 from orchestrator.sweep.trial_files import weights_on_this_node
@@ -47,6 +50,7 @@ PAGE = 200
 """Of runs with all that they hold."""
 ANSWER_LIMIT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 """MLflow's own variable: seconds for each of its calls, a file's upload too."""
+WHOLE_ANSWER_LIMIT_S = 60.0
 NO_PART_OF_AN_ADDRESS = frozenset("%?#")
 """In a path within one they mean something else (mlflow 3.17, sqlalchemy 2)."""
 METRICS = (
@@ -65,6 +69,8 @@ LOGIN_REFUSED = frozenset({"UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSI
 """MLflow's codes for 401 and 403 (3.17.2, exceptions.py)."""
 END_TAGS = frozenset({"status", "reason", "notes"})
 """Of a trial's run: how the trial ended."""
+PARENT = "mlflow.parentRunId"
+"""MLflow's own tag."""
 RUN_STATUS = {
     TrialStatus.COMPLETED: "FINISHED",
     TrialStatus.STOPPED: "FINISHED",
@@ -92,13 +98,13 @@ def tracking_uri(sweep: SweepConfig) -> str:
                 "http://mlflow:5000 (tracking.uri, or MLFLOW_TRACKING_URI)"
             )
         return named
-    database = local_storage(sweep.storage) / "mlflow.db"
-    if found := sorted(NO_PART_OF_AN_ADDRESS & set(str(database))):
+    storage = local_storage(sweep.storage)
+    if found := sorted(NO_PART_OF_AN_ADDRESS & set(str(storage))):
         raise InputError(
             f"storage {sweep.storage}: MLflow's database there would have no address, since its path holds "
             f"{' and '.join(found)}: name another folder, or a tracking server (tracking.uri)"
         )
-    return f"sqlite:///{database}"
+    return own_database.address(storage)
 
 
 def require_address(sweep: SweepConfig) -> None:
@@ -152,6 +158,11 @@ class Tracker:
                     f"MLflow's database {where} is damaged ({why}): put it back, "
                     "or move it away, and a new one gets all that is on disk"
                 ) from error
+            if _is_misread(error):
+                raise TrackingUnreachableError(
+                    f"the tracking server at {where} answers otherwise than MLflow does ({why}): name the address of "
+                    "an MLflow server, or leave tracking.uri out to track in a local database"
+                ) from error
             raise TrackingUnreachableError(
                 f"the tracking server at {where} does not answer ({why}): start it, "
                 "or leave tracking.uri out to track in a local database"
@@ -176,6 +187,7 @@ class Tracker:
         self._experiment_id = self._find_experiment(self._sweep, uri)
         self.parent_run_id = self._find_run(self._sweep.name, {})
         self._resume()
+        self._take_in_orphans()
         if self._delivered.trials:
             self._forget_what_is_lost()
 
@@ -195,6 +207,10 @@ class Tracker:
         """The trial's run, once MLflow has all of it."""
         trial = self._trials.get(trial_id)
         return trial.run_id if trial and not trial.is_behind else None
+
+    def refused(self) -> list[str]:
+        """The trials that MLflow lacks for good, or until a person mends what it refuses them for."""
+        return [trial_id for trial_id, trial in self._trials.items() if trial.is_refused]
 
     def finish(self, limit_s: float, wait: Callable[[str], None] | None = None) -> bool:
         """Carry everything over; False where that was not done within `limit_s`.
@@ -247,16 +263,20 @@ class Tracker:
 
     def _find_experiment(self, sweep: SweepConfig, uri: str) -> str:
         name = sweep.tracking.experiment or sweep.name
-        found = self._client.get_experiment_by_name(name)
+        storage = local_storage(sweep.storage)
+        # The first question that a server is asked.
+        found = _in_time(lambda: self._client.get_experiment_by_name(name), uri)
         if found:
             if found.lifecycle_stage == "deleted":
                 self._client.restore_experiment(found.experiment_id)
+            location = found.artifact_location
+            if uri == own_database.address(storage) and own_database.is_left_behind(location, storage):
+                own_database.bring_along(location, storage)
             return str(found.experiment_id)
         local = uri.startswith("sqlite:")
-        artifacts = local_storage(sweep.storage) / "mlartifacts"
         # Without it MLflow's pages open on traces and judges of language-model applications (mlflow 3.17).
         kind = {"mlflow.experimentKind": "custom_model_development"}
-        return str(self._client.create_experiment(name, artifacts.as_uri() if local else None, kind))
+        return str(self._client.create_experiment(name, own_database.artifacts(storage) if local else None, kind))
 
     def _find_run(self, name: str, tags: dict[str, str]) -> str:
         wanted = {"sweep_id": self._sweep_id, **tags}
@@ -266,20 +286,14 @@ class Tracker:
         found = self._client.search_runs([self._experiment_id], condition, ViewType.ACTIVE_ONLY, 1)
         if found:
             return str(found[0].info.run_id)
-        kind = {"mlflow.parentRunId": self.parent_run_id, "kind": "trial"} if tags else {"kind": "sweep"}
+        kind = {PARENT: self.parent_run_id, "kind": "trial"} if tags else {"kind": "sweep"}
         run = self._client.create_run(self._experiment_id, run_name=name, tags={**wanted, **kind})
         return str(run.info.run_id)
 
     def _forget_what_is_lost(self) -> None:
         """Where the server's database is an older one again, all it lacks is told once more."""
         # Runs that a person has deleted too: they are not to come back.
-        which: Any = ([self._experiment_id], f"tags.sweep_id = '{self._sweep_id}'", ViewType.ALL, PAGE)
-        page = self._client.search_runs(*which)
-        runs = list(page)
-        while page.token:
-            page = self._client.search_runs(*which, page_token=page.token)
-            runs += page
-        there = {run.info.run_id: run for run in runs}
+        there = {run.info.run_id: run for run in self._runs(ViewType.ALL)}
         self._delivered.trials = {
             trial_id: kept
             if _has_all(there[kept.run_id], kept)
@@ -287,6 +301,22 @@ class Tracker:
             for trial_id, kept in self._delivered.trials.items()
             if kept.run_id in there
         }
+
+    def _take_in_orphans(self) -> None:
+        """Nest the trials' runs below this parent where a person has deleted the one before."""
+        elsewhere = f" and tags.kind = 'trial' and tags.`{PARENT}` != '{self.parent_run_id}'"
+        for run in self._runs(ViewType.ACTIVE_ONLY, elsewhere):
+            self._client.set_tag(run.info.run_id, PARENT, self.parent_run_id)
+
+    def _runs(self, which: str, condition: str = "") -> list[Run]:
+        """All of the sweep."""
+        asked: Any = ([self._experiment_id], f"tags.sweep_id = '{self._sweep_id}'{condition}", which, PAGE)
+        page = self._client.search_runs(*asked)
+        runs = list(page)
+        while page.token:
+            page = self._client.search_runs(*asked, page_token=page.token)
+            runs += page
+        return runs
 
     def _resume(self) -> None:
         self._client.update_run(self.parent_run_id, status="RUNNING")
@@ -325,7 +355,7 @@ class Tracker:
                     trial.forget_run()
                 elif meaning != "away":
                     trial.is_refused = True
-                    log.warning("MLflow refuses trial %s: %s", trial.result.trial_id, _first_line(error, self._uri))
+                    self._tell_refusal(trial, error)
                 else:
                     self._failures += 1
                     if self._failures == 1:
@@ -339,6 +369,17 @@ class Tracker:
                     log.warning("%s answers again", self._away)
                     self._failures = 0
         self._keep(trials)
+
+    def _tell_refusal(self, trial: _TrackedTrial, error: Exception) -> None:
+        """Once, with what helps."""
+        why = _first_line(error, self._uri)
+        # What is asked here may fail as all else.
+        with contextlib.suppress(Exception):
+            if trial.run_id and is_deleted(self._client.get_run(trial.run_id)):
+                why = deleted_words(trial.run_id, self._uri)
+        if why != trial.refusal:
+            log.warning("MLflow refuses trial %s: %s", trial.result.trial_id, why)
+        trial.refusal = why
 
     def _keep(self, trials: Sequence[_TrackedTrial]) -> None:
         """On disk, how much has arrived: what is not known to have is told again, which adds nothing."""
@@ -517,6 +558,8 @@ class _TrackedTrial:
         self.is_open = False
         """Whether this process has set its run going."""
         self.is_refused = False
+        self.refusal = ""
+        """As it was told last."""
         self.had_ended = result.status is not TrialStatus.RUNNING
         """Before this process heard of it."""
         self.late = kept.late
@@ -551,8 +594,28 @@ def twice(ask: Callable[[], Answer]) -> Answer:
     except Exception as error:
         if not _is_servers(error):
             raise
-        time.sleep(failure_policy.pause_s(1))
+    time.sleep(failure_policy.pause_s(1))
+    # Not while the first error is handled: one of another thread would lose what it was caused by.
+    return ask()
+
+
+def _in_time(ask: Callable[[], Answer], uri: str) -> Answer:
+    """What a server answers: MLflow's own limit is one for each read, and an answer may come a byte at a time."""
+    if not uri.startswith("http"):
         return ask()
+    answer: Future[Answer] = Future()
+
+    def wait() -> None:
+        try:
+            answer.set_result(ask())
+        except Exception as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=wait, daemon=True).start()
+    limit_s = max(WHOLE_ANSWER_LIMIT_S, 3 * float(os.environ[ANSWER_LIMIT]))
+    if not wait_for([answer], limit_s).done:
+        raise TimeoutError(f"no whole answer in {limit_s:g} s")
+    return answer.result()
 
 
 @contextlib.contextmanager
@@ -594,7 +657,13 @@ def _is_without_stack(record: logging.LogRecord) -> bool:
 
 def _is_servers(error: Exception) -> bool:
     """Whether it tells of the server, or of the database or package that it needs, and is no slip of ours."""
-    return isinstance(error, MlflowException | OSError | ImportError) or type(error).__module__.startswith("sqlalchemy")
+    is_known = isinstance(error, MlflowException | OSError | ImportError) or _is_misread(error)
+    return is_known or type(error).__module__.startswith("sqlalchemy")
+
+
+def _is_misread(error: Exception) -> bool:
+    """Whether an answer was JSON of other types than MLflow's, which it does not tell in an error of its own."""
+    return type(error).__module__.startswith("google.protobuf")
 
 
 def _may_come_up(error: BaseException | None) -> bool:
@@ -654,6 +723,20 @@ def run_name(result: TrialResult, searched: Sequence[str]) -> str:
 def key_of(metric: str) -> str:
     """A metric's name as MLflow takes it: a score of lm-eval may have its filter after a comma."""
     return metric.replace(",", "_")
+
+
+def is_deleted(run: Run) -> bool:
+    """Whether a person has deleted it, of which MLflow takes no more, and which it can restore."""
+    return bool(run.info.lifecycle_stage == "deleted")
+
+
+def deleted_words(run_id: str, uri: str) -> str:
+    """What is said of it."""
+    server = shlex.quote(without_secret(uri))
+    return (
+        f"its run {run_id} was deleted there: restore it (MLFLOW_TRACKING_URI={server} mlflow runs restore "
+        f"--run-id {run_id}), and the next `run` of this sweep goes on in it"
+    )
 
 
 def _first_line(error: Exception, uri: str) -> str:

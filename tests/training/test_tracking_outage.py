@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import shutil
 import signal
 import socket
 import sqlite3
@@ -17,6 +18,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.server.auth.client import AuthServiceClient
+from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
 from typer.testing import CliRunner
 
 from orchestrator.cli import app
@@ -28,13 +30,22 @@ from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 from orchestrator.results.remote import Mirror, is_record, sweep_folder
 from orchestrator.results.secrets import without_secret
 from orchestrator.results.storage import SweepFolder, read_sweep, write_atomically, write_sweep
-from orchestrator.sweep import evaluation, logged_model, system_metrics
+from orchestrator.sweep import evaluation, logged_model, system_metrics, tracking
 from orchestrator.sweep.delivered import Delivered, read_delivered, write_delivered
 from orchestrator.sweep.delivery import deliver
 from orchestrator.sweep.tracking import Tracker, awaited_tracker, tracking_uri
 from tests.made_up_sweep import made_up_point, made_up_sweep, made_up_trial, write_made_up
 from tests.object_store import BUCKET, fragile_store
-from tests.tracking_servers import PASSWORD, FragileServer, Server, always, free_port, late_once, on_sqlite_with_a_login
+from tests.tracking_servers import (
+    PASSWORD,
+    FragileServer,
+    Server,
+    always,
+    dripping,
+    free_port,
+    late_once,
+    on_sqlite_with_a_login,
+)
 from tests.waiting import wait_until
 
 LIMIT_S = 180.0
@@ -55,7 +66,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FragileServer]:
             made.kill()
 
 
-def a_sweep(folder: Path, uri: str, **keys: Any) -> tuple[SweepConfig, SweepResult, SweepFolder]:
+def a_sweep(folder: Path, uri: str | None, **keys: Any) -> tuple[SweepConfig, SweepResult, SweepFolder]:
     result = made_up_sweep([made_up_trial({"rank": rank}) for rank in (2, 4, 8, 16, 32)])
     config = SweepConfig.model_validate(
         {
@@ -198,6 +209,33 @@ def test_a_server_that_refuses_the_login_is_told_as_that_and_not_as_one_that_doe
             Tracker(config, SWEEP_ID, folder)
 
 
+@pytest.mark.parametrize("body", [b'{"experiment":{"experiment_id":5}}', b'{"runs":[5]}'])
+def test_a_server_that_answers_otherwise_than_mlflow_is_told_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: bytes
+) -> None:
+    with always(200, body) as uri:
+        config, result, folder = a_sweep(tmp_path / "other", uri)
+        with pytest.raises(TrackingUnreachableError, match=r"answers otherwise than MLflow does .*tracking.uri"):
+            Tracker(config, SWEEP_ID, folder)
+
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        write_atomically(folder.sweep_file, to_yaml(config))
+        write_sweep(folder, result.model_copy(update={"ended_ms": 1, "sweep_id": SWEEP_ID}))
+        write_delivered(folder, Delivered(server=uri, sweep_id=SWEEP_ID, is_complete=False))
+        told = CliRunner().invoke(app, ["report", str(folder.root)])
+        assert (told.exit_code, told.stderr.count("MLflow still lacks a part of this sweep")) == (0, 1)
+        assert not starts_to_wait(tmp_path / "waits", uri)
+
+
+def test_a_server_that_never_ends_its_answer_holds_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "WHOLE_ANSWER_LIMIT_S", 1.0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    with dripping() as uri:
+        config, _, folder = a_sweep(tmp_path / "drips", uri)
+        with pytest.raises(TrackingUnreachableError, match="no whole answer in 3 s"):
+            Tracker(config, SWEEP_ID, folder)
+
+
 def test_a_database_that_refuses_the_connection_is_waited_for_and_one_without_its_driver_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,6 +311,98 @@ def test_report_sends_nothing_to_a_server_that_the_folder_alone_names(
         elsewhere.settimeout(0)
         with pytest.raises(BlockingIOError):
             elsewhere.accept()
+
+
+@pytest.mark.parametrize("is_copied", [False, True])
+def test_a_storage_that_was_moved_or_copied_has_the_artifacts_of_its_own_database_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_copied: bool
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    old, new = tmp_path / "old" / "sweeps", tmp_path / "with space" / "sweeps"
+    config, result, folder = a_sweep(old, None)
+    earlier, later, *_ = result.trials
+    tracker = Tracker(config, SWEEP_ID, folder)
+    tracker.track(earlier)
+    assert tracker.finish(LIMIT_S)
+    registers_a_model(tracking_uri(config), str(tracker.run_id(earlier.trial_id)), monkeypatch)
+    shutil.copytree(old, new)
+    if not is_copied:
+        shutil.rmtree(old)
+    before = sorted(old.rglob("*"))
+    # Of a run's artifacts, which another process has not.
+    _artifact_repos_cache.clear()
+
+    config = config.model_copy(update={"storage": str(new)})
+    tracker = Tracker(config, SWEEP_ID, SweepFolder(new / "sweep"))
+    for trial in (earlier, later):
+        tracker.track(trial)
+    assert tracker.finish(LIMIT_S)
+    assert sorted(old.rglob("*")) == before
+    for trial in (earlier, later):
+        run_id = str(tracker.run_id(trial.trial_id))
+        assert (new / "mlartifacts" / run_id / "artifacts" / "result.json").is_file()
+        assert "result.json" in {file.path for file in MlflowClient(tracking_uri(config)).list_artifacts(run_id)}
+    with contextlib.closing(sqlite3.connect(new / "mlflow.db")) as connection:
+        assert [line for line in connection.iterdump() if old.as_uri() in line] == []
+
+
+@pytest.mark.parametrize("is_of_an_older_release", [False, True])
+def test_report_delivers_to_the_storages_own_database_wherever_the_storage_lies_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_of_an_older_release: bool
+) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    old, new = tmp_path / "old" / "sweeps", tmp_path / "new" / "sweeps"
+    config, result, folder = a_sweep(old, None)
+    write_atomically(folder.sweep_file, to_yaml(config))
+    tracker = Tracker(config, SWEEP_ID, folder)
+    tracker.track(result.trials[0])
+    assert tracker.finish(LIMIT_S)
+    write_sweep(folder, result.model_copy(update={"ended_ms": 1, "sweep_id": SWEEP_ID}))
+    if is_of_an_older_release:
+        kept = json.loads(folder.tracking.read_text())
+        del kept["is_own"]
+        folder.tracking.write_text(json.dumps(kept))
+    shutil.copytree(old, new)
+    if is_of_an_older_release:
+        shutil.rmtree(old)
+    before = sorted(old.rglob("*"))
+
+    told = CliRunner().invoke(app, ["report", str(new / "sweep")])
+    assert (told.exit_code, told.stderr.count("MLflow lacked a part of this sweep: delivered")) == (0, 1)
+    assert sorted(old.rglob("*")) == before
+    run_ids = {trial.trial_id: str(trial.mlflow_run_id) for trial in read_sweep(SweepFolder(new / "sweep"))[0].trials}
+    assert run_ids[result.trials[0].trial_id] == tracker.run_id(result.trials[0].trial_id)
+    assert_equal_to_disk(Server(f"sqlite:///{new / 'mlflow.db'}", None, None), SweepFolder(new / "sweep"), run_ids)
+
+
+def test_report_takes_a_database_that_was_named_for_no_own_one_of_the_storage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
+    named = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    config, result, folder = a_sweep(tmp_path / "sweeps", None)
+    write_atomically(folder.sweep_file, to_yaml(config))
+    write_sweep(folder, result.model_copy(update={"ended_ms": 1, "sweep_id": SWEEP_ID}))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", named)
+    tracker = Tracker(config, SWEEP_ID, folder)
+    tracker.track(result.trials[0])
+    assert tracker.finish(LIMIT_S)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    told = CliRunner().invoke(app, ["report", str(folder.root)])
+    assert f"it went to {named}" in told.stderr
+    assert not (tmp_path / "sweeps" / "mlflow.db").exists()
+
+
+def registers_a_model(uri: str, run_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = MlflowClient(uri)
+    model = client.create_logged_model(client.get_run(run_id).info.experiment_id, "model", run_id)
+    client.finalize_logged_model(model.model_id, "READY")
+    client.create_registered_model("model")
+    with monkeypatch.context() as patch:
+        # A registry in a database looks for the model there, whatever its client was told (3.17.2).
+        patch.setenv("MLFLOW_TRACKING_URI", uri)
+        client.create_model_version("model", f"models:/{model.model_id}", run_id, model_id=model.model_id)
 
 
 def test_another_server_gets_what_had_ended_before_too(server: FragileServer, tmp_path: Path) -> None:
@@ -432,6 +562,21 @@ def test_a_score_that_was_measured_anew_is_the_latest_whichever_is_larger(tmp_pa
     assert [metric.value for metric in client.get_metric_history(trial.mlflow_run_id, "a/b")] == [0.6, 0.41]
 
 
+def test_scores_of_a_trial_whose_run_a_person_deleted_keep_no_others_back(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    config, result, folder = a_sweep(tmp_path / "scored", uri)
+    client, tracker = MlflowClient(uri), Tracker(config, SWEEP_ID, folder)
+    trials = []
+    for trial in result.trials[:2]:
+        tracker.track(trial)
+        trials.append(trial.model_copy(update={"mlflow_run_id": delivered(tracker, trial)}))
+        scored = Evaluation(asked=EvaluateConfig(), scores={"a/b": 0.5}, seconds=1.0)
+        write_evaluation(folder.trial(trial.trial_id), scored)
+    client.delete_run(str(trials[0].mlflow_run_id))
+    evaluation.log(uri, result.model_copy(update={"trials": tuple(trials)}), folder, pytest.fail)
+    assert client.get_run(str(trials[1].mlflow_run_id)).data.metrics["a/b"] == 0.5
+
+
 def test_an_unfinished_trial_is_no_champion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, _, folder = a_sweep(tmp_path / "budget", f"sqlite:///{tmp_path / 'mlflow.db'}")
     logged: list[str] = []
@@ -523,6 +668,52 @@ def test_a_server_whose_database_is_of_yesterday_is_told_what_came_since_and_not
     made = client.search_runs([again._experiment_id], f"tags.trial_id = '{deleted.trial_id}'")
     assert made == []
     assert len(client.search_runs([again._experiment_id])) == 1 + len(runs)
+
+
+def test_runs_that_a_person_deleted_are_told_with_what_brings_them_back_and_what_is_left_gets_a_parent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config, result, folder = a_sweep(tmp_path / "sweeps", None)
+    write_atomically(folder.sweep_file, to_yaml(config))
+    deleted, kept, later, *_ = result.trials
+    tracker = Tracker(config, SWEEP_ID, folder)
+    own = folder.trial(deleted.trial_id)
+    own.checkpoint(own.read_metrics()[0].step).mkdir()
+    tracker.track(deleted.model_copy(update={"status": TrialStatus.RUNNING}))
+    tracker.track(kept)
+    delivered(tracker, kept)
+    client = MlflowClient(tracking_uri(config))
+    run_id = str(wait_until(lambda: tracker._trials[deleted.trial_id].run_id, bool, LIMIT_S))
+    for run in (run_id, tracker.parent_run_id):
+        client.delete_run(run)
+    tracker.track(deleted)
+    assert tracker.finish(LIMIT_S)
+    assert not tracker.close_parent(result, None)
+    restore = f"mlflow runs restore --run-id {run_id}"
+    assert (caplog.text.count("MLflow refuses trial"), caplog.text.count(restore)) == (1, 1)
+
+    result = result.model_copy(update={"ended_ms": 1, "sweep_id": SWEEP_ID, "trials": (deleted, kept, later)})
+    write_sweep(folder, result)
+    told = CliRunner().invoke(app, ["report", str(folder.root)])
+    assert f"delivered, without 1 trial that it refuses ({deleted.trial_id})" in told.stderr
+    again = Tracker(config, SWEEP_ID, folder)
+    assert again.parent_run_id != tracker.parent_run_id
+    nested = client.search_runs([again._experiment_id], f"tags.mlflow.parentRunId = '{again.parent_run_id}'")
+    assert {run.data.tags["trial_id"] for run in nested} == {kept.trial_id, later.trial_id}
+
+    # What was said helps.
+    said: list[str] = []
+    best = deleted.model_copy(update={"mlflow_run_id": run_id})
+    logged_model.log_best(config, result, best, folder, said.append)
+    assert restore in said[0]
+    client.restore_run(run_id)
+    again.track(deleted)
+    assert again.finish(LIMIT_S)
+    assert again.refused() == []
+    assert_equal_to_disk(Server(tracking_uri(config), None, None), folder, {deleted.trial_id: run_id})
+    assert client.get_run(run_id).info.status == "FINISHED"
 
 
 @pytest.mark.parametrize("last", [TrialStatus.COMPLETED, TrialStatus.CANCELLED])
