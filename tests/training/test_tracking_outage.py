@@ -402,6 +402,8 @@ def registers_a_model(uri: str, run_id: str, monkeypatch: pytest.MonkeyPatch) ->
     with monkeypatch.context() as patch:
         # A registry in a database looks for the model there, whatever its client was told (3.17.2).
         patch.setenv("MLFLOW_TRACKING_URI", uri)
+        # What an earlier sweep of this process has set goes before.
+        patch.setattr(mlflow.tracking._tracking_service.utils, "_tracking_uri", None)
         client.create_model_version("model", f"models:/{model.model_id}", run_id, model_id=model.model_id)
 
 
