@@ -147,20 +147,10 @@ class Recorder(tune.Callback):
     def save_all(self, records: Iterable[TrialResult]) -> None:
         """Keep many, whose writes wait for the disk side by side: whoever interrupts a sweep has little time."""
         hidden = [_without_secrets(record) for record in records]
-        written = at_once(self._is_written, hidden)
+        written = at_once(lambda record: not self.tenure.is_lost and self._failure(record) is None, hidden)
         for record, is_written in zip(hidden, written, strict=True):
             # What failed is written as one alone is, which waits for a disk that is full or away.
             self._note(record, not self.tenure.is_lost and (is_written or self._write(record)))
-
-    def _is_written(self, record: TrialResult) -> bool:
-        if self.tenure.is_lost:
-            return False
-        try:
-            self._require_folder()
-            write_result(self._folder, record)
-        except StorageError:
-            return False
-        return True
 
     def _note(self, record: TrialResult, is_kept: bool) -> None:
         share_names(record)
@@ -174,20 +164,25 @@ class Recorder(tune.Callback):
         """Whether it is on disk: where that is full or away for longer than we wait, the sweep is to end."""
         until_s = time.monotonic() + STORAGE_LIMIT_S
         failures = 0
-        while True:
-            try:
-                self._require_folder()
-                write_result(self._folder, record)
-                return True
-            except StorageError as error:
-                failures += 1
-                left_s = until_s - time.monotonic()
-                if self.storage_error is not None or left_s <= 0:
-                    self.storage_error = error
-                    return False
-                if failures == 1:
-                    log.warning("%s; waiting for it for %.0f s", error, STORAGE_LIMIT_S)
-                time.sleep(min(pause_s(failures), left_s))
+        while error := self._failure(record):
+            failures += 1
+            left_s = until_s - time.monotonic()
+            if self.storage_error is not None or left_s <= 0:
+                self.storage_error = error
+                return False
+            if failures == 1:
+                log.warning("%s; waiting for it for %.0f s", error, STORAGE_LIMIT_S)
+            time.sleep(min(pause_s(failures), left_s))
+        return True
+
+    def _failure(self, record: TrialResult) -> StorageError | None:
+        """Why it could not be written."""
+        try:
+            self._require_folder()
+            write_result(self._folder, record)
+        except StorageError as error:
+            return error
+        return None
 
     def _require_folder(self) -> None:
         """Where a mount has gone away, another folder of this name would be begun in its place."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
@@ -18,8 +18,8 @@ from orchestrator.search.observation import Goal
 from orchestrator.search.stopping import Halving, Heard, Hyperband, Median, Recalled, StopRule, Together, replay
 
 STOPPED_BY, NEXT = "stopped by ", "; "
-STOPPED_AT = re.compile(r"stopped by [^:]* at step (\d{1,9}): ")
-"""Of a record's reasons, as in `stopped by median at step 4: …; stopped by extrapolation at step 4: …`."""
+A_STOP = re.compile(r"(?:^|; )stopped by ([^:]*) at step (\d{1,9}): (.*?)(?=; stopped by |\Z)", re.DOTALL)
+"""In a record's reasons, as in `stopped by median at step 4: …; stopped by extrapolation at step 4: …`."""
 
 
 class RuleScheduler(FIFOScheduler):
@@ -52,7 +52,8 @@ class RuleScheduler(FIFOScheduler):
 
     def hear_again(self, folder: SweepFolder, records: Iterable[TrialResult]) -> None:
         """Rebuild the rules' state out of the curves and reasons that earlier runs have left."""
-        curves = [(record, [point for point in heard_of(record, folder) if self._judges(point)]) for record in records]
+        past = [(record, stops_of(record)) for record in records]
+        curves = [(record, stops, self._heard_before(folder, record, stops)) for record, stops in past]
         for name, rule, unit in self._rules:
             replay(
                 rule,
@@ -61,12 +62,20 @@ class RuleScheduler(FIFOScheduler):
                         point.time_ms,
                         self._heard(record.trial_id, record.configuration_id, record.config, point, unit),
                         is_answered=point.step <= record.steps,
-                        said=said_to(record, point, name),
+                        said=stops[name][1] if name in stops and stops[name][0] == point.step else None,
                     )
-                    for record, points in curves
+                    for record, stops, points in curves
                     for point in points
                 ),
             )
+
+    def _heard_before(
+        self, folder: SweepFolder, record: TrialResult, stops: Mapping[str, tuple[int, str]]
+    ) -> list[MetricPoint]:
+        """The evaluations that rules heard of: a trial that they stop trains on until it is told so."""
+        last = min((step for step, _ in stops.values()), default=math.inf)
+        points = folder.trial(record.trial_id).read_metrics()
+        return [point for point in points if point.step <= last and self._judges(point)]
 
     def _judges(self, point: MetricPoint) -> bool:
         """Whether rules hear of it: an evaluation, and its objective is known.
@@ -113,21 +122,10 @@ def forget_ended(tune_controller: Any) -> None:
         kept -= ended
 
 
-def said_to(record: TrialResult, point: MetricPoint, name: str) -> str | None:
-    """Why the rule of this name stopped the trial there; None where it did not."""
-    reasons = (record.reason or "") if record.status is TrialStatus.STOPPED else ""
-    for told in reasons.removeprefix(STOPPED_BY).split(NEXT + STOPPED_BY):
-        where, _, reason = told.partition(": ")
-        if where == f"{name} at step {point.step}":
-            return reason
-    return None
-
-
-def heard_of(record: TrialResult, folder: SweepFolder) -> Iterator[MetricPoint]:
-    """A trial's curve, as far as the rules heard of it: one that is stopped trains on until it is told so."""
-    found = STOPPED_AT.match(record.reason or "") if record.status is TrialStatus.STOPPED else None
-    last = int(found[1]) if found else math.inf
-    return (point for point in folder.trial(record.trial_id).read_metrics() if point.step <= last)
+def stops_of(record: TrialResult) -> dict[str, tuple[int, str]]:
+    """By the name of each rule that stopped the trial: the step, and why."""
+    reason = record.reason if record.status is TrialStatus.STOPPED else None
+    return {name: (int(step), why) for name, step, why in A_STOP.findall(reason or "")}
 
 
 def rules_of(sweep: SweepConfig) -> Iterator[tuple[str, StopRule, GraceUnit]]:
