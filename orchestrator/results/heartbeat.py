@@ -1,4 +1,4 @@
-"""A sign of life that others wait for, given from a thread while a block runs."""
+"""What a thread does while a block runs: a sign of life that others wait for, or a look at theirs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,21 @@ from contextlib import contextmanager
 
 from orchestrator.errors import StorageError
 
-LAST_BEAT_LIMIT_S = 5.0
-"""A beat may be within a request that nobody answers."""
+LAST_WORK_LIMIT_S = 5.0
+"""The thread may be within a request that nobody answers."""
+
+
+@contextmanager
+def beside(work: Callable[[threading.Event], None]) -> Iterator[None]:
+    """Let a thread work until the block is left, which the event tells it."""
+    ended = threading.Event()
+    thread = threading.Thread(target=work, args=(ended,), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(LAST_WORK_LIMIT_S)
 
 
 @contextmanager
@@ -19,18 +32,12 @@ def beating(every_s: float, beat: Callable[[], bool]) -> Iterator[None]:
 
     A storage that is away or full for a while is no reason to end: the next beat tries again.
     """
-    ended = threading.Event()
 
-    def keep_beating() -> None:
+    def keep_beating(ended: threading.Event) -> None:
         goes_on = True
         while goes_on and not ended.wait(every_s):
             with contextlib.suppress(StorageError):
                 goes_on = beat()
 
-    thread = threading.Thread(target=keep_beating, daemon=True)
-    thread.start()
-    try:
+    with beside(keep_beating):
         yield
-    finally:
-        ended.set()
-        thread.join(LAST_BEAT_LIMIT_S)

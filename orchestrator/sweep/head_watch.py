@@ -13,6 +13,7 @@ import ray
 from rich.console import Console
 
 from orchestrator.errors import ClusterUnreachableError
+from orchestrator.results.heartbeat import beside
 
 RAYS_LIMIT = "RAY_gcs_rpc_server_reconnect_timeout_s"
 RAYS_LIMIT_S = 60
@@ -28,10 +29,9 @@ def told_of_a_lost_head(say: Callable[[str], None]) -> Iterator[None]:
     One that is back in time, as where a cluster keeps its state in Redis, changes nothing. At once, since whatever asks
     Ray for anything waits for the head, and would until Ray ends it; records are on disk by then.
     """
-    ended = threading.Event()
     address, limit_s = ray.get_runtime_context().gcs_address, patience_s(os.environ.get(RAYS_LIMIT))
 
-    def look_on() -> None:
+    def look_on(ended: threading.Event) -> None:
         if is_lost(lambda: _answers(address), limit_s, ended):
             # The live panel hides it.
             Console(stderr=True).show_cursor()
@@ -41,13 +41,8 @@ def told_of_a_lost_head(say: Callable[[str], None]) -> Iterator[None]:
             )
             os._exit(ClusterUnreachableError.exit_code)
 
-    watcher = threading.Thread(target=look_on, daemon=True)
-    watcher.start()
-    try:
+    with beside(look_on):
         yield
-    finally:
-        ended.set()
-        watcher.join()
 
 
 def patience_s(rays_limit: str | None) -> float:
