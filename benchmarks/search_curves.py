@@ -17,6 +17,11 @@ is in the file, or in the sweep's folder, already is not trained again.
   that rungs compare best evaluations comes of what it showed.
 - letters: the same on text: a perceptron that has learned which letter comes next in Python's documentation, and is to
   learn it of scikit-learn's. Committed after the last change to what searches do, before any had seen a curve of it.
+- lcbench-TASK: published curves, so nobody's choice here: perceptrons for tabular data as LCBench trained them (Zimmer et
+  al. 2021, Auto-PyTorch Tabular), as YAHPO Gym's model of them tells (Pfisterer et al. 2022), on the three data sets that
+  its suite takes of LCBench. `--model` is the folder lcbench of github.com/slds-lmu/yahpo_data (here at efdab90, of the
+  Apache licence), and needs onnxruntime. Width stands as `rank`, an epoch is a step, the loss is the validation's
+  cross entropy; three layers, momentum 0.9. Committed before any search had seen a curve of them.
 """
 
 from __future__ import annotations
@@ -24,13 +29,15 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
+import gzip
 import itertools
+import json
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal
 
 from benchmarks.sweeps import run_sweep, say
 
@@ -55,7 +62,7 @@ class Table:
         """Every configuration that is there, with its steps and evaluation losses."""
         found: dict[Key, Curve] = {}
         if self.file.exists():
-            with self.file.open(newline="", encoding="utf-8") as opened:
+            with self._open("rt") as opened:
                 for row in csv.DictReader(opened):
                     key = tuple(float(row[name]) for name in self.grid)
                     found.setdefault(key, []).append((int(row["step"]), float(row["eval_loss"])))
@@ -64,11 +71,15 @@ class Table:
     def add(self, values: Sequence[Any], curve: Curve) -> None:
         """Append one configuration's curve."""
         is_new = not self.file.exists()
-        with self.file.open("a", newline="", encoding="utf-8") as opened:
+        with self._open("at") as opened:
             writer = csv.writer(opened, lineterminator="\n")
             if is_new:
                 writer.writerow([*self.grid, "step", "eval_loss"])
             writer.writerows([*values, step, f"{loss:.4f}"] for step, loss in curve)
+
+    def _open(self, mode: Literal["rt", "at"]) -> IO[str]:
+        opens: Callable[..., IO[str]] = gzip.open if self.file.suffix == ".gz" else open
+        return opens(self.file, mode, newline="", encoding="utf-8")
 
 
 PERCEPTRONS = Table(
@@ -116,12 +127,28 @@ LETTERS = Table(
     },
     steps=27,
 )
+LCBENCH = {
+    task: Table(
+        DATA / f"search_curves_lcbench-{task}.csv.gz",
+        {
+            "rank": [64, 256, 1024],
+            "lora_dropout": [0.0, 0.25, 0.5],
+            "global_batch_size": [16, 64, 256],
+            "weight_decay": [1e-5, 0.05, 0.1],
+            "learning_rate": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1],
+        },
+        steps=52,
+    )
+    for task in ("167168", "189873", "189906")
+}
+"""By OpenML's number of the task: those of YAHPO Gym's single-objective suite, v1.0."""
 TABLES = {
     "perceptrons": PERCEPTRONS,
     "smollm2": SMOLLM2,
     "regressors": REGRESSORS,
     "adapters": ADAPTERS,
     "letters": LETTERS,
+    **{f"lcbench-{task}": table for task, table in LCBENCH.items()},
 }
 SMOLLM2_SWEEP: dict[str, Any] = {
     "name": "search-curves",
@@ -291,6 +318,29 @@ def train_adapter(
             yield step, float(cross_entropy(logits(eval_x, training=False), eval_y))
 
 
+def look_up_lcbench(folder: Path, task: str, **settings: float) -> Iterator[tuple[int, float]]:
+    """Epoch and cross entropy; inputs and outputs are in the order of yahpo_gym's benchmarks/lcbench.py."""
+    import numpy as np
+
+    session, number = _lcbench_model(folder, task)
+    steps = LCBENCH[task].steps
+    others = ("global_batch_size", "learning_rate")
+    settled = [*(settings[name] for name in others), 0.9, settings["weight_decay"], 3]
+    rows = [[epoch, *settled, settings["rank"], settings["lora_dropout"]] for epoch in range(1, steps + 1)]
+    numbers, reals = session.get_inputs()
+    given = {numbers.name: np.full((steps, 1), number, np.int32), reals.name: np.array(rows, np.float32)}
+    for epoch, told in enumerate(session.run(None, given)[0], start=1):
+        yield epoch, float(told[2])
+
+
+@functools.cache
+def _lcbench_model(folder: Path, task: str) -> tuple[Any, int]:
+    from onnxruntime import InferenceSession
+
+    encoding = json.loads((folder / "encoding.json").read_text(encoding="utf-8"))
+    return InferenceSession(str(folder / "model.onnx")), encoding["OpenML_task_id"][task]
+
+
 def make_small(table: Table, train: Callable[..., Iterator[tuple[int, float]]], limit_s: float) -> int:
     """Append the curves that are not there yet; how many are still missing when the time is over."""
     import sklearn.neural_network  # noqa: F401  # takes long, and is no training
@@ -327,6 +377,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--storage", type=Path, default=Path("sweeps"), help="where the sweep of smollm2 lies")
+    parser.add_argument("--model", type=Path, default=Path(), metavar="FOLDER", help="the model of LCBench's curves")
     parser.add_argument("--limit-s", type=float, default=3600, help="stop after so long; the same command goes on")
     arguments = parser.parse_args()
     makers = {
@@ -339,6 +390,12 @@ def main() -> None:
             make_small, LETTERS, functools.partial(train_adapter, other_letters, LETTERS.steps)
         ),
         "smollm2": functools.partial(make_smollm2, arguments.storage),
+        **{
+            f"lcbench-{task}": functools.partial(
+                make_small, table, functools.partial(look_up_lcbench, arguments.model, task)
+            )
+            for task, table in LCBENCH.items()
+        },
     }
     if missing := makers[arguments.table](arguments.limit_s):
         say(f"{missing} are missing: run the same command again")
