@@ -17,11 +17,11 @@ is in the file, or in the sweep's folder, already is not trained again.
   that rungs compare best evaluations comes of what it showed.
 - letters: the same on text: a perceptron that has learned which letter comes next in Python's documentation, and is to
   learn it of scikit-learn's. Committed after the last change to what searches do, before any had seen a curve of it.
-- lcbench-TASK: published curves, so nobody's choice here: perceptrons for tabular data as LCBench trained them (Zimmer et
-  al. 2021, Auto-PyTorch Tabular), as YAHPO Gym's model of them tells (Pfisterer et al. 2022), on the three data sets that
-  its suite takes of LCBench. `--model` is the folder lcbench of github.com/slds-lmu/yahpo_data (here at efdab90, of the
-  Apache licence), and needs onnxruntime. Width stands as `rank`, an epoch is a step, the loss is the validation's
-  cross entropy; three layers, momentum 0.9. Committed before any search had seen a curve of them.
+- lcbench-TASK: published curves, so nobody's choice here: perceptrons for tabular data as LCBench trained them (Zimmer
+  et al. 2021, Auto-PyTorch Tabular), as YAHPO Gym's model of them tells (Pfisterer et al. 2022), on the three data sets
+  that its suite takes of LCBench. `--model` is the folder lcbench of github.com/slds-lmu/yahpo_data (here at efdab90,
+  of the Apache licence), and needs onnxruntime. Width stands as `rank`, an epoch is a step, the loss is the
+  validation's cross entropy; three layers, momentum 0.9. Committed before any search had seen a curve of them.
 """
 
 from __future__ import annotations
