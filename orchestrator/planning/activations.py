@@ -185,21 +185,68 @@ def score_bytes(config: TrialConfig, shape: ModelShape, width: Widths) -> float:
         masked = masked_layers(config, shape) / shape.layers
         repeated = 1 if width.repeats_keys else masked
         return masked * width.attention * length**2 + repeated * _repeated(length, shape, width)
-    scores = float(shape.heads * length * length)
+    scores = float(shape.heads * length * length) * _kept_of_a_score(config, shape, width)
     if config.attention != "eager":
         # In fp32: scaled copies of query and key, and value repeated for each head, in place of what they came from.
         q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         came_from = 2 * q + 3 * kv if shape.fused_attention and shape.rotary else q + 2 * kv
-        each = 4 + (4 + _drawn(4, width) if shape.attention_dropout else 0)
-        return scores * each + length * (4 * 3 * q - width.attention * came_from)
-    own_softmax = shape.model_type in _OWN_SOFTMAX and width.stream < 4
-    each = width.attention if own_softmax or width.attention == 4 else 4 + width.attention
-    if shape.attention_dropout:
-        # What was drawn, and what is left of the scores.
-        each += _drawn(width.attention, width) + width.attention
+        return scores + length * (4 * 3 * q - width.attention * came_from)
     # Gemma 2 caps its scores by a tanh, which keeps its result.
     capped = width.attention if shape.model_type == "gemma2" else 0
-    return scores * (each + capped) + _repeated(length, shape, width)
+    return scores + float(shape.heads * length * length) * capped + _repeated(length, shape, width)
+
+
+def _kept_of_a_score(config: TrialConfig, shape: ModelShape, width: Widths) -> int:
+    """Bytes: softmax's result, its cast where the kernel computes in less, of dropout what was drawn and is left."""
+    if config.attention != "eager":
+        return 4 + (4 + _drawn(4, width) if shape.attention_dropout else 0)
+    softmax = _softmax_width(config, shape, width)
+    kept = softmax + (width.attention if width.attention < softmax else 0)
+    return kept + (_drawn(width.attention, width) + width.attention if shape.attention_dropout else 0)
+
+
+def _softmax_width(config: TrialConfig, shape: ModelShape, width: Widths) -> int:
+    is_own = config.attention == "eager" and shape.model_type in _OWN_SOFTMAX and width.stream < 4
+    return width.attention if is_own else 4
+
+
+def _score_at_work(config: TrialConfig, shape: ModelShape, width: Widths) -> int:
+    """Bytes of a score beside what is kept of it, at the worst place of attention's backward pass: softmax's own.
+
+    There its result is alive, the gradient of that, what comes of it, and on a GPU the product of the first two (torch
+    2.13, ATen/native/cuda/SoftMax.cu, `softmax_backward_cuda_out`).
+    """
+    each = _softmax_width(config, shape, width)
+    alive = (4 if width.on_gpu else 3) * each
+    if each > width.attention and _is_cast_within(config, width):
+        # And is given back as it came.
+        alive -= each - width.attention
+    # Before it, what dropout gives back and is given.
+    return max(alive - _kept_of_a_score(config, shape, width), 2 * width.attention)
+
+
+def score_blocks(config: TrialConfig, shape: ModelShape, width: Widths) -> tuple[list[float], list[float]]:
+    """Bytes of the tensors of scores that are alive together while a GPU's kernel computes them, and in softmax's
+    backward pass; none where the kernel writes no scores."""
+    if not writes_scores(config, shape, width):
+        return [], []
+    assert isinstance(config.micro_batch_size, int)
+    scores = float(config.micro_batch_size * shape.heads * config.sequence_length**2)
+    softmax = _softmax_width(config, shape, width)
+    wide = scores * softmax
+    if width.attention == softmax:
+        # Scores and what they are scaled and masked to in turn, then that and softmax's result.
+        return [wide] * 2, [wide] * 4
+    narrow = [scores * width.attention] * 2
+    if _is_cast_within(config, width):
+        return [*narrow, wide], [wide] * 3 + narrow[:1]
+    return [*narrow, wide, wide], [wide] * 4
+
+
+def _is_cast_within(config: TrialConfig, width: Widths) -> bool:
+    """A GPU's softmax takes fp16 scores as they are and returns fp32; of bf16 ones it gets an fp32 copy, and autocast's
+    are fp32 from an fp32 mask on (torch 2.13, ATen/native/SoftMax.cpp, `softmax`)."""
+    return width.on_gpu and config.precision is Precision.FP16 and width.stream == 2 and config.attention == "eager"
 
 
 def _repeated(length: int, shape: ModelShape, width: Widths) -> float:
@@ -260,10 +307,9 @@ def backward_bytes(config: TrialConfig, shape: ModelShape, width: Widths, tokens
         feed_forward = max(feed_forward, 6 * wide * tokens)
     attention = float(width.attention * (2 * q + 2 * kv))
     if writes_scores(config, shape, width):
-        # The gradients of result and value, and two of the scores in fp32; softmax's cast and what the feed-forward
-        # part kept are gone by then.
-        gone = width.attention if config.attention == "eager" and width.attention < 4 else 0
-        attention = width.attention * 2 * q + shape.heads * config.sequence_length * (8.0 - gone)
+        # The gradients of result and value; what the feed-forward part kept is gone by then.
+        each = _score_at_work(config, shape, width)
+        attention = width.attention * 2.0 * q + shape.heads * config.sequence_length * each
         attention -= width.product * wide * (3 if shape.gated else 1)
     norm = 4 * 2 * shape.hidden if shape.rms_norm else 0
     _, dora = dora_work_bytes(config, shape, width, tokens)

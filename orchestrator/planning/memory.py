@@ -21,6 +21,7 @@ from orchestrator.planning.activations import (
     layer_bytes_per_token,
     linear_input_bytes,
     mask_bytes,
+    score_blocks,
     score_bytes,
 )
 from orchestrator.planning.hardware import Hardware
@@ -176,13 +177,36 @@ def estimate(
 
 def _reserved(config: TrialConfig, shape: ModelShape, workers: int, width: Widths, parts: MemoryParts) -> int:
     share = FRAGMENTATION_SHARDED if config.zero_stage == 3 else FRAGMENTATION
-    reserved = parts.total + int(parts.comes_and_goes * share)
+    reserved = parts.total + int(parts.comes_and_goes * share + _idle_bytes(config, shape, width))
     if config.offload != "optimizer_and_parameters":
         return reserved
     # Blocks of the copies' stream hold weights, and no more of them than would else be there all the time.
     kept = config.model_copy(update={"offload": "optimizer"})
     bound = _reserved(kept, shape, workers, width, memory_parts(kept, shape, workers, width))
     return min(reserved, bound)
+
+
+def _idle_bytes(config: TrialConfig, shape: ModelShape, width: Widths) -> float:
+    """What the allocator holds beyond the most that is alive, since scores and the loss's copies need blocks of unlike
+    sizes: one may serve something smaller, and blocks that were allocated apart are never joined (torch 2.13,
+    CUDACachingAllocator.cpp). A step computes scores, then the loss, then scores again and their gradients.
+    """
+    forward, backward = score_blocks(config, shape, width)
+    if not forward:
+        return 0.0
+    copy = 4.0 * shape.vocabulary * _tokens(config)
+    loss = [copy * width.logits / 4, *[copy] * (LOSS_COPIES_BYTES // 4)]
+    blocks: list[float] = []
+    for needed in (forward, loss, forward, backward):
+        free = sorted(blocks)
+        for size in sorted(needed, reverse=True):
+            place = next((place for place, block in enumerate(free) if block >= size), None)
+            if place is None:
+                blocks.append(size)
+            else:
+                free[place] -= size
+                free.sort()
+    return sum(blocks) - max(map(sum, (forward, loss, backward)))
 
 
 def estimate_on(config: TrialConfig, shape: ModelShape, workers: int, hardware: Hardware) -> MemoryEstimate:

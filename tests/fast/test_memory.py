@@ -55,6 +55,67 @@ def test_eager_attention_grows_with_the_square_of_the_sequence() -> None:
     assert eager - sdpa >= THREE_B.layers * THREE_B.heads * 4096**2 * 6
 
 
+@pytest.mark.parametrize(
+    ("precision", "bytes_of_a_score"),
+    [("bf16", 16 - 6), ("fp16", 14 - 6), ("fp32", 16 - 4), ("amp_bf16", 16 - 6)],
+)
+def test_softmaxs_backward_pass_holds_its_gradients_product_with_its_result_on_a_gpu(
+    precision: str, bytes_of_a_score: int
+) -> None:
+    def beyond_sdpa(length: int) -> int:
+        """Where a layer's backward pass is the peak: one head's share of the vocabulary's."""
+        small = LLAMA_32_3B | {"vocab_size": 1000}
+        eager, sdpa = (
+            parts(shape_of(small), precision=precision, attention=kind, sequence_length=length).activations
+            for kind in ("eager", "sdpa")
+        )
+        return eager - sdpa
+
+    kept = THREE_B.layers * (4 if precision == "fp32" else 6)
+    growth = (beyond_sdpa(16384) - beyond_sdpa(8192)) / (16384**2 - 8192**2) / THREE_B.heads
+    if precision == "fp32":
+        # There sdpa writes scores, too.
+        assert growth == pytest.approx(0, abs=0.5)
+    else:
+        assert growth == pytest.approx(kept + bytes_of_a_score, rel=0.01)
+
+
+SMOLLM2_360M = {
+    "model_type": "llama",
+    "hidden_size": 960,
+    "intermediate_size": 2560,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 15,
+    "num_key_value_heads": 5,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("attention", "allocated_gib", "reserved_gib"), [("sdpa", 3.6668, 3.8203), ("eager", 4.7935, 7.1328)]
+)
+def test_scores_cost_what_was_measured_of_them_on_a_t4(
+    attention: str, allocated_gib: float, reserved_gib: float
+) -> None:
+    # Source: github.com/Anassbzdd/fitcheck, data/measurements/t4-sweep-2026-09-15.json: 4,096 tokens, fp16, rank 32.
+    config = TrialConfig(
+        rank=32,
+        target_modules="attention",
+        precision="fp16",
+        engine="ddp",
+        attention=attention,  # type: ignore[arg-type]
+        micro_batch_size=1,
+        global_batch_size=1,
+        sequence_length=4096,
+        gradient_checkpointing=True,
+    )
+    told = estimate(config, shape_of(SMOLLM2_360M), 1, "cuda", has_bf16=False)
+    assert told.allocated_bytes == pytest.approx(allocated_gib * GIB, rel=0.02)
+    # What no formula of the settings tells of fragmentation, and what it does: eager attention alone reserves so much.
+    assert told.reserved_bytes == pytest.approx(reserved_gib * GIB, rel=0.12)
+
+
 def test_checkpointing_does_not_spare_what_int8_products_keep_of_their_inputs() -> None:
     def kept_per_token(precision: str) -> float:
         long, short = (

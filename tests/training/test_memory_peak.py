@@ -217,8 +217,8 @@ def counted_peak(config: TrialConfig, settings: dict[str, Any], monkeypatch: pyt
 def predicted(config: TrialConfig, settings: dict[str, Any]) -> MemoryParts:
     shape = shape_of(AutoConfig.for_model(**({"model_type": "llama"} | settings)).to_dict())
     width = _bytes_of(config, "cuda", has_bf16=True)
-    if config.lora_dropout:
-        # A CPU's dropout remembers numbers, where a GPU's keeps truth values.
+    if config.lora_dropout or config.attention == "eager":
+        # A CPU's dropout remembers numbers, where a GPU's keeps truth values, and its softmax makes no product.
         width = replace(width, on_gpu=False)
     return memory_parts(config, shape, 1, width)
 
