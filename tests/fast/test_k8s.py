@@ -527,12 +527,14 @@ def test_what_the_readmes_kubectl_commands_name_is_there() -> None:
     assert {name: int(port) for name, port in forwarded}.items() <= ports.items()
     read = re.findall(r"kubectl get secret ([\w-]+) -o jsonpath='{\.data\.([\w-]+)}'", readme)
     assert all(key in secrets_to_make()[name] for name, key in read)
-    named = re.findall(r"(?:delete|get|scale|--from=)\s?(rayjob|cronjob|deployment)[ /]([\w-]+)", readme)
+    verbs = "delete|get|scale|set env|rollout status|--from="
+    named = re.findall(rf"(?:{verbs})\s?(rayjob|cronjob|deployment)[ /]([\w-]+)", readme)
     have = {name_of(manifest).lower().replace("/", " ") for manifest in manifests}
     assert {f"{kind} {name}" for kind, name in named} <= have
-    (labels,) = re.findall(r"kubectl logs --follow -l ([\w./-]+)=(\w+)", readme)
-    assert any(pod.labels.get(labels[0]) == labels[1] for pod in pods(manifests))
-    assert (len(forwarded), len(read), len(named)) == (2, 2, 7)
+    selected = re.findall(r"kubectl .*(?:-l|--selector) ([\w./-]+)=(\w+)", readme)
+    assert all(any(pod.labels.get(key) == value for pod in pods(manifests)) for key, value in selected)
+    assert set(re.findall(r"--containers?=([\w-]+)", readme)) == {"prepare-database"}
+    assert (len(forwarded), len(read), len(named), len(selected)) == (2, 2, 12, 4)
 
 
 def test_the_patch_for_a_registry_with_a_login_renders(tmp_path: Path) -> None:
