@@ -130,6 +130,19 @@ def _best(sweep: SweepResult, trials: Iterable[TrialResult]) -> TrialResult | No
     return min(level, key=lambda trial: (_memory(trial), trial.trial_id))
 
 
+def best_so_far(sweep: SweepResult, trials: Iterable[TrialResult]) -> TrialResult | None:
+    """Of the trials that went well until now and keep the constraints, whether they have ended or not."""
+    constraints, sign = [parse(text) for text in sweep.constraints], sign_of(sweep)
+    ranked = [
+        (sign * value, trial)
+        for trial in trials
+        if trial.status in PROVISIONAL | {TrialStatus.COMPLETED}
+        and (value := objective_of(sweep, trial)) is not None
+        and not any(is_broken(constraint, [trial]) for constraint in constraints)
+    ]
+    return min(ranked, key=lambda entry: entry[0])[1] if ranked else None
+
+
 def _memory(trial: TrialResult) -> float:
     measured = trial.peak_memory.measured_bytes if trial.peak_memory else None
     return math.inf if measured is None else measured
