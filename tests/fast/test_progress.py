@@ -159,6 +159,13 @@ def test_the_start_of_a_search_tells_what_it_may_still_make(tmp_path: Path) -> N
     assert told([], pbt) == "a population of 4 in 3 generations"
 
 
+def test_the_start_tells_which_points_are_not_tried_since_they_are_excluded(tmp_path: Path) -> None:
+    search = {"algorithm": "tpe", "points": ["known_good"]}
+    sweep = asked_for(search=search, budget={"trials": 3}, exclude=[{"learning_rate": [2e-4]}])
+    told = start_words([], SweepFolder(tmp_path), 1, sweep)
+    assert told.endswith("; of search.points {learning_rate: 0.0002} is not tried, since `exclude` names it")
+
+
 def asked_for(**fields: Any) -> SweepConfig:
     space = {"learning_rate": {"log_uniform": [1e-5, 1e-3]}}
     raw = {"name": "x", "model": "builtin:tiny-llama", "data": {"train": "builtin:python-docs"}, "space": space}
