@@ -127,6 +127,13 @@ def test_who_comes_nearest_to_the_constraints_is_named_by_the_one_that_it_breaks
     assert answer.endswith(" rank=4 comes nearest, at 200 % of the bound in peak_memory_bytes <= 0.5GiB.")
 
 
+@pytest.mark.parametrize("bound", ["5e-324", "1e-300", "1e-9"])
+def test_a_bound_that_everything_is_far_past_is_told_without_its_many_digits(bound: str) -> None:
+    sweep = made_up_sweep([made_up_trial({"rank": 4})], constraints=(f"eval_loss <= {bound}",))
+    nearest = f" rank=4 comes nearest, at over 1,000,000 % of the bound in eval_loss <= {bound}."
+    assert recommend(sweep).answer.endswith(nearest)
+
+
 def test_who_is_beaten_in_every_objective_is_not_said_to_scatter() -> None:
     objectives = (("eval_loss", "min"), ("peak_memory_bytes", "min"))
     sweep = made_up_sweep(trials()).model_copy(update={"objectives": objectives})
