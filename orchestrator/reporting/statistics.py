@@ -379,9 +379,17 @@ def pareto_front(found: Sequence[ConfigurationSummary], sign: int) -> tuple[str,
 
 def front(costs: Mapping[Key, Costs]) -> tuple[Key, ...]:
     """Those that no other beats or equals in all costs, by the first of them; of equal ones the first."""
-    kept: dict[Key, Costs] = {}
-    # In this order whatever beats a configuration comes before it, so only the front has to be looked at.
+    kept, least = list[Key](), list[Costs]()
+    # In this order whatever beats a configuration comes before it: by the first cost, and so only the others are
+    # compared, with those of the front that none of them beats. Of two costs, that is the last one.
     for identity, cost in sorted(costs.items(), key=lambda entry: entry[1]):
-        if not any(all(a <= b for a, b in zip(other, cost, strict=True)) for other in kept.values()):
-            kept[identity] = cost
+        others = cost[1:]
+        if not any(_is_beaten(others, by) for by in least):
+            kept.append(identity)
+            least = [one for one in least if not _is_beaten(one, others)] + [others]
     return tuple(kept)
+
+
+def _is_beaten(cost: Costs, by: Costs) -> bool:
+    """Or equalled."""
+    return all(b <= a for a, b in zip(cost, by, strict=True))

@@ -398,6 +398,34 @@ def test_thousands_of_configurations_are_not_looked_for_among_all_trials_one_by_
     assert len(walks) < 50
 
 
+def test_thousands_on_a_front_are_not_looked_for_among_all_trials_one_by_one() -> None:
+    """Each was asked whether it is cheaper: the answer of 2,000 that are all on the front took seconds."""
+    walks: list[int] = []
+
+    class Watched(tuple[TrialResult, ...]):
+        def __iter__(self) -> Iterator[TrialResult]:
+            walks.append(len(self))
+            return super().__iter__()
+
+    trials = [made_up_trial({"rank": rank}, objective=2 + rank, step_time_s=1 / rank) for rank in range(1, 101)]
+    sweep = made_up_sweep(trials, objectives=(("eval_loss", "min"), ("step_time_s", "min")))
+    assert recommend(sweep.model_copy(update={"trials": Watched(trials)})).answer == recommend(sweep).answer
+    assert len(walks) < 50
+
+
+def test_a_front_of_thousands_in_two_objectives_is_not_compared_each_with_each() -> None:
+    compared: list[float] = []
+
+    class Counted(float):
+        def __le__(self, other: float) -> bool:
+            compared.append(other)
+            return super().__le__(other)
+
+    costs = {number: (float(number), Counted(-number)) for number in range(1000)}
+    assert len(front(costs)) == 1000
+    assert len(compared) < 5000
+
+
 @pytest.mark.parametrize("cost", ["tokens_per_s", "step_time_s", "peak_memory_bytes"])
 def test_what_a_trial_took_is_that_of_all_of_it_and_not_of_its_best_evaluation(cost: str) -> None:
     """The first one's best evaluation was its fastest, and before its memory was at its peak."""
