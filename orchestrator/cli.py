@@ -371,6 +371,8 @@ def export(
             exported = export_trial(opened(folder), trial, to, merge=merge, force=force)
         if merge and exported.kind == "full":
             _say("the trial trained all weights: there is no adapter to merge")
+        if exported.doubt:
+            _say(exported.doubt)
         _show(f"trial {exported.trial.trial_id} is in {exported.folder}; load it with {exported.loader}")
 
 

@@ -433,7 +433,8 @@ class SweepConfig(_Part):
             pbt = self.scheduler.pbt
             count = pbt.population if pbt else self.budget.trials or DEFAULT_SAMPLES
             drawn = sample(self.base, self.domains, self.exclude, count, self.search.seed)
-            configurations = tuple({configuration_id(one): one for one in (*self._points(), *drawn)}.values())[:count]
+            points = [config for _, config in self._points() if not is_excluded(config, self.exclude)]
+            configurations = tuple({configuration_id(one): one for one in (*points, *drawn)}.values())[:count]
         return make_trials(configurations, self.search.repeats)
 
     @property
@@ -443,12 +444,17 @@ class SweepConfig(_Part):
         named = ((point,) if isinstance(point, dict) else known_good(axes, self.base) for point in self.search.points)
         return tuple(itertools.chain.from_iterable(named))
 
-    def _points(self) -> Iterator[TrialConfig]:
+    @property
+    def excluded_points(self) -> tuple[Settings, ...]:
+        """Those of `points` that are not tried, with what they leave open: what is a point may follow `known_good`, or
+        the hardware."""
+        return tuple(settings for settings, config in self._points() if is_excluded(config, self.exclude))
+
+    def _points(self) -> Iterator[tuple[Settings, TrialConfig]]:
         axes = axes_of(self.domains)
         for point in self.points:
-            config = TrialConfig(**{**self.base, **complete(axes, self.base, point)})
-            if not is_excluded(config, self.exclude):
-                yield config
+            settings = complete(axes, self.base, point)
+            yield settings, TrialConfig(**{**self.base, **settings})
 
     @property
     def precision_follows_hardware(self) -> bool:

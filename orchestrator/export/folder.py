@@ -47,6 +47,8 @@ class Exported:
     kind: Kind
     base: str
     """What `from_pretrained` takes for the base model: a hub id, or a folder of this machine."""
+    doubt: str | None
+    """The report's words, where its answer is not to take the trial and nobody named one."""
 
     @property
     def loader(self) -> str:
@@ -68,7 +70,7 @@ class _Base:
 
 
 def export(folder: SweepFolder, trial_id: str | None, to: Path, *, merge: bool, force: bool) -> Exported:
-    """Write the weights of the named trial, or the recommended one, to the folder `to`: there whole or not at all.
+    """Write the weights of the named trial, or of that in the report's answer, to the folder `to`: whole or not at all.
 
     Raises:
         FolderError: there is no sweep.
@@ -80,7 +82,7 @@ def export(folder: SweepFolder, trial_id: str | None, to: Path, *, merge: bool, 
     sweep, _ = read_sweep(folder)
     if os.path.lexists(to) and not force:
         raise InputError(f"{to} exists already: name another folder with --to, or replace this one with --force")
-    trial = choose_trial(sweep, trial_id)
+    trial, doubt = choose_trial(sweep, trial_id)
     weights = weights_of(folder, trial)
     kind: Kind = "full" if trial.config.trains_all_weights else "merged" if merge else "adapter"
     base = _base_of(sweep.model, with_weights=kind == "merged")
@@ -96,7 +98,7 @@ def export(folder: SweepFolder, trial_id: str | None, to: Path, *, merge: bool, 
         for file in partial.iterdir():
             # safetensors makes files that only their owner may read.
             file.chmod(0o644)
-    return Exported(to, trial, kind, base.name)
+    return Exported(to, trial, kind, base.name, doubt)
 
 
 def _base_of(model: str, *, with_weights: bool) -> _Base:

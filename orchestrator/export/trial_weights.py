@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from orchestrator.errors import InputError, cut
-from orchestrator.reporting.recommendation import recommend, trial_to_take
+from orchestrator.reporting.recommendation import recommend
 from orchestrator.results import remote
 from orchestrator.results.records import SweepResult, TrialResult
 from orchestrator.results.storage import SweepFolder
@@ -18,23 +18,24 @@ Kind = Literal["adapter", "merged", "full"]
 """What an exported folder holds; `full` where the trial trained all weights, so that there is no adapter."""
 
 
-def choose_trial(sweep: SweepResult, trial_id: str | None) -> TrialResult:
-    """The named trial, or the one that the report recommends.
+def choose_trial(sweep: SweepResult, trial_id: str | None) -> tuple[TrialResult, str | None]:
+    """The named trial, or the one of the report's answer, with what to say where that is not to take it.
 
     Raises:
-        InputError: there is no such trial, or the report recommends none.
+        InputError: there is no such trial, or the report names none.
     """
-    if trial_id is None:
-        best = trial_to_take(sweep)
-        if best is None:
-            raise InputError(f"{sweep.name}: {recommend(sweep).answer} A trial that is named with --trial is exported")
-        return best
     known = {trial.trial_id: trial for trial in sweep.trials}
+    if trial_id is None:
+        answer = recommend(sweep)
+        if answer.trial_id is None:
+            raise InputError(f"{sweep.name}: {answer.answer} A trial that is named with --trial is exported")
+        doubt = f"{answer.answer} It is exported as {answer.called}, and not as recommended"
+        return known[answer.trial_id], None if answer.is_recommended else doubt
     if trial_id not in known:
         near = get_close_matches(trial_id, known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"there are {_some(list(known))}"
         raise InputError(f"--trial {cut(trial_id)}: {sweep.name} has no such trial; {hint}")
-    return known[trial_id]
+    return known[trial_id], None
 
 
 def _some(names: list[str]) -> str:

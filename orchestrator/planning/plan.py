@@ -21,6 +21,7 @@ from orchestrator.config.sweep_config import (
     ResourcesConfig,
     SweepConfig,
 )
+from orchestrator.config.sweep_file import shown_as_yaml
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import InputError, ModelError, counted, cut
 from orchestrator.planning import budget
@@ -451,7 +452,7 @@ def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware, pace: 
         cost=_costs(sweep.budget, hours),
         measured=len(pace.steps),
         assumptions=_assumptions(running, placement(hardware, shape).nodes, pace),
-        warnings=_too_few(shape, hardware) + _warnings(sweep, running, makespan, hours),
+        warnings=_too_few(shape, hardware) + points_left_out(sweep) + _warnings(sweep, running, makespan, hours),
     )
 
 
@@ -569,6 +570,15 @@ def _warnings(sweep: SweepConfig, running: Sequence[PlannedTrial], makespan: Ran
             f"{len(too_long)} of {len(running)} trials; raise it, or lower max_steps",
         )
     return told + _beyond_constraints(sweep, running) + budget.shortfalls(sweep.budget, makespan.times(1 / 3600), hours)
+
+
+def points_left_out(sweep: SweepConfig) -> tuple[str, ...]:
+    """That points are not tried: the sweep file may offer `known_good` and exclude a part of it."""
+    if not (excluded := sweep.excluded_points):
+        return ()
+    are = "is" if len(excluded) == 1 else "are"
+    named = " and ".join(shown_as_yaml(settings) for settings in excluded)
+    return (f"of search.points {named} {are} not tried, since `exclude` names {'it' if are == 'is' else 'them'}",)
 
 
 def _beyond_constraints(sweep: SweepConfig, running: Sequence[PlannedTrial]) -> tuple[str, ...]:

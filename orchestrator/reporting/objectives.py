@@ -21,6 +21,8 @@ Space, as BoTorch's `infer_reference_point` has it."""
 MOST_ON_FRONT = 4096
 """Over 2 to the number of objectives, so many configurations on the front have a hypervolume: it takes two seconds at
 most there (512 in three objectives, 32 in seven), and minutes soon after."""
+MOST_PERCENT = 1_000_000
+"""More is told as over this: nobody counts such digits."""
 NAMES = {"peak_memory_bytes": "peak memory", "tokens_per_s": "tokens a second"}
 
 
@@ -81,9 +83,16 @@ def nearest_words(sweep: SweepResult, completed: Sequence[ConfigurationSummary])
         return ""
     # Of those that come as near, the first has the best objective.
     excess, text, label = min(broken, key=lambda entry: entry[0])
-    percent = 100 * math.exp(excess if parse(text).is_upper else -excess)
-    told = f"{percent:.0f}" if percent >= 100 else f"{percent:.2g}"
-    return f" {label} comes nearest, at {told} % of the bound in {text}."
+    logarithm = excess if parse(text).is_upper else -excess
+    return f" {label} comes nearest, at {_percent(logarithm)} % of the bound in {text}."
+
+
+def _percent(logarithm: float) -> str:
+    """Of a ratio, of which only the logarithm need be a number that can be held."""
+    if logarithm > math.log(MOST_PERCENT / 100):
+        return f"over {MOST_PERCENT:,}"
+    percent = 100 * math.exp(logarithm)
+    return f"{percent:.0f}" if percent >= 100 else f"{percent:.2g}"
 
 
 def _worst(summary: ConfigurationSummary, trials: Mapping[str, TrialResult]) -> tuple[float, str]:

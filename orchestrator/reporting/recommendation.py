@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
@@ -45,6 +45,8 @@ NOT_ENDED = OPEN | {TrialStatus.CANCELLED}
 Basis = Literal["within_noise", "best", "single_runs", "only_one", "too_early", "provisional", "nothing"]
 NO_ANSWER_YET: Mapping[Basis, str] = {"too_early": "completed so far", "provisional": "best so far"}
 """Where a configuration is shown that nothing speaks for yet, what it is called."""
+Preference = Callable[[Sequence[ConfigurationSummary]], ConfigurationSummary]
+"""Which of several that are as good to take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,13 +183,14 @@ def _by_rule(
     best = contenders[0]
     comparisons = _compare(sweep, contenders, noise)
     within = {comparison.configuration_id for comparison in comparisons if comparison.is_within_noise}
-    chosen = _preferred(sweep, [best, *(c for c in contenders[1:] if c.configuration_id in within)])
+    preferred = _preference(sweep, contenders)
+    chosen = preferred([best, *(c for c in contenders[1:] if c.configuration_id in within)])
     metric = sweep.objective_metric
     if chosen is best:
         value = _value(best)
         asked = f"better by {sweep.objectives[1][0]}" if len(sweep.objectives) > 1 else "cheaper"
         answer = f"Take {best.label}: it has the best {metric} ({value}), and nothing {asked} is within its noise."
-        rejected = _cheaper_but_worse(sweep, best, contenders, comparisons)
+        rejected = _cheaper_but_worse(sweep, preferred, contenders, comparisons)
         return _make("best", best, answer, [*rejected, *caveats], comparisons, noise, is_decided=True)
     against = next(c for c in comparisons if c.configuration_id == chosen.configuration_id)
     needed, doubt = _doubt(against, best, noise, len(contenders), metric)
@@ -247,12 +250,13 @@ def _saved(memory_bytes: int | None, best_bytes: int | None) -> float | None:
     return 1 - memory_bytes / best_bytes if memory_bytes is not None and best_bytes else None
 
 
-def _preferred(sweep: SweepResult, candidates: Sequence[ConfigurationSummary]) -> ConfigurationSummary:
+def _preference(sweep: SweepResult, contenders: Sequence[ConfigurationSummary]) -> Preference:
     """Of those as good by the first objective the best by the others, in their order; without others the cheapest."""
     if len(sweep.objectives) < 2:
-        return _cheapest(candidates)
-    costs = objectives.costs_of(sweep, candidates)
-    return min(candidates, key=lambda c: costs.get(c.configuration_id, (math.inf,) * 2)[1:])
+        return _cheapest
+    # Looked up once: thousands on a front are each compared with the best.
+    costs = objectives.costs_of(sweep, contenders)
+    return lambda candidates: min(candidates, key=lambda c: costs.get(c.configuration_id, (math.inf,) * 2)[1:])
 
 
 def _cheapest(candidates: Sequence[ConfigurationSummary]) -> ConfigurationSummary:
@@ -303,10 +307,14 @@ def _cost_words(comparison: Comparison) -> list[str]:
 
 
 def _is_cheaper(
-    sweep: SweepResult, best: ConfigurationSummary, other: ConfigurationSummary, comparison: Comparison
+    sweep: SweepResult,
+    preferred: Preference,
+    best: ConfigurationSummary,
+    other: ConfigurationSummary,
+    comparison: Comparison,
 ) -> bool:
     """Whether the rule would take it were it as good, and not for what may be noise."""
-    if _preferred(sweep, [best, other]) is best:
+    if preferred([best, other]) is best:
         return False
     lighter = comparison.memory_differs and (comparison.memory_saved or 0.0) > 0
     faster = comparison.speed_differs and (comparison.speedup or 0.0) > 1
@@ -315,14 +323,14 @@ def _is_cheaper(
 
 def _cheaper_but_worse(
     sweep: SweepResult,
-    best: ConfigurationSummary,
+    preferred: Preference,
     contenders: Sequence[ConfigurationSummary],
     comparisons: Sequence[Comparison],
 ) -> list[str]:
-    words = []
+    best, words = contenders[0], []
     for other, comparison in zip(contenders[1:], comparisons, strict=True):
         saves = _cost_words(comparison)
-        if not _is_cheaper(sweep, best, other, comparison) or comparison.difference is None or not saves:
+        if not _is_cheaper(sweep, preferred, best, other, comparison) or comparison.difference is None or not saves:
             continue
         apart = quantities.plus_minus(comparison.difference.mean, comparison.difference.half_width)
         near = comparison.difference.mean <= CLOSE * abs(best.objective.mean) if best.objective else False
@@ -357,7 +365,8 @@ def _by_single_runs(
 ) -> Recommendation:
     level = _compare(sweep, contenders, None)
     same = [other for other, c in zip(contenders[1:], level, strict=True) if c.is_within_noise]
-    best = _preferred(sweep, [contenders[0], *same])
+    preferred = _preference(sweep, contenders)
+    best = preferred([contenders[0], *same])
     contenders = [best, *(other for other in contenders if other is not best)]
     comparisons = _compare(sweep, contenders, None)
     metric = sweep.objective_metric
@@ -379,7 +388,7 @@ def _by_single_runs(
     close = []
     for other, comparison in zip(contenders[1:], comparisons, strict=True):
         difference = comparison.difference
-        cheaper = _is_cheaper(sweep, best, other, comparison)
+        cheaper = _is_cheaper(sweep, preferred, best, other, comparison)
         if difference and cheaper and best.objective and difference.mean <= CLOSE * abs(best.objective.mean):
             words = " and ".join(_cost_words(comparison)) or f"shows {UNCLEAR}"
             close.append(f"{other.label} is within {difference.mean:.2g} of it, less than 1 %, and {words}.")

@@ -130,6 +130,19 @@ def _best(sweep: SweepResult, trials: Iterable[TrialResult]) -> TrialResult | No
     return min(level, key=lambda trial: (_memory(trial), trial.trial_id))
 
 
+def best_so_far(sweep: SweepResult, trials: Iterable[TrialResult]) -> TrialResult | None:
+    """Of the trials that went well until now and keep the constraints, whether they have ended or not."""
+    constraints, sign = [parse(text) for text in sweep.constraints], sign_of(sweep)
+    ranked = [
+        (sign * value, trial)
+        for trial in trials
+        if trial.status in PROVISIONAL | {TrialStatus.COMPLETED}
+        and (value := objective_of(sweep, trial)) is not None
+        and not any(is_broken(constraint, [trial]) for constraint in constraints)
+    ]
+    return min(ranked, key=lambda entry: entry[0])[1] if ranked else None
+
+
 def _memory(trial: TrialResult) -> float:
     measured = trial.peak_memory.measured_bytes if trial.peak_memory else None
     return math.inf if measured is None else measured
@@ -366,9 +379,17 @@ def pareto_front(found: Sequence[ConfigurationSummary], sign: int) -> tuple[str,
 
 def front(costs: Mapping[Key, Costs]) -> tuple[Key, ...]:
     """Those that no other beats or equals in all costs, by the first of them; of equal ones the first."""
-    kept: dict[Key, Costs] = {}
-    # In this order whatever beats a configuration comes before it, so only the front has to be looked at.
+    kept, least = list[Key](), list[Costs]()
+    # In this order whatever beats a configuration comes before it: by the first cost, and so only the others are
+    # compared, with those of the front that none of them beats. Of two costs, that is the last one.
     for identity, cost in sorted(costs.items(), key=lambda entry: entry[1]):
-        if not any(all(a <= b for a, b in zip(other, cost, strict=True)) for other in kept.values()):
-            kept[identity] = cost
+        others = cost[1:]
+        if not any(_is_beaten(others, by) for by in least):
+            kept.append(identity)
+            least = [one for one in least if not _is_beaten(one, others)] + [others]
     return tuple(kept)
+
+
+def _is_beaten(cost: Costs, by: Costs) -> bool:
+    """Or equalled."""
+    return all(b <= a for a, b in zip(cost, by, strict=True))

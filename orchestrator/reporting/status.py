@@ -7,14 +7,12 @@ import time
 from collections import Counter
 from typing import Any
 
-from orchestrator.config.constraint import parse
 from orchestrator.errors import counted
 from orchestrator.planning.pace import OPEN, left_s, to_come
 from orchestrator.reporting import quantities
 from orchestrator.reporting.recommendation import recommend
-from orchestrator.reporting.statistics import PROVISIONAL, label, objective_of, sign_of
+from orchestrator.reporting.statistics import best_so_far, label, objective_of
 from orchestrator.reporting.times import times_of
-from orchestrator.results.constraints import is_broken
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder, is_at_work, read_record, read_sweep
 
@@ -74,24 +72,11 @@ def _best(sweep: SweepResult) -> str:
     if sweep.ended_ms and not sweep.interrupted and answer.is_recommended:
         word, trial = "recommended", next((t for t in sweep.trials if t.trial_id == answer.trial_id), None)
     else:
-        word, trial = "best so far", _best_evaluated(sweep)
+        word, trial = "best so far", best_so_far(sweep, sweep.trials)
     if trial is None:
         return f"best so far: none. {answer.answer}"
     value = quantities.number(objective_of(sweep, trial))
     return f"{word}: {sweep.objective_metric} {value}, {_named(sweep, trial)}, {trial.status.value}"
-
-
-def _best_evaluated(sweep: SweepResult) -> TrialResult | None:
-    """Of the trials that went well until now and keep the constraints, whether they have ended or not."""
-    constraints, sign = [parse(text) for text in sweep.constraints], sign_of(sweep)
-    ranked = [
-        (sign * value, trial)
-        for trial in sweep.trials
-        if trial.status in PROVISIONAL | {TrialStatus.COMPLETED}
-        and (value := objective_of(sweep, trial)) is not None
-        and not any(is_broken(constraint, [trial]) for constraint in constraints)
-    ]
-    return min(ranked, key=lambda entry: entry[0])[1] if ranked else None
 
 
 def _time(sweep: SweepResult, folder: SweepFolder, now_s: float, at_work: bool) -> str:

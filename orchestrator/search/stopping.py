@@ -155,9 +155,7 @@ class Median:
         """Compare with all that came as far."""
         if heard.value is None:
             return no_number(heard, self._unit)
-        curve = continued(self._curves, heard, heard.value)
-        before = self._means.get(heard.trial_id, [])[: len(curve) - 1]
-        self._means[heard.trial_id] = [*before, fmean(value for _, value in curve)]
+        curve = self._note(heard, heard.value)
         if heard.at < self._grace:
             return None
         others = [
@@ -171,8 +169,15 @@ class Median:
         return f"its best was worse than the median of {len(others)} others at {heard.at:g} {self._unit}"
 
     def recall(self, heard: Heard, said: str | None) -> None:  # noqa: ARG002
-        """Its state is the curves."""
-        self.hear(heard)
+        """Its state is the curves: what was judged then is not judged anew, which takes a look at every other trial."""
+        if heard.value is not None:
+            self._note(heard, heard.value)
+
+    def _note(self, heard: Heard, value: float) -> list[tuple[float, float]]:
+        curve = continued(self._curves, heard, value)
+        before = self._means.get(heard.trial_id, [])[: len(curve) - 1]
+        self._means[heard.trial_id] = [*before, fmean(seen for _, seen in curve)]
+        return curve
 
 
 class Together:

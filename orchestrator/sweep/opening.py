@@ -12,7 +12,7 @@ from typing import Any
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.sweep_file import to_yaml
 from orchestrator.errors import counted
-from orchestrator.planning.plan import PlannedTrial
+from orchestrator.planning.plan import PlannedTrial, points_left_out
 from orchestrator.results import provenance
 from orchestrator.results.records import PeakMemory, StartedFrom, Suggestion, SweepResult, TrialResult, TrialStatus
 from orchestrator.results.secrets import without_secret
@@ -128,7 +128,7 @@ def start_words(records: Collection[TrialResult], folder: SweepFolder, slots: in
         told += f"; {going_on} {'goes on from its checkpoint' if going_on == 1 else 'go on from their checkpoints'}"
     if cut_off:
         told += f"; {cut_off} cut off before and not asked for now"
-    return told
+    return "; ".join([told, *points_left_out(sweep)])
 
 
 def _to_run(records: Collection[TrialResult], pending: int, sweep: SweepConfig) -> str:

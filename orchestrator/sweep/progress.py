@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
@@ -18,7 +18,8 @@ from rich.text import Text
 
 from orchestrator.errors import printable
 from orchestrator.planning.pace import RAN, left_s, to_come
-from orchestrator.results.records import TrialResult, TrialStatus
+from orchestrator.reporting.statistics import best_so_far, label, objective_of
+from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder
 
 QUIET_S = 60.0
@@ -38,18 +39,15 @@ class Progress(tune.Callback):
     def __init__(
         self,
         folder: SweepFolder,
-        records: Iterable[TrialResult],
-        label: Callable[[TrialResult], str],
-        metric: str,
-        mode: str,
+        sweep: SweepResult,
         slots: int,
         planned_s: Mapping[str, float],
         launches: int | None,
         budget_hours: float | None,
     ) -> None:
-        self._folder = folder
-        self._records = {record.trial_id: record for record in records}
-        self._label, self._metric, self._mode, self._slots = label, metric, mode, slots
+        """sweep: its objective is one that is known while trials train."""
+        self._folder, self._sweep, self._slots = folder, sweep, slots
+        self._records = {record.trial_id: record for record in sweep.trials}
         self._planned_s, self._launches, self._budget_hours = planned_s, launches, budget_hours
         self._started = self._said = time.monotonic()
         self._launched: dict[str, float] = {}
@@ -127,7 +125,7 @@ class Progress(tune.Callback):
             self._console.quiet = True
 
     def _line(self, record: TrialResult, begins: bool) -> str:
-        told = f"{record.trial_id}  {self._label(record)}  {record.status}"
+        told = f"{record.trial_id}  {label(record, self._sweep.searched)}  {record.status}"
         # Where an earlier run left it is not where it begins: that is its checkpoint, or anew.
         told += "" if begins else self._stand(record)
         if record.reason:
@@ -136,9 +134,10 @@ class Progress(tune.Callback):
 
     def _stand(self, record: TrialResult) -> str:
         told = f"  step {record.steps}" if record.last and record.steps else ""
-        value = getattr(record.last, self._metric, None)
-        value = record.measured(self._metric) if value is None else value
-        return told if value is None else f"{told}  {self._metric} {value:.4g}"
+        metric = self._sweep.objective_metric
+        value = getattr(record.last, metric, None)
+        value = record.measured(metric) if value is None else value
+        return told if value is None else f"{told}  {metric} {value:.4g}"
 
     def _known(self) -> tuple[TrialResult, ...]:
         """All as they stand: the panel looks at them from a thread of its own, while the sweep's adds others."""
@@ -159,8 +158,9 @@ class Progress(tune.Callback):
                 text += f", about {_clock(left)} left"
             if running := self._running():
                 text += f"\n{running}"
-        if best := self._best():
-            text += f"\nbest so far: {self._metric} {best.measured(self._metric):.4g}  {self._label(best)}"
+        if best := best_so_far(self._sweep, known):
+            value = objective_of(self._sweep, best)
+            text += f"\nbest so far: {self._sweep.objective_metric} {value:.4g}  {label(best, self._sweep.searched)}"
         return Text(printable(text), style="bold")
 
     def _left_s(self) -> float | None:
@@ -179,11 +179,6 @@ class Progress(tune.Callback):
             f"about {needed:.3g} hours are needed at this pace, and budget.hours is {self._budget_hours:g}: the sweep "
             "will end before its last trials, and the same command with a larger budget goes on"
         )
-
-    def _best(self) -> TrialResult | None:
-        known = [record for record in self._known() if record.measured(self._metric) is not None]
-        sign = 1 if self._mode == "min" else -1
-        return min(known, key=lambda record: sign * (record.measured(self._metric) or 0.0), default=None)
 
 
 def _clock(seconds: float) -> str:

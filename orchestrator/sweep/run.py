@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from orchestrator.config.local_path import local_path
 from orchestrator.config.storage_address import is_remote
 from orchestrator.config.sweep_config import SweepConfig
-from orchestrator.reporting import report, statistics
+from orchestrator.reporting import report
 from orchestrator.reporting.findings import Report
-from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
+from orchestrator.results.records import SweepResult, TrialStatus
 from orchestrator.results.remote import sweep_folder
 from orchestrator.results.storage import SweepFolder, write_atomically, write_sweep
 from orchestrator.sweep import cluster, evaluation, system_metrics
@@ -142,7 +142,7 @@ def _run_prepared(
     scheduler = RuleScheduler(sweep, prepared.shape.gpus)
     if earlier:
         scheduler.hear_again(folder, records.values())
-    progress = _progress(prepared, folder, records.values(), result)
+    progress = _progress(prepared, folder, result)
     callbacks = Callbacks(say, records.values())
     gauges = Gauges(sweep.name, records.values(), sweep.primary.metric, sweep.primary.mode)
     recorder = Recorder(
@@ -189,16 +189,12 @@ def _run_prepared(
     return outcome
 
 
-def _progress(
-    prepared: Prepared, folder: SweepFolder, records: Collection[TrialResult], result: SweepResult
-) -> Progress:
-    objective = prepared.sweep.primary
+def _progress(prepared: Prepared, folder: SweepFolder, result: SweepResult) -> Progress:
+    # A score comes after training.
+    known = {"objective_metric": prepared.sweep.primary.metric, "objective_mode": prepared.sweep.primary.mode}
     return Progress(
         folder,
-        records,
-        lambda record: statistics.label(record, result.searched),
-        objective.metric,
-        objective.mode,
+        result.model_copy(update=known),
         prepared.slots,
         {trial.trial_id: trial.seconds or 0.0 for trial in prepared.plan.trials},
         prepared.plan.launches,

@@ -11,6 +11,7 @@ import yaml
 from orchestrator.config.axes import axes_of
 from orchestrator.config.known_good import known_good
 from orchestrator.config.search_space import Space, domains
+from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.sweep_file import load
 from orchestrator.errors import SweepFileError
 from orchestrator.planning.plan_table import render
@@ -136,6 +137,14 @@ def test_what_the_field_begins_with_is_tried_first_for_a_middle_a_low_and_a_high
     file.write_text(yaml.safe_dump(SWEEP | {"space": space, "search": search, "budget": {"trials": 6}}))
     found = [(one.config.rank, one.config.alpha, one.config.learning_rate) for one in load(file).trials()]
     assert found[:4] == [(16, "2x", 2e-4), (4, "2x", 2e-4), (256, "2x", 5e-5), (4, 8, 2e-4)]
+
+
+def test_which_of_the_known_good_points_exclude_names_is_known() -> None:
+    space = {"rank": [4, 16, 256], "learning_rate": [2e-4, 1e-3]}
+    points = {"algorithm": "random", "points": ["known_good"]}
+    sweep = SweepConfig.model_validate(SWEEP | {"space": space, "search": points, "exclude": [{"rank": [4, 256]}]})
+    assert sweep.excluded_points == ({"rank": 4, "learning_rate": 2e-4}, {"rank": 256, "learning_rate": 2e-4})
+    assert {one.config.rank for one in sweep.trials()} == {16}
 
 
 def test_known_good_values_keep_to_their_ranges() -> None:

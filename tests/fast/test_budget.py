@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import queue
 import signal
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
@@ -57,18 +58,23 @@ def test_there_is_no_cost_without_a_price() -> None:
     ("budget", "mend"),
     [
         (
-            {"hours": 1e-9},
+            {"hours": 2},
             "budget.hours is used up: run the same command again to go on for as long, or raise it",
         ),
         ({"gpu_hours": 1}, "budget.gpu_hours is used up: raise it and run the same command again to go on"),
     ],
 )
-def test_a_limit_that_ends_a_sweep_says_whether_it_must_be_raised(budget: dict[str, float], mend: str) -> None:
+def test_a_limit_that_ends_a_sweep_says_whether_it_must_be_raised(
+    budget: dict[str, float], mend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Hours are counted anew in each run, GPU-hours over all of them."""
     pytest.importorskip("ray")
-    from orchestrator.sweep.stopper import Stopper
+    from orchestrator.sweep import stopper as module
 
-    stopper = Stopper(MagicMock(), BudgetConfig(**budget), lambda: 2.0, lambda: None)
+    clock = SimpleNamespace(monotonic=lambda: 100.0)
+    monkeypatch.setattr(module, "time", clock)
+    stopper = module.Stopper(MagicMock(), BudgetConfig(**budget), lambda: 2.0, lambda: None)
+    clock.monotonic = lambda: 100.0 + 2 * 3600
     assert stopper.stop_all()
     assert stopper.reason == mend
 

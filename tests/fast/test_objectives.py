@@ -127,6 +127,13 @@ def test_who_comes_nearest_to_the_constraints_is_named_by_the_one_that_it_breaks
     assert answer.endswith(" rank=4 comes nearest, at 200 % of the bound in peak_memory_bytes <= 0.5GiB.")
 
 
+@pytest.mark.parametrize("bound", ["5e-324", "1e-300", "1e-9"])
+def test_a_bound_that_everything_is_far_past_is_told_without_its_many_digits(bound: str) -> None:
+    sweep = made_up_sweep([made_up_trial({"rank": 4})], constraints=(f"eval_loss <= {bound}",))
+    nearest = f" rank=4 comes nearest, at over 1,000,000 % of the bound in eval_loss <= {bound}."
+    assert recommend(sweep).answer.endswith(nearest)
+
+
 def test_who_is_beaten_in_every_objective_is_not_said_to_scatter() -> None:
     objectives = (("eval_loss", "min"), ("peak_memory_bytes", "min"))
     sweep = made_up_sweep(trials()).model_copy(update={"objectives": objectives})
@@ -389,6 +396,34 @@ def test_thousands_of_configurations_are_not_looked_for_among_all_trials_one_by_
     sweep = made_up_sweep(trials, objectives=(("eval_loss", "min"), ("cost", "min")), constraints=constraints)
     assert recommend(sweep.model_copy(update={"trials": Watched(trials)})).answer == recommend(sweep).answer
     assert len(walks) < 50
+
+
+def test_thousands_on_a_front_are_not_looked_for_among_all_trials_one_by_one() -> None:
+    """Each was asked whether it is cheaper: the answer of 2,000 that are all on the front took seconds."""
+    walks: list[int] = []
+
+    class Watched(tuple[TrialResult, ...]):
+        def __iter__(self) -> Iterator[TrialResult]:
+            walks.append(len(self))
+            return super().__iter__()
+
+    trials = [made_up_trial({"rank": rank}, objective=2 + rank, step_time_s=1 / rank) for rank in range(1, 101)]
+    sweep = made_up_sweep(trials, objectives=(("eval_loss", "min"), ("step_time_s", "min")))
+    assert recommend(sweep.model_copy(update={"trials": Watched(trials)})).answer == recommend(sweep).answer
+    assert len(walks) < 50
+
+
+def test_a_front_of_thousands_in_two_objectives_is_not_compared_each_with_each() -> None:
+    compared: list[float] = []
+
+    class Counted(float):
+        def __le__(self, other: float) -> bool:
+            compared.append(other)
+            return super().__le__(other)
+
+    costs = {number: (float(number), Counted(-number)) for number in range(1000)}
+    assert len(front(costs)) == 1000
+    assert len(compared) < 5000
 
 
 @pytest.mark.parametrize("cost", ["tokens_per_s", "step_time_s", "peak_memory_bytes"])

@@ -590,6 +590,18 @@ def test_the_points_that_a_search_tries_first_are_not_called_random() -> None:
     assert "; random ones of it:" in render(plan(A100, search={"algorithm": "tpe"}, **keys))
 
 
+@pytest.mark.parametrize("algorithm", ["random", "tpe"])
+def test_a_point_that_is_offered_and_excluded_is_told_as_not_tried(algorithm: str) -> None:
+    keys: dict[str, Any] = {
+        "space": {"rank": [8, 64], "learning_rate": {"log_uniform": [1e-5, 1e-3]}},
+        "search": {"algorithm": algorithm, "points": ["known_good"]},
+        "budget": {"trials": 4},
+    }
+    (warning,) = plan(A100, **keys, exclude=[{"rank": 64}]).warnings
+    assert warning == ("of search.points {rank: 64, learning_rate: 0.0001} is not tried, since `exclude` names it")
+    assert plan(A100, **keys).warnings == ()
+
+
 def test_workers_of_one_trial_never_share_a_gpu() -> None:
     small = {"precision": "nf4", "micro_batch_size": 1, "global_batch_size": 4, "sequence_length": 256}
     assert plan(A100, trial=small, resources={"gpus_per_worker": "auto", "workers_per_trial": 2}).gpus_per_worker == 1

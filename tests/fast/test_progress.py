@@ -16,7 +16,7 @@ from orchestrator.results.records import Suggestion, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder
 from orchestrator.sweep.opening import start_words
 from orchestrator.sweep.progress import Progress
-from tests.made_up_sweep import made_up_point, made_up_trial
+from tests.made_up_sweep import made_up_point, made_up_sweep, made_up_trial
 
 
 def trials_of(first: TrialStatus) -> list[TrialResult]:
@@ -29,17 +29,27 @@ def trials_of(first: TrialStatus) -> list[TrialResult]:
 def test_where_speed_is_the_objective_the_best_so_far_is_by_the_whole_trials(tmp_path: Path) -> None:
     slow, fast = (made_up_trial({"rank": rank}, step_time_s=seconds) for rank, seconds in ((1, 0.9), (2, 0.8)))
     slow = slow.model_copy(update={"best": made_up_point(20, 2.0, step_time_s=0.1)})
-    folder, named = SweepFolder(tmp_path), lambda record: f"rank={record.config.rank}"
-    progress = Progress(folder, [slow, fast], named, "step_time_s", "min", 1, {}, None, None)
+    sweep = made_up_sweep([slow, fast], objective_metric="step_time_s")
+    progress = Progress(SweepFolder(tmp_path), sweep, 1, {}, None, None)
     assert "best so far: step_time_s 0.8  rank=2" in str(progress._panel())
+
+
+def test_the_best_so_far_keeps_the_constraints_and_went_well_as_status_has_it(tmp_path: Path) -> None:
+    heavy = made_up_trial({"rank": 1}, status=TrialStatus.RUNNING, objective=1.0, memory_bytes=2**32)
+    wild = made_up_trial({"rank": 2}, status=TrialStatus.DIVERGED, objective=1.1)
+    sound = made_up_trial({"rank": 4}, status=TrialStatus.RUNNING, objective=1.2)
+    sweep = made_up_sweep([heavy, wild, sound], constraints=("peak_memory_bytes <= 2GiB",))
+    progress = Progress(SweepFolder(tmp_path), sweep, 1, {}, None, None)
+    assert "best so far: eval_loss 1.2  rank=4" in str(progress._panel())
+    progress(sound.model_copy(update={"peak_memory": heavy.peak_memory}))
+    assert "best so far" not in str(progress._panel())
 
 
 def progress_of(
     tmp_path: Path, records: list[TrialResult], budget_hours: float, launches: int | None = None
 ) -> Progress:
     planned_s = {record.trial_id: 40.0 for record in records}
-    folder = SweepFolder(tmp_path)
-    return Progress(folder, records, lambda record: "rank", "eval_loss", "min", 1, planned_s, launches, budget_hours)
+    return Progress(SweepFolder(tmp_path), made_up_sweep(records), 1, planned_s, launches, budget_hours)
 
 
 def test_a_trial_that_goes_on_is_not_said_to_be_where_an_earlier_run_left_it(
@@ -147,6 +157,13 @@ def test_the_start_of_a_search_tells_what_it_may_still_make(tmp_path: Path) -> N
     assert told([ended], asked_for(search={"algorithm": "tpe"}, budget={"trials": 1})) == "0 configurations to try"
     pbt = asked_for(scheduler={"pbt": {"population": 4, "interval_steps": 40}})
     assert told([], pbt) == "a population of 4 in 3 generations"
+
+
+def test_the_start_tells_which_points_are_not_tried_since_they_are_excluded(tmp_path: Path) -> None:
+    search = {"algorithm": "tpe", "points": ["known_good"]}
+    sweep = asked_for(search=search, budget={"trials": 3}, exclude=[{"learning_rate": [2e-4]}])
+    told = start_words([], SweepFolder(tmp_path), 1, sweep)
+    assert told.endswith("; of search.points {learning_rate: 0.0002} is not tried, since `exclude` names it")
 
 
 def asked_for(**fields: Any) -> SweepConfig:

@@ -216,6 +216,23 @@ def test_repeats_end_together_and_a_sweep_that_is_cut_between_two_goes_on_as_wit
     }
 
 
+@pytest.mark.parametrize("left", [None, TrialStatus.RUNNING, TrialStatus.CANCELLED])
+def test_of_a_configuration_that_was_cut_off_between_its_repeats_the_others_run_before_anything_new(
+    left: TrialStatus | None, tmp_path: Path
+) -> None:
+    cut = Life(tmp_path, "tpe", "fifo", {}, repeats=3)
+    cut.live(most=4)
+    ended = {i: r for i, r in cut.records.items() if r.status.is_final}
+    rest = {} if left is None else {i: cut.records[i] for i in cut.records.keys() - ended.keys()}
+    rest = {i: r.model_copy(update={"status": left, "reason": "interrupted"}) for i, r in rest.items()}
+    again = Life(tmp_path, "tpe", "fifo", ended | rest, repeats=3)
+    waiting = {i for i, r in again.records.items() if r.status is TrialStatus.PENDING}
+    assert waiting == {i for i, r in cut.records.items() if r.status is TrialStatus.PENDING} != set()
+    again.live(most=len(waiting))
+    assert {i: r.status for i, r in again.records.items() if not r.status.is_final} == {}
+    assert again.records.keys() == cut.records.keys()
+
+
 RANKS = {"rank": [2, 4, 8, 16, 32, 64]}
 RANKS_ALONE: dict[str, Any] = {"space": RANKS, "trial": {**SWEEP["trial"], "learning_rate": 3e-4}, "exclude": []}
 RATES_TOO: dict[str, Any] = {"space": {**RANKS, "learning_rate": {"log_uniform": [5e-5, 2e-3]}}, "exclude": []}

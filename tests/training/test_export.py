@@ -23,7 +23,7 @@ from orchestrator.errors import InputError, StorageError
 from orchestrator.export.folder import export
 from orchestrator.export.model_card import model_card
 from orchestrator.results.records import TrialResult, TrialStatus
-from orchestrator.results.storage import SweepFolder
+from orchestrator.results.storage import SweepFolder, read_sweep
 from orchestrator.training import model as models
 from tests.made_up_sweep import made_up_sweep, made_up_trial, write_made_up
 from tests.training.conftest import TINY
@@ -262,6 +262,32 @@ def test_a_failed_export_leaves_nothing_and_the_old_folder_as_it_was(
         export(folder, None, out, merge=False, force=True)
     assert sorted(file.name for file in out.iterdir()) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "sweep"]
+
+
+def test_what_is_exported_before_the_report_recommends_anything_is_said_in_its_words(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = a_sweep(tmp_path / "sweep", tiny_model, {"rank": 4}, {"rank": 8})
+    sweep = read_sweep(folder)[0]
+
+    def told(*statuses: TrialStatus, named: tuple[str, ...] = ()) -> str:
+        trials = [
+            trial.model_copy(update={"status": status}) for trial, status in zip(sweep.trials, statuses, strict=True)
+        ]
+        write_made_up(folder.root, sweep.model_copy(update={"trials": tuple(trials), "ended_ms": None}))
+        args = ["export", str(folder.root), "--to", str(tmp_path / "out"), "--force", *named]
+        done = CliRunner().invoke(app, args)
+        assert done.exit_code == 0, done.output
+        assert f"trial {sweep.trials[0].trial_id} is in " in done.stdout
+        return done.stderr
+
+    early = told(TrialStatus.COMPLETED, TrialStatus.RUNNING)
+    assert early.startswith("Too early to tell: rank=4 alone has completed, and 1 of 2 trials have not ended. It is")
+    assert early.strip().endswith(" exported as completed so far, and not as recommended")
+    assert told(TrialStatus.RUNNING, TrialStatus.RUNNING).strip().endswith("best so far, and not as recommended")
+    assert told(TrialStatus.COMPLETED, TrialStatus.COMPLETED) == ""
+    named = ("--trial", sweep.trials[0].trial_id)
+    assert told(TrialStatus.COMPLETED, TrialStatus.RUNNING, named=named) == ""
 
 
 def test_an_unknown_trial_hears_of_the_nearest(tiny_model: Path, tmp_path: Path) -> None:
