@@ -8,6 +8,10 @@ no setting says. Held out: the constants are fitted again without a source, or a
 the estimate counts was chosen with all of them in view, so errors on runs that nobody has seen may be larger.
 Beside ours stand the rule of thumb (16 bytes a weight for bf16 LoRA's 2, QLoRA's 0.5, each with a fifth on top) and
 DeepSpeed's estimator, which takes all weights as trained.
+
+Last come published runs that no constant was fitted to (`benchmarks/data/unseen_points.jsonl`): those whose source, or
+its code, states all settings; those of which something is assumed, as each line says; and those of libraries that do
+what no setting of ours says.
 """
 
 from __future__ import annotations
@@ -275,6 +279,43 @@ def _how(row: Row) -> str:
     return f"{row['source']}, {'sharded' if row['zero_stage'] == 'fsdp' else 'one GPU each'}{offload}, {row['metric']}"
 
 
+UNSEEN_POINTS = Path(__file__).parent / "data" / "unseen_points.jsonl"
+UNSEEN_GROUPS = {
+    "stated": "Not fitted: all settings stated",
+    "assumed": "Not fitted: something assumed",
+    "otherwise": "Not fitted: what no setting says",
+}
+TOLD = {"max_allocated": "allocated_bytes", "max_reserved": "reserved_bytes", "device": "device_bytes"}
+
+
+def unseen_table(group: str, verbose: bool) -> str:
+    """The published runs of a group that nothing was fitted to, by source and kind of peak."""
+    points = [json.loads(line) for line in UNSEEN_POINTS.read_text(encoding="utf-8").splitlines()]
+    points = [point for point in points if point["group"] == group]
+    asked = ("id", "model", "trial", "workers", "gpu_memory_bytes")
+    lines = (json.dumps({key: point[key] for key in asked if point[key] is not None}) for point in points)
+    errors: dict[str, list[float]] = defaultdict(list)
+    covered: dict[str, list[bool]] = defaultdict(list)
+    for point, answer in zip(points, map(json.loads, estimate_lines(lines, _no_hub)), strict=True):
+        measured = point["measured_gib"] * GIB
+        error = answer[TOLD[point["metric"]]] / measured - 1
+        name = f"{point['source']}, {point['metric']}"
+        for key in (name, "all"):
+            errors[key].append(error)
+            if point["metric"] == "max_allocated":
+                covered[key].append(answer["low_bytes"] <= measured <= answer["high_bytes"])
+        if verbose:
+            print(f"{point['id'][:60]:60} {measured / GIB:7.2f} {error:+.1%}")
+    rows = [
+        f"| {name} | {len(of)} | {statistics.mean(map(abs, of)):.1%} | {statistics.mean(of):+.1%} | "
+        f"{max(of, key=abs):+.1%} | {sum(e < -0.05 for e in of) / len(of):.0%} | "
+        + (f"{sum(covered[name]) / len(covered[name]):.0%} |" if covered[name] else "- |")
+        for name, of in sorted(errors.items(), key=lambda pair: pair[0] == "all")
+    ]
+    header = "| | points | mean abs error | mean | worst | under by > 5 % | allocated, in interval |"
+    return "\n".join([header, "| --- | --- | --- | --- | --- | --- | --- |", *rows])
+
+
 def main(path: Path, verbose: bool) -> None:
     """Print the tables."""
     every = points_of(read(path))
@@ -292,6 +333,8 @@ def main(path: Path, verbose: bool) -> None:
     print("\nNot counted above\n")
     print(table(grouped([p for p in every if not p.is_expressible], _how)))
     print(f"\nfitted on all that are counted: {fitted(points)}")
+    for group, title in UNSEEN_GROUPS.items():
+        print(f"\n{title}\n\n{unseen_table(group, verbose)}")
     if verbose:
         print()
         for p in every:
