@@ -38,8 +38,9 @@ RUN case "$ACCELERATOR" in \
         cuda) pip install torch==2.13.0 ;; \
         *) echo "ACCELERATOR is cpu or cuda, not $ACCELERATOR" >&2; exit 2 ;; \
     esac
-# It comes as source. Nothing of it is compiled, here or later: the optimizers are torch's own, and a trial keeps DeepSpeed
-# from building its shared-memory communication.
+# It comes as source. None of its ops is compiled, here or later, since a trial loads none: it keeps DeepSpeed from building its
+# shared-memory communication, and the optimizers are torch's own. Offloaded, its fused AdamW steps 64 million weights in 0.15 s on
+# two cores; DeepSpeed's, built with -march=native and so for the building machine's CPU alone, in 0.10 s (0.19.8, torch 2.13).
 # The linter does not see PIP_CONSTRAINT.
 # hadolint ignore=DL3013
 RUN pip install -r docker/deepspeed-build.txt \

@@ -1,7 +1,7 @@
 """Two sweeps at once on a cloud of two types of GPU that are not there: are the GPUs kept busy, and only one's own?
 
     python -m benchmarks.cloud                                        # 8 nodes × 8 GPUs: 2 minutes on 2 cores
-    python -m benchmarks.cloud --nodes 64 --nodes-a-trial 4 --trials 24 --steps 45    # 16 GiB, half an hour
+    python -m benchmarks.cloud --nodes 64 --nodes-a-trial 4 --trials 24 --steps 240   # 16 GiB, 17 minutes
 
 `orchestrator run` itself, twice, on a cluster simulated on this machine (`ray.cluster_utils.Cluster`): half of the
 nodes say that they have T4s, half A100s, and every trial takes all GPUs of a node, one a worker. One sweep asks for
