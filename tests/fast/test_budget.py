@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import os
-import queue
-import signal
 from unittest.mock import MagicMock
 
 import pytest
@@ -71,18 +68,3 @@ def test_a_limit_that_ends_a_sweep_says_whether_it_must_be_raised(budget: dict[s
     stopper = Stopper(MagicMock(), BudgetConfig(**budget), lambda: 2.0, lambda: None)
     assert stopper.stop_all()
     assert stopper.reason == mend
-
-
-def test_a_signal_is_acknowledged_before_the_sweep_has_ended() -> None:
-    pytest.importorskip("ray")
-    from orchestrator.sweep.stopper import STOPPING, Stopper, signals_to
-
-    stopper, told = Stopper(MagicMock(), BudgetConfig(), lambda: 0.0, lambda: None), queue.SimpleQueue[str]()
-    with signals_to(stopper, told.put):
-        os.kill(os.getpid(), signal.SIGINT)
-        assert told.get(timeout=30) == STOPPING
-    assert stopper.interrupted
-    stopper.interrupted = False
-    with signals_to(stopper, told.put):
-        pass
-    assert told.empty()
