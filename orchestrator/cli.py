@@ -10,6 +10,7 @@ import functools
 import io
 import logging
 import os
+import stat
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -102,8 +103,12 @@ def _write(text: str, end: str = "\n") -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
+        is_a_terminal = stat.S_ISCHR(os.fstat(sys.stdout.fileno()).st_mode)
         # What is still held back would be tried once more at exit.
         _say_the_rest_to_nobody(sys.stdout)
+        if error.errno == errno.EIO and is_a_terminal:
+            # It was closed.
+            raise BrokenPipeError from error
         raise StorageError(f"the output cannot be written ({error.strerror}): free some space there") from error
 
 
@@ -236,7 +241,11 @@ def run(
         if webhook is not None:
             told = notification.end_of(outcome.report, page, outcome.exit_code, outcome.tracking_uri)
             notification.post(webhook, told, _say)
-        _show(reporting.render_text(outcome.report))
+        try:
+            _show(reporting.render_text(outcome.report))
+        except BrokenPipeError:
+            # What has come of the sweep does not hang on who reads of it: `tee` ends at Ctrl-C, and a terminal closes.
+            _say_the_rest_to_nobody(sys.stdout)
         _say(f"report: {page}")
         if command := ui_command(outcome.tracking_uri):
             _say(f"MLflow's pages: {command}")

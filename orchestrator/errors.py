@@ -10,7 +10,7 @@ OrchestratorError
 │   ├── ClusterUnreachableError
 │   ├── TrackingUnreachableError
 │   └── StorageError
-├── SweepInterruptedError       exit 130: Ctrl-C or SIGTERM; the state is saved
+├── SweepInterruptedError       exit 130: Ctrl-C, SIGTERM or SIGHUP; the state is saved
 └── TrialError                  one trial ended badly; the sweep goes on
     ├── TrialOutOfMemoryError   status out_of_memory
     ├── TrialDivergedError      status diverged
@@ -126,7 +126,7 @@ class StorageError(UnreachableError):
 
 
 class SweepInterruptedError(OrchestratorError):
-    """Ctrl-C or SIGTERM ended the sweep; its state is saved and the same command goes on."""
+    """Ctrl-C, SIGTERM or SIGHUP ended the sweep; its state is saved and the same command goes on."""
 
     exit_code = 130
 

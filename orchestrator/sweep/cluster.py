@@ -22,6 +22,7 @@ from orchestrator.errors import ClusterUnreachableError, InputError, StorageErro
 from orchestrator.planning.plan import trials_that_fit, workers_on
 from orchestrator.results import remote, shared_storage
 from orchestrator.results.storage import SweepFolder
+from orchestrator.sweep.own_sessions import children_in_own_sessions
 from orchestrator.sweep.worker import ACCELERATOR, GroupShape
 
 CONNECT_LIMIT_S = 5.0
@@ -43,7 +44,7 @@ ENVIRONMENT = {
     # Ours to record: trials that end without a metric are results too, and Tune's loggers would write all twice.
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    # Ctrl-C and SIGTERM are handled in `sweep.run`, which also hears of the budget.
+    # Signals are heard by `sweep.signals`.
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     # Nobody reads Tune's own state back: it is written at the start and the end, and not all of it every ten seconds.
     "TUNE_GLOBAL_CHECKPOINT_S": "inf",
@@ -88,14 +89,15 @@ def connect(address: str | None) -> None:
     told = {name: os.environ[name] for name in ENVIRONMENT if name.startswith("RAY_TRAIN_")}
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(
-            address=address,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            # A cluster of our own ends with us: it needs no dashboard, whose start takes seconds.
-            include_dashboard=False if address == LOCAL else None,
-            runtime_env=None if address == LOCAL else {"env_vars": told},
-        )
+        with children_in_own_sessions():
+            ray.init(
+                address=address,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                # A cluster of our own ends with us: it needs no dashboard, whose start takes seconds.
+                include_dashboard=False if address == LOCAL else None,
+                runtime_env=None if address == LOCAL else {"env_vars": told},
+            )
     except Exception as error:
         # Ray has no type of its own for this; a raylet that takes over 30 s is a bare Exception (ray 2.60.0, node.py).
         raise not_joined(address, error) from error

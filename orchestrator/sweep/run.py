@@ -40,7 +40,8 @@ from orchestrator.sweep.resume import (
     useless_checkpoints,
 )
 from orchestrator.sweep.scheduler import RuleScheduler
-from orchestrator.sweep.stopper import Stopper, signals_to, sigterm_like_ctrl_c
+from orchestrator.sweep.signals import Signals
+from orchestrator.sweep.stopper import Stopper
 from orchestrator.sweep.tracking import Tracker, awaited_tracker, require_address, tracking_uri
 from orchestrator.training.inputs import FoundModel, require_warm_start
 
@@ -85,7 +86,8 @@ def run(
     require_address(sweep)
     # What it teaches is read later; that it is there is known before anything starts.
     require_warm_start(sweep)
-    with only_one(folder) as tenure, sigterm_like_ctrl_c(), carried(folder, tenure) as carrier:
+    signals = Signals()
+    with only_one(folder) as tenure, signals.heard(), carried(folder, tenure) as carrier:
         earlier = read_earlier(folder)
         if earlier:
             require_same_question(folder, earlier.sweep, sweep)
@@ -96,8 +98,8 @@ def run(
         try:
             ended = {name for name, trial in earlier.trials.items() if trial.status.is_final} if earlier else ()
             prepared = prepare(sweep, model, folder, address, ended, say)
-            with told_of_a_lost_head(say):
-                return _run_prepared(prepared, folder, tenure, carrier, earlier, isolation, say)
+            with told_of_a_lost_head(say, lambda: signals.came):
+                return _run_prepared(prepared, folder, tenure, carrier, earlier, isolation, signals, say)
         finally:
             cluster.disconnect()
 
@@ -120,6 +122,7 @@ def _run_prepared(
     carrier: Carrier,
     earlier: Earlier | None,
     isolation: Isolation,
+    signals: Signals,
     say: Callable[[str], None],
 ) -> Outcome:
     sweep = prepared.sweep
@@ -165,7 +168,7 @@ def _run_prepared(
     if search.told_at_start:
         say(search.told_at_start)
     sampled = system_metrics.logged(tracking_uri(sweep), tracker.parent_run_id)
-    with progress, signals_to(stopper, progress.stopping), sampled:
+    with progress, signals.to(stopper, progress.stopping), sampled:
         launch(prepared, folder, recorder, search, scheduler, [recorder, progress], stopper, isolation)
     recorder.tenure.require()
     if stopper.interrupted:

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable
 from typing import Any
 
 from ray import tune
@@ -23,13 +18,9 @@ LOOK_S = 0.5
 SLOTS_LIMIT_S = 3.0
 """Tune waits 10 s for slots that wait for their workers (ray 2.60.0, TuneController); Kubernetes gives 30 s for all."""
 
-STOPPING = (
-    "stopping: what has ended is safe, and running trials go on with the same command (Ctrl-C once more ends at once)"
-)
-
 
 class Stopper(tune.Stopper):
-    """Ends the whole sweep cleanly: on Ctrl-C, on SIGTERM, or when a limit of the budget is reached."""
+    """Ends the whole sweep cleanly: on a signal, or when a limit of the budget is reached."""
 
     def __init__(
         self,
@@ -81,43 +72,3 @@ def _mend(limit: str) -> str:
     if limit == "budget.hours":
         return "run the same command again to go on for as long, or raise it"
     return "raise it and run the same command again to go on"
-
-
-@contextmanager
-def sigterm_like_ctrl_c() -> Iterator[None]:
-    """Before the first trial and after the last one SIGTERM raises KeyboardInterrupt: what is open is closed."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def signals_to(stopper: Stopper, say: Callable[[str], None]) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM ends the sweep cleanly, and `say` is told at once; a second one ends it at once."""
-    heard = threading.Event()
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if stopper.interrupted:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        stopper.interrupt(signal.Signals(number).name)
-        heard.set()
-
-    def tell() -> None:
-        heard.wait()
-        if stopper.interrupted:
-            say(STOPPING)
-
-    # A signal may come in the midst of a line, into which its handler must not print.
-    teller = threading.Thread(target=tell, daemon=True)
-    teller.start()
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        heard.set()
-        teller.join()

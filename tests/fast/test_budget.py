@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import os
-import queue
-import signal
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -77,18 +74,3 @@ def test_a_limit_that_ends_a_sweep_says_whether_it_must_be_raised(
     clock.monotonic = lambda: 100.0 + 2 * 3600
     assert stopper.stop_all()
     assert stopper.reason == mend
-
-
-def test_a_signal_is_acknowledged_before_the_sweep_has_ended() -> None:
-    pytest.importorskip("ray")
-    from orchestrator.sweep.stopper import STOPPING, Stopper, signals_to
-
-    stopper, told = Stopper(MagicMock(), BudgetConfig(), lambda: 0.0, lambda: None), queue.SimpleQueue[str]()
-    with signals_to(stopper, told.put):
-        os.kill(os.getpid(), signal.SIGINT)
-        assert told.get(timeout=30) == STOPPING
-    assert stopper.interrupted
-    stopper.interrupted = False
-    with signals_to(stopper, told.put):
-        pass
-    assert told.empty()

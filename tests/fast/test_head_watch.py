@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("ray")
 
 from orchestrator.sweep import head_watch
-from orchestrator.sweep.head_watch import is_lost, patience_s
+from orchestrator.sweep.head_watch import is_lost, last_words, patience_s
 from tests.tracking_servers import free_port
 
 
@@ -29,7 +29,7 @@ def looked(answers: Iterable[bool], limit_s: float) -> tuple[bool, bool]:
             ended.set()
         return left.pop(0)
 
-    return is_lost(answer, limit_s, ended), bool(left)
+    return is_lost(answer, lambda: limit_s, ended), bool(left)
 
 
 def test_a_head_that_stays_away_is_lost_after_the_limit_and_not_before() -> None:
@@ -49,7 +49,28 @@ def test_a_head_that_cannot_be_asked_from_here_is_never_taken_for_lost() -> None
     ("rays_limit", "seconds"), [(None, 50), ("600", 500), ("12", 10), ("soon", 50)], ids=["unset", "more", "less", "no"]
 )
 def test_the_sweep_waits_a_little_less_than_ray_does(rays_limit: str | None, seconds: float) -> None:
-    assert patience_s(rays_limit) == pytest.approx(seconds)
+    assert patience_s(rays_limit, interrupted=False) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(("rays_limit", "seconds"), [(None, 5), ("600", 5), ("3", 2.5)])
+def test_a_sweep_that_was_asked_to_end_does_not_wait_for_a_head_that_was_asked_too(
+    rays_limit: str | None, seconds: float
+) -> None:
+    assert patience_s(rays_limit, interrupted=True) == pytest.approx(seconds)
+
+
+def test_a_signal_that_comes_while_the_head_is_silent_shortens_the_wait() -> None:
+    limits_s = iter([10.0] * 5 + [0.0])
+    ended = threading.Event()
+    answers = iter([True] * 2 + [False] * 20)
+    assert is_lost(lambda: next(answers), lambda: next(limits_s), ended)
+
+
+def test_a_head_that_was_ended_with_its_driver_leaves_an_interrupted_sweep_and_not_a_lost_cluster() -> None:
+    exit_code, why = last_words("127.0.0.1:6379", 5, interrupted=True)
+    assert exit_code == 130
+    assert "What had ended before is safe, and running trials go on from their last checkpoints" in why
+    assert why.endswith("run the same command again")
 
 
 def test_the_process_of_a_sweep_whose_head_is_lost_ends_with_3_and_says_how_to_go_on(
@@ -67,7 +88,7 @@ def test_the_process_of_a_sweep_whose_head_is_lost_ends_with_3_and_says_how_to_g
     monkeypatch.setattr(head_watch, "RAYS_LIMIT_S", 0.1)
     monkeypatch.delenv(head_watch.RAYS_LIMIT, raising=False)
     head = head_watch.socket.create_server(("127.0.0.1", port))
-    with head_watch.told_of_a_lost_head(said.append):
+    with head_watch.told_of_a_lost_head(said.append, lambda: False):
         assert not ended.wait(0.3)
         head.close()
         assert ended.wait(10)

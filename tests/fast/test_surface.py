@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import pty
 import re
 import shlex
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -132,6 +134,44 @@ def test_an_output_that_cannot_be_written_is_told() -> None:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=30)
     assert done.returncode == 3
     assert done.stderr.startswith("error: the output cannot be written")
+
+
+def closed_pipe() -> int:
+    """To write to: its reader has gone, as `tee` at Ctrl-C."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+def closed_terminal() -> int:
+    """To write to: its window was closed."""
+    master, terminal = pty.openpty()
+    os.close(master)
+    return terminal
+
+
+@pytest.mark.parametrize("opened", [closed_pipe, closed_terminal])
+def test_an_interrupted_run_ends_with_130_though_nobody_reads_its_output_any_more(opened: Callable[[], int]) -> None:
+    pytest.importorskip("ray")
+    code = """
+from unittest.mock import MagicMock
+from orchestrator import cli
+from orchestrator.reporting import report
+from orchestrator.sweep import run
+from orchestrator.training import inputs
+inputs.look_at, report.render_text = MagicMock(), lambda made: "a report"
+run.run = lambda *arguments: MagicMock(exit_code=130, tracked=True, tracking_uri="http://mlflow")
+cli.app(["run", "search_spaces/demo.yaml"])
+"""
+    writer = opened()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=60
+        )
+    finally:
+        os.close(writer)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.endswith("interrupted; the state is saved: run the same command again to go on\n")
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: file.name)

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import json
 import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -9,7 +12,7 @@ import pytest
 from mlflow import MlflowClient
 
 from orchestrator.results.records import TrialStatus
-from tests.ray.sweeps import processes_of, start, trial_processes
+from tests.ray.sweeps import Run, processes_of, start, trial_processes
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(600)
@@ -115,6 +118,41 @@ def test_sigterm_before_the_first_trial_ends_the_run_as_ctrl_c_does(tmp_path: Pa
     exit_code, _, err = run.wait()
     assert exit_code == 130, err
     assert "interrupted" in err
+
+
+def to_its_group(run: Run) -> None:
+    """What `timeout` does with a signal: to its child, and once more to all of the group that it leads."""
+    run.process.terminate()
+
+
+def to_every_process(run: Run) -> None:
+    """What `systemctl stop` and `scancel` do."""
+    for process in processes_of(run):
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
+
+
+@pytest.mark.parametrize(
+    ("send", "words"),
+    [(to_its_group, "the state is saved"), (to_every_process, "running trials go on from their last checkpoints")],
+)
+def test_sigterm_that_reaches_more_than_the_driver_interrupts_the_sweep_in_time(
+    tmp_path: Path, send: Callable[[Run], None], words: str
+) -> None:
+    run = start(tmp_path, within=["timeout", "500"], trial={"max_steps": LONG_STEPS}, space={"rank": [2]})
+    wait_until(lambda: list(run.folder.root.glob("trials/*/checkpoint-*")), bool, 200)
+    below = processes_of(run)
+    sent_s = time.monotonic()
+    send(run)
+    exit_code, _, err = run.wait()
+    assert exit_code == 130, err
+    # Less than the 50 s that a head which is gone is waited for otherwise.
+    assert time.monotonic() - sent_s < 30
+    assert words in err
+    assert psutil.wait_procs(below, 30)[1] == []
+    (trial,) = run.trials().values()
+    assert not trial.status.is_final
+    assert list(run.folder.trial(trial.trial_id).root.glob("checkpoint-*"))
 
 
 def run_statuses(run: object) -> object:
