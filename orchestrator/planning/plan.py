@@ -559,10 +559,18 @@ def _grace_steps(scheduler: AshaConfig | MedianConfig | ExtrapolationConfig, tri
 def _warnings(sweep: SweepConfig, running: Sequence[PlannedTrial], makespan: Range, hours: Range) -> tuple[str, ...]:
     told: tuple[str, ...] = () if running else ("no trial of this sweep can run: see the reasons above",)
     for name, part in sweep.scheduler:
-        graceful = isinstance(part, AshaConfig | MedianConfig | ExtrapolationConfig)
-        if graceful and running and all(trial.config.max_steps <= _grace_steps(part, trial) for trial in running):
+        if isinstance(part, AshaConfig):
+            # Past half of its way nobody is stopped (search/stopping.py, Halving).
+            idle = [trial.config.max_steps < 2 * _grace_steps(part, trial) for trial in running]
+            why = "is more than half of every trial's steps"
+        elif isinstance(part, MedianConfig | ExtrapolationConfig):
+            idle = [trial.config.max_steps <= _grace_steps(part, trial) for trial in running]
+            why = "is no less than any trial's steps"
+        else:
+            continue
+        if idle and all(idle):
             grace, unit = part.grace
-            told += (f"{name} stops nobody: no trial has more steps than grace_{unit} ({grace:g}); lower it",)
+            told += (f"{name} stops nobody: grace_{unit} ({grace:g}) {why}; lower it",)
     limit_s = (sweep.budget.trial_hours or math.inf) * 3600
     if too_long := [trial for trial in running if (trial.seconds or 0) > limit_s]:
         told += (

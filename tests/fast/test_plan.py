@@ -695,16 +695,19 @@ def test_gpu_hours_and_cost_are_those_of_the_trials_and_add_up() -> None:
 
 
 @pytest.mark.parametrize(
-    "scheduler", [{"asha": {}}, {"hyperband": {}}, {"median": {}}, {"median": {}, "extrapolation": {}}]
+    ("scheduler", "longest"),
+    [({"asha": {}}, 25), ({"hyperband": {}}, 25), ({"median": {}}, 49), ({"median": {}, "extrapolation": {}}, 49)],
 )
-def test_a_grace_as_long_as_the_trials_is_told_of_every_scheduler(scheduler: dict[str, dict[str, int]]) -> None:
+def test_a_grace_with_which_nobody_is_stopped_is_told_of_every_scheduler(
+    scheduler: dict[str, dict[str, int]], longest: int
+) -> None:
     def told(grace: int) -> list[str]:
         keys = {name: {"grace_steps": grace} for name in scheduler}
         found = plan(A100, trial={"max_steps": 50}, scheduler=keys)
         return [warning.split(" stops nobody")[0] for warning in found.warnings if "stops nobody" in warning]
 
-    assert told(50) == list(scheduler)
-    assert told(49) == []
+    assert told(longest + 1) == list(scheduler)
+    assert told(longest) == []
 
 
 def test_a_plan_counts_no_trial_beyond_the_budgets_trial_hours() -> None:

@@ -107,6 +107,14 @@ def test_a_second_goes_on_as_soon_as_a_fourth_has_come() -> None:
     assert rule.hear(heard("third", 9, 2.5)) is not None
 
 
+def test_past_half_of_its_way_the_worst_goes_on_and_counts_for_those_who_have_further_to_go() -> None:
+    rule = Halving(9, 3, "steps")
+    for trial, value in (("first", 1.0), ("late riser", 3.0)):
+        assert rule.hear(Heard(trial, trial, 27, value, end=53)) is None
+    assert rule.hear(Heard("half", "half", 27, 2.0, end=54)) == "1 of 3 configurations were better at 27 steps"
+    assert rule.hear(Heard("not a number", "not a number", 28, None, end=53)) is not None
+
+
 def test_a_bad_moment_at_a_rung_loses_nothing_since_a_trial_counts_by_its_best_evaluation() -> None:
     rule = Halving(9, 3, "steps")
     rule.hear(heard("steady", 9, 2.0))
