@@ -227,9 +227,7 @@ def _score_at_work(config: TrialConfig, shape: ModelShape, width: Widths) -> int
 
 def score_blocks(config: TrialConfig, shape: ModelShape, width: Widths) -> tuple[list[float], list[float]]:
     """Bytes of the tensors of scores that are alive together while a GPU's kernel computes them, and in softmax's
-    backward pass; none where the kernel writes no scores."""
-    if not writes_scores(config, shape, width):
-        return [], []
+    backward pass, of a kernel that writes them."""
     assert isinstance(config.micro_batch_size, int)
     scores = float(config.micro_batch_size * shape.heads * config.sequence_length**2)
     softmax = _softmax_width(config, shape, width)

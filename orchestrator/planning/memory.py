@@ -9,6 +9,7 @@ twice. The parts are those of that moment, so that they sum to `allocated_bytes`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -23,6 +24,7 @@ from orchestrator.planning.activations import (
     mask_bytes,
     score_blocks,
     score_bytes,
+    writes_scores,
 )
 from orchestrator.planning.hardware import Hardware
 from orchestrator.planning.model_shape import ModelShape, lora_parameters, targeted
@@ -190,10 +192,23 @@ def _idle_bytes(config: TrialConfig, shape: ModelShape, width: Widths) -> float:
     """What the allocator holds beyond the most that is alive, since scores and the loss's copies need blocks of unlike
     sizes: one may serve something smaller, and blocks that were allocated apart are never joined (torch 2.13,
     CUDACachingAllocator.cpp). A step computes scores, then the loss, then scores again and their gradients.
+
+    Where scores outgrow the loss's tensors, blocks come to serve those all of a sudden. A longer sequence is not told
+    less for it: rows are not all of the full length.
     """
-    forward, backward = score_blocks(config, shape, width)
-    if not forward:
+    if not writes_scores(config, shape, width):
         return 0.0
+    even = shape.vocabulary / shape.heads
+    shorter = (math.ceil(share * even) - 1 for share in (0.5, 1.0, 2.0))
+    lengths = [length for length in shorter if 0 < length < config.sequence_length]
+    return max(
+        _idle_at(config.model_copy(update={"sequence_length": length}), shape, width)
+        for length in (*lengths, config.sequence_length)
+    )
+
+
+def _idle_at(config: TrialConfig, shape: ModelShape, width: Widths) -> float:
+    forward, backward = score_blocks(config, shape, width)
     copy = 4.0 * shape.vocabulary * _tokens(config)
     loss = [copy * width.logits / 4, *[copy] * (LOSS_COPIES_BYTES // 4)]
     blocks: list[float] = []
