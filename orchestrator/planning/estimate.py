@@ -92,6 +92,7 @@ def _estimated(
         "allocated_bytes": memory.allocated_bytes,
         "reserved_bytes": memory.reserved_bytes,
         "device_bytes": memory.device_bytes,
+        "needed_bytes": memory.needed_bytes,
         "low_bytes": memory.low_bytes,
         "high_bytes": memory.high_bytes,
         "parts": memory.parts.by_name(),

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from pydantic import computed_field
+
 from orchestrator.config.trial_config import Precision, TrialConfig
 from orchestrator.planning.activations import (
     Widths,
@@ -141,6 +143,7 @@ class MemoryEstimate:
         """What a trial's measured peak is comparable with: allocated on a GPU, resident on a CPU."""
         return self.device_bytes if self.allocated_bytes is None else self.allocated_bytes
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def needed_bytes(self) -> int:
         """The least that a device must have: on a GPU without what the allocator keeps and can give back."""

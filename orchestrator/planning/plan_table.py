@@ -28,11 +28,13 @@ def render(plan: SweepPlan) -> str:
         lines.append(f"  {_some([_label(trial, plan.searched) for trial in trials])}")
     for note, trials in _grouped((note, trial) for trial in runs for note in trial.notes):
         lines.append(f"note ({counted(len(trials), 'trial')}): {note}")
+        if len(trials) < len(runs):
+            lines.append(f"  {_some([_label(trial, plan.searched) for trial in trials])}")
     return "\n".join([*lines, *_totals(plan)])
 
 
 def _table(plan: SweepPlan, trials: Sequence[PlannedTrial]) -> list[str]:
-    rows = [("trial", *plan.searched, "micro-batch", "memory", "biggest part", "time")]
+    rows = [("trial", *plan.searched, "micro-batch", "memory needed", "biggest part", "time")]
     for trial in trials:
         memory = trial.memory
         assert memory is not None
@@ -43,7 +45,7 @@ def _table(plan: SweepPlan, trials: Sequence[PlannedTrial]) -> list[str]:
                 trial.trial_id,
                 *(_shown(getattr(trial.config, name)) for name in plan.searched),
                 str(trial.config.micro_batch_size),
-                f"{memory.device_bytes / GIB:.2f} GiB",
+                f"{memory.needed_bytes / GIB:.2f} GiB",
                 f"{biggest} {getattr(memory.parts, biggest) / GIB:.2f} GiB",
                 duration(trial.seconds),
             )
@@ -89,7 +91,7 @@ def _proposals(plan: SweepPlan) -> str:
     launched = len(plan.trials)
     told = f"a population of {launched}" if plan.proposed_by == "pbt" else f"up to {counted(launched, 'trial')}"
     told += f", {plan.concurrent} at a time; {plan.refused} of these examples {_is(plan.refused)} refused"
-    known = [(t.memory.device_bytes, t.seconds) for t in plan.trials if not t.reasons and t.memory and t.seconds]
+    known = [(t.memory.needed_bytes, t.seconds) for t in plan.trials if not t.reasons and t.memory and t.seconds]
     if not known:
         return told
     memory, seconds = zip(*known, strict=True)

@@ -26,7 +26,7 @@ def line(**keys: Any) -> str:
 
 def test_an_estimate_has_all_that_the_contract_names() -> None:
     (got,) = answer(line(gpu_memory_bytes=2**36))
-    figures = {"allocated_bytes", "reserved_bytes", "device_bytes", "low_bytes", "high_bytes"}
+    figures = {"allocated_bytes", "reserved_bytes", "device_bytes", "needed_bytes", "low_bytes", "high_bytes"}
     assert set(got) == {"id", "parts", "feasible", "reasons"} | figures
     assert set(got["parts"]) == PARTS
     assert got["low_bytes"] < got["allocated_bytes"] < got["high_bytes"]
@@ -38,6 +38,7 @@ def test_what_does_not_fit_says_so_and_still_has_its_figures() -> None:
     assert got["feasible"] is False
     assert got["reasons"]
     assert got["allocated_bytes"] > 2**33
+    assert f"needs {got['needed_bytes']:,} bytes of {2**30:,}" in got["reasons"][0]
 
 
 def test_a_gpu_that_is_nearly_full_holds_what_is_needed_and_the_allocator_keeps_no_more_than_there_is() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from typing import Any
@@ -140,6 +141,34 @@ def test_an_automatic_micro_batch_keeps_to_a_bound_of_memory(hardware: Hardware)
     assert planned("peak_memory_bytes >= 1KiB", "tokens_per_s <= 1").config == free.config
 
 
+def test_the_memory_of_a_plan_is_what_decides_and_refuses_and_not_what_the_allocator_keeps() -> None:
+    space = {"zero_stage": [2, 3], "attention": ["sdpa", "eager"]}
+    long = {"micro_batch_size": 1, "sequence_length": 8192}
+    found = plan(named_gpu("H200", 8), THREE_B, space=space, trial=long, resources={"workers_per_trial": 8})
+    two, three = (trial.memory for trial in found.trials if not trial.reasons)
+    assert two.device_bytes < three.device_bytes
+    assert two.needed_bytes > three.needed_bytes
+    lines, needed = render(found).splitlines(), [trial.memory.needed_bytes for trial in found.trials]
+    for figure in needed:
+        assert sum(f"{figure / 2**30:.2f} GiB" in line or f"{figure / 2**30:.1f} GiB" in line for line in lines) == 1
+    told = [trial["memory"]["needed_bytes"] for trial in json.loads(found.model_dump_json())["trials"]]
+    assert told == needed
+
+
+def test_a_plan_that_was_written_before_it_told_what_is_needed_is_read() -> None:
+    written = plan(A100)
+    raw = json.loads(written.model_dump_json())
+    del raw["trials"][0]["memory"]["needed_bytes"]
+    assert SweepPlan.model_validate(raw) == written
+
+
+def test_a_note_names_its_trials_unless_it_is_of_all_that_run() -> None:
+    assert "with one worker shards nothing\n  zero_stage=2\n2 trials" in render(
+        plan(A100, space={"zero_stage": [0, 2]})
+    )
+    assert "with one worker shards nothing\n1 trial runs" in render(plan(A100, trial={"zero_stage": 2}))
+
+
 def test_a_trial_that_would_outrun_its_limit_is_warned_of() -> None:
     (warning,) = plan(A100, trial={"max_steps": 10**6}, budget={"trial_hours": 0.5}).warnings
     assert warning.startswith(
@@ -224,6 +253,13 @@ def test_attention_without_its_scores_is_the_first_that_is_named() -> None:
     asked = case(named_gpu("H100", 1), **settings)
     sdpa = estimate_on(asked.config.model_copy(update={"attention": "sdpa"}), SEVEN_B, 1, asked.hardware)
     assert (what_fits(asked, sdpa.device_bytes, 1) or "").startswith("attention sdpa")
+
+
+def test_a_change_that_would_run_tightly_is_named_after_those_that_leave_room() -> None:
+    asked = case(named_gpu("H100", 1), attention="eager", micro_batch_size=1, sequence_length=4096)
+    sdpa = estimate_on(asked.config.model_copy(update={"attention": "sdpa"}), SEVEN_B, 1, asked.hardware)
+    told = what_fits(asked, sdpa.device_bytes - 1, 1)
+    assert told == "gradient_checkpointing, or, with little to spare, attention sdpa"
 
 
 def test_shorter_sequences_are_named_where_nothing_else_is_enough_and_weights_alone_fit_nowhere() -> None:
