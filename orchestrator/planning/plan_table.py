@@ -24,12 +24,9 @@ def render(plan: SweepPlan) -> str:
     if runs:
         lines += [*_table(plan, runs), ""]
     for reason, trials in _grouped((reason, trial) for trial in plan.trials for reason in trial.reasons):
-        lines.append(f"refused ({len(trials)}): {reason}")
-        lines.append(f"  {_some([_label(trial, plan.searched) for trial in trials])}")
+        lines += [f"refused ({len(trials)}): {reason}", *_which(trials, plan, plan.trials)]
     for note, trials in _grouped((note, trial) for trial in runs for note in trial.notes):
-        lines.append(f"note ({counted(len(trials), 'trial')}): {note}")
-        if len(trials) < len(runs):
-            lines.append(f"  {_some([_label(trial, plan.searched) for trial in trials])}")
+        lines += [f"note ({counted(len(trials), 'trial')}): {note}", *_which(trials, plan, runs)]
     return "\n".join([*lines, *_totals(plan)])
 
 
@@ -83,6 +80,8 @@ def _three_digits(amount: float) -> str:
 
 
 def _trials(plan: SweepPlan) -> str:
+    if not plan.runs:
+        return f"no trial runs; {plan.refused} {_is(plan.refused)} refused"
     run = "1 trial runs" if plan.runs == 1 else f"{plan.runs} trials run"
     return f"{run}, {plan.concurrent} at a time; {plan.refused} {_is(plan.refused)} refused"
 
@@ -113,6 +112,11 @@ def _grouped(pairs: Any) -> list[tuple[str, list[PlannedTrial]]]:
     for text, trial in pairs:
         found.setdefault(text, []).append(trial)
     return list(found.items())
+
+
+def _which(trials: Sequence[PlannedTrial], plan: SweepPlan, among: Sequence[PlannedTrial]) -> list[str]:
+    """A line that names them, where they are not all."""
+    return [f"  {_some([_label(trial, plan.searched) for trial in trials])}"] if len(trials) < len(among) else []
 
 
 def _label(trial: PlannedTrial, searched: Sequence[str]) -> str:

@@ -350,10 +350,42 @@ def test_a_change_that_is_refused_itself_hides_none_of_the_others() -> None:
     assert what_fits(case(bare, **settings, rank=4096), 48 * 2**30, 1) == ("micro_batch_size 1 and rank 8")
 
 
-def test_resources_that_the_machine_does_not_have_are_warned_of() -> None:
-    assert any("not one can start there" in told for told in plan(CPU, resources={"gpus_per_worker": 1}).warnings)
-    assert any("not one can start there" in told for told in plan(CPU, resources={"cpus_per_worker": 3}).warnings)
-    assert not any("start there" in told for told in plan(CPU, resources={"cpus_per_worker": 2}).warnings)
+@pytest.mark.parametrize(
+    ("hardware", "resources"),
+    [
+        (CPU, {"gpus_per_worker": 1}),
+        (CPU, {"cpus_per_worker": 3}),
+        (CPU, {"workers_per_trial": 3}),
+        (named_gpu("H100", 4), {"workers_per_trial": 8}),
+    ],
+)
+def test_trials_that_take_more_than_the_whole_cluster_has_are_refused(
+    hardware: Hardware, resources: dict[str, Any]
+) -> None:
+    found = plan(hardware, space={"rank": [4, 8]}, resources=resources, trial={"global_batch_size": 24})
+    assert all("not one can start there" in reason for trial in found.trials for reason in trial.reasons)
+    assert (found.runs, found.refused, found.gpu_hours) == (0, 2, (0, 0, 0))
+    assert "refused (2): a trial takes " in render(found)
+    assert render(found).count("not one can start there") == 1
+    assert "no trial runs; 2 are refused" in render(found)
+
+
+@pytest.mark.parametrize("resources", [{"workers_per_trial": 4}, {"cpus_per_worker": 64}])
+def test_trials_that_take_the_whole_cluster_are_not_refused_for_that(resources: dict[str, Any]) -> None:
+    found = plan(named_gpu("H100", 4), THREE_B, resources=resources)
+    assert (found.runs, found.warnings) == (1, ())
+
+
+def test_what_nodes_that_come_when_asked_may_hold_is_warned_of_and_runs() -> None:
+    resources = {"workers_per_trial": 8, "gpus_per_worker": 1, "max_concurrent": 1, "scale_up_minutes": 10}
+    found = plan(named_gpu("H100", 4), resources=resources)
+    assert found.runs == 1
+    assert [told for told in found.warnings if "not one can start there" in told]
+
+
+def test_a_trial_for_which_nodes_may_be_large_enough_where_they_differ_is_warned_of_and_runs() -> None:
+    (warning,) = plan(named_gpu("H100", 16), THREE_B, resources={"cpus_per_worker": 200}).warnings
+    assert "the cluster has 256 CPUs and 16 GPUs on 2 nodes: not one can start there" in warning
 
 
 def test_the_parts_of_a_plan_on_a_cpu_sum_to_the_memory_that_it_tells() -> None:
@@ -597,7 +629,7 @@ def test_one_of_a_thing_is_told_as_one() -> None:
     assert " to " not in line.partition("; they take ")[2]
     one_trial = {**search, "budget": {"trials": 1}}
     assert "up to 1 trial, 1 at a time" in render(plan(A100, space={"rank": [8, 16]}, **one_trial))
-    (alone,) = [w for w in plan(CPU, resources={"gpus_per_worker": 1}).warnings if "not one can start" in w]
+    (alone,) = plan(CPU, resources={"gpus_per_worker": 1}).trials[0].reasons
     assert alone.startswith("a trial takes 1 worker of 1 CPU and 1 GPU each, and the cluster has 2 CPUs and 0 GPUs")
 
 
