@@ -151,6 +151,12 @@ class MemoryEstimate:
             return self.device_bytes
         return self.allocated_bytes + int(self.parts.comes_and_goes * GAPS) + CONTEXT_BYTES
 
+    def may_exceed(self, memory_bytes: int) -> bool:
+        """Whether so much may be too little: at the upper end of the 90 % range."""
+        if self.allocated_bytes is None or self.high_bytes is None:
+            return False
+        return self.high_bytes + self.needed_bytes - self.allocated_bytes > memory_bytes
+
     def within(self, memory_bytes: int) -> MemoryEstimate:
         """The same on a device that has so much: the allocator keeps no more than that, or than what is needed."""
         if self.reserved_bytes is None:

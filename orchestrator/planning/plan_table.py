@@ -23,6 +23,9 @@ def render(plan: SweepPlan) -> str:
         lines += [f"{plan.proposed_by} {proposes}; {examples}:", ""]
     if runs:
         lines += [*_table(plan, runs), ""]
+    if any(_may_not_fit(plan, trial) for trial in runs):
+        there = f"the {plan.worker_memory_bytes / GIB:.1f} GiB that are there"
+        lines.append(f"* may not fit: the 90 % range of what it is estimated to need ends above {there}")
     for reason, trials in _grouped((reason, trial) for trial in plan.trials for reason in trial.reasons):
         lines += [f"refused ({len(trials)}): {reason}", *_which(trials, plan, plan.trials)]
     for note, trials in _grouped((note, trial) for trial in runs for note in trial.notes):
@@ -42,13 +45,17 @@ def _table(plan: SweepPlan, trials: Sequence[PlannedTrial]) -> list[str]:
                 trial.trial_id,
                 *(_shown(getattr(trial.config, name)) for name in plan.searched),
                 str(trial.config.micro_batch_size),
-                f"{memory.needed_bytes / GIB:.2f} GiB",
+                f"{memory.needed_bytes / GIB:.2f} GiB{' *' if _may_not_fit(plan, trial) else ''}",
                 f"{biggest} {getattr(memory.parts, biggest) / GIB:.2f} GiB",
                 duration(trial.seconds),
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _may_not_fit(plan: SweepPlan, trial: PlannedTrial) -> bool:
+    return trial.memory is not None and trial.memory.may_exceed(plan.worker_memory_bytes)
 
 
 def _totals(plan: SweepPlan) -> list[str]:

@@ -155,6 +155,21 @@ def test_the_memory_of_a_plan_is_what_decides_and_refuses_and_not_what_the_alloc
     assert told == needed
 
 
+def test_a_trial_that_fits_by_its_estimate_and_not_by_the_end_of_its_range_is_marked() -> None:
+    found = plan(A100, THREE_B, space={"rank": [8, 64]}, trial={"micro_batch_size": 1, "sequence_length": 8192})
+    small, large = (trial.memory for trial in found.trials)
+    between = (small.high_bytes + large.high_bytes + small.needed_bytes + large.needed_bytes) // 2
+    between -= (small.allocated_bytes + large.allocated_bytes) // 2
+    assert large.needed_bytes < between
+    first, second, _, legend, *_ = render(found.model_copy(update={"worker_memory_bytes": between})).splitlines()[3:]
+    assert (" GiB *" in first, " GiB *" in second) == (False, True)
+    assert legend == (
+        "* may not fit: the 90 % range of what it is estimated to need ends above the "
+        f"{between / 2**30:.1f} GiB that are there"
+    )
+    assert "*" not in render(found)
+
+
 def test_a_plan_that_was_written_before_it_told_what_is_needed_is_read() -> None:
     written = plan(A100)
     raw = json.loads(written.model_dump_json())
