@@ -534,6 +534,10 @@ def _assumptions(running: Sequence[PlannedTrial], nodes: int, pace: Pace) -> tup
     told = []
     if any(not trial.config.packing for trial in running):
         told.append("rows fill sequence_length: shorter ones take less time, and less memory where none is as long")
+    if any(trial.config.attention == "flash_attention_2" for trial in running):
+        told.append(
+            "flash_attention_2 takes the time and, but for masks, the memory of sdpa, which writes no scores either"
+        )
     if running and nodes > 1:
         speed = f"{NODE_LINK_BYTES_PER_S * 8 / 1e9:.0f} Gb/s"
         told.append(f"{speed} between the {nodes} nodes that a trial's workers lie on")

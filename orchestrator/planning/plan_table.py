@@ -34,6 +34,7 @@ def render(plan: SweepPlan) -> str:
 
 
 def _table(plan: SweepPlan, trials: Sequence[PlannedTrial]) -> list[str]:
+    shortest_s = min(trial.seconds or 0.0 for trial in trials)
     rows = [("trial", *plan.searched, "micro-batch", "memory needed", "biggest part", "time")]
     for trial in trials:
         memory = trial.memory
@@ -47,7 +48,7 @@ def _table(plan: SweepPlan, trials: Sequence[PlannedTrial]) -> list[str]:
                 str(trial.config.micro_batch_size),
                 f"{memory.needed_bytes / GIB:.2f} GiB{' *' if _may_not_fit(plan, trial) else ''}",
                 f"{biggest} {getattr(memory.parts, biggest) / GIB:.2f} GiB",
-                duration(trial.seconds),
+                duration(trial.seconds, shortest_s),
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -143,8 +144,11 @@ def _shown(value: Any) -> str:
     return "+".join(value) if isinstance(value, tuple) else str(value)
 
 
-def duration(seconds: float) -> str:
-    """`45 s`, `1.5 min`, `12 min` or `3.5 h`."""
-    if seconds < 90:
+def duration(seconds: float, like_s: float | None = None) -> str:
+    """`45 s`, `1.5 min`, `12 min` or `3.5 h`; in the unit of another, that they compare at a glance."""
+    like_s, minutes = seconds if like_s is None else like_s, seconds / 60
+    if like_s < 90:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.2g} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    if like_s < 5400:
+        return f"{minutes:.2g} min" if minutes < 99.5 else f"{minutes:.0f} min"
+    return f"{minutes / 60:.1f} h"

@@ -632,6 +632,22 @@ def test_a_duration_is_told_to_two_digits(seconds: float, words: str) -> None:
     assert duration(seconds) == words
 
 
+def test_the_times_of_a_plans_trials_are_told_in_one_unit() -> None:
+    found = plan(A100, space={"max_steps": [2000, 5000]}, trial={"micro_batch_size": 16})
+    short, long = (trial.seconds for trial in found.trials)
+    assert 90 < short < 5400 < long
+    cells = [line.rsplit("  ", 1)[1] for line in render(found).splitlines()[3:5]]
+    assert cells == [f"{short / 60:.2g} min", f"{long / 60:.0f} min"]
+
+
+def test_what_flash_attention_is_counted_as_is_told_where_a_trial_runs_with_it() -> None:
+    def assumed(attention: str) -> list[str]:
+        told = plan(A100, trial={"attention": attention}).assumptions
+        return [line for line in told if line.startswith("flash_attention_2 takes the time")]
+
+    assert (len(assumed("flash_attention_2")), len(assumed("sdpa"))) == (1, 0)
+
+
 def test_one_of_a_thing_is_told_as_one() -> None:
     switched = plan(A100, space={"packing": [True, False]})
     assert "  true  " in render(switched)
