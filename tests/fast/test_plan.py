@@ -383,6 +383,7 @@ def test_trials_that_take_more_than_the_whole_cluster_has_are_refused(
     assert "refused (2): a trial takes " in render(found)
     assert render(found).count("not one can start there") == 1
     assert "no trial runs; 2 are refused" in render(found)
+    assert "rank=4" not in render(found), "a reason of all trials names none of them"
 
 
 @pytest.mark.parametrize("resources", [{"workers_per_trial": 4}, {"cpus_per_worker": 64}])
