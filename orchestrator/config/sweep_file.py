@@ -280,9 +280,12 @@ def _rule_told_whole(path: Path_) -> str | None:
     """Of keys of which the rule is better told at once than member by member of its union."""
     if path[0] == "exclude":
         return "takes a list of partial configurations, as `exclude: [{precision: nf4, zero_stage: 3}]`"
-    in_list = isinstance(path[-1], int) and [key for key in path if key != "choice"][:-1] == ["space", "alpha"]
-    if path == ("trial", "alpha") or in_list:
+    of_space = [key for key in path if key != "choice"][:-1] if isinstance(path[-1], int) else []
+    if path == ("trial", "alpha") or of_space == ["space", "alpha"]:
         return "takes a number above 0, or a multiple of the rank as 2x"
+    if path == ("trial", "target_modules") or of_space == ["space", "target_modules"]:
+        example = "[attention, [q_proj, v_proj]]" if of_space else "[q_proj, v_proj]"
+        return f"takes attention, all-linear or a list of modules' names, as `target_modules: {example}`"
     return None
 
 

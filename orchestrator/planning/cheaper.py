@@ -59,21 +59,30 @@ def what_fits(case: Case, memory_bytes: int, most_workers: int) -> str | None:
 def _first_that_fits(case: Case, memory_bytes: int, most_workers: int) -> str | None:
     strongest = [change for change in _strongest(case) if not refusals(_changed(case, [change]))]
     single = [*_single(case, strongest, most_workers)]
-    for taken in (_with_room, _without_room):
-        fitting = [change for change in single if _fits(case, [change], memory_bytes, taken)]
-        if fitting:
-            return _each_mildest([_told(case, [change]) for change in fitting])
-        if changes := _fewest(case, strongest, (), memory_bytes, taken):
-            return " and ".join(_told(case, changes))
+
+    def mildest_alone(taken: Taken) -> dict[str, str]:
+        """By setting."""
+        first: dict[str, str] = {}
+        for change in single:
+            if _fits(case, [change], memory_bytes, taken):
+                one, *rest = _told(case, [change])
+                first.setdefault(one.split(" ")[0], " with ".join(filter(None, (one, " and ".join(rest)))))
+        return first
+
+    if roomy := mildest_alone(_with_room):
+        tight = {name: told for name, told in mildest_alone(_without_room).items() if name not in roomy}
+        return _any_of(roomy) + (f", or, with little to spare, {_any_of(tight)}" if tight else "")
+    if changes := _fewest(case, strongest, (), memory_bytes, _with_room):
+        return " and ".join(_told(case, changes))
+    if tight := mildest_alone(_without_room):
+        return _any_of(tight)
+    if changes := _fewest(case, strongest, (), memory_bytes, _without_room):
+        return " and ".join(_told(case, changes))
     return _shorter_that_fits(case, strongest, memory_bytes)
 
 
-def _each_mildest(told: Sequence[Sequence[str]]) -> str:
-    """Of each setting the first."""
-    first = {parts[0].split(" ")[0]: parts for parts in reversed(told)}
-    return ", or ".join(
-        " with ".join(filter(None, (one, " and ".join(rest)))) for one, *rest in reversed(first.values())
-    )
+def _any_of(mildest: Mapping[str, str]) -> str:
+    return ", or ".join(mildest.values())
 
 
 def _with_room(memory: MemoryEstimate) -> int:

@@ -31,25 +31,36 @@ KEYS = ("id", "model", "trial", "workers", "gpu_memory_bytes")
 def estimate_lines(lines: Iterable[str | bytes], config_of: ConfigOf) -> Iterator[str]:
     """One answer a line (UTF-8); `config_of` gives the transformers config of a hub id or folder."""
     shapes: dict[str, ModelShape | ModelError] = {}
-    for line in lines:
+    for number, line in enumerate(lines, 1):
         if line.strip():
-            yield json.dumps(_answer(line, config_of, shapes))
+            yield json.dumps(_answer(number, line, config_of, shapes))
 
 
-def _answer(line: str | bytes, config_of: ConfigOf, shapes: dict[str, ModelShape | ModelError]) -> dict[str, Any]:
+def _answer(
+    number: int, line: str | bytes, config_of: ConfigOf, shapes: dict[str, ModelShape | ModelError]
+) -> dict[str, Any]:
     identity = None
     try:
-        text = line if isinstance(line, str) else line.decode("utf-8-sig")
-        raw = json.loads(text, parse_constant=_no_json, parse_float=_finite)
-        if not isinstance(raw, dict):
-            raise InputError('a line is an object, as {"id": 1, "model": "…", "trial": {"rank": 8}}')
+        raw = _read(line)
         # An `id` that cannot be written back (it is nested too deep) is none.
         identity = json.dumps(raw.get("id")) and raw.get("id")
         return {"id": identity, **_estimated(raw, config_of, shapes)}
     except OrchestratorError as error:
-        return {"id": identity, "error": str(error)}
+        told = str(error)
     except (OSError, ValueError, TypeError, ArithmeticError, RecursionError) as error:
-        return {"id": identity, "error": cut(str(error)) or type(error).__name__}
+        told = cut(str(error)) or type(error).__name__
+    return {"id": identity, "error": f"line {number}: {told}"}
+
+
+def _read(line: str | bytes) -> dict[str, Any]:
+    text = line if isinstance(line, str) else line.decode("utf-8-sig")
+    try:
+        raw = json.loads(text, parse_constant=_no_json, parse_float=_finite)
+    except json.JSONDecodeError as error:
+        raise InputError(f"no JSON: {error.msg} at column {error.colno}") from error
+    if not isinstance(raw, dict):
+        raise InputError('takes an object, as {"id": 1, "model": "…", "trial": {"rank": 8}}')
+    return raw
 
 
 def _no_json(constant: str) -> Any:
@@ -92,9 +103,11 @@ def _estimated(
         "allocated_bytes": memory.allocated_bytes,
         "reserved_bytes": memory.reserved_bytes,
         "device_bytes": memory.device_bytes,
+        "needed_bytes": memory.needed_bytes,
         "low_bytes": memory.low_bytes,
         "high_bytes": memory.high_bytes,
         "parts": memory.parts.by_name(),
+        "micro_batch_size": config.micro_batch_size,
         "feasible": not reasons,
         "reasons": reasons,
     }

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from pydantic import computed_field
+
 from orchestrator.config.trial_config import Precision, TrialConfig
 from orchestrator.planning.activations import (
     Widths,
@@ -143,12 +145,19 @@ class MemoryEstimate:
         """What a trial's measured peak is comparable with: allocated on a GPU, resident on a CPU."""
         return self.device_bytes if self.allocated_bytes is None else self.allocated_bytes
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def needed_bytes(self) -> int:
         """The least that a device must have: on a GPU without what the allocator keeps and can give back."""
         if self.allocated_bytes is None:
             return self.device_bytes
         return self.allocated_bytes + int(self.parts.comes_and_goes * GAPS) + CONTEXT_BYTES
+
+    def may_exceed(self, memory_bytes: int) -> bool:
+        """Whether so much may be too little: at the upper end of the 90 % range."""
+        if self.allocated_bytes is None or self.high_bytes is None:
+            return False
+        return self.high_bytes + self.needed_bytes - self.allocated_bytes > memory_bytes
 
     def within(self, memory_bytes: int) -> MemoryEstimate:
         """The same on a device that has so much: the allocator keeps no more than that, or than what is needed."""

@@ -138,6 +138,16 @@ def volta_needs_another_torch(case: Case) -> str | None:
     return None
 
 
+def flash_attention_comes_apart(case: Case) -> str | None:
+    """Told and not refused where nobody has looked; see `flash_attention_needs_ampere`."""
+    if case.config.attention == "flash_attention_2" and case.hardware.has_flash_attention is None:
+        return (
+            "attention flash_attention_2 needs flash-attn on every node, which comes apart: "
+            "pip install --no-build-isolation flash-attn"
+        )
+    return None
+
+
 def int8_is_slow_before_turing(case: Case) -> str | None:
     """Source: bitsandbytes 0.50, diagnostics/cuda.py: "Only slow 8-bit matmul is supported" below 7.5."""
     capability = case.hardware.compute_capability
@@ -177,6 +187,7 @@ NOTES: tuple[Rule, ...] = (
     offload_on_a_cpu,
     offload_exceeds_the_host,
     volta_needs_another_torch,
+    flash_attention_comes_apart,
     int8_is_slow_before_turing,
     adapter_settings_without_an_adapter,
 )

@@ -405,8 +405,12 @@ def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware, pace: 
     concurrent = max_concurrent(wanted, sweep.resources, model, hardware, shape)
     memory_bytes = memory_for_a_worker(hardware, shape, concurrent)
     proposes = sweep.search.is_adaptive
+    # However they lie on the nodes, unless more come when asked: `run` looks at each node, and refuses the whole sweep.
+    never_starts = _too_few(shape, replace(hardware, nodes=1)) if sweep.resources.scale_up_minutes is None else ()
 
     def planned(shape: WorkerShape) -> tuple[PlannedTrial, ...]:
+        if never_starts:
+            return tuple(_planned(trial, trial.config, reasons=never_starts) for trial in wanted)
         each = (plan_trial(trial, model, hardware, shape, memory_bytes, pace) for trial in wanted)
         return tuple(_with_cost(trial, sweep.budget) for trial in each)
 
@@ -452,7 +456,9 @@ def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware, pace: 
         cost=_costs(sweep.budget, hours),
         measured=len(pace.steps),
         assumptions=_assumptions(running, placement(hardware, shape).nodes, pace),
-        warnings=_too_few(shape, hardware) + points_left_out(sweep) + _warnings(sweep, running, makespan, hours),
+        warnings=(() if never_starts else _too_few(shape, hardware))
+        + points_left_out(sweep)
+        + _warnings(sweep, running, makespan, hours),
     )
 
 
@@ -528,6 +534,10 @@ def _assumptions(running: Sequence[PlannedTrial], nodes: int, pace: Pace) -> tup
     told = []
     if any(not trial.config.packing for trial in running):
         told.append("rows fill sequence_length: shorter ones take less time, and less memory where none is as long")
+    if any(trial.config.attention == "flash_attention_2" for trial in running):
+        told.append(
+            "flash_attention_2 takes the time and, but for masks, the memory of sdpa, which writes no scores either"
+        )
     if running and nodes > 1:
         speed = f"{NODE_LINK_BYTES_PER_S * 8 / 1e9:.0f} Gb/s"
         told.append(f"{speed} between the {nodes} nodes that a trial's workers lie on")
@@ -539,9 +549,12 @@ def _too_few(shape: WorkerShape, hardware: Hardware) -> tuple[str, ...]:
         return ()
     each = f"{counted(shape.cpus_per_worker, 'CPU')} and {counted(shape.gpus_per_worker, 'GPU')} each"
     there = f"{counted(hardware.cpus, 'CPU')} and {counted(hardware.gpus, 'GPU')}"
+    if hardware.nodes > 1:
+        there += f" on {hardware.nodes} nodes"
     return (
         f"a trial takes {counted(shape.workers, 'worker')} of {each}, and the cluster has {there}: not one can start "
-        "there; lower resources, or name the cluster's GPUs with --gpu and --gpus",
+        "there; lower resources, name the cluster's GPUs with --gpu and --gpus, or give resources.scale_up_minutes "
+        "where nodes come when asked",
     )
 
 

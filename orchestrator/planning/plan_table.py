@@ -23,16 +23,19 @@ def render(plan: SweepPlan) -> str:
         lines += [f"{plan.proposed_by} {proposes}; {examples}:", ""]
     if runs:
         lines += [*_table(plan, runs), ""]
+    if any(_may_not_fit(plan, trial) for trial in runs):
+        there = f"the {plan.worker_memory_bytes / GIB:.1f} GiB that are there"
+        lines.append(f"* may not fit: the 90 % range of what it is estimated to need ends above {there}")
     for reason, trials in _grouped((reason, trial) for trial in plan.trials for reason in trial.reasons):
-        lines.append(f"refused ({len(trials)}): {reason}")
-        lines.append(f"  {_some([_label(trial, plan.searched) for trial in trials])}")
+        lines += [f"refused ({len(trials)}): {reason}", *_which(trials, plan, plan.trials)]
     for note, trials in _grouped((note, trial) for trial in runs for note in trial.notes):
-        lines.append(f"note ({counted(len(trials), 'trial')}): {note}")
+        lines += [f"note ({counted(len(trials), 'trial')}): {note}", *_which(trials, plan, runs)]
     return "\n".join([*lines, *_totals(plan)])
 
 
 def _table(plan: SweepPlan, trials: Sequence[PlannedTrial]) -> list[str]:
-    rows = [("trial", *plan.searched, "micro-batch", "memory", "biggest part", "time")]
+    shortest_s = min(trial.seconds or 0.0 for trial in trials)
+    rows = [("trial", *plan.searched, "micro-batch", "memory needed", "biggest part", "time")]
     for trial in trials:
         memory = trial.memory
         assert memory is not None
@@ -43,13 +46,17 @@ def _table(plan: SweepPlan, trials: Sequence[PlannedTrial]) -> list[str]:
                 trial.trial_id,
                 *(_shown(getattr(trial.config, name)) for name in plan.searched),
                 str(trial.config.micro_batch_size),
-                f"{memory.device_bytes / GIB:.2f} GiB",
+                f"{memory.needed_bytes / GIB:.2f} GiB{' *' if _may_not_fit(plan, trial) else ''}",
                 f"{biggest} {getattr(memory.parts, biggest) / GIB:.2f} GiB",
-                duration(trial.seconds),
+                duration(trial.seconds, shortest_s),
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _may_not_fit(plan: SweepPlan, trial: PlannedTrial) -> bool:
+    return trial.memory is not None and trial.memory.may_exceed(plan.worker_memory_bytes)
 
 
 def _totals(plan: SweepPlan) -> list[str]:
@@ -81,6 +88,8 @@ def _three_digits(amount: float) -> str:
 
 
 def _trials(plan: SweepPlan) -> str:
+    if not plan.runs:
+        return f"no trial runs; {plan.refused} {_is(plan.refused)} refused"
     run = "1 trial runs" if plan.runs == 1 else f"{plan.runs} trials run"
     return f"{run}, {plan.concurrent} at a time; {plan.refused} {_is(plan.refused)} refused"
 
@@ -89,7 +98,7 @@ def _proposals(plan: SweepPlan) -> str:
     launched = len(plan.trials)
     told = f"a population of {launched}" if plan.proposed_by == "pbt" else f"up to {counted(launched, 'trial')}"
     told += f", {plan.concurrent} at a time; {plan.refused} of these examples {_is(plan.refused)} refused"
-    known = [(t.memory.device_bytes, t.seconds) for t in plan.trials if not t.reasons and t.memory and t.seconds]
+    known = [(t.memory.needed_bytes, t.seconds) for t in plan.trials if not t.reasons and t.memory and t.seconds]
     if not known:
         return told
     memory, seconds = zip(*known, strict=True)
@@ -113,6 +122,11 @@ def _grouped(pairs: Any) -> list[tuple[str, list[PlannedTrial]]]:
     return list(found.items())
 
 
+def _which(trials: Sequence[PlannedTrial], plan: SweepPlan, among: Sequence[PlannedTrial]) -> list[str]:
+    """A line that names them, where they are not all."""
+    return [f"  {_some([_label(trial, plan.searched) for trial in trials])}"] if len(trials) < len(among) else []
+
+
 def _label(trial: PlannedTrial, searched: Sequence[str]) -> str:
     return " ".join(f"{name}={_shown(getattr(trial.config, name))}" for name in searched) or trial.trial_id
 
@@ -130,8 +144,11 @@ def _shown(value: Any) -> str:
     return "+".join(value) if isinstance(value, tuple) else str(value)
 
 
-def duration(seconds: float) -> str:
-    """`45 s`, `1.5 min`, `12 min` or `3.5 h`."""
-    if seconds < 90:
+def duration(seconds: float, like_s: float | None = None) -> str:
+    """`45 s`, `1.5 min`, `12 min` or `3.5 h`; in the unit of another, that they compare at a glance."""
+    like_s, minutes = seconds if like_s is None else like_s, seconds / 60
+    if like_s < 90:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.2g} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    if like_s < 5400:
+        return f"{minutes:.2g} min" if minutes < 99.5 else f"{minutes:.0f} min"
+    return f"{minutes / 60:.1f} h"

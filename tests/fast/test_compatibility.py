@@ -123,6 +123,10 @@ NOTED: dict[str, tuple[Case, Case]] = {
         case(V100, precision="fp16"),
         case(replace(V100, torch_knows_volta=True), precision="fp16"),
     ),
+    "flash_attention_comes_apart": (
+        case(attention="flash_attention_2"),
+        case(replace(H100, has_flash_attention=True), attention="flash_attention_2"),
+    ),
     "int8_is_slow_before_turing": (case(V100, precision="int8"), case(T4, precision="int8")),
     "adapter_settings_without_an_adapter": (case(rank="full", lora_dropout=0.1), case(rank=8, lora_dropout=0.1)),
 }

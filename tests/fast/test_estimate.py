@@ -26,11 +26,19 @@ def line(**keys: Any) -> str:
 
 def test_an_estimate_has_all_that_the_contract_names() -> None:
     (got,) = answer(line(gpu_memory_bytes=2**36))
-    figures = {"allocated_bytes", "reserved_bytes", "device_bytes", "low_bytes", "high_bytes"}
-    assert set(got) == {"id", "parts", "feasible", "reasons"} | figures
+    figures = {"allocated_bytes", "reserved_bytes", "device_bytes", "needed_bytes", "low_bytes", "high_bytes"}
+    assert set(got) == {"id", "parts", "micro_batch_size", "feasible", "reasons"} | figures
     assert set(got["parts"]) == PARTS
     assert got["low_bytes"] < got["allocated_bytes"] < got["high_bytes"]
     assert got["feasible"] is True
+
+
+def test_an_automatic_micro_batch_is_told_as_the_size_that_it_became() -> None:
+    auto = {"micro_batch_size": "auto", "global_batch_size": 16}
+    large, small = answer(*(line(trial=auto, gpu_memory_bytes=size * 2**30) for size in (80, 24)))
+    assert 16 >= large["micro_batch_size"] > small["micro_batch_size"]
+    (named,) = answer(line(trial=auto | {"micro_batch_size": small["micro_batch_size"]}))
+    assert named["allocated_bytes"] == small["allocated_bytes"]
 
 
 def test_what_does_not_fit_says_so_and_still_has_its_figures() -> None:
@@ -38,6 +46,7 @@ def test_what_does_not_fit_says_so_and_still_has_its_figures() -> None:
     assert got["feasible"] is False
     assert got["reasons"]
     assert got["allocated_bytes"] > 2**33
+    assert f"needs {got['needed_bytes']:,} bytes of {2**30:,}" in got["reasons"][0]
 
 
 def test_a_gpu_that_is_nearly_full_holds_what_is_needed_and_the_allocator_keeps_no_more_than_there_is() -> None:
@@ -61,6 +70,11 @@ def test_what_does_not_fit_is_told_what_would_help() -> None:
     assert got["reasons"][0].endswith("; use a smaller model")
 
 
+def test_the_line_that_an_error_names_is_that_of_the_input_with_its_empty_ones() -> None:
+    told = answer("", line(), " ", "no")
+    assert told[1]["error"].startswith("line 4: no JSON")
+
+
 def test_a_byte_order_mark_before_a_line_is_passed_over() -> None:
     marked, plain = estimate_lines([b"\xef\xbb\xbf" + line().encode(), line()], unknown)
     assert marked == plain
@@ -69,7 +83,8 @@ def test_a_byte_order_mark_before_a_line_is_passed_over() -> None:
 @pytest.mark.parametrize(
     ("bad", "told"),
     [
-        ("{", "Expecting"),
+        ("{", "no JSON: Expecting property name enclosed in double quotes at column 2"),
+        ("rank 8", "no JSON: Expecting value at column 1"),
         ("[]", "object"),
         ('{"id": 7}', "model is missing"),
         (line(id=7, model="no/model"), "no model"),
@@ -90,6 +105,7 @@ def test_a_byte_order_mark_before_a_line_is_passed_over() -> None:
 def test_a_bad_line_answers_for_itself_and_the_rest_go_on(bad: str, told: str) -> None:
     good, wrong, after = answer(line(), bad, line(id=2))
     assert told in wrong["error"]
+    assert wrong["error"].startswith("line 2: ")
     assert wrong["id"] in (7, None)
     assert "error" not in good
     assert after["id"] == 2
@@ -127,5 +143,5 @@ def test_a_model_that_cannot_be_had_is_asked_for_once() -> None:
         return unknown(model)
 
     told = [json.loads(one) for one in estimate_lines([line(model="no/model")] * 3, none)]
-    assert [one["error"] for one in told] == ["no model no/model: name another"] * 3
+    assert [one["error"] for one in told] == [f"line {number}: no model no/model: name another" for number in (1, 2, 3)]
     assert asked == ["no/model"]

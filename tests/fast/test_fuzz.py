@@ -75,6 +75,17 @@ def test_whatever_stands_at_a_key_loads_or_is_refused_at_that_key(
         ("trial: {alpha: foo}", "trial.alpha: takes a number above 0, or a multiple of the rank as 2x"),
         ("trial: {alpha: 0x}", "trial.alpha: takes a number above 0, or a multiple of the rank as 2x"),
         ("space: {alpha: [2x, foo]}", "space.alpha[1]: takes a number above 0, or a multiple"),
+        (
+            "trial: {target_modules: qproj}",
+            "trial.target_modules: takes attention, all-linear or a list of modules' names, as "
+            "`target_modules: [q_proj, v_proj]`",
+        ),
+        (
+            "space: {target_modules: [attention, qproj]}",
+            "space.target_modules[1]: takes attention, all-linear or a list of modules' names, as "
+            "`target_modules: [attention, [q_proj, v_proj]]`",
+        ),
+        ("space: {target_modules: {choice: [attn]}}", "space.target_modules.choice[0]: takes attention, all-linear or"),
         ("space: {rank: {choice: [4], whn: {dora: true}}}", "space.rank.whn: is no key here; did you mean when?"),
         ("space: {learning_rate: {uniform: [1]}}", "space.learning_rate.uniform: takes two bounds, as [1, 4]"),
         ("space: {rank: {int: 5}}", "space.rank.int: takes two bounds, as [1, 4]"),

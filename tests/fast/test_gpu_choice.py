@@ -33,9 +33,10 @@ def test_a_type_that_no_node_has_is_refused_with_those_there_are() -> None:
         candidates([T4, A100], "H100")
 
 
-def sweep_on(gpu: str, **trial: object) -> object:
-    raw = {"name": "x", "model": "m", "data": {"train": "d"}, "trial": trial, "resources": {"gpus_per_worker": 1}}
-    return plan_sweep(SweepConfig.model_validate(raw), shape_of(LLAMA_2_7B), named_gpu(gpu, 4))
+def sweep_on(gpu: str, count: int = 4, workers: int = 1, **trial: object) -> object:
+    resources = {"gpus_per_worker": 1, "workers_per_trial": workers}
+    raw = {"name": "x", "model": "m", "data": {"train": "d"}, "trial": trial, "resources": resources}
+    return plan_sweep(SweepConfig.model_validate(raw), shape_of(LLAMA_2_7B), named_gpu(gpu, count))
 
 
 def test_the_smallest_type_is_taken_on_which_as_many_trials_run_as_on_any() -> None:
@@ -43,6 +44,11 @@ def test_the_smallest_type_is_taken_on_which_as_many_trials_run_as_on_any() -> N
     assert chosen({gpu: sweep_on(gpu, **small) for gpu in ("A100", "T4", "L4")}) == "T4"
     large = {"precision": "bf16", "micro_batch_size": 1, "sequence_length": 128}
     assert chosen({gpu: sweep_on(gpu, **large) for gpu in ("A100", "T4", "L4")}) == "L4"
+
+
+def test_a_type_of_which_a_trial_wants_more_than_there_are_is_passed_over() -> None:
+    small = {"precision": "nf4", "micro_batch_size": 1, "sequence_length": 128, "gradient_checkpointing": True}
+    assert chosen({"T4": sweep_on("T4", 1, 2, **small), "L4": sweep_on("L4", 2, 2, **small)}) == "L4"
 
 
 def test_a_plan_is_made_for_the_type_that_the_sweep_file_asks_for() -> None:

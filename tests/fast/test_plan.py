@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from typing import Any
@@ -140,6 +141,49 @@ def test_an_automatic_micro_batch_keeps_to_a_bound_of_memory(hardware: Hardware)
     assert planned("peak_memory_bytes >= 1KiB", "tokens_per_s <= 1").config == free.config
 
 
+def test_the_memory_of_a_plan_is_what_decides_and_refuses_and_not_what_the_allocator_keeps() -> None:
+    space = {"zero_stage": [2, 3], "attention": ["sdpa", "eager"]}
+    long = {"micro_batch_size": 1, "sequence_length": 8192}
+    found = plan(named_gpu("H200", 8), THREE_B, space=space, trial=long, resources={"workers_per_trial": 8})
+    two, three = (trial.memory for trial in found.trials if not trial.reasons)
+    assert two.device_bytes < three.device_bytes
+    assert two.needed_bytes > three.needed_bytes
+    lines, needed = render(found).splitlines(), [trial.memory.needed_bytes for trial in found.trials]
+    for figure in needed:
+        assert sum(f"{figure / 2**30:.2f} GiB" in line or f"{figure / 2**30:.1f} GiB" in line for line in lines) == 1
+    told = [trial["memory"]["needed_bytes"] for trial in json.loads(found.model_dump_json())["trials"]]
+    assert told == needed
+
+
+def test_a_trial_that_fits_by_its_estimate_and_not_by_the_end_of_its_range_is_marked() -> None:
+    found = plan(A100, THREE_B, space={"rank": [8, 64]}, trial={"micro_batch_size": 1, "sequence_length": 8192})
+    small, large = (trial.memory for trial in found.trials)
+    between = (small.high_bytes + large.high_bytes + small.needed_bytes + large.needed_bytes) // 2
+    between -= (small.allocated_bytes + large.allocated_bytes) // 2
+    assert large.needed_bytes < between
+    first, second, _, legend, *_ = render(found.model_copy(update={"worker_memory_bytes": between})).splitlines()[3:]
+    assert (" GiB *" in first, " GiB *" in second) == (False, True)
+    assert legend == (
+        "* may not fit: the 90 % range of what it is estimated to need ends above the "
+        f"{between / 2**30:.1f} GiB that are there"
+    )
+    assert "*" not in render(found)
+
+
+def test_a_plan_that_was_written_before_it_told_what_is_needed_is_read() -> None:
+    written = plan(A100)
+    raw = json.loads(written.model_dump_json())
+    del raw["trials"][0]["memory"]["needed_bytes"]
+    assert SweepPlan.model_validate(raw) == written
+
+
+def test_a_note_names_its_trials_unless_it_is_of_all_that_run() -> None:
+    assert "with one worker shards nothing\n  zero_stage=2\n2 trials" in render(
+        plan(A100, space={"zero_stage": [0, 2]})
+    )
+    assert "with one worker shards nothing\n1 trial runs" in render(plan(A100, trial={"zero_stage": 2}))
+
+
 def test_a_trial_that_would_outrun_its_limit_is_warned_of() -> None:
     (warning,) = plan(A100, trial={"max_steps": 10**6}, budget={"trial_hours": 0.5}).warnings
     assert warning.startswith(
@@ -224,6 +268,13 @@ def test_attention_without_its_scores_is_the_first_that_is_named() -> None:
     asked = case(named_gpu("H100", 1), **settings)
     sdpa = estimate_on(asked.config.model_copy(update={"attention": "sdpa"}), SEVEN_B, 1, asked.hardware)
     assert (what_fits(asked, sdpa.device_bytes, 1) or "").startswith("attention sdpa")
+
+
+def test_a_change_that_would_run_tightly_is_named_after_those_that_leave_room() -> None:
+    asked = case(named_gpu("H100", 1), attention="eager", micro_batch_size=1, sequence_length=4096)
+    sdpa = estimate_on(asked.config.model_copy(update={"attention": "sdpa"}), SEVEN_B, 1, asked.hardware)
+    told = what_fits(asked, sdpa.device_bytes - 1, 1)
+    assert told == "gradient_checkpointing, or, with little to spare, attention sdpa"
 
 
 def test_shorter_sequences_are_named_where_nothing_else_is_enough_and_weights_alone_fit_nowhere() -> None:
@@ -314,10 +365,43 @@ def test_a_change_that_is_refused_itself_hides_none_of_the_others() -> None:
     assert what_fits(case(bare, **settings, rank=4096), 48 * 2**30, 1) == ("micro_batch_size 1 and rank 8")
 
 
-def test_resources_that_the_machine_does_not_have_are_warned_of() -> None:
-    assert any("not one can start there" in told for told in plan(CPU, resources={"gpus_per_worker": 1}).warnings)
-    assert any("not one can start there" in told for told in plan(CPU, resources={"cpus_per_worker": 3}).warnings)
-    assert not any("start there" in told for told in plan(CPU, resources={"cpus_per_worker": 2}).warnings)
+@pytest.mark.parametrize(
+    ("hardware", "resources"),
+    [
+        (CPU, {"gpus_per_worker": 1}),
+        (CPU, {"cpus_per_worker": 3}),
+        (CPU, {"workers_per_trial": 3}),
+        (named_gpu("H100", 4), {"workers_per_trial": 8}),
+    ],
+)
+def test_trials_that_take_more_than_the_whole_cluster_has_are_refused(
+    hardware: Hardware, resources: dict[str, Any]
+) -> None:
+    found = plan(hardware, space={"rank": [4, 8]}, resources=resources, trial={"global_batch_size": 24})
+    assert all("not one can start there" in reason for trial in found.trials for reason in trial.reasons)
+    assert (found.runs, found.refused, found.gpu_hours) == (0, 2, (0, 0, 0))
+    assert "refused (2): a trial takes " in render(found)
+    assert render(found).count("not one can start there") == 1
+    assert "no trial runs; 2 are refused" in render(found)
+    assert "rank=4" not in render(found), "a reason of all trials names none of them"
+
+
+@pytest.mark.parametrize("resources", [{"workers_per_trial": 4}, {"cpus_per_worker": 64}])
+def test_trials_that_take_the_whole_cluster_are_not_refused_for_that(resources: dict[str, Any]) -> None:
+    found = plan(named_gpu("H100", 4), THREE_B, resources=resources)
+    assert (found.runs, found.warnings) == (1, ())
+
+
+def test_what_nodes_that_come_when_asked_may_hold_is_warned_of_and_runs() -> None:
+    resources = {"workers_per_trial": 8, "gpus_per_worker": 1, "max_concurrent": 1, "scale_up_minutes": 10}
+    found = plan(named_gpu("H100", 4), resources=resources)
+    assert found.runs == 1
+    assert [told for told in found.warnings if "not one can start there" in told]
+
+
+def test_a_trial_for_which_nodes_may_be_large_enough_where_they_differ_is_warned_of_and_runs() -> None:
+    (warning,) = plan(named_gpu("H100", 16), THREE_B, resources={"cpus_per_worker": 200}).warnings
+    assert "the cluster has 256 CPUs and 16 GPUs on 2 nodes: not one can start there" in warning
 
 
 def test_the_parts_of_a_plan_on_a_cpu_sum_to_the_memory_that_it_tells() -> None:
@@ -549,6 +633,22 @@ def test_a_duration_is_told_to_two_digits(seconds: float, words: str) -> None:
     assert duration(seconds) == words
 
 
+def test_the_times_of_a_plans_trials_are_told_in_one_unit() -> None:
+    found = plan(A100, space={"max_steps": [2000, 5000]}, trial={"micro_batch_size": 16})
+    short, long = (trial.seconds for trial in found.trials)
+    assert 90 < short < 5400 < long
+    cells = [line.rsplit("  ", 1)[1] for line in render(found).splitlines()[3:5]]
+    assert cells == [f"{short / 60:.2g} min", f"{long / 60:.0f} min"]
+
+
+def test_what_flash_attention_is_counted_as_is_told_where_a_trial_runs_with_it() -> None:
+    def assumed(attention: str) -> list[str]:
+        told = plan(A100, trial={"attention": attention}).assumptions
+        return [line for line in told if line.startswith("flash_attention_2 takes the time")]
+
+    assert (len(assumed("flash_attention_2")), len(assumed("sdpa"))) == (1, 0)
+
+
 def test_one_of_a_thing_is_told_as_one() -> None:
     switched = plan(A100, space={"packing": [True, False]})
     assert "  true  " in render(switched)
@@ -561,7 +661,7 @@ def test_one_of_a_thing_is_told_as_one() -> None:
     assert " to " not in line.partition("; they take ")[2]
     one_trial = {**search, "budget": {"trials": 1}}
     assert "up to 1 trial, 1 at a time" in render(plan(A100, space={"rank": [8, 16]}, **one_trial))
-    (alone,) = [w for w in plan(CPU, resources={"gpus_per_worker": 1}).warnings if "not one can start" in w]
+    (alone,) = plan(CPU, resources={"gpus_per_worker": 1}).trials[0].reasons
     assert alone.startswith("a trial takes 1 worker of 1 CPU and 1 GPU each, and the cluster has 2 CPUs and 0 GPUs")
 
 
