@@ -282,7 +282,7 @@ class BudgetConfig(_Part):
     trial_hours: Annotated[float, Field(gt=0)] | None = None
     """The longest that one trial may run; one that hangs would hold its GPUs for ever."""
     gpu_hours: Annotated[float, Field(gt=0)] | None = None
-    price_per_gpu_hour: Annotated[float, Field(ge=0)] | None = None
+    price_per_gpu_hour: Annotated[float, Field(ge=0, le=10**9)] | None = None
     cost: Annotated[float, Field(gt=0)] | None = None
     """Money, in the unit of `price_per_gpu_hour`, that the trials' GPU-hours may cost."""
 

@@ -322,7 +322,7 @@ def opened(file: Path) -> Iterator[BinaryIO]:
         OSError: it cannot be opened, is no regular file, or larger than any of ours.
     """
     # To open a pipe would wait for whoever writes to it.
-    with open(file, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as stream:  # noqa: PTH123
+    with open(file, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as stream:
         found = os.fstat(stream.fileno())
         if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(file))
@@ -368,9 +368,11 @@ def read_table(folder: SweepFolder) -> SweepResult:
     """
     try:
         return SweepResult.model_validate(upgrade(from_json(read_record(folder.results_json))))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         if folder.sweep_file.exists() and any(folder.trials()):
-            told = f"{cut(str(folder.results_json))} is lost, and the trials are there: run the sweep again to rebuild it"
+            told = (
+                f"{cut(str(folder.results_json))} is lost, and the trials are there: run the sweep again to rebuild it"
+            )
             raise FolderError(told) from error
         raise FolderError(f"{cut(folder.shown)} holds no sweep: name a folder that `orchestrator run` made") from error
     except PermissionError as error:

@@ -64,7 +64,7 @@ def dashboard_address(given: str) -> str:
     try:
         parts = urlsplit(given.strip())
         # Reading it raises where it is no number, or none of a port.
-        is_address = parts.port != 0 and parts.scheme in ("http", "https") and bool(parts.hostname)
+        is_address = parts.port != 0 and parts.scheme in ("http", "https") and len((parts.hostname or "").split()) == 1
     except ValueError:
         is_address = False
     if not is_address:

@@ -704,6 +704,8 @@ def test_gpu_hours_and_cost_are_those_of_the_trials_and_add_up() -> None:
     assert sum(trial.gpu_hours for trial in priced.trials) == pytest.approx(priced.gpu_hours[1])
     assert sum(trial.cost for trial in priced.trials) == pytest.approx(priced.cost[1])
     assert plan(A100).trials[0].cost is None
+    assert "cost: about" in render(priced)
+    assert "cost:" not in render(plan(CPU, shape_of(SMOLLM2_135M), budget={"price_per_gpu_hour": 2.0}))
 
 
 @pytest.mark.parametrize(

@@ -200,5 +200,5 @@ def test_something_that_is_no_dashboard_is_told(api: JobApi) -> None:
 )
 def test_something_that_answers_in_json_and_is_no_dashboard_is_told(api: JobApi, answers: dict[str, object]) -> None:
     vars(api).update(answers)
-    with pytest.raises(ClusterUnreachableError, match="answers, but not as Ray's dashboard .*check --address"):
+    with pytest.raises(ClusterUnreachableError, match=r"answers, but not as Ray's dashboard .*check --address"):
         JobServer(api.address).jobs()
