@@ -24,6 +24,8 @@ from orchestrator.config.search_space import (
 from orchestrator.errors import cut, shown
 
 Domain = Choice[Any] | Range
+DIGITS = 12
+"""Of a number that an axis makes: the middle of 1e-4 to 1e-2 is 0.001, and not 0.0010000000000000002 beside it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +56,8 @@ class Axis:
         low, high = self._scaled(self.low - margin), self._scaled(self.high + margin)
         value = low + unit * (high - low)
         value = math.exp(value) if self.is_log else value
-        value = min(self.high, max(self.low, value))
-        return round(value) if self.is_whole else value
+        value = round(value) if self.is_whole else float(f"{value:.{DIGITS}g}")
+        return min(self.high, max(self.low, value))
 
     def place(self, value: Any) -> float:
         """The middle of a value's share: `at(place(value))` is the value.

@@ -282,7 +282,7 @@ class BudgetConfig(_Part):
     trial_hours: Annotated[float, Field(gt=0)] | None = None
     """The longest that one trial may run; one that hangs would hold its GPUs for ever."""
     gpu_hours: Annotated[float, Field(gt=0)] | None = None
-    price_per_gpu_hour: Annotated[float, Field(ge=0)] | None = None
+    price_per_gpu_hour: Annotated[float, Field(ge=0, le=10**9)] | None = None
     cost: Annotated[float, Field(gt=0)] | None = None
     """Money, in the unit of `price_per_gpu_hour`, that the trials' GPU-hours may cost."""
 
@@ -430,12 +430,16 @@ class SweepConfig(_Part):
         if self.search.algorithm == "grid":
             configurations = grid(self.base, self.domains, self.exclude)[: self.budget.trials]
         else:
-            pbt = self.scheduler.pbt
-            count = pbt.population if pbt else self.budget.trials or DEFAULT_SAMPLES
-            drawn = sample(self.base, self.domains, self.exclude, count, self.search.seed)
-            points = [config for _, config in self._points() if not is_excluded(config, self.exclude)]
-            configurations = tuple({configuration_id(one): one for one in (*points, *drawn)}.values())[:count]
+            drawn = sample(self.base, self.domains, self.exclude, self.first_count, self.search.seed)
+            distinct = {configuration_id(one): one for one in (*self.possible_points, *drawn)}
+            configurations = tuple(distinct.values())[: self.first_count]
         return make_trials(configurations, self.search.repeats)
+
+    @property
+    def first_count(self) -> int:
+        """How many configurations a search tries, or a population begins with; those that are refused come on top."""
+        pbt = self.scheduler.pbt
+        return pbt.population if pbt else self.budget.trials or DEFAULT_SAMPLES
 
     @property
     def points(self) -> tuple[Settings, ...]:
@@ -443,6 +447,12 @@ class SweepConfig(_Part):
         axes = axes_of(self.domains)
         named = ((point,) if isinstance(point, dict) else known_good(axes, self.base) for point in self.search.points)
         return tuple(itertools.chain.from_iterable(named))
+
+    @property
+    def possible_points(self) -> tuple[TrialConfig, ...]:
+        """The configurations of `points` that `exclude` does not name, each once."""
+        found = (config for _, config in self._points() if not is_excluded(config, self.exclude))
+        return tuple({configuration_id(config): config for config in found}.values())
 
     @property
     def excluded_points(self) -> tuple[Settings, ...]:

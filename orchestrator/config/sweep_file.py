@@ -313,6 +313,8 @@ def _sentence(detail: Any, path: Path_) -> str:
         return "takes two bounds, as [1, 4]" if isinstance(detail["loc"][-1], int) else "is missing: write it"
     if kind == "extra_forbidden":
         return _unknown_key(path)
+    if value is None:
+        return "has no value: write one, or leave the key out where it has a default"
     if kind == "tuple_type":
         if len(path) > 2 and path[-1] in DOMAIN_TAGS:
             return "takes a list of values" if path[-1] == "choice" else "takes two bounds, as [1, 4]"
@@ -329,8 +331,9 @@ def _sentence(detail: Any, path: Path_) -> str:
     if kind in ("literal_error", "enum") and isinstance(value, str):
         expected = [part.strip(" '") for part in detail["ctx"]["expected"].replace(" or ", ", ").split(",")]
         return f"{_lower(message)}, not {shown(value)}{nearest(value, expected)}"
-    is_shown = isinstance(value, str | int | float | bool) and not message.endswith("?")
-    seen = f", not {shown(value)}" if is_shown else ""
+    # What a check of ours refuses may be the whole part that it looked at.
+    is_value = isinstance(value, str | int | float | bool) or message.startswith("Input should")
+    seen = f", not {shown(value)}" if is_value and not message.endswith("?") else ""
     return f"{_lower(message.removeprefix('Value error, '))}{seen}"
 
 

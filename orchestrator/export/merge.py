@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import warnings
 from pathlib import Path
 from typing import Literal
 
 from orchestrator.config.trial_config import Precision
 from orchestrator.errors import InputError, ModelError, StorageError, cut
 from orchestrator.results.records import TrialResult
+from orchestrator.training.quiet import quiet_libraries
 
 
+@quiet_libraries()
 def merge(base: str, adapter: Path, trial: TrialResult, to: Path) -> None:
     """W + B·A·scaling in the weights' own dtype.
 
     Source: Hu et al. 2021 (arXiv:2106.09685), section 4.1; peft 0.21.2, tuners/tuners_utils.py, merge_and_unload.
     """
-    _hush()
     import torch
     from peft import PeftModel
     from safetensors import SafetensorError
@@ -49,19 +47,6 @@ def merge(base: str, adapter: Path, trial: TrialResult, to: Path) -> None:
         merged.save_pretrained(to)
     except SafetensorError as error:
         raise StorageError(f"cannot write {to} ({error}): free some space there, or name another --to") from error
-
-
-def _hush() -> None:
-    """Keep to themselves what the libraries would say of kernels and devices: nothing is trained here."""
-    from orchestrator.training.device import has_gpu
-
-    # Told, DeepSpeed, which PEFT imports, does not say what it found.
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if has_gpu() else "cpu")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def merged_dtype(precision: Precision) -> Literal["float32", "bfloat16", "float16", "auto"]:

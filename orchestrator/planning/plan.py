@@ -594,12 +594,21 @@ def _warnings(sweep: SweepConfig, running: Sequence[PlannedTrial], makespan: Ran
 
 
 def points_left_out(sweep: SweepConfig) -> tuple[str, ...]:
-    """That points are not tried: the sweep file may offer `known_good` and exclude a part of it."""
-    if not (excluded := sweep.excluded_points):
-        return ()
-    are = "is" if len(excluded) == 1 else "are"
-    named = " and ".join(shown_as_yaml(settings) for settings in excluded)
-    return (f"of search.points {named} {are} not tried, since `exclude` names {'it' if are == 'is' else 'them'}",)
+    """That points are not tried: more than a search tries, or excluded, as a part of `known_good` may be."""
+    told = []
+    if excluded := sweep.excluded_points:
+        are = "is" if len(excluded) == 1 else "are"
+        named = " and ".join(shown_as_yaml(settings) for settings in excluded)
+        told.append(
+            f"of search.points {named} {are} not tried, since `exclude` names {'it' if are == 'is' else 'them'}"
+        )
+    if len(points := sweep.possible_points) > (most := sweep.first_count):
+        limit = "scheduler.pbt.population" if sweep.scheduler.pbt else "budget.trials"
+        told.append(
+            f"search.points stand for {len(points)} configurations, of which {most} {'is' if most == 1 else 'are'} "
+            f"tried: raise {limit}, or take some away"
+        )
+    return tuple(told)
 
 
 def _beyond_constraints(sweep: SweepConfig, running: Sequence[PlannedTrial]) -> tuple[str, ...]:

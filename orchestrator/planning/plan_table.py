@@ -71,7 +71,7 @@ def _totals(plan: SweepPlan) -> list[str]:
     )
     if plan.gpus_per_worker:
         lines.append(f"GPU-hours: {_about(plan.gpu_hours)}")
-    if plan.cost:
+    if plan.cost and plan.gpus_per_worker:
         lines.append(f"cost: {_about(plan.cost)}")
     lines += [f"assumed: {assumption}" for assumption in plan.assumptions]
     return lines + [f"warning: {warning}" for warning in plan.warnings]

@@ -130,7 +130,7 @@ def _plan(folder: SweepFolder) -> tuple[SweepPlan | None, tuple[DamagedRecord, .
     except FileNotFoundError:
         return None, ()
     except (OSError, ValidationError) as error:
-        return None, (DamagedRecord(folder.plan, why_unread(error)),)
+        return None, (DamagedRecord(folder.plan, f"{why_unread(error)}; left out"),)
 
 
 def _price(sweep_file: str | None) -> float | None:

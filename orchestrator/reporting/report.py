@@ -47,7 +47,7 @@ def render_text(report: Report) -> str:
         answer.answer,
         *(f"  - {line}" for line in answer.evidence),
     ]
-    lines += [f"  - damaged, left out: {record.file} ({_first_line(record.why)})" for record in report.damaged]
+    lines += [f"  - damaged: {record.file} ({_first_line(record.why)})" for record in report.damaged]
     lines += ["", *_table(report)]
     for status, reason, names in reasons(report):
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -14,10 +14,10 @@ import shutil
 import socket
 import stat
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -302,6 +302,9 @@ class DamagedRecord:
 
 def why_unread(error: Exception) -> str:
     """Why a record cannot be read, in one line: of a wrong value, or the first of them, where it stands."""
+    if isinstance(error, OSError) and error.strerror:
+        # Whoever tells it names the file.
+        return error.strerror
     if not isinstance(error, ValidationError):
         return " ".join(str(error).split())[:200]
     wrong = error.errors(include_url=False, include_input=False)[0]
@@ -319,9 +322,8 @@ def opened(file: Path) -> Iterator[BinaryIO]:
         OSError: it cannot be opened, is no regular file, or larger than any of ours.
     """
     # To open a pipe would wait for whoever writes to it.
-    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
-    with open(descriptor, "rb") as stream:  # noqa: PTH123
-        found = os.fstat(descriptor)
+    with open(file, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as stream:
+        found = os.fstat(stream.fileno())
         if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(file))
         if found.st_size > LARGEST_BYTES:
@@ -366,7 +368,12 @@ def read_table(folder: SweepFolder) -> SweepResult:
     """
     try:
         return SweepResult.model_validate(upgrade(from_json(read_record(folder.results_json))))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if folder.sweep_file.exists() and any(folder.trials()):
+            told = (
+                f"{cut(str(folder.results_json))} is lost, and the trials are there: run the sweep again to rebuild it"
+            )
+            raise FolderError(told) from error
         raise FolderError(f"{cut(folder.shown)} holds no sweep: name a folder that `orchestrator run` made") from error
     except PermissionError as error:
         raise FolderError(f"{folder.results_json} may not be read by this account: give it the right to") from error
@@ -377,7 +384,7 @@ def read_table(folder: SweepFolder) -> SweepResult:
 
 
 def read_sweep(folder: SweepFolder) -> tuple[SweepResult, tuple[DamagedRecord, ...]]:
-    """The sweep with every trial as its own file has it, running or ended.
+    """The sweep with every trial as its own file has it, running or ended; of a damaged one as results.json does.
 
     Raises:
         FolderError: the folder holds no sweep.
@@ -387,7 +394,17 @@ def read_sweep(folder: SweepFolder) -> tuple[SweepResult, tuple[DamagedRecord, .
     known = {trial.trial_id for trial in sweep.trials}
     # What an adaptive search has proposed since is in its own file alone.
     own = {trial_id: trial for trial_id, trial in results.items() if trial_id in known or trial.suggestion}
-    return sweep.model_copy(update={"trials": tuple(newest(sweep.trials, own).values())}), damaged
+    told = tuple(_with_its_consequence(record, known - results.keys()) for record in damaged)
+    return sweep.model_copy(update={"trials": tuple(newest(sweep.trials, own).values())}), told
+
+
+def _with_its_consequence(record: DamagedRecord, in_the_table_alone: Collection[str]) -> DamagedRecord:
+    """What a reader makes of a trial whose own record is damaged; of other files the reason tells it."""
+    trial = TrialFolder(record.file.parent)
+    if record.file != trial.result:
+        return record
+    is_told = trial.root.name in in_the_table_alone
+    return replace(record, why=f"{record.why}; {'told from results.json' if is_told else 'left out'}")
 
 
 def newest(table: Iterable[TrialResult], own: Mapping[str, TrialResult]) -> dict[str, TrialResult]:

@@ -27,7 +27,7 @@ from ray.job_submission import JobSubmissionClient
 
 from orchestrator.config.storage_address import is_remote
 from orchestrator.config.sweep_config import SweepConfig
-from orchestrator.errors import ClusterUnreachableError, InputError, cut
+from orchestrator.errors import ClusterUnreachableError, InputError, cut, first_line
 from orchestrator.results.provenance import git_state
 from orchestrator.results.secrets import without_secret
 from orchestrator.submit.job import (
@@ -64,7 +64,7 @@ def dashboard_address(given: str) -> str:
     try:
         parts = urlsplit(given.strip())
         # Reading it raises where it is no number, or none of a port.
-        is_address = parts.port != 0 and parts.scheme in ("http", "https") and bool(parts.hostname)
+        is_address = parts.port != 0 and parts.scheme in ("http", "https") and len((parts.hostname or "").split()) == 1
     except ValueError:
         is_address = False
     if not is_address:
@@ -92,11 +92,14 @@ class JobServer:
             os.environ.pop(name, None)
         for handler in logging.getLogger("ray").handlers:
             handler.setLevel(logging.WARNING)
-        self._client: Any = self._asking(lambda: JobSubmissionClient(self.address))
-        ray_there = self._get("/api/version")["ray_version"]
-        self.python = self._get("/api/v0/cluster_metadata").get("data", {}).get("pythonVersion")
-        if problem := version_problem(ray_there, ray.__version__, self.python):
+        self._client: Any = self._understood(lambda: JobSubmissionClient(self.address))
+        self.python: str | None = self._understood(self._python_of_a_cluster_that_can_run_us)
+
+    def _python_of_a_cluster_that_can_run_us(self) -> Any:
+        python = self._get("/api/v0/cluster_metadata").get("data", {}).get("pythonVersion")
+        if problem := version_problem(self._get("/api/version")["ray_version"], ray.__version__, python):
             raise InputError(f"{self.shown_address}: {problem}")
+        return python
 
     def _require_an_answer(self) -> None:
         """Ray's client would wait for ever for a port that listens and says nothing."""
@@ -104,9 +107,7 @@ class JobServer:
             urllib.request.urlopen(f"{self.shown_address}/api/version", timeout=CONNECT_LIMIT_S).close()
         except urllib.error.HTTPError as error:
             if error.code not in (401, 403):
-                raise ClusterUnreachableError(
-                    f"{self.shown_address} answers, but not as Ray's dashboard (HTTP {error.code}): check --address"
-                ) from error
+                raise self._no_dashboard(f"HTTP {error.code}") from error
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise ClusterUnreachableError(
                 f"no Ray dashboard answers at {cut(self.shown_address)} ({str(error).strip()}): check host and port of "
@@ -128,6 +129,18 @@ class JobServer:
             )
             raise ClusterUnreachableError(f"{self.shown_address}: {last_line}; {mend}") from error
 
+    def _understood(self, ask: Callable[[], Any]) -> Any:
+        """What is asked for, where the answer has the form of Ray's: its client trusts that it has."""
+        try:
+            return self._asking(ask)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise self._no_dashboard(f"{type(error).__name__}: {cut(first_line(error))}") from error
+
+    def _no_dashboard(self, why: str) -> ClusterUnreachableError:
+        return ClusterUnreachableError(
+            f"{self.shown_address} answers, but not as Ray's dashboard ({why}): check --address"
+        )
+
     def _get(self, path: str) -> Any:
         # The client has no public call for the versions; it has the token and the TLS settings (ray 2.60.0).
         response = self._asking(lambda: self._client._do_request("GET", path))
@@ -138,7 +151,7 @@ class JobServer:
 
     def jobs(self) -> list[Job]:
         """Every job that was submitted to this cluster."""
-        known = self._asking(self._client.list_jobs)
+        known = self._understood(self._client.list_jobs)
         return [
             Job(
                 job.submission_id,
@@ -176,7 +189,7 @@ class JobServer:
                 before, shown = shown, asyncio.run(self._tail(job_id, shown, show))
                 if shown > before:
                     silent_since_s = None
-                details = self._asking(lambda: self._client.get_job_info(job_id))
+                details = self._understood(lambda: self._client.get_job_info(job_id))
                 silent_since_s = None
                 if details.status.is_terminal():
                     return details

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import ModelError
+from orchestrator.training.quiet import quiet_libraries
 
 _LLAMA = {
     "model_type": "llama",
@@ -114,7 +115,8 @@ def _build_aside(folder: Path, builder: Callable[[Path], None]) -> None:
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         partial.mkdir()
-        builder(partial)
+        with quiet_libraries():
+            builder(partial)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

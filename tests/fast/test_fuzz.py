@@ -72,6 +72,11 @@ def test_whatever_stands_at_a_key_loads_or_is_refused_at_that_key(
     [
         ("exclude: 5", "exclude: takes a list of partial configurations"),
         ("trial: {rank: 0}", "trial.rank: should be greater than or equal to 1 or 'full', not 0"),
+        ("trial:\n  max_steps:\nstorage:", "trial.max_steps: has no value: write one, or leave the key out"),
+        ("trial:\n  max_steps:\nstorage:", "storage: has no value: write one, or leave the key out"),
+        ("search:", "search: has no value: write one"),
+        ("trial: {max_steps: []}", "trial.max_steps: should be a valid integer, not []"),
+        ("space: {rank: [[]]}", "space.rank[0]: should be a valid integer or 'full', not []"),
         ("trial: {alpha: foo}", "trial.alpha: takes a number above 0, or a multiple of the rank as 2x"),
         ("trial: {alpha: 0x}", "trial.alpha: takes a number above 0, or a multiple of the rank as 2x"),
         ("space: {alpha: [2x, foo]}", "space.alpha[1]: takes a number above 0, or a multiple"),

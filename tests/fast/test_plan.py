@@ -702,6 +702,18 @@ def test_a_point_that_is_offered_and_excluded_is_told_as_not_tried(algorithm: st
     assert plan(A100, **keys).warnings == ()
 
 
+def test_points_beyond_those_that_a_search_tries_are_told() -> None:
+    keys: dict[str, Any] = {"space": {"rank": [8, 64], "learning_rate": {"log_uniform": [1e-4, 1e-2]}}}
+    points = [{"rank": 8}, {"rank": 8, "learning_rate": 1e-3}, {"rank": 64}, "known_good"]
+    told = "search.points stand for 4 configurations, of which {} tried: raise {}, or take some away"
+    for algorithm in ("random", "tpe"):
+        keys["search"] = {"algorithm": algorithm, "points": points}
+        assert plan(A100, **keys, budget={"trials": 1}).warnings == (told.format("1 is", "budget.trials"),)
+        assert plan(A100, **keys, budget={"trials": 4}).warnings == ()
+    keys |= {"search": {"points": points}, "scheduler": {"pbt": {"population": 3, "interval_steps": 5}}}
+    assert told.format("3 are", "scheduler.pbt.population") in plan(A100, **keys).warnings
+
+
 def test_workers_of_one_trial_never_share_a_gpu() -> None:
     small = {"precision": "nf4", "micro_batch_size": 1, "global_batch_size": 4, "sequence_length": 256}
     assert plan(A100, trial=small, resources={"gpus_per_worker": "auto", "workers_per_trial": 2}).gpus_per_worker == 1
@@ -792,6 +804,8 @@ def test_gpu_hours_and_cost_are_those_of_the_trials_and_add_up() -> None:
     assert sum(trial.gpu_hours for trial in priced.trials) == pytest.approx(priced.gpu_hours[1])
     assert sum(trial.cost for trial in priced.trials) == pytest.approx(priced.cost[1])
     assert plan(A100).trials[0].cost is None
+    assert "cost: about" in render(priced)
+    assert "cost:" not in render(plan(CPU, shape_of(SMOLLM2_135M), budget={"price_per_gpu_hour": 2.0}))
 
 
 @pytest.mark.parametrize(

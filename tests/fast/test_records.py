@@ -273,3 +273,10 @@ def test_a_members_checkpoint_outlasts_the_end_of_its_generation_alone(tmp_path:
         folder.trial("a-0").checkpoint(2).mkdir(parents=True, exist_ok=True)
         write_result(folder, trial(status=S.STOPPED, reason="told", suggestion=suggestion))
         assert folder.trial("a-0").checkpoint(2).exists() == stays
+
+
+def test_a_file_that_is_given_for_a_sweeps_folder_is_told_as_no_sweep(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text("name: a\n", encoding="utf-8")
+    with pytest.raises(FolderError, match="holds no sweep: name a folder"):
+        read_sweep(SweepFolder(file))

@@ -20,6 +20,7 @@ from orchestrator.reporting.cost_charts import PART_STYLES, memory_chart, parts_
 from orchestrator.reporting.curves import plateaus, value_curves
 from orchestrator.reporting.findings import trial_snippet
 from orchestrator.reporting.plot import Axis, Dot, Line, ticks, xy_plot
+from orchestrator.reporting.status import render_status
 from orchestrator.reporting.times import Outlay, against_plan, times_of
 from orchestrator.results.records import PeakMemory, SweepResult, Timing, TrialStatus
 from orchestrator.results.storage import SweepFolder, write_atomically
@@ -303,6 +304,27 @@ def test_damaged_records_are_named_and_taken_from_the_summary(tmp_path: Path) ->
     assert str(broken) in report.render_html(made)
     assert json.loads(report.render_json(made))["damaged"][0]["file"] == str(broken)
     assert len(made.summaries) == 2
+    assert made.counts == {TrialStatus.COMPLETED: 2}
+    for text in (report.render_text(made), report.render_html(made), render_status(folder)):
+        assert "; told from results.json" in text
+        assert "left out" not in text
+
+
+def test_a_damaged_record_that_is_in_no_summary_is_left_out(tmp_path: Path) -> None:
+    folder = write_made_up(tmp_path / "sweep", simulated([2.0, 2.1], 1, 0))
+    write_atomically(folder.trial("stray-0").result, "{")
+    folder.plan.mkdir()
+    text = report.render_text(report.build(folder))
+    assert f"{folder.plan} (Is a directory; left out)" in text
+    assert "; left out" in next(line for line in text.splitlines() if "stray-0" in line)
+
+
+def test_a_folder_of_which_the_summary_alone_is_lost_is_told_how_to_rebuild_it(tmp_path: Path) -> None:
+    folder = write_made_up(tmp_path / "sweep", simulated([2.0, 2.1], 1, 0))
+    folder.sweep_file.write_text("name: sweep\n", encoding="utf-8")
+    folder.results_json.unlink()
+    with pytest.raises(FolderError, match=r"results\.json is lost, and the trials are there: run the sweep again"):
+        report.build(folder)
 
 
 def test_a_folder_without_a_sweep_is_refused(tmp_path: Path) -> None:

@@ -265,6 +265,7 @@ def test_a_job_ends_with_the_contracts_exit_codes(status: str, driver: int | Non
         (["search_spaces/smoke.yaml", "--address", "http://head:eighty"], 2, "http://HEAD:8265"),
         (["search_spaces/smoke.yaml", "--address", "http://head:99999"], 2, "http://HEAD:8265"),
         (["search_spaces/smoke.yaml", "--address", "http://:8265"], 2, "http://HEAD:8265"),
+        (["search_spaces/smoke.yaml", "--address", "http://exa mple:8265"], 2, "http://HEAD:8265"),
         (["search_spaces/smoke.yaml", "--address", NOBODY, "--follow", "--no-wait"], 2, "give one of them"),
         (["search_spaces/smoke.yaml", "--address", NOBODY], 3, "no Ray dashboard answers"),
         (["search_spaces/smoke.yaml", "--address", "http://no-such-host.invalid:8265"], 3, "no Ray dashboard answers"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import platform
 import signal
 import threading
 from collections.abc import Iterator
@@ -26,7 +27,9 @@ class JobApi:
     """Ray's job API as far as `follow` asks it: every connection but the last breaks after its first lines."""
 
     def __init__(self) -> None:
-        self.ray_version = ray.__version__
+        self.version: object = {"version": "4", "ray_version": ray.__version__, "ray_commit": ""}
+        self.metadata: object = {"data": {"pythonVersion": platform.python_version()}}
+        self.jobs: object = []
         self.connections_left = 3
         self.end: dict[str, object] = {"status": "SUCCEEDED", "driver_exit_code": 0}
         self.first_line_takes_s = 0.0
@@ -54,11 +57,19 @@ class JobApi:
         )
 
     async def _version(self, request: web.Request) -> web.Response:
-        return web.json_response({"version": "4", "ray_version": self.ray_version, "ray_commit": ""})
+        return web.json_response(self.version)
+
+    async def _metadata(self, request: web.Request) -> web.Response:
+        return web.json_response(self.metadata)
+
+    async def _jobs(self, request: web.Request) -> web.Response:
+        return web.json_response(self.jobs)
 
     async def _start(self) -> None:
         app = web.Application()
         app.router.add_get("/api/version", self._version)
+        app.router.add_get("/api/v0/cluster_metadata", self._metadata)
+        app.router.add_get("/api/jobs/", self._jobs)
         app.router.add_get("/api/jobs/j", self._job)
         app.router.add_get("/api/jobs/j/logs/tail", self._tail)
         self._runner = web.AppRunner(app)
@@ -168,7 +179,7 @@ def test_a_ctrl_c_that_comes_together_with_a_line_ends_the_showing(
 
 
 def test_a_cluster_of_another_ray_is_refused(api: JobApi) -> None:
-    api.ray_version = "2.9.3"
+    api.version = {"version": "4", "ray_version": "2.9.3", "ray_commit": ""}
     with pytest.raises(InputError, match=r"runs Ray 2\.9\.3.*made for Ray"):
         JobServer(api.address)
 
@@ -176,3 +187,18 @@ def test_a_cluster_of_another_ray_is_refused(api: JobApi) -> None:
 def test_something_that_is_no_dashboard_is_told(api: JobApi) -> None:
     with pytest.raises(ClusterUnreachableError, match="not as Ray's dashboard"):
         JobServer(f"{api.address}/elsewhere")
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        *({"version": version} for version in ({}, [], None, {"ray_version": 2})),
+        *({"metadata": metadata} for metadata in ([], {"data": None}, {"data": {"pythonVersion": "weird"}})),
+        *({"jobs": jobs} for jobs in ([{"a": 1}], {"a": 1}, None)),
+    ],
+    ids=str,
+)
+def test_something_that_answers_in_json_and_is_no_dashboard_is_told(api: JobApi, answers: dict[str, object]) -> None:
+    vars(api).update(answers)
+    with pytest.raises(ClusterUnreachableError, match=r"answers, but not as Ray's dashboard .*check --address"):
+        JobServer(api.address).jobs()

@@ -238,3 +238,23 @@ def test_what_was_stopped_is_carried_on_like_the_others_and_keeps_its_place() ->
     assert values_at(known, whole[1], 30) == (4.0,)
     assert values_at(known, whole[1], 5) is None
     assert values_at([stopped], stopped, 30) is None
+
+
+def test_the_middle_of_a_range_is_the_number_that_a_person_writes_and_is_not_tried_twice() -> None:
+    space = domains(Space.model_validate({"rank": [2, 4], "learning_rate": {"log_uniform": [1e-4, 1e-2]}}))
+    points = ({"rank": 2}, {"rank": 2, "learning_rate": 0.001}, {"rank": 4})
+    first = next_settings("tpe", space, BASE, [], points, (), 0)
+    assert first == points[1]
+    assert next_settings("tpe", space, BASE, [], points, [Observation(0, first, Standing.OPEN)], 0) == {
+        "rank": 4,
+        "learning_rate": 0.001,
+    }
+
+
+@pytest.mark.parametrize("kind", ["uniform", "log_uniform"])
+def test_no_place_of_a_range_lies_beyond_its_ends(kind: str) -> None:
+    low, high = 1e-4 / 3, 2e-4 / 3
+    (axis,) = axes_of(domains(Space.model_validate({"learning_rate": {kind: [low, high]}})))
+    assert all(low <= axis.at(place / 1000) <= high for place in range(1001))
+    # An older record may have more digits.
+    assert axis.at(axis.place(0.00004 + 1e-19)) == 0.00004

@@ -162,6 +162,7 @@ def test_a_missing_file_names_its_nearest_neighbour(tmp_path: Path) -> None:
         ("storage=ftp://host/x", "takes a folder"),
         ("resources.scale_up_minutes=5", "needs gpus_per_worker"),
         ("resources.accelerator=../x", "takes letters"),
+        ("budget.price_per_gpu_hour=1e308", "less than or equal to 1000000000"),
         ("search.repeats=0", "greater than or equal to 1"),
     ],
 )

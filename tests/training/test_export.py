@@ -182,7 +182,10 @@ def test_a_folder_that_exists_is_kept_unless_it_is_forced(tiny_model: Path, tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "sweep"]
 
 
-def test_a_merge_says_nothing_but_where_the_model_is(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("merging", [(), ("--merge",)])
+def test_an_export_says_nothing_but_where_the_model_is(
+    tiny_model: Path, tmp_path: Path, merging: tuple[str, ...]
+) -> None:
     folder = a_sweep(tmp_path / "sweep", tiny_model, {})
     command = [
         sys.executable,
@@ -190,12 +193,14 @@ def test_a_merge_says_nothing_but_where_the_model_is(tiny_model: Path, tmp_path:
         "orchestrator",
         "export",
         str(folder.root),
-        "--merge",
+        *merging,
         "--to",
         str(tmp_path / "out"),
     ]
     # As a user has it: pytest and its fixtures may have told the libraries to be quiet.
     environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    # The base is made first, as on another machine than the sweep's.
+    environment["ORCHESTRATOR_CACHE"] = str(tmp_path / "cache")
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("trial ")
