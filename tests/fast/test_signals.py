@@ -25,9 +25,12 @@ ASKING = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 @pytest.fixture(autouse=True)
 def _handlers_stay() -> Iterator[None]:
+    # Tests may be run by `nohup` as well.
+    outside = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     before = {number: signal.getsignal(number) for number in ASKING}
     yield
     assert {number: signal.getsignal(number) for number in ASKING} == before
+    signal.signal(signal.SIGHUP, outside)
 
 
 def made_stopper() -> Stopper:
