@@ -32,11 +32,12 @@ def exhausted(budget: BudgetConfig, hours: float, gpu_hours: float) -> str | Non
 
 
 def unspent(budget: BudgetConfig, hours: float, gpu_hours: float) -> tuple[str, ...]:
-    """What is left of each limit that is set, as `3.2 of budget.hours 8`."""
+    """What is left of each limit that is not used up, as `3.2 of budget.hours 8`."""
     spent = (Range(used, used, used) for used in (hours, gpu_hours))
     return tuple(
-        f"{max(0.0, limit - used.low):.3g} of budget.{name} {limit:g}"
+        f"{limit - used.low:.3g} of budget.{name} {limit:g}"
         for name, _, _, limit, used in _limits(budget, *spent)
+        if used.low < limit
     )
 
 

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 
 from orchestrator.config.sweep_config import COSTS
 from orchestrator.config.trial_config import TrialConfig
-from orchestrator.errors import StorageError
+from orchestrator.errors import StorageError, counted
+from orchestrator.planning.pace import to_come
 from orchestrator.planning.plan import SweepPlan
 from orchestrator.reporting import quantities
 from orchestrator.reporting.curves import Curve, Plateau, evaluations, plateaus
@@ -58,6 +59,11 @@ class Report:
         return {status: found[status] for status in TrialStatus if found[status]}
 
     @property
+    def trials_told(self) -> str:
+        """`5 trials of up to 14`."""
+        return trials_told(self.sweep, self.plan.launches if self.plan else None)
+
+    @property
     def recommended(self) -> TrialResult | None:
         """The trial whose configuration and adapter to take."""
         trials = {trial.trial_id: trial for trial in self.sweep.trials}
@@ -73,9 +79,11 @@ class Report:
 
     @property
     def state(self) -> str:
-        """`ended`, `interrupted`, or `not ended`."""
+        """`ended`, `interrupted`, `out of budget`, or `not ended`."""
         if self.sweep.interrupted:
             return "interrupted"
+        if self.sweep.cut_short:
+            return "out of budget"
         return "ended" if self.sweep.ended_ms else "not ended"
 
 
@@ -213,6 +221,13 @@ def trial_snippet(report: Report) -> str | None:
     told = {*report.sweep.searched, "precision"}
     wanted = {n: v for n, v in config.items() if n != "seed" and (n in told or v != defaults[n])}
     return yaml.safe_dump({"trial": wanted}, sort_keys=False, allow_unicode=True, width=100)
+
+
+def trials_told(sweep: SweepResult, launches: int | None) -> str:
+    """`5 trials of up to 14` where a search that may launch so many has not come to its end."""
+    trials = counted(len(sweep.trials), "trial")
+    more = 0 if sweep.is_whole else to_come(sweep.trials, launches)
+    return f"{trials} of up to {len(sweep.trials) + more}" if more else trials
 
 
 def behind_text(report: Report, summary: ConfigurationSummary) -> str:

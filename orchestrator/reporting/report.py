@@ -6,7 +6,6 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from orchestrator.errors import counted
 from orchestrator.reporting import charts, cost_charts, effect_charts, quantities
 from orchestrator.reporting.findings import (
     Report,
@@ -101,8 +100,7 @@ def _named(summary: ConfigurationSummary) -> str:
 def _closing(report: Report) -> str:
     counts = ", ".join(f"{count} {status_words(status)}" for status, count in report.counts.items())
     times = report.times
-    trials = counted(len(report.sweep.trials), "trial")
-    told = f"{trials} ({counts}), {report.state}, {quantities.duration(times.wall_s)}"
+    told = f"{report.trials_told} ({counts}), {report.state}, {quantities.duration(times.wall_s)}"
     if report.sweep.earlier_runs_s:
         told += " without the pauses between its runs"
     if times.training_share is not None:

@@ -7,9 +7,9 @@ import time
 from collections import Counter
 from typing import Any
 
-from orchestrator.errors import counted
-from orchestrator.planning.pace import OPEN, left_s, to_come
+from orchestrator.planning.pace import OPEN, left_s
 from orchestrator.reporting import quantities
+from orchestrator.reporting.findings import trials_told
 from orchestrator.reporting.recommendation import recommend
 from orchestrator.reporting.statistics import best_so_far, label, objective_of
 from orchestrator.reporting.times import times_of
@@ -32,9 +32,7 @@ def render_status(folder: SweepFolder, now_s: float | None = None) -> str:
     now_s = time.time() if now_s is None else now_s
     counts = Counter(trial.status for trial in sweep.trials)
     told = ", ".join(f"{counts[status]} {status.value.replace('_', ' ')}" for status in TrialStatus if counts[status])
-    at_work, trials = is_at_work(folder), counted(len(sweep.trials), "trial")
-    if (sweep.ended_ms is None or sweep.interrupted) and (more := to_come(sweep.trials, _planned(folder)[2])):
-        trials += f" of up to {len(sweep.trials) + more}"
+    at_work, trials = is_at_work(folder), trials_told(sweep, _planned(folder)[2])
     lines = [f"{sweep.name}: {trials}: {told}", _best(sweep), _time(sweep, folder, now_s, at_work)]
     running = "running" if at_work else "was running"
     lines += [f"{running}: {_named(sweep, trial)}, {_at(folder, trial)}" for trial in _with(sweep, TrialStatus.RUNNING)]
@@ -69,7 +67,7 @@ def _trouble(sweep: SweepResult, trial: TrialResult) -> str:
 def _best(sweep: SweepResult) -> str:
     """The recommended trial of a sweep that has ended, as the report has it; before, the best evaluation of any."""
     answer = recommend(sweep)
-    if sweep.ended_ms and not sweep.interrupted and answer.is_recommended:
+    if sweep.is_whole and answer.is_recommended:
         word, trial = "recommended", next((t for t in sweep.trials if t.trial_id == answer.trial_id), None)
     else:
         word, trial = "best so far", best_so_far(sweep, sweep.trials)
@@ -85,6 +83,8 @@ def _time(sweep: SweepResult, folder: SweepFolder, now_s: float, at_work: bool) 
     gone = quantities.duration(times_of(sweep, now_s).wall_s)
     if sweep.ended_ms:
         again = ", interrupted: run the same command again to go on" if sweep.interrupted else ""
+        if sweep.cut_short:
+            again = f", since {sweep.cut_short}"
         return f"time: ended after {gone}{again}"
     if not at_work:
         return "time: not ended, and no run is at work here: run the same command again to go on"

@@ -116,6 +116,19 @@ def test_where_it_is_too_early_to_tell_nothing_is_called_recommended(tmp_path: P
     assert json.loads(report.render_json(early))["recommendation"]["basis"] == "too_early"
 
 
+def test_where_the_budget_ended_the_sweep_its_answer_is_for_now_and_says_what_was_not_used(tmp_path: Path) -> None:
+    why = "budget.hours is used up: run the same command again; not used: 9 of budget.trials 14"
+    sweep = simulated([2.1, 2.0], 1, 0).model_copy(update={"cut_short": why})
+    made = built(tmp_path, sweep)
+    text, page, figures = report.render_text(made), report.render_html(made), json.loads(report.render_json(made))
+    assert "Take rank=8 for now: " in text
+    for told in (text, Page(page).text, "\n".join(figures["recommendation"]["evidence"])):
+        assert f"The budget ended the sweep before its last trials, and the answer may change: {why}." in told
+    assert (figures["cut_short"], figures["state"]) == (why, "out of budget")
+    assert "2 trials (2 completed), out of budget, " in text
+    assert "2 trials · out of budget" in page
+
+
 @pytest.mark.parametrize("repeats", [1, 2])
 def test_a_spread_is_told_where_there_are_repeats_and_never_one_over_other_settings(
     tmp_path: Path, repeats: int

@@ -116,6 +116,24 @@ def test_an_ended_sweep_names_what_its_report_recommends_and_one_that_was_interr
     assert f"best so far: eval_loss 3.000, {heavy.trial_id} (zero_stage=2), completed" in told
 
 
+def test_a_search_that_its_budget_ended_says_so_how_it_goes_on_and_how_many_it_may_still_try(
+    running: SweepFolder,
+) -> None:
+    sweep, _ = read_sweep(running)
+    proposed = [
+        made_up_trial({"rank": 8 + number}).model_copy(update={"suggestion": Suggestion(number=number, settings={})})
+        for number in range(2)
+    ]
+    why = "budget.hours is used up: run the same command again to go on for as long, or raise it"
+    ended = {"trials": tuple(proposed), "ended_ms": START_MS + 9000, "cut_short": why}
+    write_made_up(running.root, sweep.model_copy(update=ended))
+    write_atomically(running.plan, json.dumps({"trials": [], "concurrent": 2, "launches": 10}))
+    counts, best, took = render_status(running, NOW_S).splitlines()
+    assert counts == "made-up: 2 trials of up to 10: 2 completed"
+    assert best.startswith("best so far: ")
+    assert took == f"time: ended after 9 s, since {why}"
+
+
 def test_the_best_so_far_keeps_the_constraints_and_went_well(tmp_path: Path) -> None:
     heavy = made_up_trial({"rank": 4}, status=TrialStatus.RUNNING, objective=1.0, memory_bytes=2**32)
     wild = made_up_trial({"rank": 8}, status=TrialStatus.DIVERGED, objective=1.1)
