@@ -41,6 +41,18 @@ def unspent(budget: BudgetConfig, hours: float, gpu_hours: float) -> tuple[str, 
     )
 
 
+def until_used_up(budget: BudgetConfig, hours: float, gpu_hours: float, gpus: float) -> tuple[float, str] | None:
+    """Hours until the first limit is reached while so many GPUs are at work, and its key; None where none will be."""
+    spent = _limits(budget, *(Range(used, used, used) for used in (hours, gpu_hours)))
+    in_an_hour = _limits(budget, *(Range(used, used, used) for used in (1.0, gpus)))
+    left = [
+        (max(0.0, limit - used.low) / taken.low, f"budget.{name}")
+        for (name, _, _, limit, used), (*_, taken) in zip(spent, in_an_hour, strict=True)
+        if taken.low
+    ]
+    return min(left, default=None)
+
+
 def _limits(budget: BudgetConfig, hours: Range, gpu_hours: Range) -> Iterator[tuple[str, str, str, float, Range]]:
     """Each limit that is set: its key, what a sweep does of it, in which unit, and what it is compared with."""
     if budget.hours is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from orchestrator.config.sweep_config import COSTS
+from orchestrator.config.sweep_config import COSTS, BudgetConfig
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import StorageError, counted
 from orchestrator.planning.pace import to_come
@@ -99,7 +99,7 @@ def build(folder: SweepFolder, now_s: float | None = None) -> Report:
     """
     sweep, damaged = read_sweep(folder)
     plan, unread = _plan(folder)
-    sweep_file = _sweep_file(folder)
+    sweep_file = sweep_file_of(folder)
     found = summaries(sweep)
     curves = {t.trial_id: evaluations(folder.trial(t.trial_id).read_metrics()) for t in sweep.trials if t.steps}
     levels = plateaus(sweep, curves)
@@ -120,7 +120,7 @@ def build(folder: SweepFolder, now_s: float | None = None) -> Report:
         curves=curves,
         plateaus=levels,
         times=times,
-        outlays=against_plan(sweep, plan, times, _price(sweep_file)) if plan else (),
+        outlays=against_plan(sweep, plan, times, budget_in(sweep_file).price_per_gpu_hour) if plan else (),
     )
 
 
@@ -141,14 +141,14 @@ def _plan(folder: SweepFolder) -> tuple[SweepPlan | None, tuple[DamagedRecord, .
         return None, (DamagedRecord(folder.plan, why_unread(error)),)
 
 
-def _price(sweep_file: str | None) -> float | None:
+def budget_in(sweep_file: str | None) -> BudgetConfig:
+    """That of a sweep file; without limits where it cannot be read."""
     import yaml
 
     try:
-        price = yaml.safe_load(sweep_file or "")["budget"]["price_per_gpu_hour"]
-    except (yaml.YAMLError, KeyError, TypeError):
-        return None
-    return float(price) if isinstance(price, int | float) else None
+        return BudgetConfig.model_validate(yaml.safe_load(sweep_file or "")["budget"])
+    except (yaml.YAMLError, KeyError, TypeError, ValidationError):
+        return BudgetConfig()
 
 
 def _with_settings(
@@ -200,7 +200,8 @@ def _curve_words(level: Plateau) -> str:
     )
 
 
-def _sweep_file(folder: SweepFolder) -> str | None:
+def sweep_file_of(folder: SweepFolder) -> str | None:
+    """Its text without secrets; None where it cannot be read."""
     try:
         # A report is shared: `https://user:password@host` in a sweep file must not be.
         return without_secret(read_record(folder.sweep_file).decode())

@@ -86,6 +86,26 @@ def test_the_plan_says_how_long_what_is_left_takes(running: SweepFolder) -> None
 
 
 @pytest.mark.parametrize(
+    ("budget", "told"),
+    [
+        ("hours: 1", "about 1 min 52 s left"),
+        ("hours: 0.1", "about 1 min 00 s left, until budget.hours is used up"),
+        ("hours: 0.01", "about 0 s left, until budget.hours is used up"),
+        # Trials have held two GPUs each for 80 s, three times, and 48 s; four are held now.
+        ("gpu_hours: 0.19334", "about 30 s left, until budget.gpu_hours is used up"),
+        ("{cost: 0.3867, price_per_gpu_hour: 2}", "about 30 s left, until budget.cost is used up"),
+        ("{cost: 0.3}", "about 1 min 52 s left"),
+        ("[", "about 1 min 52 s left"),
+    ],
+)
+def test_no_more_time_is_left_than_the_budget_leaves(running: SweepFolder, budget: str, told: str) -> None:
+    plan = {"trials": [], "concurrent": 2, "workers_per_trial": 2, "gpus_per_worker": 1}
+    write_atomically(running.plan, json.dumps(plan | {"concurrent": 1 if told.endswith("52 s left") else 2}))
+    write_atomically(running.sweep_file, f"budget:\n  {budget}\n")
+    assert render_status(running, NOW_S).splitlines()[2] == f"time: 5 min 00 s gone, {told}"
+
+
+@pytest.mark.parametrize(
     "plan",
     [
         *('{"trials": [], "concurrent": 1e999}', '{"trials": [], "concurrent": 1' + "0" * 400 + "}", "[" * 100_000),
