@@ -232,11 +232,12 @@ def trials_told(sweep: SweepResult, launches: int | None) -> str:
 
 
 def behind_text(report: Report, summary: ConfigurationSummary) -> str:
-    """`0.004 ± 0.006`: by how much it is worse than the best."""
+    """`0.004 ± 0.006`: by how much it is worse than the best; of several objectives those on the front are compared."""
     for comparison in report.recommendation.comparisons:
         if comparison.configuration_id == summary.configuration_id and comparison.difference:
             return quantities.plus_minus(comparison.difference.mean, comparison.difference.half_width)
-    return ""
+    is_off = report.front.reference is not None and summary.configuration_id not in report.front.configuration_ids
+    return "off the front" if is_off and summary.objective and not summary.breaks else ""
 
 
 def objective_text(summary: ConfigurationSummary) -> str:

@@ -20,6 +20,7 @@ from orchestrator.reporting.recommendation import RULE
 from orchestrator.reporting.samples import samples_of
 from orchestrator.reporting.statistics import (
     ConfigurationSummary,
+    broken_by,
     differing_micro_batches,
     label,
     objective_of,
@@ -69,6 +70,7 @@ def _table(report: Report) -> list[str]:
     for summary in report.summaries[:TEXT_ROWS]:
         marked = "*" if answer.is_recommended and summary.configuration_id == answer.configuration_id else ""
         states = ", ".join(f"{summary.counts[s]} {status_words(s)}" for s in TrialStatus if summary.counts.get(s))
+        states += f" (breaks {' and '.join(summary.breaks)})" if summary.breaks else ""
         rows.append(
             (
                 marked,
@@ -89,6 +91,8 @@ def _table(report: Report) -> list[str]:
         lines.append("  ".join(cells).rstrip())
     if len(report.summaries) > TEXT_ROWS:
         lines.append(f"… {len(report.summaries) - TEXT_ROWS} more configurations in results.csv")
+    if report.sweep.constraints:
+        lines.append(f"constraints: {', '.join(report.sweep.constraints)}")
     return [*lines, ""]
 
 
@@ -187,6 +191,7 @@ def _page(report: Report) -> dict[str, Any]:
         "plus_minus": lambda e: quantities.plus_minus(e.mean, e.half_width) if e else "",
         "trials": sorted(sweep.trials, key=lambda t: _place(values[t.trial_id], sign)),
         "objective": values,
+        "broken_by": lambda trial: broken_by(sweep, [trial]),
         "reasons": reasons(report),
         "statuses": list(TrialStatus),
         "samples": samples_of(sweep, SweepFolder(report.folder)),
