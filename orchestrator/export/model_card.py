@@ -151,7 +151,9 @@ def _provenance(sweep: SweepResult, trial: TrialResult, config: SweepConfig | No
         "devices": ", ".join(dict.fromkeys(trial.devices)) or quantities.UNKNOWN,
     }
     if trial.git:
-        found["commit of your repository"] = trial.git.commit + (" with changes" if trial.git.dirty else "")
+        found["commit of the repository it was run in"] = trial.git.commit + (
+            " with changes" if trial.git.dirty else ""
+        )
     return found | trial.versions
 
 

@@ -210,7 +210,7 @@ def _repeat(report: Report) -> str:
     trials = report.sweep.trials
     versions = dict(sorted({item for trial in trials for item in trial.versions.items() if item[0] != "python"}))
     told = {trial.git.commit for trial in trials if trial.git}
-    lines = [f"# in your repository at commit {commit}" for commit in sorted(told)]
+    lines = [f"# in the repository that it was run in, at commit {commit}" for commit in sorted(told)]
     if own := versions.pop("orchestrator", None):
         lines.append(f"# with orchestrator {own}")
     # A build of one's own, as `2.13.0+cpu`, is in no public index under that name.
@@ -230,7 +230,7 @@ def _environment(report: Report) -> list[tuple[str, str]]:
         ("data hash", [report.sweep.data_hash or quantities.UNKNOWN]),
         ("hosts", sorted({host for trial in trials for host in trial.hosts})),
         ("devices", sorted({device for trial in trials for device in trial.devices})),
-        ("your repository at commit", sorted(git)),
+        ("commit of the repository it was run in", sorted(git)),
         ("versions", sorted(versions)),
         ("sweep id", [report.sweep.sweep_id]),
         ("MLflow run", [report.sweep.mlflow_run_id or quantities.UNKNOWN]),
