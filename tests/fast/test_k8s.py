@@ -573,21 +573,18 @@ def test_the_patch_for_a_cluster_of_one_node_renders(tmp_path: Path) -> None:
 
 
 def test_the_pod_that_the_readme_reads_a_report_with_may_start_and_mounts_the_sweeps() -> None:
-    command = re.findall(r"^\$ (kubectl run (?:.*\n)+?.* -- sleep 3600)$", (K8S / "README.md").read_text(), re.M)
-    words = shlex.split(*command)
-    spec = json.loads(words[words.index("--overrides") + 1])["spec"]
-    (container,) = spec["containers"]
-    # `kubectl run` names the container after the pod, by which `--override-type strategic` merges the two.
-    assert (words[2], words[words.index("--override-type") + 1]) == (container["name"], "strategic")
-    container["image"] = words[words.index("--image") + 1]
-    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": words[2]}, "spec": spec}
+    (text,) = re.findall(r"<<END\n(.*?)END\n", (K8S / "README.md").read_text(), re.DOTALL)
+    pod = yaml.safe_load(text)
     assert schemas.problems([pod]) == []
-    assert list(policies.unprivileged(PodTemplate("Pod/reader", {}, spec))) == []
+    assert list(policies.unprivileged(PodTemplate("Pod/reader", pod["metadata"], pod["spec"]))) == []
     manifests = rendered(K8S / "overlays" / "gpu")
-    (volume,) = spec["volumes"]
+    (volume,), (container,) = pod["spec"]["volumes"], pod["spec"]["containers"]
     assert the(manifests, f"PersistentVolumeClaim/{volume['persistentVolumeClaim']['claimName']}")
-    assert the(manifests, f"ServiceAccount/{spec['serviceAccountName']}")
-    assert container["volumeMounts"][0]["mountPath"] == "/mnt/sweeps"
+    assert the(manifests, f"ServiceAccount/{pod['spec']['serviceAccountName']}")
+    assert (container["volumeMounts"][0]["name"], container["image"].rpartition("/")[2]) == (
+        volume["name"],
+        head(manifests)["containers"][0]["image"],
+    )
 
 
 def test_the_patch_for_nvidias_runtime_renders_for_sweeps_and_for_the_cluster_that_stays(tmp_path: Path) -> None:
