@@ -374,10 +374,12 @@ def export(
     with _told_errors():
         from orchestrator.export.folder import export as export_trial
         from orchestrator.results.remote import opened
+        from orchestrator.sweep.delivered import known_runs
 
         # Stdout is for our own words, and the libraries of a merge have theirs.
         with redirect_stdout(sys.stderr):
-            exported = export_trial(opened(folder), trial, to, merge=merge, force=force)
+            sweep = opened(folder)
+            exported = export_trial(sweep, trial, to, merge=merge, force=force, runs=known_runs(sweep))
         if merge and exported.kind == "full":
             _say("the trial trained all weights: there is no adapter to merge")
         if exported.doubt:

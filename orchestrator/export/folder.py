@@ -69,8 +69,18 @@ class _Base:
     config: Mapping[str, Any]
 
 
-def export(folder: SweepFolder, trial_id: str | None, to: Path, *, merge: bool, force: bool) -> Exported:
+def export(
+    folder: SweepFolder,
+    trial_id: str | None,
+    to: Path,
+    *,
+    merge: bool,
+    force: bool,
+    runs: Mapping[str, str] = {},
+) -> Exported:
     """Write the weights of the named trial, or of that in the report's answer, to the folder `to`: whole or not at all.
+
+    runs: MLflow's runs of trials whose records do not name them, as while the sweep is at work.
 
     Raises:
         FolderError: there is no sweep.
@@ -83,6 +93,7 @@ def export(folder: SweepFolder, trial_id: str | None, to: Path, *, merge: bool, 
     if os.path.lexists(to) and not force:
         raise InputError(f"{to} exists already: name another folder with --to, or replace this one with --force")
     trial, doubt = choose_trial(sweep, trial_id)
+    trial = trial.model_copy(update={"mlflow_run_id": trial.mlflow_run_id or runs.get(trial.trial_id)})
     weights = weights_of(folder, trial)
     kind: Kind = "full" if trial.config.trains_all_weights else "merged" if merge else "adapter"
     base = _base_of(sweep.model, with_weights=kind == "merged")

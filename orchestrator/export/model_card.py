@@ -91,7 +91,7 @@ def _remarks(sweep: SweepResult, trial: TrialResult, kind: Kind) -> list[str]:
 
 
 def _snippet(kind: Kind, dtype: str) -> str:
-    """How to load it; an adapter's base is another's, and told which type it was trained in."""
+    """Code to be pasted where the card lies; an adapter's base is another's, and told which type it was trained in."""
     loader, told, imports = "AutoModelForCausalLM", "", ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
     if kind == "adapter":
         loader, told = "AutoPeftModelForCausalLM", f', dtype="{dtype}"'
@@ -101,8 +101,9 @@ def _snippet(kind: Kind, dtype: str) -> str:
             "```python",
             *imports,
             "",
-            f'model = {loader}.from_pretrained("this folder"{told})',
-            'tokenizer = AutoTokenizer.from_pretrained("this folder")',
+            'folder = "."  # this one',
+            f"model = {loader}.from_pretrained(folder{told})",
+            "tokenizer = AutoTokenizer.from_pretrained(folder)",
             "```",
         ]
     )
@@ -150,7 +151,9 @@ def _provenance(sweep: SweepResult, trial: TrialResult, config: SweepConfig | No
         "devices": ", ".join(dict.fromkeys(trial.devices)) or quantities.UNKNOWN,
     }
     if trial.git:
-        found["commit of your repository"] = trial.git.commit + (" with changes" if trial.git.dirty else "")
+        found["commit of the repository it was run in"] = trial.git.commit + (
+            " with changes" if trial.git.dirty else ""
+        )
     return found | trial.versions
 
 

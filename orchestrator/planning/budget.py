@@ -32,12 +32,25 @@ def exhausted(budget: BudgetConfig, hours: float, gpu_hours: float) -> str | Non
 
 
 def unspent(budget: BudgetConfig, hours: float, gpu_hours: float) -> tuple[str, ...]:
-    """What is left of each limit that is set, as `3.2 of budget.hours 8`."""
+    """What is left of each limit that is not used up, as `3.2 of budget.hours 8`."""
     spent = (Range(used, used, used) for used in (hours, gpu_hours))
     return tuple(
-        f"{max(0.0, limit - used.low):.3g} of budget.{name} {limit:g}"
+        f"{limit - used.low:.3g} of budget.{name} {limit:g}"
         for name, _, _, limit, used in _limits(budget, *spent)
+        if used.low < limit
     )
+
+
+def until_used_up(budget: BudgetConfig, hours: float, gpu_hours: float, gpus: float) -> tuple[float, str] | None:
+    """Hours until the first limit is reached while so many GPUs are at work, and its key; None where none will be."""
+    spent = _limits(budget, *(Range(used, used, used) for used in (hours, gpu_hours)))
+    in_an_hour = _limits(budget, *(Range(used, used, used) for used in (1.0, gpus)))
+    left = [
+        (max(0.0, limit - used.low) / taken.low, f"budget.{name}")
+        for (name, _, _, limit, used), (*_, taken) in zip(spent, in_an_hour, strict=True)
+        if taken.low
+    ]
+    return min(left, default=None)
 
 
 def _limits(budget: BudgetConfig, hours: Range, gpu_hours: Range) -> Iterator[tuple[str, str, str, float, Range]]:

@@ -89,6 +89,8 @@ class SweepPlan(_Part):
     worker_memory_bytes: int
     """What one worker may take of its device."""
     searched: tuple[str, ...]
+    asked: tuple[str, ...] = ()
+    """What the sweep looks for beyond the best of one objective: objectives, constraints and who stops trials early."""
     trials: tuple[PlannedTrial, ...]
     proposed_by: str | None = None
     """The adaptive search that will propose the trials one by one: those here are random examples of its space."""
@@ -445,6 +447,7 @@ def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware, pace: 
         concurrent=concurrent,
         worker_memory_bytes=memory_bytes,
         searched=tuple(sweep.domains),
+        asked=_asked(sweep),
         trials=trials,
         proposed_by=sweep.search.algorithm if proposes else None,
         begins_with_points=proposes and bool(sweep.points),
@@ -460,6 +463,17 @@ def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware, pace: 
         + points_left_out(sweep)
         + _warnings(sweep, running, makespan, hours),
     )
+
+
+def _asked(sweep: SweepConfig) -> tuple[str, ...]:
+    told = []
+    if len(sweep.objectives) > 1:
+        told.append(f"objectives {', '.join(f'{one.metric} ({one.mode})' for one in sweep.objectives)}")
+    if sweep.constraints:
+        told.append(f"constraint{'s' if len(sweep.constraints) > 1 else ''} {', '.join(sweep.constraints)}")
+    if stops := [name for name, part in sweep.scheduler if part and name != "fifo"]:
+        told.append(f"scheduler {' and '.join(stops)}")
+    return tuple(told)
 
 
 def _require_no_money(sweep: SweepConfig) -> None:

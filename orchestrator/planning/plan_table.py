@@ -16,7 +16,8 @@ PROPOSES = "proposes one configuration after the other"
 def render(plan: SweepPlan) -> str:
     """A table of the trials, what is refused and why, and the totals."""
     runs = [trial for trial in plan.trials if not trial.reasons]
-    lines = [f"{plan.name}: {plan.model} on {plan.hardware}", ""]
+    lines = [f"{plan.name}: {plan.model} on {plan.hardware}"]
+    lines += ["; ".join(plan.asked), ""] if plan.asked else [""]
     if plan.proposed_by:
         proposes = "begins with members spread over its space" if plan.proposed_by == "pbt" else PROPOSES
         examples = "its points first, then random ones" if plan.begins_with_points else "random ones of it"

@@ -31,6 +31,8 @@ def caveats(
     open_ = sum(trial.status in (TrialStatus.PENDING, TrialStatus.RUNNING) for trial in sweep.trials)
     if open_:
         told.append(f"{open_} of {len(sweep.trials)} trials have not ended yet: the answer may change.")
+    if sweep.cut_short:
+        told.append(f"The budget ended the sweep before its last trials, and the answer may change: {sweep.cut_short}.")
     if sweep.interrupted:
         told.append("The sweep was interrupted before its end: the same command goes on, and the answer may change.")
     ran = [trial for trial in sweep.trials if trial.status is TrialStatus.COMPLETED]

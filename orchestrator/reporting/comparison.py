@@ -102,7 +102,7 @@ def _differing(sweeps: Sequence[ComparedSweep]) -> dict[str, str]:
         "data": {name: (sweep.data_hash or "unknown")[:12] for name, sweep in found.items()},
         **_settings(sweeps),
         "devices": {n: ", ".join(sorted({d for t in own for d in t.devices})) or "none" for n, own in trials.items()},
-        "commit of your repository": {
+        "commit of the repository they were run in": {
             n: ", ".join(sorted({t.git.commit[:12] for t in own if t.git})) or "unknown" for n, own in trials.items()
         },
     }

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from orchestrator.config.sweep_config import COSTS
+from orchestrator.config.sweep_config import COSTS, BudgetConfig
 from orchestrator.config.trial_config import TrialConfig
-from orchestrator.errors import StorageError
+from orchestrator.errors import StorageError, counted
+from orchestrator.planning.pace import to_come
 from orchestrator.planning.plan import SweepPlan
 from orchestrator.reporting import quantities
 from orchestrator.reporting.curves import Curve, Plateau, evaluations, plateaus
@@ -58,6 +59,11 @@ class Report:
         return {status: found[status] for status in TrialStatus if found[status]}
 
     @property
+    def trials_told(self) -> str:
+        """`5 trials of up to 14`."""
+        return trials_told(self.sweep, self.plan.launches if self.plan else None)
+
+    @property
     def recommended(self) -> TrialResult | None:
         """The trial whose configuration and adapter to take."""
         trials = {trial.trial_id: trial for trial in self.sweep.trials}
@@ -73,9 +79,11 @@ class Report:
 
     @property
     def state(self) -> str:
-        """`ended`, `interrupted`, or `not ended`."""
+        """`ended`, `interrupted`, `out of budget`, or `not ended`."""
         if self.sweep.interrupted:
             return "interrupted"
+        if self.sweep.cut_short:
+            return "out of budget"
         return "ended" if self.sweep.ended_ms else "not ended"
 
 
@@ -91,7 +99,7 @@ def build(folder: SweepFolder, now_s: float | None = None) -> Report:
     """
     sweep, damaged = read_sweep(folder)
     plan, unread = _plan(folder)
-    sweep_file = _sweep_file(folder)
+    sweep_file = sweep_file_of(folder)
     found = summaries(sweep)
     curves = {t.trial_id: evaluations(folder.trial(t.trial_id).read_metrics()) for t in sweep.trials if t.steps}
     levels = plateaus(sweep, curves)
@@ -112,7 +120,7 @@ def build(folder: SweepFolder, now_s: float | None = None) -> Report:
         curves=curves,
         plateaus=levels,
         times=times,
-        outlays=against_plan(sweep, plan, times, _price(sweep_file)) if plan else (),
+        outlays=against_plan(sweep, plan, times, budget_in(sweep_file).price_per_gpu_hour) if plan else (),
     )
 
 
@@ -133,14 +141,14 @@ def _plan(folder: SweepFolder) -> tuple[SweepPlan | None, tuple[DamagedRecord, .
         return None, (DamagedRecord(folder.plan, f"{why_unread(error)}; left out"),)
 
 
-def _price(sweep_file: str | None) -> float | None:
+def budget_in(sweep_file: str | None) -> BudgetConfig:
+    """That of a sweep file; without limits where it cannot be read."""
     import yaml
 
     try:
-        price = yaml.safe_load(sweep_file or "")["budget"]["price_per_gpu_hour"]
-    except (yaml.YAMLError, KeyError, TypeError):
-        return None
-    return float(price) if isinstance(price, int | float) else None
+        return BudgetConfig.model_validate(yaml.safe_load(sweep_file or "")["budget"])
+    except (yaml.YAMLError, KeyError, TypeError, ValidationError):
+        return BudgetConfig()
 
 
 def _with_settings(
@@ -192,7 +200,8 @@ def _curve_words(level: Plateau) -> str:
     )
 
 
-def _sweep_file(folder: SweepFolder) -> str | None:
+def sweep_file_of(folder: SweepFolder) -> str | None:
+    """Its text without secrets; None where it cannot be read."""
     try:
         # A report is shared: `https://user:password@host` in a sweep file must not be.
         return without_secret(read_record(folder.sweep_file).decode())
@@ -215,12 +224,20 @@ def trial_snippet(report: Report) -> str | None:
     return yaml.safe_dump({"trial": wanted}, sort_keys=False, allow_unicode=True, width=100)
 
 
+def trials_told(sweep: SweepResult, launches: int | None) -> str:
+    """`5 trials of up to 14` where a search that may launch so many has not come to its end."""
+    trials = counted(len(sweep.trials), "trial")
+    more = 0 if sweep.is_whole else to_come(sweep.trials, launches)
+    return f"{trials} of up to {len(sweep.trials) + more}" if more else trials
+
+
 def behind_text(report: Report, summary: ConfigurationSummary) -> str:
-    """`0.004 ± 0.006`: by how much it is worse than the best."""
+    """`0.004 ± 0.006`: by how much it is worse than the best; of several objectives those on the front are compared."""
     for comparison in report.recommendation.comparisons:
         if comparison.configuration_id == summary.configuration_id and comparison.difference:
             return quantities.plus_minus(comparison.difference.mean, comparison.difference.half_width)
-    return ""
+    is_off = report.front.reference is not None and summary.configuration_id not in report.front.configuration_ids
+    return "off the front" if is_off and summary.objective and not summary.breaks else ""
 
 
 def objective_text(summary: ConfigurationSummary) -> str:

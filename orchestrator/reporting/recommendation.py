@@ -115,15 +115,17 @@ def recommend(sweep: SweepResult) -> Recommendation:
     best = contenders[0]
     if len(contenders) == 1 < len(sound):
         names = " and ".join(metric for metric, _ in sweep.objectives)
-        return _make("best", best, f"Take {best.label}: no other configuration is better by any of {names}.", told)
+        return _make("best", best, f"{_take(sweep, best)}: no other configuration is better by any of {names}.", told)
     if len(contenders) == 1:
         open_ = sum(trial.status in NOT_ENDED for trial in sweep.trials)
-        if open_:
+        if open_ or sweep.cut_short:
             of_all = f"{open_} of {len(sweep.trials)} trials have not ended"
+            if not open_:
+                of_all = "the budget ended the sweep before others were tried"
             return _make("too_early", best, f"Too early to tell: {best.label} alone has completed, and {of_all}.", told)
         answer = (
-            f"Take {best.label}: no other configuration has completed soundly{_and_keeps(sweep)}, so there is nothing "
-            "to compare it with."
+            f"{_take(sweep, best)}: no other configuration has completed soundly{_and_keeps(sweep)}, so there is "
+            "nothing to compare it with."
         )
         return _make("only_one", best, answer, told)
     noise = noise_of({summary.configuration_id: summary.objective_by_repeat for summary in contenders})
@@ -140,6 +142,11 @@ def competing(
     whole = [summary for summary in kept if not summary.is_broken] or kept
     wild = scattered({summary.configuration_id: summary.objective_by_repeat for summary in whole})
     return [summary for summary in whole if summary.configuration_id not in wild], wild
+
+
+def _take(sweep: SweepResult, chosen: ConfigurationSummary, doubt: Sequence[str] = ()) -> str:
+    """What is left to run, or to find out, may change the answer."""
+    return f"Take {chosen.label}{'' if sweep.is_whole and not doubt else ' for now'}"
 
 
 def _and_keeps(sweep: SweepResult) -> str:
@@ -189,18 +196,18 @@ def _by_rule(
     if chosen is best:
         value = _value(best)
         asked = f"better by {sweep.objectives[1][0]}" if len(sweep.objectives) > 1 else "cheaper"
-        answer = f"Take {best.label}: it has the best {metric} ({value}), and nothing {asked} is within its noise."
+        answer = f"{_take(sweep, best)}: it has the best {metric} ({value}), and nothing {asked} is within its noise."
         rejected = _cheaper_but_worse(sweep, preferred, contenders, comparisons)
-        return _make("best", best, answer, [*rejected, *caveats], comparisons, noise, is_decided=True)
+        return _make("best", best, answer, [*rejected, *caveats], comparisons, noise, is_decided=sweep.is_whole)
     against = next(c for c in comparisons if c.configuration_id == chosen.configuration_id)
     needed, doubt = _doubt(against, best, noise, len(contenders), metric)
-    answer = (
-        f"Take {chosen.label}{' for now' if doubt else ''}: it {_within_words(against, _apart_from(chosen, best))}."
-    )
+    answer = f"{_take(sweep, chosen, doubt)}: it {_within_words(against, _apart_from(chosen, best))}."
     if len(sweep.objectives) > 1:
         answer = f"{answer[:-1]}, and of those within the noise it has the best {sweep.objectives[1][0]}."
     evidence = [f"Its {metric} is {_value(chosen)}; the best mean is {_value(best)} ({best.label}).", *doubt, *caveats]
-    return _make("within_noise", chosen, answer, evidence, comparisons, noise, needed, is_decided=not doubt)
+    return _make(
+        "within_noise", chosen, answer, evidence, comparisons, noise, needed, is_decided=sweep.is_whole and not doubt
+    )
 
 
 def _compare(
@@ -382,7 +389,7 @@ def _by_single_runs(
     elif asked:
         how = f"the repeats that are still to come (of {asked}) begin to"
     answer = (
-        f"Take {best.label}: it has the best {metric} ({_value(best)}), but one run each cannot tell a difference "
+        f"{_take(sweep, best)}: it has the best {metric} ({_value(best)}), but one run each cannot tell a difference "
         f"from noise; {how}."
     )
     close = []
@@ -416,11 +423,11 @@ def _by_cost(
         why = f"is the best of them by {sweep.objectives[1][0]}"
     counted_all = "both" if len(contenders) == 2 else f"all {len(contenders)}"
     answer = (
-        f"Take {best.label}: {counted_all} configurations come to the same {sweep.objective_metric} "
+        f"{_take(sweep, best)}: {counted_all} configurations come to the same {sweep.objective_metric} "
         f"({_value(best)}), and it {why}."
     )
     others = [f"{comparison.label} {words[0]}." for comparison in comparisons if (words := _cost_words(comparison))]
-    return _make("single_runs", best, answer, [*others[:8], *caveats], comparisons, is_decided=True)
+    return _make("single_runs", best, answer, [*others[:8], *caveats], comparisons, is_decided=sweep.is_whole)
 
 
 def _speed_words(comparisons: Sequence[Comparison]) -> str:
@@ -446,7 +453,7 @@ def _without_completed(
             if evaluated
             else "no trial has completed an evaluation"
         )
-        is_over = sweep.ended_ms and not sweep.interrupted and all(t.status not in NOT_ENDED for t in sweep.trials)
+        is_over = sweep.is_whole and all(t.status not in NOT_ENDED for t in sweep.trials)
         answer = f"No answer: {why}, and the sweep has ended." if is_over else f"No answer yet: {why}."
         return _make("nothing", None, answer, caveats)
     best = kept[0]

@@ -6,7 +6,6 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from orchestrator.errors import counted
 from orchestrator.reporting import charts, cost_charts, effect_charts, quantities
 from orchestrator.reporting.findings import (
     Report,
@@ -21,6 +20,7 @@ from orchestrator.reporting.recommendation import RULE
 from orchestrator.reporting.samples import samples_of
 from orchestrator.reporting.statistics import (
     ConfigurationSummary,
+    broken_by,
     differing_micro_batches,
     label,
     objective_of,
@@ -70,6 +70,7 @@ def _table(report: Report) -> list[str]:
     for summary in report.summaries[:TEXT_ROWS]:
         marked = "*" if answer.is_recommended and summary.configuration_id == answer.configuration_id else ""
         states = ", ".join(f"{summary.counts[s]} {status_words(s)}" for s in TrialStatus if summary.counts.get(s))
+        states += f" (breaks {' and '.join(summary.breaks)})" if summary.breaks else ""
         rows.append(
             (
                 marked,
@@ -90,6 +91,8 @@ def _table(report: Report) -> list[str]:
         lines.append("  ".join(cells).rstrip())
     if len(report.summaries) > TEXT_ROWS:
         lines.append(f"… {len(report.summaries) - TEXT_ROWS} more configurations in results.csv")
+    if report.sweep.constraints:
+        lines.append(f"constraints: {', '.join(report.sweep.constraints)}")
     return [*lines, ""]
 
 
@@ -101,8 +104,7 @@ def _named(summary: ConfigurationSummary) -> str:
 def _closing(report: Report) -> str:
     counts = ", ".join(f"{count} {status_words(status)}" for status, count in report.counts.items())
     times = report.times
-    trials = counted(len(report.sweep.trials), "trial")
-    told = f"{trials} ({counts}), {report.state}, {quantities.duration(times.wall_s)}"
+    told = f"{report.trials_told} ({counts}), {report.state}, {quantities.duration(times.wall_s)}"
     if report.sweep.earlier_runs_s:
         told += " without the pauses between its runs"
     if times.training_share is not None:
@@ -189,6 +191,7 @@ def _page(report: Report) -> dict[str, Any]:
         "plus_minus": lambda e: quantities.plus_minus(e.mean, e.half_width) if e else "",
         "trials": sorted(sweep.trials, key=lambda t: _place(values[t.trial_id], sign)),
         "objective": values,
+        "broken_by": lambda trial: broken_by(sweep, [trial]),
         "reasons": reasons(report),
         "statuses": list(TrialStatus),
         "samples": samples_of(sweep, SweepFolder(report.folder)),
@@ -207,7 +210,7 @@ def _repeat(report: Report) -> str:
     trials = report.sweep.trials
     versions = dict(sorted({item for trial in trials for item in trial.versions.items() if item[0] != "python"}))
     told = {trial.git.commit for trial in trials if trial.git}
-    lines = [f"# in your repository at commit {commit}" for commit in sorted(told)]
+    lines = [f"# in the repository that it was run in, at commit {commit}" for commit in sorted(told)]
     if own := versions.pop("orchestrator", None):
         lines.append(f"# with orchestrator {own}")
     # A build of one's own, as `2.13.0+cpu`, is in no public index under that name.
@@ -227,7 +230,7 @@ def _environment(report: Report) -> list[tuple[str, str]]:
         ("data hash", [report.sweep.data_hash or quantities.UNKNOWN]),
         ("hosts", sorted({host for trial in trials for host in trial.hosts})),
         ("devices", sorted({device for trial in trials for device in trial.devices})),
-        ("your repository at commit", sorted(git)),
+        ("commit of the repository it was run in", sorted(git)),
         ("versions", sorted(versions)),
         ("sweep id", [report.sweep.sweep_id]),
         ("MLflow run", [report.sweep.mlflow_run_id or quantities.UNKNOWN]),

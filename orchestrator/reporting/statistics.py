@@ -188,8 +188,13 @@ def _summary(sweep: SweepResult, trials: Sequence[TrialResult]) -> Configuration
         peak_memory_bytes=max((m.measured_bytes for m in memories if m.measured_bytes), default=None),
         step_time_s=_mean(trial.step_time_s for trial in measured),
         tokens_per_s=_mean(trial.tokens_per_s for trial in measured),
-        breaks=tuple(text for text in sweep.constraints if is_broken(parse(text), completed or trials)),
+        breaks=broken_by(sweep, completed or trials),
     )
+
+
+def broken_by(sweep: SweepResult, repeats: Sequence[TrialResult]) -> tuple[str, ...]:
+    """The constraints that one of the repeats breaks."""
+    return tuple(text for text in sweep.constraints if is_broken(parse(text), repeats))
 
 
 def micro_batch_sizes(trials: Iterable[TrialResult]) -> tuple[int, ...]:

@@ -299,11 +299,18 @@ class SweepResult(_Record):
     interrupted: bool = False
     search_ended: str | None = None
     """Why an adaptive search ended by itself, and what it left."""
+    cut_short: str | None = None
+    """The limit of the budget that ended the sweep before its last trials, how it goes on, and what it left."""
     data_hash: str | None = None
     rows_left_out: Count = 0
     """Of the data, those that could not be used; data/summary.json names the first of them."""
     mlflow_run_id: str | None = None
     trials: tuple[TrialResult, ...]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it came to the end that it was asked for, and not to that of its user's or its budget's patience."""
+        return self.ended_ms is not None and not self.interrupted and self.cut_short is None
 
     @property
     def last_sign_ms(self) -> int | None:

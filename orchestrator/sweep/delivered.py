@@ -75,6 +75,12 @@ def told_server(folder: SweepFolder) -> str | None:
     return found.server if found else None
 
 
+def known_runs(folder: SweepFolder) -> dict[str, str]:
+    """The runs that MLflow has of trials: records name them once the sweep has ended."""
+    found = _read(folder)
+    return {name: trial.run_id for name, trial in found.trials.items() if trial.run_id} if found else {}
+
+
 def has_been_told(folder: SweepFolder, server: str) -> bool:
     """Whether the sweep was tracked by this server; it may be the storage's own database, and have moved with it."""
     found = _read(folder)

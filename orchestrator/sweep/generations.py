@@ -13,6 +13,7 @@ from typing import Any
 from orchestrator.config.axes import axes_of
 from orchestrator.config.search_space import Settings
 from orchestrator.config.sweep_config import SweepConfig
+from orchestrator.planning.pace import to_come
 from orchestrator.results.records import StartedFrom, Suggestion, TrialResult, TrialStatus
 from orchestrator.search.observation import Observation, Standing, constraints_of
 from orchestrator.search.population import Member, Successor, successors
@@ -62,6 +63,18 @@ class Generations:
         if found or not any(record.status in GOING_ON for record in self._recorder.records.values()):
             return found
         return None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every generation has begun."""
+        return self._to_come() == 0
+
+    def unused(self) -> str:
+        """How many of its trials have not begun: `not used: 9 of the population's 24 trials`."""
+        return f"not used: {self._to_come()} of the population's {self._prepared.plan.launches} trials"
+
+    def _to_come(self) -> int:
+        return to_come(self._recorder.records.values(), self._prepared.plan.launches)
 
     @property
     def generations(self) -> int:

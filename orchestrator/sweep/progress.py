@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -155,7 +156,9 @@ class Progress(tune.Callback):
             text += ", stopping"
         else:
             if left := self._left_s():
-                text += f", about {_clock(left)} left"
+                allowed = math.inf if self._budget_hours is None else max(0.0, self._budget_hours * 3600 - gone_s)
+                until = ", until budget.hours is used up" if allowed < left else ""
+                text += f", about {_clock(min(left, allowed))} left{until}"
             if running := self._running():
                 text += f"\n{running}"
         if best := best_so_far(self._sweep, known):

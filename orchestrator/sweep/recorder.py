@@ -122,10 +122,11 @@ class Recorder(tune.Callback):
         """What others took says that this one cannot run: it is not launched."""
         self.save(self.records[trial_id].model_copy(update={"status": TrialStatus.INFEASIBLE, "reason": reason}))
 
-    def cancel_rest(self, reason: str) -> None:
-        """What had not ended when the sweep did goes on when it is resumed."""
+    def cancel_rest(self, reason: str) -> int:
+        """What had not ended when the sweep did goes on when it is resumed; how many those are."""
         rest = [r for r in self.records.values() if r.status in (TrialStatus.PENDING, TrialStatus.RUNNING)]
         self.save_all(self._ended(record, TrialStatus.CANCELLED, reason) for record in rest)
+        return len(rest)
 
     @property
     def has_launched(self) -> bool:

@@ -21,7 +21,7 @@ from orchestrator.sweep.delivery import deliver
 from orchestrator.sweep.folder_lock import Tenure, only_one
 from orchestrator.sweep.gauges import Gauges
 from orchestrator.sweep.head_watch import told_of_a_lost_head
-from orchestrator.sweep.launch import Isolation, launch, search_of
+from orchestrator.sweep.launch import Isolation, Search, launch, search_of
 from orchestrator.sweep.opening import (
     opening_records,
     opening_result,
@@ -173,7 +173,7 @@ def _run_prepared(
     recorder.tenure.require()
     if stopper.interrupted:
         carrier.hurry()
-    recorder.cancel_rest(stopper.reason or "the sweep ended before it: run the same command again")
+    cut_off = recorder.cancel_rest(stopper.reason or "the sweep ended before it: run the same command again")
     if error := stopper.broken():
         tracker.finish(INTERRUPTED_TRACKING_LIMIT_S)
         raise type(error)(
@@ -183,6 +183,9 @@ def _run_prepared(
     if search.ended_because:
         say(search.ended_because)
         result = result.model_copy(update={"search_ended": search.ended_because})
+    if cut_short := cut_short_words(prepared.sweep, stopper, search, cut_off):
+        say(cut_short)
+        result = result.model_copy(update={"cut_short": cut_short})
     if earlier and earlier.result and earlier.result.ended_ms and not recorder.has_launched:
         # A run that found all done adds nothing to the time that the sweep took.
         spent = ("run_started_ms", "earlier_runs_s", "ended_ms")
@@ -213,6 +216,13 @@ def _stopper(prepared: Prepared, recorder: Recorder, carrier: Carrier) -> Stoppe
         lambda: recorder.trial_seconds() * prepared.shape.gpus / 3600,
         lambda: recorder.storage_error or carrier.away() or lost_actor(),
     )
+
+
+def cut_short_words(sweep: SweepConfig, stopper: Stopper, search: Search, cut_off: int) -> str | None:
+    """What a limit of the budget left undone, where one ended the sweep; `cut_off`: trials that it ended."""
+    if stopper.reason is None or stopper.interrupted or not (cut_off or not search.is_over):
+        return None
+    return f"{stopper.reason}; {search.unused()}" if sweep.search.is_adaptive else stopper.reason
 
 
 def _finish(

@@ -72,7 +72,7 @@ class Suggestions:
             if settings is None:
                 self.ended_because = (
                     "the search ended by itself: its space holds nothing that was not tried in this folder; "
-                    f"{self._left()}"
+                    f"{self.unused()}"
                 )
                 break
             suggestion = Suggestion(number=next_number(records), settings=settings)
@@ -113,10 +113,17 @@ class Suggestions:
             if least and takes and gain / takes < least:
                 expected = f"is expected to better {sweep.primary.metric} by {gain:.2%} for {takes:.2g} {unit}"
                 asked = f"less than search.{name} ({least:g}) asks for"
-                return f"the search ended by itself: another configuration {expected}, {asked}; {self._left()}"
+                return f"the search ended by itself: another configuration {expected}, {asked}; {self.unused()}"
         return None
 
-    def _left(self) -> str:
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is to be proposed any more."""
+        spent = not self._sweep.search.is_adaptive or is_spent(self._sweep, self._recorder.records.values())
+        return spent or self.ended_because is not None
+
+    def unused(self) -> str:
+        """What is left of the budget: `not used: 9 of budget.trials 14, 3.2 of budget.gpu_hours 8`."""
         sweep, shape, records = self._sweep, self._prepared.shape, self._recorder.records.values()
         tried = len({record.suggestion.number for record in records if record.suggestion})
         gpu_hours = self._recorder.trial_seconds() * shape.gpus / 3600

@@ -227,7 +227,10 @@ def test_a_commit_is_told_as_that_of_the_repository_where_the_commands_were_call
     sweep = simulated([2.0], 1, 0)
     trials = [t.model_copy(update={"git": GitState(commit="f" * 40, dirty=False)}) for t in sweep.trials]
     found = compared(tmp_path, named(sweep, "old"), named(sweep.model_copy(update={"trials": tuple(trials)}), "new"))
-    assert "they differ in commit of your repository (old: 0123456789ab; new: ffffffffffff)" in found.differing
+    assert (
+        "they differ in commit of the repository they were run in (old: 0123456789ab; new: ffffffffffff)"
+        in found.differing
+    )
     page = report.render_html(report.build(SweepFolder(tmp_path / "1")))
-    assert f"# in your repository at commit {'f' * 40}" in page
+    assert f"# in the repository that it was run in, at commit {'f' * 40}" in page
     assert "orchestrator at commit" not in page

@@ -22,7 +22,18 @@ from typer.testing import CliRunner
 from orchestrator.cli import app
 from tests.k8s import __main__ as script
 from tests.k8s import policies, schemas
-from tests.k8s.manifests import K8S, Manifest, RenderError, name_of, of_kind, overlays, pods, ray_clusters, render
+from tests.k8s.manifests import (
+    K8S,
+    Manifest,
+    PodTemplate,
+    RenderError,
+    name_of,
+    of_kind,
+    overlays,
+    pods,
+    ray_clusters,
+    render,
+)
 from tests.k8s.wiring import secrets_to_make
 
 OVERLAYS = overlays()
@@ -534,7 +545,7 @@ def test_what_the_readmes_kubectl_commands_name_is_there() -> None:
     selected = re.findall(r"kubectl .*(?:-l|--selector) ([\w./-]+)=(\w+)", readme)
     assert all(any(pod.labels.get(key) == value for pod in pods(manifests)) for key, value in selected)
     assert set(re.findall(r"--containers?=([\w-]+)", readme)) == {"prepare-database"}
-    assert (len(forwarded), len(read), len(named), len(selected)) == (2, 2, 12, 4)
+    assert (len(forwarded), len(read), len(named), len(selected)) == (2, 2, 12, 5)
 
 
 def test_the_patch_for_a_registry_with_a_login_renders(tmp_path: Path) -> None:
@@ -546,6 +557,34 @@ def test_the_patch_for_a_registry_with_a_login_renders(tmp_path: Path) -> None:
     accounts = of_kind(render(mine), "ServiceAccount")
     assert len(accounts) >= 5
     assert all(account["imagePullSecrets"] == [{"name": "registry"}] for account in accounts)
+
+
+def test_the_patch_for_a_cluster_of_one_node_renders(tmp_path: Path) -> None:
+    (patch,) = re.findall(r"`({target: {kind: PersistentVolumeClaim.*?})`", (K8S / "README.md").read_text())
+    shutil.copytree(K8S, tmp_path / "k8s")
+    mine = tmp_path / "k8s" / "overlays" / "mine"
+    mine.mkdir()
+    (mine / "kustomization.yaml").write_text(f"resources: [../cpu-demo]\npatches:\n  - {patch}\n")
+    manifests = render(mine)
+    assert schemas.problems(manifests) + policies.problems(manifests) == []
+    claims = of_kind(manifests, "PersistentVolumeClaim")
+    assert len(claims) >= 2
+    assert all(claim["spec"]["accessModes"] == ["ReadWriteOnce"] for claim in claims)
+
+
+def test_the_pod_that_the_readme_reads_a_report_with_may_start_and_mounts_the_sweeps() -> None:
+    (text,) = re.findall(r"<<END\n(.*?)END\n", (K8S / "README.md").read_text(), re.DOTALL)
+    pod = yaml.safe_load(text)
+    assert schemas.problems([pod]) == []
+    assert list(policies.unprivileged(PodTemplate("Pod/reader", pod["metadata"], pod["spec"]))) == []
+    manifests = rendered(K8S / "overlays" / "gpu")
+    (volume,), (container,) = pod["spec"]["volumes"], pod["spec"]["containers"]
+    assert the(manifests, f"PersistentVolumeClaim/{volume['persistentVolumeClaim']['claimName']}")
+    assert the(manifests, f"ServiceAccount/{pod['spec']['serviceAccountName']}")
+    assert (container["volumeMounts"][0]["name"], container["image"].rpartition("/")[2]) == (
+        volume["name"],
+        head(manifests)["containers"][0]["image"],
+    )
 
 
 def test_the_patch_for_nvidias_runtime_renders_for_sweeps_and_for_the_cluster_that_stays(tmp_path: Path) -> None:

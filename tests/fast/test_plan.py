@@ -665,6 +665,20 @@ def test_one_of_a_thing_is_told_as_one() -> None:
     assert alone.startswith("a trial takes 1 worker of 1 CPU and 1 GPU each, and the cluster has 2 CPUs and 0 GPUs")
 
 
+def test_what_is_asked_beyond_one_objective_is_told_in_one_line() -> None:
+    keys: dict[str, Any] = {
+        "objective": [{"metric": "eval_loss"}, {"metric": "tokens_per_s", "mode": "max"}],
+        "constraints": ["peak_memory_bytes <= 24GiB", "step_time_s <= 9"],
+        "scheduler": {"asha": {"grace_steps": 5}, "extrapolation": {"grace_steps": 5}},
+    }
+    asked = (
+        "objectives eval_loss (min), tokens_per_s (max); constraints peak_memory_bytes <= 24GiB, step_time_s <= 9; "
+        "scheduler asha and extrapolation"
+    )
+    assert render(plan(A100, **keys)).splitlines()[1:3] == [asked, ""]
+    assert render(plan(A100, scheduler={"fifo": {}})).splitlines()[1] == ""
+
+
 def test_totals_are_told_to_three_digits_and_what_of_the_time_is_the_start() -> None:
     totals = {"gpu_hours": (0.0212, 0.02134, 0.0311), "cost": (402.93, 805.75, 1611.39), "makespan_s": (24, 34, 71)}
     told = render(plan(A100).model_copy(update=totals))

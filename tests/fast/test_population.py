@@ -56,7 +56,8 @@ class Population:
         self.records = {record.trial_id: record for record in records or []}
         self.forgotten: list[str] = []
         self.breaks = breaks
-        prepared: Any = SimpleNamespace(sweep=self.sweep, plan_trial=self.plan_trial)
+        plan = SimpleNamespace(launches=18)
+        prepared: Any = SimpleNamespace(sweep=self.sweep, plan_trial=self.plan_trial, plan=plan)
         recorder: Any = SimpleNamespace(records=self.records, save=self.save)
         self.generations = Generations(prepared, recorder, new_record, self.forgotten.append)
 
@@ -242,6 +243,16 @@ def test_the_worst_quarter_goes_on_from_the_best_quarter_and_the_rest_from_thems
 
 def test_a_member_goes_on_as_soon_as_enough_are_known_to_be_worse() -> None:
     assert decided(members(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, ended=3)) == {0: "t0"}
+
+
+def test_a_population_that_is_cut_off_knows_how_many_of_its_trials_have_not_begun() -> None:
+    population = Population(breaks=False)
+    population.run(order=0, most=3)
+    begun = len(population.records)
+    assert population.generations.unused() == f"not used: {18 - begun} of the population's 18 trials"
+    assert not population.generations.is_over
+    population.run(order=0)
+    assert population.generations.is_over
 
 
 def test_where_nobody_left_a_checkpoint_nobody_goes_on() -> None:

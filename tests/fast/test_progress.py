@@ -112,6 +112,13 @@ def test_the_panel_is_drawn_while_a_search_proposes_trials(tmp_path: Path) -> No
     assert "1 running, 2 completed · " in str(progress._panel())
 
 
+def test_the_panel_tells_no_more_time_than_the_budget_leaves(tmp_path: Path) -> None:
+    waiting = [*trials_of(TrialStatus.PENDING), made_up_trial({"rank": 4})]
+    told = str(progress_of(tmp_path, waiting, 60.5 / 3600)._panel())
+    assert "about 1:00 left, until budget.hours is used up" in told
+    assert "until" not in str(progress_of(tmp_path, waiting, 1)._panel())
+
+
 def test_once_the_sweep_is_to_end_the_panel_tells_of_no_time_that_is_left(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

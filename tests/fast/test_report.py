@@ -18,7 +18,7 @@ from orchestrator.planning.plan import SweepPlan
 from orchestrator.reporting import charts, quantities, report
 from orchestrator.reporting.cost_charts import PART_STYLES, memory_chart, parts_of
 from orchestrator.reporting.curves import plateaus, value_curves
-from orchestrator.reporting.findings import trial_snippet
+from orchestrator.reporting.findings import behind_text, trial_snippet
 from orchestrator.reporting.plot import Axis, Dot, Line, ticks, xy_plot
 from orchestrator.reporting.status import render_status
 from orchestrator.reporting.times import Outlay, against_plan, times_of
@@ -115,6 +115,47 @@ def test_where_it_is_too_early_to_tell_nothing_is_called_recommended(tmp_path: P
     assert "recommended" not in text + page
     assert "Take this" not in page
     assert json.loads(report.render_json(early))["recommendation"]["basis"] == "too_early"
+
+
+def test_constraints_stand_at_the_table_and_what_breaks_one_says_so_though_it_has_not_completed(
+    tmp_path: Path,
+) -> None:
+    heavy, waits = (made_up_trial({"rank": rank}, status=TrialStatus.CANCELLED, memory_bytes=size)
+                    for rank, size in ((128, 3 * 2**30), (64, None)))  # fmt: skip
+    kept = ("peak_memory_bytes <= 2GiB", "tokens_per_s >= 1")
+    made = built(tmp_path, made_up_sweep([made_up_trial({"rank": 8}), heavy, waits], constraints=kept))
+    text, page = report.render_text(made), Page(report.render_html(made)).text
+    assert "\nconstraints: peak_memory_bytes <= 2GiB, tokens_per_s >= 1\n" in text
+    assert [line.split()[0] for line in text.splitlines() if "(breaks " in line] == ["rank=128"]
+    assert "1 cancelled (breaks peak_memory_bytes <= 2GiB)  " in text
+    assert "Only what keeps the constraints competes: peak_memory_bytes <= 2GiB, tokens_per_s >= 1." in page
+    # In the table of configurations, and in that of trials.
+    assert page.count("breaks peak_memory_bytes <= 2GiB") == 2
+    assert "constraints: " not in report.render_text(built(tmp_path, made_up_sweep([made_up_trial({"rank": 8})])))
+
+
+def test_what_lies_off_the_front_says_so_in_place_of_how_far_it_is_behind(tmp_path: Path) -> None:
+    values = {8: (2.0, 2**31), 16: (2.1, 2**30), 32: (2.2, 2**31), 64: (1.9, 2**33)}
+    trials = [made_up_trial({"rank": rank}, objective=loss, memory_bytes=size) for rank, (loss, size) in values.items()]
+    objectives = (("eval_loss", "min"), ("peak_memory_bytes", "min"))
+    made = built(tmp_path, made_up_sweep(trials, objectives=objectives, constraints=("peak_memory_bytes <= 4GiB",)))
+    behind = {summary.label: behind_text(made, summary) for summary in made.summaries}
+    assert behind == {"rank=8": "", "rank=16": "0.1000", "rank=32": "off the front", "rank=64": ""}
+    one = built(tmp_path, made_up_sweep(trials))
+    assert all("front" not in behind_text(one, summary) for summary in one.summaries)
+
+
+def test_where_the_budget_ended_the_sweep_its_answer_is_for_now_and_says_what_was_not_used(tmp_path: Path) -> None:
+    why = "budget.hours is used up: run the same command again; not used: 9 of budget.trials 14"
+    sweep = simulated([2.1, 2.0], 1, 0).model_copy(update={"cut_short": why})
+    made = built(tmp_path, sweep)
+    text, page, figures = report.render_text(made), report.render_html(made), json.loads(report.render_json(made))
+    assert "Take rank=8 for now: " in text
+    for told in (text, Page(page).text, "\n".join(figures["recommendation"]["evidence"])):
+        assert f"The budget ended the sweep before its last trials, and the answer may change: {why}." in told
+    assert (figures["cut_short"], figures["state"]) == (why, "out of budget")
+    assert "2 trials (2 completed), out of budget, " in text
+    assert "2 trials · out of budget" in page
 
 
 @pytest.mark.parametrize("repeats", [1, 2])

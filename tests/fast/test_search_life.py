@@ -21,6 +21,7 @@ pytest.importorskip("ray")
 
 from orchestrator.sweep.opening import opening_records, start_words
 from orchestrator.sweep.resume import Earlier
+from orchestrator.sweep.run import cut_short_words
 from orchestrator.sweep.scheduler import RuleScheduler
 from orchestrator.sweep.suggestions import Suggestions
 
@@ -133,6 +134,29 @@ def test_a_search_goes_on_with_what_a_grid_has_left_open_in_its_folder(tmp_path:
     assert {r.timing.earlier_s for r in tried} == {60}
     configurations = {r.configuration_id for r in before.values()}
     assert {r.configuration_id for r in (*tried, *ended.values())} == configurations
+
+
+def ended_by(reason: str | None, *, interrupted: bool = False) -> Any:
+    """A stopper that has stopped so."""
+    return SimpleNamespace(reason=reason, interrupted=interrupted)
+
+
+def test_a_search_that_its_budget_ended_says_how_it_goes_on_and_what_was_not_used(tmp_path: Path) -> None:
+    life = Life(tmp_path, "tpe", "fifo", {})
+    life.live(3)
+    out = ended_by("budget.hours is used up: raise it")
+    told = "budget.hours is used up: raise it; not used: 4 of budget.trials 7"
+    assert cut_short_words(life.sweep, out, life.suggestions, cut_off=0) == told
+    assert cut_short_words(life.sweep, ended_by("SIGINT", interrupted=True), life.suggestions, cut_off=1) is None
+    assert cut_short_words(life.sweep, ended_by(None), life.suggestions, cut_off=0) is None
+    life.live()
+    assert cut_short_words(life.sweep, out, life.suggestions, cut_off=0) is None
+
+
+def test_a_grid_that_its_budget_ended_says_so_where_it_cut_trials_off(tmp_path: Path) -> None:
+    life, out = Life(tmp_path, "grid", "fifo", {}), ended_by("budget.cost is used up: raise it")
+    assert cut_short_words(life.sweep, out, life.suggestions, cut_off=2) == "budget.cost is used up: raise it"
+    assert cut_short_words(life.sweep, out, life.suggestions, cut_off=0) is None
 
 
 def test_a_search_to_which_a_grid_left_nothing_says_so_and_why_the_rest_was_not_run(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from typing import Any
 
 import pytest
 
@@ -274,6 +275,20 @@ def test_one_completed_trial_of_a_sweep_that_was_interrupted_is_no_answer_yet() 
     early = recommend(made_up_sweep([made_up_trial({"rank": 8}), *waiting]))
     assert early.answer == "Too early to tell: rank=8 alone has completed, and 2 of 3 trials have not ended."
     assert (early.basis, early.label, early.is_recommended) == ("too_early", "rank=8", False)
+
+
+def test_one_completed_trial_of_a_search_that_its_budget_ended_is_no_answer_yet() -> None:
+    early = recommend(made_up_sweep([made_up_trial({"rank": 8})], cut_short="budget.hours is used up"))
+    told = "rank=8 alone has completed, and the budget ended the sweep before others were tried"
+    assert (early.basis, early.answer) == ("too_early", f"Too early to tell: {told}.")
+
+
+@pytest.mark.parametrize("left", [{"ended_ms": None}, {"interrupted": True}, {"cut_short": "budget.hours is used up"}])
+def test_an_answer_that_more_trials_may_change_is_for_now_and_decides_nothing(left: dict[str, Any]) -> None:
+    sweep = simulated([2.0, 2.3], 3, 2)
+    assert (recommend(sweep).is_decided, recommend(sweep).answer.startswith("Take rank=4: ")) == (True, True)
+    answer = recommend(sweep.model_copy(update=left))
+    assert (answer.is_decided, answer.answer.startswith("Take rank=4 for now: ")) == (False, True)
 
 
 def test_the_trial_to_take_is_the_recommended_one_and_not_one_that_is_better_by_its_last_bits() -> None:

@@ -86,6 +86,26 @@ def test_the_plan_says_how_long_what_is_left_takes(running: SweepFolder) -> None
 
 
 @pytest.mark.parametrize(
+    ("budget", "told"),
+    [
+        ("hours: 1", "about 1 min 52 s left"),
+        ("hours: 0.1", "about 1 min 00 s left, until budget.hours is used up"),
+        ("hours: 0.01", "about 0 s left, until budget.hours is used up"),
+        # Trials have held two GPUs each for 80 s, three times, and 48 s; four are held now.
+        ("gpu_hours: 0.19334", "about 30 s left, until budget.gpu_hours is used up"),
+        ("{cost: 0.3867, price_per_gpu_hour: 2}", "about 30 s left, until budget.cost is used up"),
+        ("{cost: 0.3}", "about 1 min 52 s left"),
+        ("[", "about 1 min 52 s left"),
+    ],
+)
+def test_no_more_time_is_left_than_the_budget_leaves(running: SweepFolder, budget: str, told: str) -> None:
+    plan = {"trials": [], "concurrent": 2, "workers_per_trial": 2, "gpus_per_worker": 1}
+    write_atomically(running.plan, json.dumps(plan | {"concurrent": 1 if told.endswith("52 s left") else 2}))
+    write_atomically(running.sweep_file, f"budget:\n  {budget}\n")
+    assert render_status(running, NOW_S).splitlines()[2] == f"time: 5 min 00 s gone, {told}"
+
+
+@pytest.mark.parametrize(
     "plan",
     [
         *('{"trials": [], "concurrent": 1e999}', '{"trials": [], "concurrent": 1' + "0" * 400 + "}", "[" * 100_000),
@@ -114,6 +134,24 @@ def test_an_ended_sweep_names_what_its_report_recommends_and_one_that_was_interr
     cut_off = sweep.model_copy(update={"interrupted": True})
     told = render_status(write_made_up(tmp_path / "cut-off", cut_off), NOW_S)
     assert f"best so far: eval_loss 3.000, {heavy.trial_id} (zero_stage=2), completed" in told
+
+
+def test_a_search_that_its_budget_ended_says_so_how_it_goes_on_and_how_many_it_may_still_try(
+    running: SweepFolder,
+) -> None:
+    sweep, _ = read_sweep(running)
+    proposed = [
+        made_up_trial({"rank": 8 + number}).model_copy(update={"suggestion": Suggestion(number=number, settings={})})
+        for number in range(2)
+    ]
+    why = "budget.hours is used up: run the same command again to go on for as long, or raise it"
+    ended = {"trials": tuple(proposed), "ended_ms": START_MS + 9000, "cut_short": why}
+    write_made_up(running.root, sweep.model_copy(update=ended))
+    write_atomically(running.plan, json.dumps({"trials": [], "concurrent": 2, "launches": 10}))
+    counts, best, took = render_status(running, NOW_S).splitlines()
+    assert counts == "made-up: 2 trials of up to 10: 2 completed"
+    assert best.startswith("best so far: ")
+    assert took == f"time: ended after 9 s, since {why}"
 
 
 def test_the_best_so_far_keeps_the_constraints_and_went_well(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from orchestrator.export.folder import export
 from orchestrator.export.model_card import model_card
 from orchestrator.results.records import TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder, read_sweep
+from orchestrator.sweep.delivered import Delivered, TrialDelivery, write_delivered
 from orchestrator.training import model as models
 from tests.made_up_sweep import made_up_sweep, made_up_trial, write_made_up
 from tests.training.conftest import TINY
@@ -123,7 +125,7 @@ def test_a_full_fine_tune_is_copied_whole(merge: bool, tiny_model: Path, tmp_pat
 
 
 def test_a_trained_trial_is_exported_with_a_card_that_tells_its_story(
-    tiny_model: Path, tiny_data: Path, tmp_path: Path
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record = made_up_trial(TINY.model_dump(mode="json", exclude={"seed"})).model_copy(update={"mlflow_run_id": "run17"})
     folder = write_made_up(tmp_path / "sweep", made_up_sweep([record]))
@@ -149,9 +151,14 @@ def test_a_trained_trial_is_exported_with_a_card_that_tells_its_story(
         "| eval_loss | 2.500 |",
         "| MLflow run | [run17](http://mlflow:5000/#/runs/run17) |",
         "| torch | 2.13.0 |",
-        'AutoPeftModelForCausalLM.from_pretrained("this folder", dtype="float32")',
     ):
         assert told in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    monkeypatch.chdir(done.folder)
+    pasted: dict[str, Any] = {}
+    exec(code, pasted)
+    assert pasted["model"].dtype is torch.float32
+    assert pasted["tokenizer"].eos_token_id == 0
     assert str(tmp_path) not in card
 
 
@@ -161,8 +168,21 @@ def test_a_trained_trial_is_exported_with_a_card_that_tells_its_story(
 def test_a_card_loads_an_adapters_base_in_the_type_that_it_was_trained_in(precision: str, dtype: str) -> None:
     trial = made_up_trial({"rank": 8, "precision": precision})
     card = model_card(made_up_sweep([trial]), trial, "adapter", None)
-    assert f'from_pretrained("this folder", dtype="{dtype}")' in card
+    assert f'from_pretrained(folder, dtype="{dtype}")' in card
     assert ("trained on the base in nf4 and is loaded below with the unquantised base" in card) == (precision == "nf4")
+
+
+def test_the_card_names_mlflows_run_of_a_trial_that_has_completed_while_its_sweep_is_at_work(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = a_sweep(tmp_path / "sweep", tiny_model, {})
+    (trial,) = read_sweep(folder)[0].trials
+    assert trial.mlflow_run_id is None
+    told = {trial.trial_id: TrialDelivery(run_id="run17"), "other": TrialDelivery()}
+    write_delivered(folder, Delivered(server="http://mlflow:5000", sweep_id="abc123", trials=told))
+    done = CliRunner().invoke(app, ["export", str(folder.root), "--to", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert "| MLflow run | run17 |" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_folder_that_exists_is_kept_unless_it_is_forced(tiny_model: Path, tmp_path: Path) -> None:
