@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import combinations
 from typing import Any
 
 from orchestrator.config.trial_config import Precision, TrialConfig
@@ -16,6 +17,8 @@ LOW_RANK = 8
 """Named where a higher rank does not fit."""
 LEAST_LENGTH = 64
 """Tokens, fewer than which nobody trains on."""
+_MAY_TAKE_MORE = frozenset({"precision", "zero_stage"})
+"""Changes of these can take more, as where quantised weights load on a CPU, or ZeRO-3 gathers a large vocabulary."""
 _OF_NO_MEMORY = {
     name: TrialConfig.model_fields[name].default
     for name in (
@@ -37,7 +40,7 @@ def for_memory(config: TrialConfig) -> TrialConfig:
     return config.model_copy(update=_OF_NO_MEMORY)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Change:
     """Cheaper settings that go together."""
 
@@ -49,7 +52,8 @@ def what_fits(case: Case, memory_bytes: int, most_workers: int) -> str | None:
     """Each single change by which a worker takes no more than this, or the fewest together; None: not even all do.
 
     Those that alter the result least stand in front: a smaller micro-batch, checkpointing, more workers to share among.
-    Shorter sequences, which cut the data, are named where nothing else is enough: the longest that fit.
+    More workers beside other changes are named where those alone are not enough: the fewest that fit. Shorter
+    sequences, which cut the data, are named where nothing else is enough: the longest that fit.
     What leaves the allocator room is named before what would run without.
     """
     return _first_that_fits(replace(case, config=for_memory(case.config)), memory_bytes, most_workers)
@@ -57,6 +61,7 @@ def what_fits(case: Case, memory_bytes: int, most_workers: int) -> str | None:
 
 @lru_cache(maxsize=1024)
 def _first_that_fits(case: Case, memory_bytes: int, most_workers: int) -> str | None:
+<<<<<<< HEAD
     strongest = [change for change in _strongest(case) if not refusals(_changed(case, [change]))]
     single = [*_single(case, strongest, most_workers)]
 
@@ -79,6 +84,34 @@ def _first_that_fits(case: Case, memory_bytes: int, most_workers: int) -> str | 
     if changes := _fewest(case, strongest, (), memory_bytes, _without_room):
         return " and ".join(_told(case, changes))
     return _shorter_that_fits(case, strongest, memory_bytes)
+=======
+    strongest, shares = [*_strongest(case)], [*_more_workers(case, most_workers)]
+    shortest = _Change({"sequence_length": min(LEAST_LENGTH, case.config.sequence_length)})
+
+    def fits_at_last(always: Sequence[_Change]) -> bool:
+        wholes = _together(case, strongest, always, memory_bytes)
+        return any(_fits(case, whole, memory_bytes, _without_room) for whole in wholes)
+
+    # Asked first, since of thousands that fit nowhere each would be asked for everything.
+    beside = [always for always in ([], shares[-1:]) if fits_at_last([*always, shortest])]
+    if not beside:
+        return None
+    wholes = [*_together(case, strongest, [], memory_bytes)]
+    single = [*_milder_micro_batches(case.config), *strongest, *shares]
+    for taken in (_with_room, _without_room):
+        fitting = [change for change in single if _fits(case, [change], memory_bytes, taken)]
+        if fitting:
+            return _each_mildest([_told(case, [change]) for change in fitting])
+        if changes := _fewest(case, wholes, [], memory_bytes, taken):
+            return " and ".join(_told(case, changes))
+    shorter = [[*beside[0], change] for change in _shorter_sequences(case.config)]
+    for always in [*([share] for share in shares), *shorter]:
+        wholes = [*_together(case, strongest, always, memory_bytes)]
+        for taken in (_with_room, _without_room):
+            if changes := _fewest(case, wholes, always, memory_bytes, taken):
+                return " and ".join(_told(case, changes))
+    return None
+>>>>>>> mend-a
 
 
 def _any_of(mildest: Mapping[str, str]) -> str:
@@ -93,51 +126,61 @@ def _without_room(memory: MemoryEstimate) -> int:
     return memory.needed_bytes
 
 
-def _shorter_that_fits(case: Case, strongest: Sequence[_Change], memory_bytes: int) -> str | None:
-    """The first half, or half of that, that fits, alone or else with the fewest of the other changes."""
-    length = case.config.sequence_length
-    if length <= LEAST_LENGTH or not _fewest(
-        case, strongest, (_Change({"sequence_length": LEAST_LENGTH}),), memory_bytes, _without_room
-    ):
-        # Asked once, since of thousands that fit at no length each would be asked for all.
-        return None
-    while length > LEAST_LENGTH:
-        length = max(length // 2, LEAST_LENGTH)
-        shorter = _Change({"sequence_length": length})
-        for taken in (_with_room, _without_room):
-            if changes := _fewest(case, strongest, (shorter,), memory_bytes, taken):
-                return " and ".join(_told(case, changes))
-    return None
-
-
 def _fewest(
-    case: Case, changes: Sequence[_Change], always: Sequence[_Change], memory_bytes: int, taken: Taken
-) -> list[_Change] | None:
-    """The first changes that fit beside those that are always made, without any that the others do without."""
-    for count in range(len(changes) + 1):
-        kept = [*changes[:count], *always]
-        if _fits(case, kept, memory_bytes, taken):
-            break
-    else:
+    case: Case, wholes: Sequence[Sequence[_Change]], always: Sequence[_Change], memory_bytes: int, taken: Taken
+) -> Sequence[_Change] | None:
+    """Changes that fit, of those that go together, without any that the others do without."""
+    kept = next((whole for whole in wholes if _fits(case, whole, memory_bytes, taken)), None)
+    if kept is None:
         return None
-    for change in reversed(changes[:count]):
-        others = [other for other in kept if other is not change]
-        if _fits(case, others, memory_bytes, taken):
+    spare = [change for change in reversed(kept) if change not in always]
+    # A second time for those that another needed, which the others do without.
+    for dropped in [*spare, *(change for change in spare if "precision" in change.settings)]:
+        others = [change for change in kept if change is not dropped]
+        if len(others) < len(kept) and _fits(case, others, memory_bytes, taken):
             kept = others
     return kept
 
 
-def _single(case: Case, strongest: Sequence[_Change], most_workers: int) -> Iterator[_Change]:
-    """Of each setting the mildest first."""
-    config, workers = case.config, case.workers * 2
+def _together(
+    case: Case, changes: Sequence[_Change], always: Sequence[_Change], memory_bytes: int
+) -> Iterator[list[_Change]]:
+    """The most that go together beside those that are always made, since one may exclude another, or need it: ZeRO-3
+    is refused with int8, and allowed with the bf16 that is named instead.
+
+    What is within such a set takes no less, and is passed over.
+    """
+    most: list[set[_Change]] = []
+    for count in range(len(changes), -1, -1):
+        for some in combinations(changes, count):
+            beyond = (whole - set(some) for whole in most if whole.issuperset(some))
+            if any(all(change.settings.keys().isdisjoint(_MAY_TAKE_MORE) for change in more) for more in beyond):
+                continue
+            whole = [*some, *always]
+            if _starts(_changed(case, whole), memory_bytes):
+                most.append(set(some))
+                yield whole
+
+
+def _milder_micro_batches(config: TrialConfig) -> Iterator[_Change]:
+    """The largest first, to the one before the strongest change's."""
     micro = config.micro_batch_size
-    while isinstance(micro, int) and micro > 1:
+    while isinstance(micro, int) and micro > 2:
         micro //= 2
         yield _Change({"micro_batch_size": micro})
-    yield from (change for change in strongest if "micro_batch_size" not in change.settings)
-    if config.trains_all_weights and config.optimizer == "adamw":
-        # Not among the strongest: an offloaded optimizer, which it excludes, takes less.
-        yield _Change({"optimizer": "adamw_8bit"})
+
+
+def _shorter_sequences(config: TrialConfig) -> Iterator[_Change]:
+    """The longest first."""
+    length = config.sequence_length
+    while length > LEAST_LENGTH:
+        length = max(length // 2, LEAST_LENGTH)
+        yield _Change({"sequence_length": length})
+
+
+def _more_workers(case: Case, most_workers: int) -> Iterator[_Change]:
+    """The fewest first."""
+    workers = case.workers * 2
     while workers <= most_workers:
         yield _Change({"engine": "deepspeed", "zero_stage": 3}, workers)
         workers *= 2
@@ -154,6 +197,8 @@ def _strongest(case: Case) -> Iterator[_Change]:
         yield _Change({"gradient_checkpointing": True})
     if config.trains_all_weights and config.offload == "none" and case.hardware.device == "cuda":
         yield _offload(config)
+    if config.trains_all_weights and config.optimizer == "adamw":
+        yield _Change({"optimizer": "adamw_8bit"})
     if config.zero_stage < 3 and case.workers > 1:
         yield _Change({"engine": "deepspeed", "zero_stage": 3})
     if precision := _leaner_precision(case):
@@ -192,15 +237,19 @@ def _told(case: Case, changes: Sequence[_Change]) -> list[str]:
 
 
 def _changed(case: Case, changes: Sequence[_Change]) -> Case:
-    config, workers = case.config, case.workers
-    for change in changes:
-        # Valid by themselves: to validate them again would take most of the time of a plan that refuses thousands.
-        config, workers = config.model_copy(update=change.settings), change.workers or workers
-    return Case(config, case.shape, case.hardware, workers)
+    settings = {name: value for change in changes for name, value in change.settings.items()}
+    workers = max(change.workers or case.workers for change in changes) if changes else case.workers
+    # Valid by themselves: to validate them again would take most of the time of a plan that refuses thousands.
+    return replace(case, config=case.config.model_copy(update=settings), workers=workers)
 
 
 def _fits(case: Case, changes: Sequence[_Change], memory_bytes: int, taken: Taken) -> bool:
     changed = _changed(case, changes)
-    if refusals(changed) or loading_bytes_on(changed.config, case.shape, case.hardware) > memory_bytes:
+    if not _starts(changed, memory_bytes):
         return False
     return taken(estimate_on(changed.config, case.shape, changed.workers, case.hardware)) <= memory_bytes
+
+
+def _starts(case: Case, memory_bytes: int) -> bool:
+    """Neither refused, nor larger while it loads than what is there."""
+    return not refusals(case) and loading_bytes_on(case.config, case.shape, case.hardware) <= memory_bytes
