@@ -61,30 +61,6 @@ def what_fits(case: Case, memory_bytes: int, most_workers: int) -> str | None:
 
 @lru_cache(maxsize=1024)
 def _first_that_fits(case: Case, memory_bytes: int, most_workers: int) -> str | None:
-<<<<<<< HEAD
-    strongest = [change for change in _strongest(case) if not refusals(_changed(case, [change]))]
-    single = [*_single(case, strongest, most_workers)]
-
-    def mildest_alone(taken: Taken) -> dict[str, str]:
-        """By setting."""
-        first: dict[str, str] = {}
-        for change in single:
-            if _fits(case, [change], memory_bytes, taken):
-                one, *rest = _told(case, [change])
-                first.setdefault(one.split(" ")[0], " with ".join(filter(None, (one, " and ".join(rest)))))
-        return first
-
-    if roomy := mildest_alone(_with_room):
-        tight = {name: told for name, told in mildest_alone(_without_room).items() if name not in roomy}
-        return _any_of(roomy) + (f", or, with little to spare, {_any_of(tight)}" if tight else "")
-    if changes := _fewest(case, strongest, (), memory_bytes, _with_room):
-        return " and ".join(_told(case, changes))
-    if tight := mildest_alone(_without_room):
-        return _any_of(tight)
-    if changes := _fewest(case, strongest, (), memory_bytes, _without_room):
-        return " and ".join(_told(case, changes))
-    return _shorter_that_fits(case, strongest, memory_bytes)
-=======
     strongest, shares = [*_strongest(case)], [*_more_workers(case, most_workers)]
     shortest = _Change({"sequence_length": min(LEAST_LENGTH, case.config.sequence_length)})
 
@@ -98,12 +74,16 @@ def _first_that_fits(case: Case, memory_bytes: int, most_workers: int) -> str | 
         return None
     wholes = [*_together(case, strongest, [], memory_bytes)]
     single = [*_milder_micro_batches(case.config), *strongest, *shares]
-    for taken in (_with_room, _without_room):
-        fitting = [change for change in single if _fits(case, [change], memory_bytes, taken)]
-        if fitting:
-            return _each_mildest([_told(case, [change]) for change in fitting])
-        if changes := _fewest(case, wholes, [], memory_bytes, taken):
-            return " and ".join(_told(case, changes))
+    roomy, tight = (_mildest_alone(case, single, memory_bytes, taken) for taken in (_with_room, _without_room))
+    if roomy:
+        more = {name: told for name, told in tight.items() if name not in roomy}
+        return _any_of(roomy) + (f", or, with little to spare, {_any_of(more)}" if more else "")
+    if changes := _fewest(case, wholes, [], memory_bytes, _with_room):
+        return " and ".join(_told(case, changes))
+    if tight:
+        return _any_of(tight)
+    if changes := _fewest(case, wholes, [], memory_bytes, _without_room):
+        return " and ".join(_told(case, changes))
     shorter = [[*beside[0], change] for change in _shorter_sequences(case.config)]
     for always in [*([share] for share in shares), *shorter]:
         wholes = [*_together(case, strongest, always, memory_bytes)]
@@ -111,7 +91,16 @@ def _first_that_fits(case: Case, memory_bytes: int, most_workers: int) -> str | 
             if changes := _fewest(case, wholes, always, memory_bytes, taken):
                 return " and ".join(_told(case, changes))
     return None
->>>>>>> mend-a
+
+
+def _mildest_alone(case: Case, changes: Sequence[_Change], memory_bytes: int, taken: Taken) -> dict[str, str]:
+    """Of each setting the first change that is enough by itself, in words."""
+    first: dict[str, str] = {}
+    for change in changes:
+        if _fits(case, [change], memory_bytes, taken):
+            one, *rest = _told(case, [change])
+            first.setdefault(one.split(" ")[0], " with ".join(filter(None, (one, " and ".join(rest)))))
+    return first
 
 
 def _any_of(mildest: Mapping[str, str]) -> str:

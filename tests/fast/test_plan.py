@@ -365,7 +365,6 @@ def test_a_change_that_is_refused_itself_hides_none_of_the_others() -> None:
     assert what_fits(case(bare, **settings, rank=4096), 48 * 2**30, 1) == ("micro_batch_size 1 and rank 8")
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize(
     ("hardware", "resources"),
     [
@@ -403,7 +402,8 @@ def test_what_nodes_that_come_when_asked_may_hold_is_warned_of_and_runs() -> Non
 def test_a_trial_for_which_nodes_may_be_large_enough_where_they_differ_is_warned_of_and_runs() -> None:
     (warning,) = plan(named_gpu("H100", 16), THREE_B, resources={"cpus_per_worker": 200}).warnings
     assert "the cluster has 256 CPUs and 16 GPUs on 2 nodes: not one can start there" in warning
-=======
+
+
 def test_changes_that_fit_only_together_are_named_where_one_of_them_alone_is_refused() -> None:
     """ZeRO-3 is refused with int8, and with amp_fp16 any stage of ZeRO is."""
     settings = {"micro_batch_size": 1, "sequence_length": 512, "global_batch_size": 8}
@@ -418,13 +418,6 @@ def test_more_workers_are_named_beside_other_changes_where_those_alone_are_not_e
     asked = case(named_gpu("A10G", 8), **settings, precision="bf16", zero_stage=2)
     told = what_fits(asked, 10 * 2**30, 8)
     assert told == "workers_per_trial 4 and gradient_checkpointing and offload optimizer and zero_stage 3"
-
-
-def test_resources_that_the_machine_does_not_have_are_warned_of() -> None:
-    assert any("not one can start there" in told for told in plan(CPU, resources={"gpus_per_worker": 1}).warnings)
-    assert any("not one can start there" in told for told in plan(CPU, resources={"cpus_per_worker": 3}).warnings)
-    assert not any("start there" in told for told in plan(CPU, resources={"cpus_per_worker": 2}).warnings)
->>>>>>> mend-a
 
 
 def test_the_parts_of_a_plan_on_a_cpu_sum_to_the_memory_that_it_tells() -> None:
