@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from orchestrator.config.trial_config import Precision, TrialConfig
 from orchestrator.planning.hardware import Hardware
 from orchestrator.planning.memory import trainable_parameters
-from orchestrator.planning.model_shape import ModelShape
+from orchestrator.planning.model_shape import ModelShape, lora_parameters, targeted
 
 CPU_CORE_FLOPS = 60e9
 """fp32 FLOP/s that one core reached training SmolLM2-135M (4 × 64 tokens, AVX2: 2.15 s a step)."""
@@ -78,8 +78,8 @@ def step_flops(config: TrialConfig, shape: ModelShape) -> float:
     """FLOPs of one optimizer step over all workers.
 
     2 a weight and token forward and 2 for the gradient of the activations; frozen weights get none of their own
-    (2 more where all are trained). Checkpointing repeats the forward pass. Attention adds 4·s·q a token and layer
-    forward, twice that backward (Kaplan et al. 2020, arXiv:2001.08361, table 1).
+    (2 more where all are trained, and for an adapter's). Checkpointing repeats the forward pass. Attention adds 4·s·q a
+    token and layer forward, twice that backward (Kaplan et al. 2020, arXiv:2001.08361, table 1).
     """
     tokens = config.global_batch_size * config.sequence_length
     idle = shape.expert_parameters * (1 - shape.experts_per_token / shape.experts) if shape.experts else 0.0
@@ -88,7 +88,17 @@ def step_flops(config: TrialConfig, shape: ModelShape) -> float:
     repeated = int(config.gradient_checkpointing)
     passes = (3 if config.trains_all_weights else 2) + repeated
     scores = 4.0 * config.sequence_length * shape.heads * shape.head_dim * shape.layers
-    return tokens * (2 * passes * weights + (3 + repeated) * scores)
+    return tokens * (2 * passes * weights + (3 + repeated) * (2 * _adapter_weights(config, shape) + scores))
+
+
+def _adapter_weights(config: TrialConfig, shape: ModelShape) -> float:
+    """That a token passes, of all layers."""
+    if config.rank == "full":
+        return 0.0
+    return sum(
+        lora_parameters(config.rank, [matrix]) * (shape.experts_per_token / shape.experts if matrix.is_expert else 1)
+        for matrix in targeted(shape, config.target_modules)
+    )
 
 
 def step_seconds(

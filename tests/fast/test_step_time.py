@@ -99,6 +99,15 @@ def test_attention_takes_its_forward_pass_three_times_whatever_is_trained(rank: 
     assert flops_of_scores(gradient_checkpointing=True) == pytest.approx(4)
 
 
+def test_an_adapter_of_a_high_rank_takes_its_time() -> None:
+    def flops(rank: int) -> float:
+        return step_flops(TrialConfig(rank=rank, sequence_length=64), shape_of(SMOLLM2_135M))
+
+    # docs/studies/lora_rank.csv, within each repeat: 1.00 to 1.03 times as long, and 1.26 to 1.31.
+    assert flops(32) / flops(8) == pytest.approx(1.03, abs=0.02)
+    assert flops(256) / flops(8) == pytest.approx(1.28, abs=0.07)
+
+
 def test_offloaded_weights_are_stepped_by_the_cores_of_each_worker_and_adapters_in_no_time() -> None:
     full = {"rank": "full", "zero_stage": 2, "global_batch_size": 4}
     h200 = named_gpu("H200", 4)
