@@ -42,7 +42,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Cluster,
         ),
         # The estimate is of whole sequences; these rows are short, so that a CPU has room for them.
         pytest.param(
-            {"sequence_length": 2048, "micro_batch_size": 256, "global_batch_size": 256},
+            {"sequence_length": 1024, "micro_batch_size": 512, "global_batch_size": 512},
             {"rank": [2, 4]},
             "A100",
             "2 on A100, 0 on T4 can run: all run on A100",
