@@ -185,15 +185,16 @@ def score_bytes(config: TrialConfig, shape: ModelShape, width: Widths) -> float:
         masked = masked_layers(config, shape) / shape.layers
         repeated = 1 if width.repeats_keys else masked
         return masked * width.attention * length**2 + repeated * _repeated(length, shape, width)
-    scores = float(shape.heads * length * length) * _kept_of_a_score(config, shape, width)
+    scores = float(shape.heads * length * length)
+    kept = scores * _kept_of_a_score(config, shape, width)
     if config.attention != "eager":
         # In fp32: scaled copies of query and key, and value repeated for each head, in place of what they came from.
         q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         came_from = 2 * q + 3 * kv if shape.fused_attention and shape.rotary else q + 2 * kv
-        return scores + length * (4 * 3 * q - width.attention * came_from)
+        return kept + length * (4 * 3 * q - width.attention * came_from)
     # Gemma 2 caps its scores by a tanh, which keeps its result.
     capped = width.attention if shape.model_type == "gemma2" else 0
-    return scores + float(shape.heads * length * length) * capped + _repeated(length, shape, width)
+    return kept + scores * capped + _repeated(length, shape, width)
 
 
 def _kept_of_a_score(config: TrialConfig, shape: ModelShape, width: Widths) -> int:
@@ -210,18 +211,18 @@ def _softmax_width(config: TrialConfig, shape: ModelShape, width: Widths) -> int
     return width.attention if is_own else 4
 
 
-def _score_at_work(config: TrialConfig, shape: ModelShape, width: Widths) -> int:
-    """Bytes of a score beside what is kept of it, at the worst place of attention's backward pass: softmax's own.
-
-    There its result is alive, the gradient of that, what comes of it, and on a GPU the product of the first two (torch
-    2.13, ATen/native/cuda/SoftMax.cu, `softmax_backward_cuda_out`).
-    """
+def _softmax_backward(config: TrialConfig, shape: ModelShape, width: Widths) -> tuple[int, ...]:
+    """Bytes of a score that are alive within softmax's backward pass: its result, the gradient of that, on a GPU the
+    product of both (torch 2.13, ATen/native/cuda/SoftMax.cu, `softmax_backward_cuda_out`), and what is given back."""
     each = _softmax_width(config, shape, width)
-    alive = (4 if width.on_gpu else 3) * each
-    if each > width.attention and _is_cast_within(config, width):
-        # And is given back as it came.
-        alive -= each - width.attention
-    # Before it, what dropout gives back and is given.
+    given_back = width.attention if _is_cast_within(config, width) else each
+    return (each, each, *([each] if width.on_gpu else []), given_back)
+
+
+def _score_at_work(config: TrialConfig, shape: ModelShape, width: Widths) -> int:
+    """Bytes of a score beside what is kept of it, at the worst place of attention's backward pass: softmax's own, or
+    before it, where dropout gives back what it is given."""
+    alive = sum(_softmax_backward(config, shape, width))
     return max(alive - _kept_of_a_score(config, shape, width), 2 * width.attention)
 
 
@@ -230,15 +231,13 @@ def score_blocks(config: TrialConfig, shape: ModelShape, width: Widths) -> tuple
     backward pass, of a kernel that writes them."""
     assert isinstance(config.micro_batch_size, int)
     scores = float(config.micro_batch_size * shape.heads * config.sequence_length**2)
+    backward = [scores * each for each in _softmax_backward(config, shape, width)]
     softmax = _softmax_width(config, shape, width)
-    wide = scores * softmax
-    if width.attention == softmax:
-        # Scores and what they are scaled and masked to in turn, then that and softmax's result.
-        return [wide] * 2, [wide] * 4
-    narrow = [scores * width.attention] * 2
-    if _is_cast_within(config, width):
-        return [*narrow, wide], [wide] * 3 + narrow[:1]
-    return [*narrow, wide, wide], [wide] * 4
+    # Scores and what they are scaled and masked to in turn, then that and softmax's result.
+    forward = [scores * width.attention] * 2
+    if width.attention < softmax:
+        forward += [scores * softmax] * (1 if _is_cast_within(config, width) else 2)
+    return forward, backward
 
 
 def _is_cast_within(config: TrialConfig, width: Widths) -> bool:

@@ -548,24 +548,23 @@ def test_what_the_readmes_kubectl_commands_name_is_there() -> None:
     assert (len(forwarded), len(read), len(named), len(selected)) == (2, 2, 12, 5)
 
 
-def test_the_patch_for_a_registry_with_a_login_renders(tmp_path: Path) -> None:
-    (patch,) = re.findall(r"`({target: {kind: ServiceAccount}.*?})`", (K8S / "README.md").read_text())
+def rendered_with_the_readmes_patch(kind: str, overlay: str, tmp_path: Path) -> list[Manifest]:
+    (patch,) = re.findall(rf"`({{target: {{kind: {kind}.*?}})`", (K8S / "README.md").read_text())
     shutil.copytree(K8S, tmp_path / "k8s")
     mine = tmp_path / "k8s" / "overlays" / "mine"
     mine.mkdir()
-    (mine / "kustomization.yaml").write_text(f"resources: [../production]\npatches:\n  - {patch}\n")
-    accounts = of_kind(render(mine), "ServiceAccount")
+    (mine / "kustomization.yaml").write_text(f"resources: [../{overlay}]\npatches:\n  - {patch}\n")
+    return render(mine)
+
+
+def test_the_patch_for_a_registry_with_a_login_renders(tmp_path: Path) -> None:
+    accounts = of_kind(rendered_with_the_readmes_patch("ServiceAccount", "production", tmp_path), "ServiceAccount")
     assert len(accounts) >= 5
     assert all(account["imagePullSecrets"] == [{"name": "registry"}] for account in accounts)
 
 
 def test_the_patch_for_a_cluster_of_one_node_renders(tmp_path: Path) -> None:
-    (patch,) = re.findall(r"`({target: {kind: PersistentVolumeClaim.*?})`", (K8S / "README.md").read_text())
-    shutil.copytree(K8S, tmp_path / "k8s")
-    mine = tmp_path / "k8s" / "overlays" / "mine"
-    mine.mkdir()
-    (mine / "kustomization.yaml").write_text(f"resources: [../cpu-demo]\npatches:\n  - {patch}\n")
-    manifests = render(mine)
+    manifests = rendered_with_the_readmes_patch("PersistentVolumeClaim", "cpu-demo", tmp_path)
     assert schemas.problems(manifests) + policies.problems(manifests) == []
     claims = of_kind(manifests, "PersistentVolumeClaim")
     assert len(claims) >= 2
