@@ -168,7 +168,11 @@ def packed_share(
     to_run = len(trials) if sweep.search.is_adaptive else len(needed)
     at_once = min(by_cpus, _wanted_at_once(sweep.resources, to_run))
     on_each = max(1, min(by_memory, math.ceil(at_once / max(1, hardware.gpus))))
-    # Rounded up, three thirds would not fit on it.
+    return _share(on_each)
+
+
+def _share(on_each: int) -> float:
+    """Of a GPU for each of so many trials: rounded up, three thirds would not fit on it."""
     return math.floor(MOST_SHARES / on_each) / MOST_SHARES
 
 
@@ -328,12 +332,14 @@ def _does_not_fit(case: Case, shape: WorkerShape, memory: MemoryEstimate, memory
             f" while it loads, since under ZeRO-3 each loads the whole model where precision is {case.config.precision}"
         )
     needed, there = _apart(needed_bytes, memory_bytes)
-    reason = f"needs about {needed} of memory a worker{of_which}, and {there} are there"
+    is_limited = shape.limit_bytes is not None and shape.limit_bytes <= memory_bytes
+    allowed = f"resources.memory_per_worker allows {there}" if is_limited else f"{there} are there"
+    reason = f"needs about {needed} of memory a worker{of_which}, and {allowed}"
     if unquantised := experts_stay_unquantised(case):
         reason += f" ({unquantised})"
     # Workers cannot share a GPU.
-    most_workers = case.hardware.gpus if shape.gpus_per_worker == 1 else case.workers
-    fits = [_fewer_at_a_time(case.hardware, shape, memory), what_fits(case, memory_bytes, most_workers)]
+    most_workers = sum(_rooms(case.hardware, shape)) if shape.gpus_per_worker == 1 else case.workers
+    fits = [_more_room(case.hardware, shape, needed_bytes), what_fits(case, memory_bytes, most_workers)]
     told = ", or ".join(hint for hint in fits if hint)
     return f"{reason}; fits with {told}" if told else f"{reason}; use a smaller model"
 
@@ -347,14 +353,25 @@ def _apart(needed_bytes: int, there_bytes: int) -> tuple[str, str]:
     return needed, there
 
 
-def _fewer_at_a_time(hardware: Hardware, shape: WorkerShape, memory: MemoryEstimate) -> str | None:
-    """The most trials at a time, on CPUs, that leave a worker of this one enough memory; None: not even one does."""
-    if hardware.device == "cuda" or memory_for_a_worker(hardware, shape, 1) < memory.needed_bytes:
-        return None
-    most = 1
-    while memory_for_a_worker(hardware, shape, most + 1) >= memory.needed_bytes:
-        most += 1
-    return f"resources.max_concurrent {most}"
+def _more_room(hardware: Hardware, shape: WorkerShape, needed_bytes: int) -> str | None:
+    """What of `resources` leaves a worker so much, and changes nothing of the trial; None: nothing does."""
+    hints = []
+    if shape.limit_bytes is not None and shape.limit_bytes < needed_bytes:
+        hints.append(f"resources.memory_per_worker {math.ceil(needed_bytes / GIB * 10) / 10:g}GiB")
+        shape = replace(shape, limit_bytes=None)
+    if memory_for_a_worker(hardware, shape, 1) < needed_bytes:
+        alone = replace(shape, gpus_per_worker=1.0)
+        if not 0 < shape.gpus_per_worker < 1 or memory_for_a_worker(hardware, alone, 1) < needed_bytes:
+            return None
+        share = needed_bytes / memory_for_a_worker(hardware, alone, 1)
+        hints.append(f"resources.gpus_per_worker {_share(int(1 / share)):g}")
+    if hardware.device != "cuda":
+        most = 1
+        while memory_for_a_worker(hardware, shape, most + 1) >= needed_bytes:
+            most += 1
+        if most < trials_that_fit(_rooms(hardware, shape), shape.workers, on_one_node=False):
+            hints.append(f"resources.max_concurrent {most}")
+    return " and ".join(hints) or None
 
 
 def memory_for_a_worker(hardware: Hardware, shape: WorkerShape, concurrent: int) -> int:

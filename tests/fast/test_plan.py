@@ -216,6 +216,34 @@ def test_more_gpus_to_share_the_weights_among_are_named_where_there_are_some() -
     assert fits(4) == "precision nf4, or workers_per_trial 2 with zero_stage 3"
 
 
+def test_no_more_workers_are_named_than_there_are_cpus_for() -> None:
+    settings = {"precision": "amp_bf16", "micro_batch_size": 1, "sequence_length": 256, "gradient_checkpointing": True}
+    few = replace(named_gpu("RTX-4090", 4), cpus=1)
+    (reason,) = plan(few, trial=settings).trials[0].reasons
+    assert reason.endswith("fits with precision nf4")
+
+
+def test_a_trial_that_would_fit_with_more_of_a_gpu_or_of_its_limit_is_told_so_first() -> None:
+    settings = {"precision": "nf4", "micro_batch_size": 1, "sequence_length": 2048, "gradient_checkpointing": True}
+
+    def told(**resources: Any) -> str:
+        (trial,) = plan(A100, trial=settings, resources=resources).trials
+        return trial.reasons[0] if trial.reasons else "runs"
+
+    shared = told(gpus_per_worker=0.05)
+    share = re.search(r"fits with resources\.gpus_per_worker ([\d.]+)", shared)
+    assert share
+    assert told(gpus_per_worker=float(share[1])) == "runs"
+
+    limited = told(memory_per_worker="3GiB")
+    limit = re.search(r"resources\.memory_per_worker allows 3\.0 GiB; .*memory_per_worker ([\d.]+GiB)", limited)
+    assert limit
+    assert told(memory_per_worker=limit[1]) == "runs"
+
+    both = told(gpus_per_worker=0.05, memory_per_worker="3GiB")
+    assert f"resources.memory_per_worker {limit[1]} and resources.gpus_per_worker {share[1]}" in both
+
+
 def test_a_trial_for_which_no_single_change_is_enough_is_told_the_fewest_together() -> None:
     settings = {"precision": "fp32", "micro_batch_size": 16, "sequence_length": 4096}
     (reason,) = plan(named_gpu("T4", 1), trial=settings).trials[0].reasons
@@ -325,7 +353,7 @@ def test_to_shard_weights_deepspeed_is_named_where_torch_alone_would_step() -> N
 def test_more_workers_are_not_named_where_trials_share_a_gpu() -> None:
     trial = {"micro_batch_size": 1, "sequence_length": 256, "gradient_checkpointing": True}
     (reason,) = plan(named_gpu("A10G", 4), trial=trial, resources={"gpus_per_worker": 0.5}).trials[0].reasons
-    assert reason.endswith("fits with precision nf4")
+    assert reason.endswith("fits with resources.gpus_per_worker 1, or precision nf4")
 
 
 def test_quantised_weights_under_zero_3_are_refused_where_a_gpu_cannot_hold_them_whole_while_they_load() -> None:
@@ -479,7 +507,9 @@ def test_a_trial_that_would_fit_with_fewer_at_a_time_is_told_so_first() -> None:
         search={"repeats": 8},
         resources={"max_concurrent": most},
     ).runs
-    assert "max_concurrent" not in reason(max_concurrent=8, memory_per_worker="1500MiB")
+    limited = reason(max_concurrent=8, memory_per_worker="1500MiB")
+    assert limited.startswith("resources.memory_per_worker ")
+    assert f" and resources.max_concurrent {most}, or " in limited
 
 
 def test_to_count_what_runs_at_a_time_each_memory_is_estimated_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -709,7 +739,7 @@ def test_what_is_needed_and_what_is_there_are_never_told_as_the_same() -> None:
     memory = plan(A100, **keys).trials[0].memory
     assert memory
     (reason,) = plan(A100, **keys, resources={"memory_per_worker": memory.needed_bytes - 2**18}).trials[0].reasons
-    needed, there = re.findall(r"(?:about|and) ([\d.]+) GiB", reason)[:2]
+    needed, there = re.findall(r"(?:about|allows) ([\d.]+) GiB", reason)
     assert float(needed) > float(there)
 
 
