@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
-from typing import Literal
 
 from ray.util.metrics import Gauge
 
+from orchestrator.config.constraint import parse
+from orchestrator.config.sweep_config import SweepConfig
+from orchestrator.results.constraints import is_broken
 from orchestrator.results.records import TrialResult, TrialStatus
 
 
 class Gauges:
     """Follows the records of one sweep; Ray's own agent carries the values on every few seconds."""
 
-    def __init__(self, sweep: str, records: Iterable[TrialResult], metric: str, mode: Literal["min", "max"]) -> None:
-        self._metric, self._sign = metric, 1.0 if mode == "min" else -1.0
+    def __init__(self, sweep: SweepConfig, records: Iterable[TrialResult]) -> None:
+        self._metric, self._sign = sweep.primary.metric, 1.0 if sweep.primary.mode == "min" else -1.0
+        self._constraints = [parse(text) for text in sweep.constraints]
         # A sweep of thousands is not counted anew at each change of one of them.
         self._statuses: dict[str, TrialStatus] = {}
         self._counts: Counter[TrialStatus] = Counter()
@@ -23,9 +27,10 @@ class Gauges:
         self._all_hours = 0.0
         self._values: dict[str, float] = {}
         self._best: float | None = None
-        self._trials = _gauge("trials", "Trials of the sweep by their status", sweep, "status")
-        self._objective = _gauge("best_objective", "The best value of the sweep's objective so far", sweep, "metric")
-        self._spent = _gauge("trial_hours", "Hours that trials took which have ended, from launch to end", sweep)
+        self._trials = _gauge("trials", "Trials of the sweep by their status", sweep.name, "status")
+        best = "The best value of the sweep's objective so far, of trials that keep its constraints"
+        self._objective = _gauge("best_objective", best, sweep.name, "metric")
+        self._spent = _gauge("trial_hours", "Hours that trials took which have ended, from launch to end", sweep.name)
         for record in records:
             self._note(record)
         self._show()
@@ -38,25 +43,28 @@ class Gauges:
     def _note(self, record: TrialResult) -> None:
         trial_id, hours = record.trial_id, record.timing.total_s / 3600
         self._counts[record.status] += 1
-        if before := self._statuses.get(trial_id):
-            self._counts[before] -= 1
+        if status := self._statuses.get(trial_id):
+            self._counts[status] -= 1
         self._all_hours += hours - self._hours.get(trial_id, 0.0)
         self._statuses[trial_id], self._hours[trial_id] = record.status, hours
-        if (value := record.measured(self._metric)) is not None:
-            # Each trial's newest: what a running one takes, as its peak memory, may still grow.
-            new, old = self._sign * value, self._values.get(trial_id)
+        if (value := record.measured(self._metric)) is None:
+            return
+        # Each trial's newest: what a running one takes, as its peak memory, may still grow.
+        before, new = self._values.pop(trial_id, None), self._sign * value
+        if not any(is_broken(constraint, [record]) for constraint in self._constraints):
             self._values[trial_id] = new
             if self._best is None or new <= self._best:
                 self._best = new
-            elif old == self._best:
-                self._best = min(self._values.values())
+                return
+        if before == self._best:
+            self._best = min(self._values.values(), default=None)
 
     def _show(self) -> None:
         for status in TrialStatus:
             self._trials.set(self._counts[status], {"status": status.value})
         self._spent.set(self._all_hours)
-        if self._best is not None:
-            self._objective.set(self._sign * self._best, {"metric": self._metric})
+        best = math.nan if self._best is None else self._sign * self._best
+        self._objective.set(best, {"metric": self._metric})
 
 
 def _gauge(name: str, about: str, sweep: str, *tags: str) -> Gauge:

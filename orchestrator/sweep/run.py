@@ -147,7 +147,7 @@ def _run_prepared(
         scheduler.hear_again(folder, records.values())
     progress = _progress(prepared, folder, result)
     callbacks = Callbacks(say, records.values())
-    gauges = Gauges(sweep.name, records.values(), sweep.primary.metric, sweep.primary.mode)
+    gauges = Gauges(sweep, records.values())
     recorder = Recorder(
         folder,
         records,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 pytest.importorskip("ray")
 
+from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.results.records import TrialResult, TrialStatus
 from orchestrator.sweep import gauges
 from orchestrator.sweep.gauges import Gauges
@@ -33,7 +35,19 @@ def test_the_gauges_show_each_trial_as_it_stands_now(monkeypatch: pytest.MonkeyP
     rng = random.Random(0)
     records = {trial.trial_id: trial for trial in (made_up_trial({"rank": rank}) for rank in range(1, 9))}
     values = {one.trial_id: one.measured("peak_memory_bytes") for one in records.values()}
-    shown = Gauges("sweep", records.values(), "peak_memory_bytes", mode)
+    shown = Gauges(
+        SweepConfig.model_validate(
+            {
+                "name": "sweep",
+                "model": "builtin:tiny-llama",
+                "data": {"train": "builtin:python-docs"},
+                "objective": {"metric": "peak_memory_bytes", "mode": mode},
+                "constraints": ["peak_memory_bytes <= 15"],
+            }
+        ),
+        records.values(),
+    )
+    assert math.isnan(made["best_objective"].values["peak_memory_bytes"])
     for _ in range(300):
         rank, size_bytes = rng.randint(1, 12), rng.randint(1, 20)
         status = rng.choice([TrialStatus.PENDING, TrialStatus.RUNNING, TrialStatus.COMPLETED])
@@ -45,6 +59,7 @@ def test_the_gauges_show_each_trial_as_it_stands_now(monkeypatch: pytest.MonkeyP
         hours = sum(one.timing.total_s for one in records.values()) / 3600
         if (value := record.measured("peak_memory_bytes")) is not None:
             values[record.trial_id] = value
-        best = (min if mode == "min" else max)(value for value in values.values() if value is not None)
-        assert made["best_objective"].values == {"peak_memory_bytes": best}
+        kept = [value for value in values.values() if value is not None and value <= 15]
+        best = (min if mode == "min" else max)(kept, default=math.nan)
+        assert made["best_objective"].values == pytest.approx({"peak_memory_bytes": best}, nan_ok=True)
         assert made["trial_hours"].values[""] == pytest.approx(hours)
