@@ -16,15 +16,8 @@ from orchestrator.errors import cut
 from orchestrator.planning.memory import MemoryEstimate, estimate_on
 from orchestrator.planning.model_shape import ModelShape
 from orchestrator.planning.pace import READ_SWEEPS
-from orchestrator.planning.plan import (
-    PlannedTrial,
-    SweepPlan,
-    WorkerShape,
-    bound_bytes,
-    gpu_memory_fraction,
-    placement,
-    plan_trial,
-)
+from orchestrator.planning.plan import PlannedTrial, SweepPlan, gpu_memory_fraction, plan_trial
+from orchestrator.planning.room import WorkerShape, bound_bytes, placement
 from orchestrator.planning.step_time import Placement, Range, step_seconds
 from orchestrator.results.storage import SweepFolder, newest_sweeps
 from orchestrator.sweep import cluster, gpu_choice

@@ -26,16 +26,9 @@ from orchestrator.planning.memory import (
 )
 from orchestrator.planning.model_shape import shape_of
 from orchestrator.planning.pace import Pace
-from orchestrator.planning.plan import (
-    NO_PACE,
-    TIGHT,
-    SweepPlan,
-    WorkerShape,
-    gpu_memory_fraction,
-    placement,
-    plan_sweep,
-)
+from orchestrator.planning.plan import NO_PACE, TIGHT, SweepPlan, gpu_memory_fraction, plan_sweep
 from orchestrator.planning.plan_table import duration, render
+from orchestrator.planning.room import WorkerShape, placement
 from orchestrator.planning.step_time import Placement, step_seconds
 from tests.fast.cases import A100, CPU, LLAMA_2_7B, LLAMA_32_3B, SMOLLM2_135M, case
 from tests.made_up_sweep import made_up_sweep, made_up_trial
