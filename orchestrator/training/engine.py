@@ -128,7 +128,9 @@ class DeepSpeedEngine:
         if clips_to is not None:
             optimizer.clip_grad = clips_to
         for group, own in zip(optimizer.param_groups, settings, strict=True):
-            group.update(own)
+            weights = group["params"]
+            group.clear()
+            group.update(own, params=weights)
         if isinstance(self._engine.basic_optimizer, DeepSpeedCPUAdam):
             _count_steps(self._engine.basic_optimizer)
         if scaler:
