@@ -103,10 +103,8 @@ def _task(model: Path, data: Path, folder: Path, **changes: Any) -> TrialTask:
     return make_task(config, model, data, folder)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_both_take_the_same_steps(
-    stage: dict[str, Any], cpu_adam: Path, tiny_model: Path, tiny_data: Path, tmp_path: Path
-) -> None:
+def test_both_take_the_same_steps(cpu_adam: Path, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    stage = {"zero_stage": 2, "offload": "optimizer"}
     torchs, _ = _ran(_task(tiny_model, tiny_data, tmp_path / "torch", **stage), None)
     ours = _task(tiny_model, tiny_data, tmp_path / "ours", **stage)
     deepspeeds, _ = _ran(ours, cpu_adam)
