@@ -19,7 +19,7 @@ from tests.training.conftest import tiny
 from tests.training.launch import in_workers, make_task
 
 # Two large C++ files, where other tests run beside.
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 STAGES = [
     pytest.param({"zero_stage": 2, "offload": "optimizer"}, id="zero2"),
     pytest.param({"zero_stage": 3, "offload": "optimizer_and_parameters"}, id="zero3"),
