@@ -166,7 +166,7 @@ def _count_steps(optimizer: DeepSpeedCPUAdam) -> None:
 
     It counts with a number, torch with a tensor. Its bias corrections are products over the steps that it has made, and
     a power at a step that does not follow the last one, which differs in the last bit (deepspeed 0.19.8, cpu_adam.h,
-    `IncrementStep`): so it makes as many steps on nothing, in some µs each.
+    `IncrementStep`): so it makes as many steps on nothing, in 1 µs each.
     """
     for state in optimizer.state.values():
         state["step"] = int(state["step"])
