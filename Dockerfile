@@ -44,8 +44,8 @@ RUN case "$ACCELERATOR" in \
 # It would be built with -march=native, for the building machine's CPU alone: the line that says so is replaced. A trial looks for
 # AVX2, FMA and F16C, and for the kind of device that DeepSpeed was built for, here told, since no GPU is there. Elsewhere, and on
 # other architectures, for which none is built, torch's fused AdamW steps. Either waits for memory: of 64 million weights, turn by
-# turn in one process on two cores, 0.053 s with this one and 0.054 s with torch's, and 0.021 and 0.024 s with nothing else at work
-# (medians). The linter does not see PIP_CONSTRAINT.
+# turn in one process on two cores with other work beside, 0.052 s with this one and 0.054 s with torch's (the middle of three runs'
+# medians), and 0.021 and 0.024 s in one run with less beside. The linter does not see PIP_CONSTRAINT.
 # hadolint ignore=DL3013
 RUN pip install -r docker/deepspeed-build.txt \
     && pip download --no-deps --no-build-isolation --no-binary deepspeed deepspeed \
