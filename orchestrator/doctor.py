@@ -35,7 +35,7 @@ from orchestrator.planning.nvidia_smi import Gpu, local_gpus
 from orchestrator.reporting import quantities
 from orchestrator.results import provenance, remote, shared_storage
 from orchestrator.results.secrets import without_secret
-from orchestrator.training import builtin_models
+from orchestrator.training import builtin_models, cpu_adam
 
 EXPECTED = ("bitsandbytes", "flash-attn")
 """Packages that some settings need and others do without."""
@@ -96,6 +96,8 @@ class Node(_Part):
     nccl_settings: dict[str, str] = {}
     """NCCL's variables in the environment, which are the user's matter."""
     versions: dict[str, str]
+    has_cpu_adam: bool = False
+    """DeepSpeed's AdamW for CPUs, built ahead, steps what `offload` keeps here; torch's does otherwise."""
     models: dict[str, str]
     """Each built-in model: `cached`, `made at first use`, or what is missing for it."""
     problems: tuple[str, ...] = ()
@@ -217,6 +219,7 @@ def look(storage: str, token: str | None) -> Node:
         nccl=torch.get("nccl"),
         nccl_settings={name: value for name, value in sorted(os.environ.items()) if name.startswith("NCCL_")},
         versions=versions,
+        has_cpu_adam=cpu_adam.is_here("cuda" if gpus else "cpu", versions.get("torch", "")),
         models={f"builtin:{name}": _model_state(name) for name in builtin_models.CONFIGS},
         problems=tuple(problems),
         storage=_space(storage, token),
@@ -450,7 +453,7 @@ def _node(node: Node, hosts: Sequence[str]) -> Iterator[str]:
     if not node.settings:
         yield "no trial would run here"
         return
-    rows = [(f"{a.setting} {a.value}", "yes" if a.runs else "no", _why(a)) for a in node.settings]
+    rows = [(f"{a.setting} {a.value}", "yes" if a.runs else "no", _why(a, node.has_cpu_adam)) for a in node.settings]
     yield from _aligned([("setting", "runs", ""), *rows])
 
 
@@ -462,10 +465,13 @@ def _gpus(gpus: Sequence[Gpu]) -> str:
     return ", ".join(f"{len(list(same))} × {name}" for name, same in groupby(told)) or "no GPU"
 
 
-def _why(answer: Answer) -> str:
+def _why(answer: Answer, has_cpu_adam: bool) -> str:
     named = f"{answer.setting} {answer.value}: "
     needed = [f"with {name} {value}" for name, value in answer.together_with.items()]
-    return "; ".join([*(reason.removeprefix(named) for reason in answer.reasons), *needed, *answer.notes])
+    steps = []
+    if answer.runs and answer.setting == "offload" and answer.value != "none":
+        steps = ["AdamW is DeepSpeed's, built ahead" if has_cpu_adam else "AdamW is torch's"]
+    return "; ".join([*(reason.removeprefix(named) for reason in answer.reasons), *needed, *steps, *answer.notes])
 
 
 def _aligned(rows: Sequence[tuple[str, str, str]]) -> list[str]:

@@ -34,7 +34,7 @@ NODE_LINK_BYTES_PER_S = 12.5e9
 """100 Gb/s between two nodes, as AWS prints for g5.48xlarge (8 A10G): 50 for 4 T4, 400 for 8 A100, 3,200 for 8 H100."""
 CPU_OPTIMIZER_S = {"adamw": 0.7e-9, "sgd": 0.35e-9}
 """Of a weight on one core, as we measured torch's own fused optimizers (torch 2.13, 60 million weights, AVX2): what
-DeepSpeed steps offloaded weights with here. A worker's threads are its CPUs."""
+offloaded weights are stepped with; DeepSpeed's AdamW for CPUs takes about as long. A worker's threads are its CPUs."""
 WEIGHT_BYTES = {Precision.BF16: 2.0, Precision.FP16: 2.0, Precision.INT8: 1.0, Precision.NF4: 0.52}
 """A weight of the decoder layers; 4 where it is not named."""
 SPREAD = 2.0

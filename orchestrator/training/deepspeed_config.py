@@ -37,8 +37,12 @@ def scales_loss(precision: Precision, dtype: ComputeDtype) -> bool:
     return dtype == "fp16" or precision is Precision.AMP_FP16
 
 
-def deepspeed_config(config: TrialConfig, workers: int, dtype: ComputeDtype, on_gpu: bool) -> dict[str, Any]:
+def deepspeed_config(
+    config: TrialConfig, workers: int, dtype: ComputeDtype, on_gpu: bool, has_cpu_adam: bool = False
+) -> dict[str, Any]:
     """The exact configuration for `deepspeed.initialize`.
+
+    has_cpu_adam: DeepSpeed's AdamW for CPUs was built ahead, see `cpu_adam`.
 
     Raises:
         ValueError: the global batch does not divide, see `micro_batches_per_step`.
@@ -49,7 +53,7 @@ def deepspeed_config(config: TrialConfig, workers: int, dtype: ComputeDtype, on_
         "gradient_accumulation_steps": micro_batches_per_step(config, workers),
         # max_grad_norm among the optimizer's parameters would be refused (deepspeed 0.19.8, engine.py).
         "gradient_clipping": config.max_grad_norm,
-        **_optimizer(config),
+        **_optimizer(config, has_cpu_adam),
         **_precision(config, dtype),
         "zero_optimization": _zero(config, on_gpu),
         "steps_per_print": 2**31 - 1,
@@ -59,8 +63,8 @@ def deepspeed_config(config: TrialConfig, workers: int, dtype: ComputeDtype, on_
     }
 
 
-def _optimizer(config: TrialConfig) -> dict[str, Any]:
-    # DeepSpeed's own kernels are compiled on first use, which needs nvcc; an adapter is too small to profit.
+def _optimizer(config: TrialConfig, has_cpu_adam: bool) -> dict[str, Any]:
+    # DeepSpeed's own kernels for GPUs are compiled on first use, which needs nvcc; an adapter is too small to profit.
     torch_only: dict[str, Any] = {"zero_force_ds_cpu_optimizer": False}
     if config.optimizer == "adamw_8bit":
         # bitsandbytes' optimizer is made by us and handed over.
@@ -71,7 +75,12 @@ def _optimizer(config: TrialConfig) -> dict[str, Any]:
         shared["fused"] = True
     if config.optimizer == "sgd":
         return {"optimizer": {"type": "SGD", "params": shared}, "zero_allow_untested_optimizer": True, **torch_only}
-    adamw = {**shared, "betas": [0.9, 0.999], "eps": 1e-8, "torch_adam": True}
+    adamw = {**shared, "betas": [0.9, 0.999], "eps": 1e-8}
+    if config.offload != "none" and has_cpu_adam:
+        # DeepSpeed takes its own for what is offloaded, with fp32 states, and knows no `fused`.
+        del adamw["fused"]
+    else:
+        adamw["torch_adam"] = True
     return {"optimizer": {"type": "AdamW", "params": adamw}, **torch_only}
 
 

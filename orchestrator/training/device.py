@@ -15,6 +15,7 @@ import torch
 
 from orchestrator.errors import TemplateError
 from orchestrator.planning.hardware import cpu_flags, cpu_half_precision, cpu_name
+from orchestrator.training import cpu_adam
 from orchestrator.training.deepspeed_config import HalfPrecision
 
 _ALLOCATION_FAILED = re.compile(
@@ -95,6 +96,11 @@ def half_precision(device: torch.device) -> HalfPrecision:
         return HalfPrecision(bf16=major >= 8, fp16=major >= 6)
     bf16, fp16 = cpu_half_precision(cpu_flags())
     return HalfPrecision(bf16=bf16, fp16=fp16)
+
+
+def has_cpu_adam(device: torch.device) -> bool:
+    """Whether DeepSpeed's AdamW for CPUs is here, built ahead for trials on this kind of device."""
+    return cpu_adam.is_here(device.type, torch.__version__)
 
 
 def describe(device: torch.device) -> str:

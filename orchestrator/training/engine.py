@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import deepspeed
 import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch.nn.parallel import DistributedDataParallel
 
 from orchestrator.config.trial_config import Precision, TrialConfig
@@ -52,7 +53,7 @@ class DeepSpeedEngine:
         own = _adamw_8bit(trained, config) if config.optimizer == "adamw_8bit" else None
         self._weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self._engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, optimizer=own, config=settings)
-        self._trained, self._weight_decay = trained, config.weight_decay
+        self._trained = trained
         if config.zero_stage == 0:
             # The half-precision optimizer without ZeRO makes a step on zero gradients to allocate its states, which
             # shifts Adam's bias correction and decays the weights in fp32 (deepspeed 0.19.8, fp16/unfused_optimizer.py,
@@ -111,6 +112,8 @@ class DeepSpeedEngine:
         _copy(state["weights"], self._weights)
         optimizer, scaler = self._engine.optimizer, self._engine.torch_autocast_z0_gradscaler
         clips_to = getattr(optimizer, "clip_grad", None)
+        # What the state tells of settings is another trial's, or another optimizer's: `cpu_adam` is not in every image.
+        settings = [{name: group[name] for name in group if name != "params"} for group in optimizer.param_groups]
         kept = dict(state["optimizer"])
         if hasattr(optimizer, "loss_scaler"):
             vars(optimizer.loss_scaler).update(state["loss_scaler"])
@@ -122,11 +125,14 @@ class DeepSpeedEngine:
                 optimizer.load_state_dict(all_states, load_from_fp32_weights=True)
         else:
             optimizer.load_state_dict(kept)
-        # What it was told of settings is this trial's: the state may be another's.
         if clips_to is not None:
             optimizer.clip_grad = clips_to
-        for group in optimizer.param_groups:
-            group["weight_decay"] = self._weight_decay
+        for group, own in zip(optimizer.param_groups, settings, strict=True):
+            weights = group["params"]
+            group.clear()
+            group.update(own, params=weights)
+        if isinstance(self._engine.basic_optimizer, DeepSpeedCPUAdam):
+            _count_steps(self._engine.basic_optimizer)
         if scaler:
             scaler.load_state_dict(state["autocast_scaler"])
         for name, value in state["counters"].items():
@@ -153,6 +159,23 @@ def _as_partitions(engine: Any) -> Iterator[None]:
     engine.optimizer.checkpoint_event_prologue()
     yield
     engine.optimizer.checkpoint_event_epilogue()
+
+
+def _count_steps(optimizer: DeepSpeedCPUAdam) -> None:
+    """Bring it to where its loaded states were when they were saved, by it or by torch's AdamW.
+
+    It counts with a number, torch with a tensor. Its bias corrections are products over the steps that it has made, and
+    a power at a step that does not follow the last one, which differs in the last bit (deepspeed 0.19.8, cpu_adam.h,
+    `IncrementStep`): so it makes as many steps on nothing, in 1 µs each.
+    """
+    for state in optimizer.state.values():
+        state["step"] = int(state["step"])
+    made = max((state["step"] for state in optimizer.state.values()), default=0)
+    (beta1, beta2), nothing = optimizer.defaults["betas"], torch.empty(0)
+    for step in range(1, made + 1):
+        optimizer.ds_opt_adam.adam_update(
+            optimizer.opt_id, step, 0.0, beta1, beta2, 0.0, 0.0, True, nothing, nothing, nothing, nothing
+        )
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

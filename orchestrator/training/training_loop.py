@@ -157,7 +157,8 @@ def set_up(task: TrialTask, place: WorkerPlace, ledger: Ledger) -> Run:
         )
         tokenizer = AutoTokenizer.from_pretrained(folder)
     dtype = compute_dtype(config.precision, devices.half_precision(ledger.device))
-    settings = deepspeed_config(config, place.world_size, dtype, on_gpu=ledger.device.type == "cuda")
+    on_gpu, has_cpu_adam = ledger.device.type == "cuda", devices.has_cpu_adam(ledger.device)
+    settings = deepspeed_config(config, place.world_size, dtype, on_gpu, has_cpu_adam)
     with ledger.phase("model"):
         zero3 = settings if config.engine == "deepspeed" and config.zero_stage == 3 else None
         model = models.build(config, folder, dtype, ledger.device, zero3)

@@ -138,7 +138,7 @@ def compile_no_ops() -> None:
     """Keep DeepSpeed from compiling: to be called before its first engine, by a template or a worker."""
     # On a CPU it would build a shared-memory collective with g++ in the middle of the first trial (0.19.8,
     # comm/torch.py, build_shm_op: 45 s); gloo does the same work. An op missing here counts as incompatible, and
-    # the settings in deepspeed_config use none.
+    # the settings in deepspeed_config use none but the one of `cpu_adam`, where it was built ahead.
     deepspeed.ops.__compatible_ops__ = {}
 
 
@@ -195,5 +195,6 @@ def _write_settings(task: TrialTask, place: WorkerPlace, device: torch.device) -
     if task.config.engine != "deepspeed":
         return
     dtype = compute_dtype(task.config.precision, devices.half_precision(device))
-    settings = deepspeed_config(task.config, place.world_size, dtype, on_gpu=device.type == "cuda")
+    on_gpu, has_cpu_adam = device.type == "cuda", devices.has_cpu_adam(device)
+    settings = deepspeed_config(task.config, place.world_size, dtype, on_gpu, has_cpu_adam)
     write_atomically(TrialFolder(Path(task.trial_folder)).deepspeed, to_json(settings))

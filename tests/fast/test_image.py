@@ -12,6 +12,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from orchestrator.training.cpu_adam import INSTRUCTIONS
+
 ROOT = Path(__file__).parent.parent.parent
 RECIPE = (ROOT / "Dockerfile").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -92,6 +94,12 @@ def test_everything_that_the_recipe_copies_reaches_the_builder() -> None:
     copied = {word for line in re.findall(r"^COPY (?!--from)(.+) \S+$", RECIPE, re.MULTILINE) for word in line.split()}
     assert copied == sent
     assert all((ROOT / name).exists() for name in copied)
+
+
+def test_the_op_that_is_built_ahead_needs_no_instructions_that_a_trial_does_not_look_for() -> None:
+    (flags,) = re.findall(r"SIMD_WIDTH\\\]/\[(.+)\]/", RECIPE)
+    assert "native" not in flags
+    assert set(re.findall(r"'-m(\w+)'", flags)) == INSTRUCTIONS
 
 
 def test_every_image_runs_as_a_user_without_rights() -> None:
