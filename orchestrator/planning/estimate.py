@@ -16,7 +16,7 @@ from orchestrator.errors import InputError, ModelError, OrchestratorError, cut, 
 from orchestrator.planning.cheaper import what_fits
 from orchestrator.planning.compatibility import Case, refusals
 from orchestrator.planning.hardware import LARGEST_MEMORY, Hardware
-from orchestrator.planning.memory import estimate
+from orchestrator.planning.memory import estimate, loading_bytes_on
 from orchestrator.planning.model_shape import ModelShape, shape_of
 from orchestrator.planning.plan import with_micro_batch
 
@@ -90,10 +90,13 @@ def _estimated(
     reasons = list(refusals(Case(config, shape, hardware, workers)))
     config = with_micro_batch(config, shape, hardware, workers, memory_bytes or LARGEST_MEMORY)
     memory = estimate(config, shape, workers, "cuda", has_bf16=True)
+    needed_bytes = max(memory.needed_bytes, loading_bytes_on(config, shape, hardware))
     if memory_bytes is not None:
         memory = memory.within(memory_bytes)
-        if memory.needed_bytes > memory_bytes:
-            told = f"needs {memory.needed_bytes:,} bytes of {memory_bytes:,}"
+        if needed_bytes > memory_bytes:
+            told = f"needs {needed_bytes:,} bytes of {memory_bytes:,}"
+            if needed_bytes > memory.needed_bytes:
+                told += " while it loads, since under ZeRO-3 each worker loads the whole quantised model"
             if not reasons:
                 # What another rule refuses would be refused with every change.
                 fits = what_fits(Case(config, shape, hardware, workers), memory_bytes, workers)
@@ -103,7 +106,7 @@ def _estimated(
         "allocated_bytes": memory.allocated_bytes,
         "reserved_bytes": memory.reserved_bytes,
         "device_bytes": memory.device_bytes,
-        "needed_bytes": memory.needed_bytes,
+        "needed_bytes": needed_bytes,
         "low_bytes": memory.low_bytes,
         "high_bytes": memory.high_bytes,
         "parts": memory.parts.by_name(),

@@ -7,7 +7,7 @@ import math
 from orchestrator.config.trial_config import Precision
 from orchestrator.planning.compatibility import TORCH_FOR_VOLTA, Case, Rule
 from orchestrator.planning.hardware import GIB
-from orchestrator.planning.memory import host_bytes_on
+from orchestrator.planning.memory import host_bytes_on, loading_bytes_on
 from orchestrator.planning.model_families import is_known
 
 
@@ -64,9 +64,10 @@ def quantised_weights_load_whole(case: Case) -> str | None:
     config = case.config
     if not config.precision.is_quantized or config.zero_stage < 3 or case.workers == 1:
         return None
+    loading = loading_bytes_on(config, case.shape, case.hardware)
     return (
-        f"precision {config.precision} under ZeRO-3: every worker holds the whole quantised model while it loads, more "
-        "than the shard that the estimate counts"
+        f"precision {config.precision} under ZeRO-3: every worker holds the whole quantised model while it loads, and "
+        f"must have {loading / GIB:.1f} GiB for it; the estimate counts the shard that stays"
     )
 
 

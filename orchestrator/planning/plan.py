@@ -128,7 +128,11 @@ def packed_share(
     """
     memory_bytes = memory_for_a_worker(hardware, replace(whole, limit_bytes=None), 1)
     planned = [plan_trial(trial, model, hardware, whole, memory_bytes) for trial in trials]
-    needed = [trial.memory.device_bytes for trial in planned if trial.memory and not trial.reasons]
+    needed = [
+        max(trial.memory.device_bytes, loading_bytes_on(trial.config, model, hardware))
+        for trial in planned
+        if trial.memory and not trial.reasons
+    ]
     by_memory = memory_bytes // max(needed, default=memory_bytes)
     by_cpus = sum(rooms_of(hardware, replace(whole, gpus_per_worker=1 / MOST_SHARES)))
     to_run = len(trials) if sweep.search.is_adaptive else len(needed)

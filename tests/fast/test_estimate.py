@@ -70,6 +70,16 @@ def test_what_does_not_fit_is_told_what_would_help() -> None:
     assert got["reasons"][0].endswith("; use a smaller model")
 
 
+def test_quantised_weights_under_zero_3_need_room_for_the_whole_model_as_it_loads() -> None:
+    trial = {"precision": "nf4", "zero_stage": 3, "gradient_checkpointing": True, "micro_batch_size": 1}
+    sharded = {"trial": {**trial, "sequence_length": 64, "global_batch_size": 8}, "workers": 8}
+    (free,) = answer(line(**sharded))
+    assert free["needed_bytes"] > 1.5 * free["allocated_bytes"]
+    enough, less = answer(*(line(**sharded, gpu_memory_bytes=free["needed_bytes"] - short) for short in (0, 1)))
+    assert enough["feasible"]
+    assert "while it loads" in less["reasons"][0]
+
+
 def test_the_line_that_an_error_names_is_that_of_the_input_with_its_empty_ones() -> None:
     told = answer("", line(), " ", "no")
     assert told[1]["error"].startswith("line 4: no JSON")

@@ -367,6 +367,15 @@ def test_quantised_weights_under_zero_3_are_refused_where_a_gpu_cannot_hold_them
     assert reasons(-(2**28), 2)
 
 
+def test_trials_that_share_a_gpu_automatically_have_room_for_the_quantised_model_as_it_loads() -> None:
+    trial = {"precision": "nf4", "zero_stage": 3, "micro_batch_size": 1, "sequence_length": 64}
+    keys = {"trial": {**trial, "gradient_checkpointing": True}, "resources": {"gpus_per_worker": "auto"}}
+    of_many_words = shape_of(LLAMA_2_7B | {"vocab_size": 250_000, "num_hidden_layers": 8})
+    for size_gib in range(12, 41):
+        packed = plan(named_gpu("A100", 1, size_gib * 2**30), of_many_words, space={"rank": [8, 16, 32]}, **keys)
+        assert packed.runs == 3
+
+
 MIXTURE = shape_of(
     LLAMA_2_7B | {"model_type": "mixtral", "num_local_experts": 6, "num_experts_per_tok": 2, "num_hidden_layers": 16}
 )
