@@ -69,6 +69,8 @@ def _of_rows(sweep: SweepResult, ran: Sequence[TrialResult]) -> Iterator[str]:
     if sweep.rows_left_out:
         rows = counted(sweep.rows_left_out, "row")
         yield f"{rows} of the data could not be used: data/summary.json says where and why."
+    for told in sweep.rows_too_long:
+        yield f"{told[0].upper()}{told[1:]}."
 
 
 def _metrics(sweep: SweepResult) -> dict[str, None]:

@@ -304,6 +304,8 @@ class SweepResult(_Record):
     data_hash: str | None = None
     rows_left_out: Count = 0
     """Of the data, those that could not be used; data/summary.json names the first of them."""
+    rows_too_long: tuple[str, ...] = ()
+    """Of the data, what trials of a sequence_length leave out, since it begins to count only beyond, in words."""
     mlflow_run_id: str | None = None
     trials: tuple[TrialResult, ...]
 

@@ -102,6 +102,7 @@ def opening_result(
         earlier_runs_s=at_work_s(earlier, started_ms) if earlier else 0.0,
         data_hash=prepared.data_hash,
         rows_left_out=prepared.rows_left_out,
+        rows_too_long=prepared.rows_too_long,
         trials=tuple(records.values()),
     )
 

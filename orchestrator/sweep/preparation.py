@@ -40,6 +40,7 @@ class Prepared:
     """Trials at a time."""
     data_hash: str
     rows_left_out: int
+    rows_too_long: tuple[str, ...]
     board: Any
     """The Ray actor `switchboard.Switchboard`."""
     groups: Any
@@ -142,13 +143,17 @@ def prepare(
     groups = cluster.start_groups(board, shape, sweep.model, folder.tune / "worker_groups", min(slots, waiting))
     try:
         summary = _fetch(sweep, model, folder, say)
+        lengths = {trial.config.sequence_length for trial in plan.trials}
         if not plan.proposed_by:
-            data.require_something_to_learn(summary, max(trial.config.sequence_length for trial in plan.trials))
+            data.require_something_to_learn(summary, max(lengths))
+        too_long = tuple(data.left_out_within(folder.data, lengths))
+        for told in too_long:
+            say(f"data: {told}")
     except BaseException:
         # On a cluster that is not ours they would go on for a while, and write into a folder that is to go.
         ray.get(groups.close_all.remote(HURRIED_CLOSE_LIMIT_S))
         raise
-    return Prepared(choice, model.shape, shape, slots, summary.hash, summary.skipped_count, board, groups)
+    return Prepared(choice, model.shape, shape, slots, summary.hash, summary.skipped_count, too_long, board, groups)
 
 
 def _fetch(sweep: SweepConfig, model: FoundModel, folder: SweepFolder, say: Callable[[str], None]) -> data.DataSummary:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from pydantic import TypeAdapter
 
 from orchestrator.config.sweep_config import DataConfig
-from orchestrator.errors import DataError
+from orchestrator.errors import DataError, counted
 from orchestrator.results.storage import read_record, sync
 from orchestrator.training.data_rows import Row, fingerprint, missing_columns, read_rows
 from orchestrator.training.data_tokens import tokenize
@@ -33,6 +33,7 @@ NAMED_SKIPS = 20
 _RELEASE = 1
 """Part of the inputs' hash: raise it when the same inputs come out as other tokens."""
 _FILES = ("tokens", "labels", "offsets")
+_PURPOSES: dict[Split, str] = {"train": "train", "eval": "evaluate"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +116,28 @@ def require_something_to_learn(summary: DataSummary, sequence_length: int) -> No
             raise DataError(_nothing_within(split, sequence_length, f"raise sequence_length to {least} at least"))
 
 
+def left_out_within(folder: Path, lengths: Iterable[int]) -> Iterator[str]:
+    """What trials of these lengths leave out of what `prepare` wrote, since what counts in it lies beyond, in words."""
+    for length in sorted(set(lengths)):
+        for split, purpose in _PURPOSES.items():
+            rows = _open(folder, split)
+            if without := np.count_nonzero(_learned(rows, length) == 0):
+                yield (
+                    f"at sequence_length {length} {without} of {counted(len(rows), 'row')} to {purpose} on cannot be "
+                    "used, since what is to be learned lies beyond it: raise it"
+                )
+
+
+def _learned(rows: _Rows, sequence_length: int) -> Ints:
+    """Tokens of each row that count in the loss where it is cut to this length."""
+    starts = np.asarray(rows.offsets[:-1])
+    before: Ints = np.concatenate([[0], np.cumsum(rows.labels, dtype=np.int64)])
+    within: Ints = before[starts + np.minimum(np.diff(rows.offsets), sequence_length)] - before[starts]
+    return within
+
+
 def _nothing_within(split: Split, sequence_length: int, mend: str) -> str:
-    what = {"train": "train", "eval": "evaluate"}[split]
-    return f"data: no row to {what} on has anything to learn within {sequence_length} tokens: {mend}"
+    return f"data: no row to {_PURPOSES[split]} on has anything to learn within {sequence_length} tokens: {mend}"
 
 
 def _least_tokens(rows: _Rows) -> int:
@@ -257,8 +277,7 @@ def load(folder: Path, split: Split, sequence_length: int, packing: bool) -> Dat
     rows = _open(folder, split)
     starts = np.asarray(rows.offsets[:-1])
     lengths = np.minimum(np.diff(rows.offsets), sequence_length)
-    counted = np.concatenate([[0], np.cumsum(rows.labels, dtype=np.int64)])
-    row_labels = counted[starts + lengths] - counted[starts]
+    row_labels = _learned(rows, sequence_length)
     kept = np.flatnonzero(row_labels)
     if not len(kept):
         raise DataError(_nothing_within(split, sequence_length, "raise sequence_length"))

@@ -182,8 +182,10 @@ def test_every_end_is_told_with_its_reason(tmp_path: Path) -> None:
 
 
 def test_rows_that_were_left_out_are_told_and_one_trial_is_one(tmp_path: Path) -> None:
-    sweep = simulated([2.0], 1, 0).model_copy(update={"rows_left_out": 3})
+    too_long = ("at sequence_length 32 2 of 9 rows to train on cannot be used",)
+    sweep = simulated([2.0], 1, 0).model_copy(update={"rows_left_out": 3, "rows_too_long": too_long})
     text = report.render_text(built(tmp_path, sweep))
+    assert "At sequence_length 32 2 of 9 rows to train on cannot be used." in text
     assert "3 rows of the data could not be used: data/summary.json says where and why." in text
     assert "\n1 trial (1 completed), ended" in text
 

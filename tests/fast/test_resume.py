@@ -393,7 +393,7 @@ def test_the_pause_between_two_runs_is_no_time_at_work() -> None:
     now_ms = START_MS + 1000 * minute_ms
     before = Earlier(sweep(), first.model_copy(update={"ended_ms": START_MS + 30 * minute_ms}), {})
     assert at_work_s(before, now_ms) == 1800
-    prepared: Any = SimpleNamespace(sweep=sweep(), data_hash=None, rows_left_out=0)
+    prepared: Any = SimpleNamespace(sweep=sweep(), data_hash=None, rows_left_out=0, rows_too_long=())
     again = opening_result(prepared, before, {}, START_MS / 1000 + 900 * 60)
     assert again.started_ms == START_MS
     second = again.model_copy(update={"ended_ms": START_MS + 915 * minute_ms})

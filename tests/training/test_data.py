@@ -390,6 +390,24 @@ def test_of_a_parquet_file_only_the_columns_that_may_be_asked_for_are_read(tmp_p
     assert "decode" in broken.why
 
 
+def test_rows_of_which_nothing_counts_within_a_trials_length_are_told_for_each_length(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    prompts = ["short"] * 2 + ["a prompt that is far longer than all the others " * 4] * 3
+    rows = [json.dumps({"prompt": prompt, "completion": "answer"}) for prompt in prompts]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    (tmp_path / "one.jsonl").write_text(rows[0])
+    files = {"train": str(tmp_path / "rows.jsonl"), "eval": str(tmp_path / "one.jsonl")}
+    out = tmp_path / "out"
+    data.prepare(DataConfig(**files, format="prompt_completion"), tiny_model, out)
+    told = list(data.left_out_within(out, [1024, 32]))
+    assert len(data.load(out, "train", 32, packing=False)) == 2
+    assert told == [
+        "at sequence_length 32 3 of 5 rows to train on cannot be used, since what is to be learned lies beyond it: "
+        "raise it"
+    ]
+
+
 def test_a_sequence_length_within_which_there_is_nothing_to_learn_is_refused_with_the_one_that_it_takes(
     tiny_model: Path, tmp_path: Path
 ) -> None:
