@@ -147,4 +147,6 @@ def _shape(model: Any, config_of: ConfigOf, shapes: dict[str, ModelShape | Model
 
 def _gpu(memory_bytes: int | None) -> Hardware:
     """A GPU that can all: an estimate is refused for its memory, or for what no GPU can."""
-    return Hardware("cuda", 1, 1, 1, 0, True, True, gpu_memory_bytes=memory_bytes, compute_capability=(9, 0))
+    return Hardware(
+        "cuda", 1, 1, 1, LARGEST_MEMORY, True, True, gpu_memory_bytes=memory_bytes, compute_capability=(9, 0)
+    )
