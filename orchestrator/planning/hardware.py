@@ -19,6 +19,8 @@ from orchestrator.planning.nvidia_smi import Gpu, local_gpus
 
 GIB = 2**30
 CGROUP = Path("/sys/fs/cgroup")
+NAMED_HOST_BYTES = 128 * GIB
+"""Host memory for each GPU that is only named."""
 LARGEST_MEMORY = 2**50
 """Bytes; more than any device has."""
 MOST_CPUS = 2**20
@@ -48,6 +50,8 @@ class Hardware:
     bandwidth_bytes_per_s: float = 0.0
     interconnect_bytes_per_s: float = 0.0
     """Between two GPUs of a node, one way."""
+    is_assumed: bool = False
+    """Nobody has looked at it: its CPUs and host memory are assumed."""
     has_flash_attention: bool | None = None
     """None: unknown, as of a GPU that is only named."""
     has_bitsandbytes: bool | None = None
@@ -146,7 +150,8 @@ def named_gpu(name: str, count: int, memory_bytes: int | None = None) -> Hardwar
         gpus=count,
         cpus=16 * count,
         nodes=-(-count // 8),
-        host_memory_bytes=128 * GIB * min(count, 8),
+        host_memory_bytes=NAMED_HOST_BYTES * min(count, 8),
+        is_assumed=True,
         has_bf16=gpu.capability >= (8, 0),
         has_fp16=True,
         gpu_name=found,

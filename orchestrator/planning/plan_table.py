@@ -70,7 +70,7 @@ def _totals(plan: SweepPlan) -> list[str]:
         + (f", of which {duration(start_s)} to start" if start_s > expected / 2 else "")
         + (f", by the speed of {counted(plan.measured, 'trial')} that ran here" if plan.measured else "")
     )
-    if plan.gpus_per_worker:
+    if plan.gpu_hours[2]:
         lines.append(f"GPU-hours: {_about(plan.gpu_hours)}")
     if plan.cost and plan.gpus_per_worker:
         lines.append(f"cost: {_about(plan.cost)}")

@@ -34,7 +34,7 @@ from orchestrator.planning.step_time import Placement, step_seconds
 from tests.fast.cases import A100, CPU, LLAMA_2_7B, LLAMA_32_3B, SMOLLM2_135M, case
 from tests.made_up_sweep import made_up_sweep, made_up_trial
 
-SEVEN_B, THREE_B = shape_of(LLAMA_2_7B), shape_of(LLAMA_32_3B)
+SEVEN_B, THREE_B, SMOL = shape_of(LLAMA_2_7B), shape_of(LLAMA_32_3B), shape_of(SMOLLM2_135M)
 
 
 def plan(hardware: Hardware, model: Any = SEVEN_B, pace: Pace = NO_PACE, **keys: Any) -> SweepPlan:
@@ -402,7 +402,50 @@ def test_trials_that_take_more_than_the_whole_cluster_has_are_refused(
 @pytest.mark.parametrize("resources", [{"workers_per_trial": 4}, {"cpus_per_worker": 64}])
 def test_trials_that_take_the_whole_cluster_are_not_refused_for_that(resources: dict[str, Any]) -> None:
     found = plan(named_gpu("H100", 4), THREE_B, resources=resources)
-    assert (found.runs, found.warnings) == (1, ())
+    assert found.runs == 1
+    assert not any("not one can start" in warning for warning in found.warnings)
+
+
+def test_gpus_that_no_trial_can_take_are_told_as_unused() -> None:
+    def unused(gpus: int) -> list[str]:
+        found = plan(named_gpu("H100", gpus), THREE_B, resources={"workers_per_trial": 4})
+        return [warning for warning in found.warnings if "stay unused" in warning]
+
+    assert unused(6)[0].startswith("2 of 6 GPUs stay unused")
+    assert unused(8) == []
+
+
+def test_where_no_gpu_is_planned_for_neither_gpu_hours_nor_cost_are_told() -> None:
+    resources = {"gpus_per_worker": 1, "max_concurrent": 1, "scale_up_minutes": 30}
+    found = plan(CPU, SMOL, resources=resources, budget={"price_per_gpu_hour": 2.5})
+    assert found.runs == 1
+    assert not {"GPU-hours: ", "cost: "} & set(re.findall(r"(?m)^.*?: ", render(found)))
+    assert any("name the GPU with --gpu" in warning for warning in found.warnings)
+    assert not any("scale_up_minutes" in warning for warning in found.warnings)
+    assert found.trials[0].cost in (None, 0.0)
+
+
+def test_a_bound_of_speed_that_even_the_best_time_breaks_is_told() -> None:
+    def told(constraint: str) -> tuple[str, ...]:
+        return plan(named_gpu("H100", 1), THREE_B, constraints=[constraint]).warnings
+
+    assert told("tokens_per_s >= 1e9")[0].startswith(
+        "estimated not to keep tokens_per_s >= 1e9: 1 of 1 trials (between"
+    )
+    assert told("tokens_per_s >= 1") == ()
+    assert told("step_time_s <= 1e-6")
+    assert told("step_time_s <= 1e6") == ()
+
+
+def test_the_host_memory_that_is_assumed_of_a_named_gpu_is_told_where_a_trial_offloads() -> None:
+    def assumed(hardware: Hardware, offload: str) -> list[str]:
+        found = plan(hardware, THREE_B, trial={"zero_stage": 3, "offload": offload})
+        return [line for line in found.assumptions if "host memory" in line]
+
+    gpus = named_gpu("H100", 2)
+    assert "256 GiB of host memory a node (128 GiB a GPU)" in assumed(gpus, "optimizer")[0]
+    assert assumed(gpus, "none") == []
+    assert assumed(replace(gpus, is_assumed=False), "optimizer") == []
 
 
 def test_what_nodes_that_come_when_asked_may_hold_is_warned_of_and_runs() -> None:
