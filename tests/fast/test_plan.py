@@ -425,6 +425,16 @@ def test_where_no_gpu_is_planned_for_neither_gpu_hours_nor_cost_are_told() -> No
     assert found.trials[0].cost in (None, 0.0)
 
 
+def test_a_searched_micro_batch_has_one_column_and_trials_with_several_reasons_are_said_to_be_named_with_each() -> None:
+    found = render(plan(A100, SMOL, space={"micro_batch_size": [1, 2]}))
+    assert "micro-batch" in found
+    assert "micro_batch_size" not in found
+    said = "a trial that is refused for several reasons is named with each"
+    assert said not in found
+    trial = {"optimizer": "adamw_8bit", "offload": "optimizer", "zero_stage": 1}
+    assert said in render(plan(A100, SMOL, trial=trial))
+
+
 def test_a_bound_of_speed_that_even_the_best_time_breaks_is_told() -> None:
     def told(constraint: str) -> tuple[str, ...]:
         return plan(named_gpu("H100", 1), THREE_B, constraints=[constraint]).warnings
