@@ -18,6 +18,7 @@ from orchestrator.planning.compatibility import Case, refusals
 from orchestrator.planning.hardware import LARGEST_MEMORY, Hardware
 from orchestrator.planning.memory import estimate
 from orchestrator.planning.model_shape import ModelShape, shape_of
+from orchestrator.planning.notes import counted_as_a_llama
 from orchestrator.planning.plan import with_micro_batch
 
 ConfigOf = Callable[[str], Mapping[str, Any]]
@@ -87,7 +88,8 @@ def _estimated(
     assert workers is not None
     config = _trial(raw.get("trial") or {})
     hardware = _gpu(memory_bytes)
-    reasons = list(refusals(Case(config, shape, hardware, workers)))
+    case = Case(config, shape, hardware, workers)
+    reasons = list(refusals(case))
     config = with_micro_batch(config, shape, hardware, workers, memory_bytes or LARGEST_MEMORY)
     memory = estimate(config, shape, workers, "cuda", has_bf16=True)
     if memory_bytes is not None:
@@ -110,6 +112,8 @@ def _estimated(
         "micro_batch_size": config.micro_batch_size,
         "feasible": not reasons,
         "reasons": reasons,
+        # Beside what every answer has.
+        **({"notes": [note]} if (note := counted_as_a_llama(case)) else {}),
     }
 
 
