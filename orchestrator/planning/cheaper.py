@@ -90,9 +90,11 @@ def _first_that_fits(case: Case, memory_bytes: int, most_workers: int) -> str | 
         return " and ".join(_told(case, changes))
     if told := _first_beside(case, ([share] for share in shares), memory_bytes):
         return told
-    shorter = ([*beside[0], change] for change in _shorter_sequences(case.config))
-    slow_or_short = [_first_beside(case, those, memory_bytes) for those in ([offloaded] if offloaded else [], shorter)]
-    return ", or ".join(filter(None, slow_or_short)) or None
+    slow = _first_beside(case, [offloaded] if offloaded else [], memory_bytes)
+    if slow and beside[0] is offloaded:
+        return slow
+    short = _first_beside(case, ([*beside[0], change] for change in _shorter_sequences(case.config)), memory_bytes)
+    return ", or ".join(filter(None, (slow, short))) or None
 
 
 def _first_beside(case: Case, each: Iterable[Sequence[_Change]], memory_bytes: int) -> str | None:

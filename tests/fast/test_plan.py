@@ -508,6 +508,7 @@ def test_where_nothing_else_is_enough_the_offload_of_parameters_is_named_unless_
     two = named_gpu("A100-40GB", 2)
     (reason,) = plan(two, SEVENTY_B, trial=trial).trials[0].reasons
     assert {"offload": "optimizer_and_parameters", "precision": "bf16", "zero_stage": 3} in remedies(reason)
+    assert "sequence_length" not in reason, "where the offload is needed all the same"
     (reason,) = plan(replace(two, host_memory_bytes=2**36), SEVENTY_B, trial=trial).trials[0].reasons
     assert "offload" not in reason
 
