@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import combinations
-from typing import Any
+from itertools import product
+from typing import Any, Literal
 
 from orchestrator.config.trial_config import Precision, TrialConfig
 from orchestrator.planning.compatibility import Case, refusals
 from orchestrator.planning.memory import MemoryEstimate, estimate_on, loading_bytes_on
+from orchestrator.planning.notes import offload_exceeds_the_host
 
 Taken = Callable[[MemoryEstimate], int]
 LOW_RANK = 8
-"""Named where a higher rank does not fit."""
+"""The lowest that is named where a higher rank does not fit."""
 LEAST_LENGTH = 64
 """Tokens, fewer than which nobody trains on."""
-_MAY_TAKE_MORE = frozenset({"precision", "zero_stage"})
-"""Changes of these can take more, as where quantised weights load on a CPU, or ZeRO-3 gathers a large vocabulary."""
 _OF_NO_MEMORY = {
     name: TrialConfig.model_fields[name].default
     for name in (
@@ -46,14 +45,18 @@ class _Change:
 
     settings: Mapping[str, Any]
     workers: int | None = None
+    milder: tuple[_Change, ...] = ()
+    """Of the same setting, the mildest first."""
 
 
 def what_fits(case: Case, memory_bytes: int, most_workers: int) -> str | None:
     """Each single change by which a worker takes no more than this, or the fewest together; None: not even all do.
 
     Those that alter the result least stand in front: a smaller micro-batch, checkpointing, more workers to share among.
-    More workers beside other changes are named where those alone are not enough: the fewest that fit. Shorter
-    sequences, which cut the data, are named where nothing else is enough: the longest that fit.
+    A lower rank, which alters it most, comes last.
+    More workers beside other changes are named where those alone are not enough: the fewest that fit. Where nothing
+    else is enough both last resorts are named: the offload of parameters, which is slow, and shorter sequences, which
+    cut the data: the longest that fit.
     What leaves the allocator room is named before what would run without.
     """
     return _first_that_fits(replace(case, config=for_memory(case.config)), memory_bytes, most_workers)
@@ -61,19 +64,20 @@ def what_fits(case: Case, memory_bytes: int, most_workers: int) -> str | None:
 
 @lru_cache(maxsize=1024)
 def _first_that_fits(case: Case, memory_bytes: int, most_workers: int) -> str | None:
-    strongest, shares = [*_strongest(case)], [*_more_workers(case, most_workers)]
+    shares = [*_more_workers(case, most_workers)]
     shortest = _Change({"sequence_length": min(LEAST_LENGTH, case.config.sequence_length)})
 
-    def fits_at_last(always: Sequence[_Change]) -> bool:
-        wholes = _together(case, strongest, always, memory_bytes)
-        return any(_fits(case, whole, memory_bytes, _without_room) for whole in wholes)
-
     # Asked first, since of thousands that fit nowhere each would be asked for everything.
-    beside = [always for always in ([], shares[-1:]) if fits_at_last([*always, shortest])]
+    offloaded = [*_offloaded_parameters(case)]
+    beside = [
+        always for always in ([], shares[-1:], offloaded) if any(_together(case, [*always, shortest], memory_bytes))
+    ]
     if not beside:
         return None
-    wholes = [*_together(case, strongest, [], memory_bytes)]
-    single = [*_milder_micro_batches(case.config), *strongest, *shares]
+    wholes = [*_together(case, [], memory_bytes)]
+    strongest = [*_before(case.config), *(change for group in _one_of(case) for change in group), *_lower_rank(case)]
+    single = [one for change in [*strongest, *shares] for one in (*change.milder, change)]
+    single = [change for change in single if _fits(case, [change], memory_bytes, _without_room)]
     roomy, tight = (_mildest_alone(case, single, memory_bytes, taken) for taken in (_with_room, _without_room))
     if roomy:
         more = {name: told for name, told in tight.items() if name not in roomy}
@@ -84,9 +88,19 @@ def _first_that_fits(case: Case, memory_bytes: int, most_workers: int) -> str | 
         return _any_of(tight)
     if changes := _fewest(case, wholes, [], memory_bytes, _without_room):
         return " and ".join(_told(case, changes))
-    shorter = [[*beside[0], change] for change in _shorter_sequences(case.config)]
-    for always in [*([share] for share in shares), *shorter]:
-        wholes = [*_together(case, strongest, always, memory_bytes)]
+    if told := _first_beside(case, ([share] for share in shares), memory_bytes):
+        return told
+    slow = _first_beside(case, [offloaded] if offloaded else [], memory_bytes)
+    if slow and beside[0] is offloaded:
+        return slow
+    short = _first_beside(case, ([*beside[0], change] for change in _shorter_sequences(case.config)), memory_bytes)
+    return ", or ".join(filter(None, (slow, short))) or None
+
+
+def _first_beside(case: Case, each: Iterable[Sequence[_Change]], memory_bytes: int) -> str | None:
+    """Of changes that are always made the first that fit, with the fewest others, in words."""
+    for always in each:
+        wholes = [*_together(case, always, memory_bytes)]
         for taken in (_with_room, _without_room):
             if changes := _fewest(case, wholes, always, memory_bytes, taken):
                 return " and ".join(_told(case, changes))
@@ -118,7 +132,8 @@ def _without_room(memory: MemoryEstimate) -> int:
 def _fewest(
     case: Case, wholes: Sequence[Sequence[_Change]], always: Sequence[_Change], memory_bytes: int, taken: Taken
 ) -> Sequence[_Change] | None:
-    """Changes that fit, of those that go together, without any that the others do without."""
+    """Changes that fit, of those that go together, without any that the others do without, and none stronger than it
+    must be."""
     kept = next((whole for whole in wholes if _fits(case, whole, memory_bytes, taken)), None)
     if kept is None:
         return None
@@ -128,35 +143,24 @@ def _fewest(
         others = [change for change in kept if change is not dropped]
         if len(others) < len(kept) and _fits(case, others, memory_bytes, taken):
             kept = others
+    for strong in reversed(kept):
+        for mild in strong.milder:
+            others = [mild if change is strong else change for change in kept]
+            if _fits(case, others, memory_bytes, taken):
+                kept = others
+                break
     return kept
 
 
-def _together(
-    case: Case, changes: Sequence[_Change], always: Sequence[_Change], memory_bytes: int
-) -> Iterator[list[_Change]]:
-    """The most that go together beside those that are always made, since one may exclude another, or need it: ZeRO-3
-    is refused with int8, and allowed with the bf16 that is named instead.
-
-    What is within such a set takes no less, and is passed over.
-    """
-    most: list[set[_Change]] = []
-    for count in range(len(changes), -1, -1):
-        for some in combinations(changes, count):
-            beyond = (whole - set(some) for whole in most if whole.issuperset(some))
-            if any(all(change.settings.keys().isdisjoint(_MAY_TAKE_MORE) for change in more) for more in beyond):
-                continue
-            whole = [*some, *always]
-            if _starts(_changed(case, whole), memory_bytes):
-                most.append(set(some))
-                yield whole
-
-
-def _milder_micro_batches(config: TrialConfig) -> Iterator[_Change]:
-    """The largest first, to the one before the strongest change's."""
-    micro = config.micro_batch_size
-    while isinstance(micro, int) and micro > 2:
-        micro //= 2
-        yield _Change({"micro_batch_size": micro})
+def _together(case: Case, always: Sequence[_Change], memory_bytes: int) -> Iterator[list[_Change]]:
+    """All that never take more, with each choice of the others, which can, or are refused with one another: ZeRO-3 with
+    int8, and not with the bf16 that is named instead. Beside those that are always made; of which fit."""
+    first, last = ([*changes] for changes in (_before(case.config), _lower_rank(case)))
+    first = [change for change in first if not refusals(_changed(case, [change]))]
+    for some in product(*([*group, None] for group in _one_of(case))):
+        whole = [*first, *(change for change in some if change), *last, *always]
+        if _fits(case, whole, memory_bytes, _without_room):
+            yield whole
 
 
 def _shorter_sequences(config: TrialConfig) -> Iterator[_Change]:
@@ -175,43 +179,63 @@ def _more_workers(case: Case, most_workers: int) -> Iterator[_Change]:
         workers *= 2
 
 
-def _strongest(case: Case) -> Iterator[_Change]:
-    """Of each setting the strongest change."""
-    config = case.config
+def _before(config: TrialConfig) -> Iterator[_Change]:
+    """What never takes more, and alters the result least."""
     if config.attention == "eager":
         yield _Change({"attention": "sdpa"})
     if isinstance(config.micro_batch_size, int) and config.micro_batch_size > 1:
-        yield _Change({"micro_batch_size": 1})
+        yield _halved("micro_batch_size", config.micro_batch_size, 1)
     if not config.gradient_checkpointing:
         yield _Change({"gradient_checkpointing": True})
-    if config.trains_all_weights and config.offload == "none" and case.hardware.device == "cuda":
-        yield _offload(config)
-    if config.trains_all_weights and config.optimizer == "adamw":
-        yield _Change({"optimizer": "adamw_8bit"})
-    if config.zero_stage < 3 and case.workers > 1:
-        yield _Change({"engine": "deepspeed", "zero_stage": 3})
-    if precision := _leaner_precision(case):
-        yield _Change({"precision": precision})
-    if isinstance(config.rank, int) and config.rank > LOW_RANK:
-        yield _Change({"rank": LOW_RANK})
 
 
-def _offload(config: TrialConfig) -> _Change:
-    """With what it needs: ZeRO of stage 2, and an optimizer whose states can be offloaded."""
+def _one_of(case: Case) -> tuple[list[_Change], ...]:
+    """Groups of which no two changes go together. They can take more, as where quantised weights load on a CPU, or
+    ZeRO-3 gathers a large vocabulary."""
+    config = case.config
+    states = []
+    if config.offload == "none" and case.hardware.device == "cuda":
+        states.append(_offload(config, "optimizer", max(config.zero_stage, 2)))
+    if config.optimizer == "adamw":
+        states.append(_Change({"optimizer": "adamw_8bit"}))
+    shards = config.zero_stage < 3 and case.workers > 1
+    sharded = [_Change({"engine": "deepspeed", "zero_stage": 3})] if shards else []
+    return states, sharded, [_Change({"precision": precision}) for precision in _leaner_precisions(case)]
+
+
+def _offloaded_parameters(case: Case) -> Iterator[_Change]:
+    """Of which hardly anything stays on the device, and whose every step waits for the host's memory."""
+    if case.config.offload != "optimizer_and_parameters" and case.hardware.device == "cuda":
+        yield _offload(case.config, "optimizer_and_parameters", 3)
+
+
+def _lower_rank(case: Case) -> Iterator[_Change]:
+    rank = case.config.rank
+    if isinstance(rank, int) and rank > LOW_RANK:
+        yield _halved("rank", rank, LOW_RANK)
+
+
+def _halved(name: str, value: int, least: int) -> _Change:
+    milder = []
+    while (value := value // 2) > least:
+        milder.append(_Change({name: value}))
+    return _Change({name: least}, milder=tuple(milder))
+
+
+def _offload(config: TrialConfig, what: Literal["optimizer", "optimizer_and_parameters"], stage: int) -> _Change:
+    """With what it needs: a stage of ZeRO, and an optimizer whose states can be offloaded."""
     optimizer = "adamw" if config.optimizer == "adamw_8bit" else config.optimizer
-    stage = max(config.zero_stage, 2)
-    return _Change({"offload": "optimizer", "optimizer": optimizer, "engine": "deepspeed", "zero_stage": stage})
+    return _Change({"offload": what, "optimizer": optimizer, "engine": "deepspeed", "zero_stage": stage})
 
 
-def _leaner_precision(case: Case) -> Precision | None:
-    """4-bit weights, or half precision where those that are trained, or a mixture's, are not quantised, or where ZeRO-3
-    needs room for the whole quantised model as it loads."""
+def _leaner_precisions(case: Case) -> Iterator[Precision]:
+    """4-bit weights, where those that are trained, or a mixture's, are not quantised; and half precision, also in place
+    of quantised weights, of which ZeRO-3 needs room for the whole model as it loads."""
     config, half = case.config, Precision.BF16 if case.hardware.has_bf16 else Precision.FP16
-    if config.precision.is_quantized:
-        return half if case.shape.experts or config.zero_stage == 3 else None
-    if not config.trains_all_weights and not case.shape.experts:
-        return Precision.NF4
-    return None if config.precision in (Precision.BF16, Precision.FP16) else half
+    if config.precision is not Precision.NF4 and not config.trains_all_weights and not case.shape.experts:
+        yield Precision.NF4
+    if config.precision not in (Precision.BF16, Precision.FP16):
+        yield half
 
 
 def _told(case: Case, changes: Sequence[_Change]) -> list[str]:
@@ -240,5 +264,7 @@ def _fits(case: Case, changes: Sequence[_Change], memory_bytes: int, taken: Take
 
 
 def _starts(case: Case, memory_bytes: int) -> bool:
-    """Neither refused, nor larger while it loads than what is there."""
-    return not refusals(case) and loading_bytes_on(case.config, case.shape, case.hardware) <= memory_bytes
+    """Neither refused, nor larger while it loads, or in the host's memory, than what is there."""
+    if refusals(case) or offload_exceeds_the_host(case):
+        return False
+    return loading_bytes_on(case.config, case.shape, case.hardware) <= memory_bytes

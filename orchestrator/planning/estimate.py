@@ -18,6 +18,7 @@ from orchestrator.planning.compatibility import Case, refusals
 from orchestrator.planning.hardware import LARGEST_MEMORY, Hardware
 from orchestrator.planning.memory import estimate, loading_bytes_on
 from orchestrator.planning.model_shape import ModelShape, shape_of
+from orchestrator.planning.notes import counted_as_a_llama
 from orchestrator.planning.plan import with_micro_batch
 
 ConfigOf = Callable[[str], Mapping[str, Any]]
@@ -87,7 +88,8 @@ def _estimated(
     assert workers is not None
     config = _trial(raw.get("trial") or {})
     hardware = _gpu(memory_bytes)
-    reasons = list(refusals(Case(config, shape, hardware, workers)))
+    case = Case(config, shape, hardware, workers)
+    reasons = list(refusals(case))
     config = with_micro_batch(config, shape, hardware, workers, memory_bytes or LARGEST_MEMORY)
     memory = estimate(config, shape, workers, "cuda", has_bf16=True)
     needed_bytes = max(memory.needed_bytes, loading_bytes_on(config, shape, hardware))
@@ -113,6 +115,8 @@ def _estimated(
         "micro_batch_size": config.micro_batch_size,
         "feasible": not reasons,
         "reasons": reasons,
+        # Beside what every answer has.
+        **({"notes": [note]} if (note := counted_as_a_llama(case)) else {}),
     }
 
 
@@ -150,4 +154,6 @@ def _shape(model: Any, config_of: ConfigOf, shapes: dict[str, ModelShape | Model
 
 def _gpu(memory_bytes: int | None) -> Hardware:
     """A GPU that can all: an estimate is refused for its memory, or for what no GPU can."""
-    return Hardware("cuda", 1, 1, 1, 0, True, True, gpu_memory_bytes=memory_bytes, compute_capability=(9, 0))
+    return Hardware(
+        "cuda", 1, 1, 1, LARGEST_MEMORY, True, True, gpu_memory_bytes=memory_bytes, compute_capability=(9, 0)
+    )

@@ -19,6 +19,8 @@ from orchestrator.planning.nvidia_smi import Gpu, local_gpus
 
 GIB = 2**30
 CGROUP = Path("/sys/fs/cgroup")
+NAMED_HOST_BYTES = 128 * GIB
+"""Host memory for each GPU that is only named."""
 LARGEST_MEMORY = 2**50
 """Bytes; more than any device has."""
 MOST_CPUS = 2**20
@@ -48,6 +50,8 @@ class Hardware:
     bandwidth_bytes_per_s: float = 0.0
     interconnect_bytes_per_s: float = 0.0
     """Between two GPUs of a node, one way."""
+    is_assumed: bool = False
+    """Nobody has looked at it: its CPUs and host memory are assumed."""
     has_flash_attention: bool | None = None
     """None: unknown, as of a GPU that is only named."""
     has_bitsandbytes: bool | None = None
@@ -87,14 +91,20 @@ GPUS = {
     "A100": _Gpu(80, (8, 0), 312, 19.5, 2039, 300),
     "A100-PCIe-40GB": _Gpu(40, (8, 0), 312, 19.5, 1555, 32),
     "A100-PCIe": _Gpu(80, (8, 0), 312, 19.5, 1935, 32),
+    "A30": _Gpu(24, (8, 0), 165, 10.3, 933, 32),
     "A6000": _Gpu(48, (8, 6), 155, 38.7, 768, 32),
     "RTX-3090": _Gpu(24, (8, 6), 71, 35.6, 936, 32),
     "RTX-4080": _Gpu(16, (8, 9), 97, 48.7, 717, 32),
     "RTX-4090": _Gpu(24, (8, 9), 165, 82.6, 1008, 32),
+    "RTX-5090": _Gpu(32, (12, 0), 209.5, 104.8, 1792, 64),
+    "RTX-6000-Ada": _Gpu(48, (8, 9), 364, 91.1, 960, 32),
+    "RTX-PRO-6000": _Gpu(96, (12, 0), 504, 125, 1792, 64),
     "L4": _Gpu(22.5, (8, 9), 121, 30.3, 300, 32),
     "L40S": _Gpu(45, (8, 9), 362, 91.6, 864, 32),
     "H100": _Gpu(80, (9, 0), 989, 67, 3350, 450),
     "H100-PCIe": _Gpu(80, (9, 0), 756, 51, 2000, 64),
+    "H20": _Gpu(96, (9, 0), 148, 44, 4000, 450),
+    "GH200": _Gpu(96, (9, 0), 989, 67, 4000, 450),
     "H200": _Gpu(141, (9, 0), 989, 67, 4800, 450),
     "B200": _Gpu(180, (10, 0), 2250, 80, 8000, 900),
 }
@@ -146,7 +156,8 @@ def named_gpu(name: str, count: int, memory_bytes: int | None = None) -> Hardwar
         gpus=count,
         cpus=16 * count,
         nodes=-(-count // 8),
-        host_memory_bytes=128 * GIB * min(count, 8),
+        host_memory_bytes=NAMED_HOST_BYTES * min(count, 8),
+        is_assumed=True,
         has_bf16=gpu.capability >= (8, 0),
         has_fp16=True,
         gpu_name=found,
@@ -161,7 +172,8 @@ def named_gpu(name: str, count: int, memory_bytes: int | None = None) -> Hardwar
 
 def _named_bytes(name: str, gpu: _Gpu) -> int | None:
     """The known size, or another that the name holds (V100-SXM2-16GB); None where it is known to be another."""
-    size = re.search(r"(?i)(?<![a-z0-9])(\d+) ?G(I?B)?\b", name)
+    # The driver's GH200 480GB is named by the memory of its CPU.
+    size = None if "gh200" in _words(name) else re.search(r"(?i)(?<![a-z0-9])(\d+) ?G(I?B)?\b", name)
     # Drivers show up to a sixteenth less than is printed, for error correction.
     if size and abs(int(size[1]) / gpu.memory_gib - 1) > 1 / 8:
         return int(size[1]) * GIB or None

@@ -121,8 +121,7 @@ def offload_exceeds_the_host(case: Case) -> str | None:
     config, hardware = case.config, case.hardware
     if config.offload == "none" or hardware.device == "cpu":
         return None
-    together = min(case.workers, math.ceil(hardware.gpus / hardware.nodes))
-    taken = together * host_bytes_on(config, case.shape, case.workers, hardware)
+    together, taken = _workers_of_a_node(case), host_bytes_a_node(case)
     if taken <= hardware.host_memory_bytes:
         return None
     return (
@@ -130,6 +129,15 @@ def offload_exceeds_the_host(case: Case) -> str | None:
         f"of its workers, and a node is taken to have {hardware.host_memory_bytes / GIB:,.0f} GiB: more workers on "
         "more nodes hold less each"
     )
+
+
+def _workers_of_a_node(case: Case) -> int:
+    return min(case.workers, math.ceil(case.hardware.gpus / case.hardware.nodes))
+
+
+def host_bytes_a_node(case: Case) -> int:
+    """Host memory that the trial's offloaded state takes of a node, which has as many of its workers as it can."""
+    return _workers_of_a_node(case) * host_bytes_on(case.config, case.shape, case.workers, case.hardware)
 
 
 def volta_needs_another_torch(case: Case) -> str | None:

@@ -27,11 +27,11 @@ from orchestrator.errors import InputError, ModelError, counted, cut
 from orchestrator.planning import budget
 from orchestrator.planning.cheaper import for_memory, what_fits
 from orchestrator.planning.compatibility import Case, missing_targets, refusals
-from orchestrator.planning.hardware import GIB, Hardware
+from orchestrator.planning.hardware import GIB, NAMED_HOST_BYTES, Hardware
 from orchestrator.planning.makespan import Work, simulate
 from orchestrator.planning.memory import CONTEXT_BYTES, MemoryEstimate, estimate_on, loading_bytes_on
 from orchestrator.planning.model_shape import ModelShape
-from orchestrator.planning.notes import experts_stay_unquantised, notes
+from orchestrator.planning.notes import experts_stay_unquantised, host_bytes_a_node, notes
 from orchestrator.planning.pace import Pace
 from orchestrator.planning.room import (
     HOST_SHARE,
@@ -212,8 +212,13 @@ def plan_trial(
         memory=memory.within(memory_bytes),
         seconds=whole.expected,
         seconds_range=(whole.low, whole.high),
-        gpu_hours=whole.expected * shape.workers * shape.gpus_per_worker / 3600,
+        gpu_hours=_gpu_hours(whole.expected, hardware, shape),
     )
+
+
+def _gpu_hours(seconds: float, hardware: Hardware, shape: WorkerShape) -> float:
+    """None of a CPU, whose time says nothing of a GPU's."""
+    return seconds * shape.workers * shape.gpus_per_worker / 3600 if hardware.device == "cuda" else 0.0
 
 
 def _planned(trial: Trial, config: TrialConfig, **more: object) -> PlannedTrial:
@@ -314,7 +319,8 @@ def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware, pace: 
     memory_bytes = memory_for_a_worker(hardware, shape, concurrent)
     proposes = sweep.search.is_adaptive
     # However they lie on the nodes, unless more come when asked: `run` looks at each node, and refuses the whole sweep.
-    never_starts = _too_few(shape, replace(hardware, nodes=1)) if sweep.resources.scale_up_minutes is None else ()
+    may_grow = sweep.resources.scale_up_minutes is not None
+    never_starts = () if may_grow else _too_few(shape, replace(hardware, nodes=1), may_grow=False)
 
     def planned(shape: WorkerShape) -> tuple[PlannedTrial, ...]:
         if never_starts:
@@ -342,7 +348,11 @@ def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware, pace: 
         works = [part for work in works for part in _generations(work, pbt.interval_steps)]
     alone = _alone(running, model, hardware, shape)
     taken = simulate(works, concurrent, asha.reduction_factor if asha else None, shape.gpu_shared_by, alone)
+    no_gpu = _no_gpu(hardware, shape)
     makespan, hours = taken.makespan_s, taken.trials_s.times(shape.workers * shape.gpus_per_worker / 3600)
+    if hardware.device == "cpu":
+        # Times are a CPU's.
+        hours = Range(0.0, 0.0, 0.0)
     return SweepPlan(
         name=sweep.name,
         model=sweep.model,
@@ -362,12 +372,15 @@ def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware, pace: 
         refused=len(trials) - len(running),
         makespan_s=(makespan.low, makespan.expected, makespan.high),
         gpu_hours=(hours.low, hours.expected, hours.high),
-        cost=_costs(sweep.budget, hours),
+        cost=_costs(sweep.budget, hours) if hardware.device == "cuda" else None,
         measured=len(pace.steps),
-        assumptions=_assumptions(running, placement(hardware, shape).nodes, pace),
-        warnings=(() if never_starts else _too_few(shape, hardware))
+        assumptions=_assumptions(running, placement(hardware, shape).nodes, pace)
+        + _assumed_host(running, model, hardware, shape),
+        warnings=no_gpu
+        + (() if never_starts or no_gpu else _too_few(shape, hardware, may_grow=may_grow))
+        + _never_used(shape, hardware)
         + points_left_out(sweep)
-        + _warnings(sweep, running, makespan, hours),
+        + _warnings(sweep, running, makespan, hours, pace.once_s),
     )
 
 
@@ -464,7 +477,21 @@ def _assumptions(running: Sequence[PlannedTrial], nodes: int, pace: Pace) -> tup
     return tuple(told)
 
 
-def _too_few(shape: WorkerShape, hardware: Hardware) -> tuple[str, ...]:
+def _assumed_host(
+    running: Sequence[PlannedTrial], model: ModelShape, hardware: Hardware, shape: WorkerShape
+) -> tuple[str, ...]:
+    """Of a GPU that is only named, on whose nodes nobody has looked."""
+    offloading = [trial.config for trial in running if trial.config.offload != "none"]
+    if not offloading or not hardware.is_assumed:
+        return ()
+    most = max(host_bytes_a_node(Case(config, model, hardware, shape.workers)) for config in offloading)
+    return (
+        f"{hardware.host_memory_bytes / GIB:.0f} GiB of host memory a node ({NAMED_HOST_BYTES / GIB:.0f} GiB a GPU), "
+        f"of which a trial that offloads takes at least {most / GIB:.1f} GiB",
+    )
+
+
+def _too_few(shape: WorkerShape, hardware: Hardware, *, may_grow: bool) -> tuple[str, ...]:
     if sum(rooms_of(hardware, shape)) >= shape.workers:
         return ()
     each = f"{counted(shape.cpus_per_worker, 'CPU')} and {counted(shape.gpus_per_worker, 'GPU')} each"
@@ -473,8 +500,34 @@ def _too_few(shape: WorkerShape, hardware: Hardware) -> tuple[str, ...]:
         there += f" on {hardware.nodes} nodes"
     return (
         f"a trial takes {counted(shape.workers, 'worker')} of {each}, and the cluster has {there}: not one can start "
-        "there; lower resources, name the cluster's GPUs with --gpu and --gpus, or give resources.scale_up_minutes "
-        "where nodes come when asked",
+        "there; lower resources, name the cluster's GPUs with --gpu and --gpus"
+        + ("" if may_grow else ", or give resources.scale_up_minutes where nodes come when asked"),
+    )
+
+
+def _no_gpu(hardware: Hardware, shape: WorkerShape) -> tuple[str, ...]:
+    """Where nodes with GPUs come when asked, and only a CPU is here to plan for."""
+    if hardware.device != "cpu" or not shape.gpus_per_worker:
+        return ()
+    return (
+        "no GPU here, and resources.gpus_per_worker asks for some: times are those of this machine's CPUs, and no "
+        "GPU-hours or cost are told; name the GPU with --gpu (and --gpus)",
+    )
+
+
+def _never_used(shape: WorkerShape, hardware: Hardware) -> tuple[str, ...]:
+    """GPUs that no trial of this shape can take, however many wait."""
+    if hardware.device != "cuda" or shape.gpus_per_worker < 1:
+        return ()
+    rooms = rooms_of(hardware, shape)
+    trials = trials_that_fit(rooms, shape.workers, on_one_node=max(rooms) >= shape.workers)
+    unused = hardware.gpus - trials * shape.workers * shape.gpus_per_worker
+    if not trials or unused < 1:
+        return ()
+    return (
+        f"{unused:g} of {hardware.gpus} GPUs stay unused, and are not in the cost: a trial takes "
+        f"{counted(shape.workers * shape.gpus_per_worker, 'GPU')}, and CPUs and nodes leave room for "
+        f"{counted(trials, 'trial')} at a time; change resources.workers_per_trial or cpus_per_worker, or the cluster",
     )
 
 
@@ -489,7 +542,9 @@ def _grace_steps(scheduler: AshaConfig | MedianConfig | ExtrapolationConfig, tri
     return grace / (trial.seconds or grace) * config.max_steps if unit == "seconds" else grace
 
 
-def _warnings(sweep: SweepConfig, running: Sequence[PlannedTrial], makespan: Range, hours: Range) -> tuple[str, ...]:
+def _warnings(
+    sweep: SweepConfig, running: Sequence[PlannedTrial], makespan: Range, hours: Range, once_s: float
+) -> tuple[str, ...]:
     told: tuple[str, ...] = () if running else ("no trial of this sweep can run: see the reasons above",)
     for name, part in sweep.scheduler:
         if isinstance(part, AshaConfig):
@@ -510,7 +565,11 @@ def _warnings(sweep: SweepConfig, running: Sequence[PlannedTrial], makespan: Ran
             f"expected to run longer than budget.trial_hours ({sweep.budget.trial_hours:g}) and to be ended there: "
             f"{len(too_long)} of {len(running)} trials; raise it, or lower max_steps",
         )
-    return told + _beyond_constraints(sweep, running) + budget.shortfalls(sweep.budget, makespan.times(1 / 3600), hours)
+    return (
+        told
+        + _beyond_constraints(sweep, running, once_s)
+        + budget.shortfalls(sweep.budget, makespan.times(1 / 3600), hours)
+    )
 
 
 def points_left_out(sweep: SweepConfig) -> tuple[str, ...]:
@@ -531,17 +590,35 @@ def points_left_out(sweep: SweepConfig) -> tuple[str, ...]:
     return tuple(told)
 
 
-def _beyond_constraints(sweep: SweepConfig, running: Sequence[PlannedTrial]) -> tuple[str, ...]:
-    """Of bounds of memory, which is estimated as it is measured: allocated on a GPU, resident on a CPU."""
+def _beyond_constraints(sweep: SweepConfig, running: Sequence[PlannedTrial], once_s: float) -> tuple[str, ...]:
+    """Of bounds of memory, which is estimated as it is measured (allocated on a GPU, resident on a CPU), and of speed,
+    where even the near end of its range breaks them."""
     told = []
     for text in sweep.constraints:
         constraint = parse(text)
-        if constraint.metric != "peak_memory_bytes":
+        if constraint.metric == "peak_memory_bytes":
+            needs = [trial.memory.measured_bytes for trial in running if trial.memory]
+            broken = [need for need in needs if constraint.excess(need) > 0]
+            count, best = len(broken), f"the least of them {min(broken, default=0) / GIB:.2f} GiB"
+        elif constraint.metric in ("tokens_per_s", "step_time_s"):
+            ranges = [_speeds(trial, constraint.metric, once_s) for trial in running]
+            beyond = [ends for ends in ranges if all(constraint.excess(end) > 0 for end in ends)]
+            low, high = min((ends[0] for ends in beyond), default=0), max((ends[1] for ends in beyond), default=0)
+            count, best = len(beyond), f"between {low:.3g} and {high:.3g}"
+        else:
             continue
-        needs = [trial.memory.measured_bytes for trial in running if trial.memory]
-        if beyond := [need for need in needs if constraint.excess(need) > 0]:
+        if count:
             told.append(
-                f"estimated not to keep {text}: {len(beyond)} of {len(needs)} trials (the least of them "
-                f"{min(beyond) / GIB:.2f} GiB), which run and are not recommended"
+                f"estimated not to keep {text}: {count} of {len(running)} trials ({best}), which run and are not "
+                "recommended"
             )
     return tuple(told)
+
+
+def _speeds(trial: PlannedTrial, metric: str, once_s: float) -> tuple[float, float]:
+    """Low and high, of the trial's steps alone."""
+    assert trial.seconds_range is not None
+    steps = trial.config.max_steps
+    low_s, high_s = ((seconds - once_s) / steps for seconds in trial.seconds_range)
+    tokens = trial.config.global_batch_size * trial.config.sequence_length
+    return (low_s, high_s) if metric == "step_time_s" else (tokens / high_s, tokens / low_s)

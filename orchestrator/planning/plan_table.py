@@ -27,6 +27,8 @@ def render(plan: SweepPlan) -> str:
     if any(_may_not_fit(plan, trial) for trial in runs):
         there = f"the {plan.worker_memory_bytes / GIB:.1f} GiB that are there"
         lines.append(f"* may not fit: the 90 % range of what it is estimated to need ends above {there}")
+    if any(len(trial.reasons) > 1 for trial in plan.trials):
+        lines.append("a trial that is refused for several reasons is named with each:")
     for reason, trials in _grouped((reason, trial) for trial in plan.trials for reason in trial.reasons):
         lines += [f"refused ({len(trials)}): {reason}", *_which(trials, plan, plan.trials)]
     for note, trials in _grouped((note, trial) for trial in runs for note in trial.notes):
@@ -36,7 +38,9 @@ def render(plan: SweepPlan) -> str:
 
 def _table(plan: SweepPlan, trials: Sequence[PlannedTrial]) -> list[str]:
     shortest_s = min(trial.seconds or 0.0 for trial in trials)
-    rows = [("trial", *plan.searched, "micro-batch", "memory needed", "biggest part", "time")]
+    # One column of the micro-batch: that of `auto` is the one that was chosen.
+    searched = [name for name in plan.searched if name != "micro_batch_size"]
+    rows = [("trial", *searched, "micro-batch", "memory needed", "biggest part", "time")]
     for trial in trials:
         memory = trial.memory
         assert memory is not None
@@ -45,7 +49,7 @@ def _table(plan: SweepPlan, trials: Sequence[PlannedTrial]) -> list[str]:
         rows.append(
             (
                 trial.trial_id,
-                *(_shown(getattr(trial.config, name)) for name in plan.searched),
+                *(_shown(getattr(trial.config, name)) for name in searched),
                 str(trial.config.micro_batch_size),
                 f"{memory.needed_bytes / GIB:.2f} GiB{' *' if _may_not_fit(plan, trial) else ''}",
                 f"{biggest} {getattr(memory.parts, biggest) / GIB:.2f} GiB",
@@ -70,7 +74,7 @@ def _totals(plan: SweepPlan) -> list[str]:
         + (f", of which {duration(start_s)} to start" if start_s > expected / 2 else "")
         + (f", by the speed of {counted(plan.measured, 'trial')} that ran here" if plan.measured else "")
     )
-    if plan.gpus_per_worker:
+    if plan.gpu_hours[2]:
         lines.append(f"GPU-hours: {_about(plan.gpu_hours)}")
     if plan.cost and plan.gpus_per_worker:
         lines.append(f"cost: {_about(plan.cost)}")

@@ -33,6 +33,14 @@ def test_an_estimate_has_all_that_the_contract_names() -> None:
     assert got["feasible"] is True
 
 
+def test_a_family_that_is_not_known_is_noted() -> None:
+    (known,) = answer(line())
+    assert "notes" not in known
+    (got,) = answer(line(model=LLAMA_2_7B | {"model_type": "nonsense"}))
+    assert got["feasible"]
+    assert "family, nonsense, is not known here and counted as a Llama" in got["notes"][0]
+
+
 def test_an_automatic_micro_batch_is_told_as_the_size_that_it_became() -> None:
     auto = {"micro_batch_size": "auto", "global_batch_size": 16}
     large, small = answer(*(line(trial=auto, gpu_memory_bytes=size * 2**30) for size in (80, 24)))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from dataclasses import replace
 from typing import Any
@@ -33,7 +34,7 @@ from orchestrator.planning.step_time import Placement, step_seconds
 from tests.fast.cases import A100, CPU, LLAMA_2_7B, LLAMA_32_3B, SMOLLM2_135M, case
 from tests.made_up_sweep import made_up_sweep, made_up_trial
 
-SEVEN_B, THREE_B = shape_of(LLAMA_2_7B), shape_of(LLAMA_32_3B)
+SEVEN_B, THREE_B, SMOL = shape_of(LLAMA_2_7B), shape_of(LLAMA_32_3B), shape_of(SMOLLM2_135M)
 
 
 def plan(hardware: Hardware, model: Any = SEVEN_B, pace: Pace = NO_PACE, **keys: Any) -> SweepPlan:
@@ -240,7 +241,7 @@ def test_a_trial_that_would_fit_with_more_of_a_gpu_or_of_its_limit_is_told_so_fi
 def test_a_trial_for_which_no_single_change_is_enough_is_told_the_fewest_together() -> None:
     settings = {"precision": "fp32", "micro_batch_size": 16, "sequence_length": 4096}
     (reason,) = plan(named_gpu("T4", 1), trial=settings).trials[0].reasons
-    assert reason.endswith("fits with micro_batch_size 1 and gradient_checkpointing and precision nf4")
+    assert reason.endswith("fits with micro_batch_size 2 and gradient_checkpointing and precision nf4")
 
 
 OF_NO_MEMORY = {
@@ -279,31 +280,20 @@ def test_where_no_change_leaves_room_one_that_fits_without_is_named() -> None:
     settings = {"precision": "nf4", "micro_batch_size": 2, "gradient_checkpointing": True, "rank": 8}
     asked = case(named_gpu("T4", 1), **settings, sequence_length=4096)
     one = estimate_on(asked.config.model_copy(update={"micro_batch_size": 1}), SEVEN_B, 1, asked.hardware)
-    assert what_fits(asked, one.device_bytes - 1, 1) == "micro_batch_size 1"
-    shortest_with_all = what_fits(asked, one.needed_bytes - 1, 1)
-    assert shortest_with_all == "micro_batch_size 1 and sequence_length 2048"
+    assert what_fits(asked, one.device_bytes - 1, 1) == "micro_batch_size 1 and offload optimizer"
 
 
-def test_attention_without_its_scores_is_the_first_that_is_named() -> None:
-    settings = {"attention": "eager", "micro_batch_size": 1, "gradient_checkpointing": True, "sequence_length": 4096}
-    asked = case(named_gpu("H100", 1), **settings)
-    sdpa = estimate_on(asked.config.model_copy(update={"attention": "sdpa"}), SEVEN_B, 1, asked.hardware)
-    assert (what_fits(asked, sdpa.device_bytes, 1) or "").startswith("attention sdpa")
-
-
-def test_a_change_that_would_run_tightly_is_named_after_those_that_leave_room() -> None:
-    asked = case(named_gpu("H100", 1), attention="eager", micro_batch_size=1, sequence_length=4096)
-    sdpa = estimate_on(asked.config.model_copy(update={"attention": "sdpa"}), SEVEN_B, 1, asked.hardware)
-    told = what_fits(asked, sdpa.device_bytes - 1, 1)
-    assert told == "gradient_checkpointing, or, with little to spare, attention sdpa"
+ALL_OFFLOADED = "offload optimizer_and_parameters and zero_stage 3"
 
 
 def test_shorter_sequences_are_named_where_nothing_else_is_enough_and_weights_alone_fit_nowhere() -> None:
     settings = {"precision": "nf4", "micro_batch_size": 1, "gradient_checkpointing": True, "rank": 8}
     asked = case(named_gpu("H100", 1), **settings, sequence_length=4096)
     short = estimate_on(asked.config.model_copy(update={"sequence_length": 1024}), SEVEN_B, 1, asked.hardware)
-    assert what_fits(asked, short.device_bytes, 1) == "sequence_length 1024"
-    assert what_fits(asked, short.parts.weights, 1) is None
+    assert what_fits(asked, short.device_bytes, 1) == f"{ALL_OFFLOADED}, or sequence_length 1024"
+    no_host = replace(asked, hardware=replace(asked.hardware, host_memory_bytes=2**30))
+    assert what_fits(no_host, short.device_bytes, 1) == "sequence_length 1024"
+    assert what_fits(no_host, short.parts.weights, 1) is None
 
 
 @pytest.mark.parametrize(("rank", "figure"), [(64, "device_bytes"), (8, "needed_bytes")], ids=["room", "no room"])
@@ -312,7 +302,8 @@ def test_the_longest_sequences_that_fit_are_named_with_the_fewest_other_changes(
     asked = case(named_gpu("H100", 1), **settings, attention="eager", sequence_length=4096)
     half = asked.config.model_copy(update={"attention": "sdpa", "sequence_length": 2048})
     memory_bytes = getattr(estimate_on(half, SEVEN_B, 1, asked.hardware), figure)
-    assert what_fits(asked, memory_bytes, 1) == "attention sdpa and sequence_length 2048"
+    told = what_fits(asked, memory_bytes, 1)
+    assert told == f"attention sdpa and {ALL_OFFLOADED}, or attention sdpa and sequence_length 2048"
 
 
 def of_all_weights(hardware: Hardware, **settings: Any) -> str:
@@ -363,8 +354,7 @@ def test_quantised_weights_under_zero_3_are_refused_where_a_gpu_cannot_hold_them
     (told,) = reasons(-2, 3)
     assert "of memory a worker while it loads" in told
     assert reasons(0, 3) == ()
-    assert all("zero_stage 3" not in told for told in reasons(-(2**28), 2))
-    assert reasons(-(2**28), 2)
+    assert "fits with zero_stage 3 and precision bf16" in reasons(-(2**28), 2)[0]
 
 
 def test_trials_that_share_a_gpu_automatically_have_room_for_the_quantised_model_as_it_loads() -> None:
@@ -392,7 +382,9 @@ def test_a_quantised_mixture_that_does_not_fit_is_told_that_its_experts_are_not_
 def test_a_change_that_is_refused_itself_hides_none_of_the_others() -> None:
     settings = {"precision": "fp32", "micro_batch_size": 16, "global_batch_size": 16, "sequence_length": 512}
     bare = replace(named_gpu("A100", 1), has_bitsandbytes=False)
-    assert what_fits(case(bare, **settings, rank=4096), 48 * 2**30, 1) == ("micro_batch_size 1 and rank 8")
+    assert what_fits(case(bare, **settings, rank=4096), 48 * 2**30, 1) == (
+        "micro_batch_size 8 and gradient_checkpointing and offload optimizer"
+    )
 
 
 @pytest.mark.parametrize(
@@ -419,7 +411,60 @@ def test_trials_that_take_more_than_the_whole_cluster_has_are_refused(
 @pytest.mark.parametrize("resources", [{"workers_per_trial": 4}, {"cpus_per_worker": 64}])
 def test_trials_that_take_the_whole_cluster_are_not_refused_for_that(resources: dict[str, Any]) -> None:
     found = plan(named_gpu("H100", 4), THREE_B, resources=resources)
-    assert (found.runs, found.warnings) == (1, ())
+    assert found.runs == 1
+    assert not any("not one can start" in warning for warning in found.warnings)
+
+
+def test_gpus_that_no_trial_can_take_are_told_as_unused() -> None:
+    def unused(gpus: int) -> list[str]:
+        found = plan(named_gpu("H100", gpus), THREE_B, resources={"workers_per_trial": 4})
+        return [warning for warning in found.warnings if "stay unused" in warning]
+
+    assert unused(6)[0].startswith("2 of 6 GPUs stay unused")
+    assert unused(8) == []
+
+
+def test_where_no_gpu_is_planned_for_neither_gpu_hours_nor_cost_are_told() -> None:
+    resources = {"gpus_per_worker": 1, "max_concurrent": 1, "scale_up_minutes": 30}
+    found = plan(CPU, SMOL, resources=resources, budget={"price_per_gpu_hour": 2.5})
+    assert found.runs == 1
+    assert not {"GPU-hours: ", "cost: "} & set(re.findall(r"(?m)^.*?: ", render(found)))
+    assert any("name the GPU with --gpu" in warning for warning in found.warnings)
+    assert not any("scale_up_minutes" in warning for warning in found.warnings)
+    assert found.trials[0].cost in (None, 0.0)
+
+
+def test_a_searched_micro_batch_has_one_column_and_trials_with_several_reasons_are_said_to_be_named_with_each() -> None:
+    found = render(plan(A100, SMOL, space={"micro_batch_size": [1, 2]}))
+    assert "micro-batch" in found
+    assert "micro_batch_size" not in found
+    said = "a trial that is refused for several reasons is named with each"
+    assert said not in found
+    trial = {"optimizer": "adamw_8bit", "offload": "optimizer", "zero_stage": 1}
+    assert said in render(plan(A100, SMOL, trial=trial))
+
+
+def test_a_bound_of_speed_that_even_the_best_time_breaks_is_told() -> None:
+    def told(constraint: str) -> tuple[str, ...]:
+        return plan(named_gpu("H100", 1), THREE_B, constraints=[constraint]).warnings
+
+    assert told("tokens_per_s >= 1e9")[0].startswith(
+        "estimated not to keep tokens_per_s >= 1e9: 1 of 1 trials (between"
+    )
+    assert told("tokens_per_s >= 1") == ()
+    assert told("step_time_s <= 1e-6")
+    assert told("step_time_s <= 1e6") == ()
+
+
+def test_the_host_memory_that_is_assumed_of_a_named_gpu_is_told_where_a_trial_offloads() -> None:
+    def assumed(hardware: Hardware, offload: str) -> list[str]:
+        found = plan(hardware, THREE_B, trial={"zero_stage": 3, "offload": offload})
+        return [line for line in found.assumptions if "host memory" in line]
+
+    gpus = named_gpu("H100", 2)
+    assert "256 GiB of host memory a node (128 GiB a GPU)" in assumed(gpus, "optimizer")[0]
+    assert assumed(gpus, "none") == []
+    assert assumed(replace(gpus, is_assumed=False), "optimizer") == []
 
 
 def test_what_nodes_that_come_when_asked_may_hold_is_warned_of_and_runs() -> None:
@@ -441,6 +486,79 @@ def test_changes_that_fit_only_together_are_named_where_one_of_them_alone_is_ref
     assert what_fits(mixture, 22 * 2**30, 8) == "zero_stage 3 and precision bf16"
     whole = case(named_gpu("A100-40GB", 8), 8, **settings, rank="full", precision="amp_fp16", zero_stage=0)
     assert what_fits(whole, 20 * 2**30, 8) == "offload optimizer and zero_stage 2 and precision bf16"
+
+
+SEVENTY_B = shape_of(
+    LLAMA_2_7B
+    | {"hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8}
+    | {"intermediate_size": 28672, "max_position_embeddings": 8192, "vocab_size": 128256}
+)
+
+
+def remedies(told: str) -> list[dict[str, Any]]:
+    """The settings of each that a refusal names, by its words."""
+    each = told.partition("fits with ")[2].replace(", or, with little to spare, ", ", or ").split(", or ")
+    named = [[words.partition(" ") for words in re.split(" and | with ", one)] for one in each if one]
+    return [{name: int(to) if to.isdigit() else to or True for name, _, to in one} for one in named]
+
+
+@pytest.mark.parametrize("precision", ["nf4", "int8"])
+def test_quantised_weights_too_large_for_a_worker_are_told_of_half_precision_in_shards(precision: str) -> None:
+    trial = {"precision": precision, "zero_stage": 2, "sequence_length": 4096, "global_batch_size": 16}
+    keys = {"resources": {"workers_per_trial": 16}}
+    (reason,) = plan(named_gpu("A100-40GB", 16), SEVENTY_B, trial=trial, **keys).trials[0].reasons
+    assert reason.endswith("fits with gradient_checkpointing and zero_stage 3 and precision bf16")
+    (remedy,) = remedies(reason)
+    assert plan(named_gpu("A100-40GB", 16), SEVENTY_B, trial=trial | remedy, **keys).runs == 1
+
+
+def test_where_nothing_else_is_enough_the_offload_of_parameters_is_named_unless_the_host_is_too_small() -> None:
+    trial = {"precision": "nf4", "sequence_length": 4096, "gradient_checkpointing": True, "micro_batch_size": 1}
+    two = named_gpu("A100-40GB", 2)
+    (reason,) = plan(two, SEVENTY_B, trial=trial).trials[0].reasons
+    assert {"offload": "optimizer_and_parameters", "precision": "bf16", "zero_stage": 3} in remedies(reason)
+    assert "sequence_length" not in reason, "where the offload is needed all the same"
+    (reason,) = plan(replace(two, host_memory_bytes=2**36), SEVENTY_B, trial=trial).trials[0].reasons
+    assert "offload" not in reason
+
+
+def test_int8_weights_are_told_of_nf4_at_the_full_length() -> None:
+    trial = {"precision": "int8", "sequence_length": 4096, "micro_batch_size": 1, "rank": 8}
+    (reason,) = plan(named_gpu("T4", 1), trial=trial).trials[0].reasons
+    assert reason.endswith("fits with gradient_checkpointing and precision nf4")
+
+
+def test_a_large_adapter_is_told_of_a_cheaper_optimizer_and_its_offload_before_the_mildest_lower_rank() -> None:
+    trial = {"precision": "nf4", "rank": 256, "micro_batch_size": 1, "sequence_length": 512}
+    trial |= {"gradient_checkpointing": True, "optimizer": "adamw"}
+    hardware = named_gpu("A10G", 1, 9 * 2**30)
+    (reason,) = plan(hardware, trial=trial).trials[0].reasons
+    assert [next(iter(one)) for one in remedies(reason)] == ["offload", "optimizer", "rank"]
+    assert remedies(reason)[-1] == {"rank": 128}
+
+
+def test_every_remedy_that_a_refusal_names_runs() -> None:
+    drawn, asked = random.Random(7), 0
+    for _ in range(150):
+        model = drawn.choice([SEVEN_B, SEVENTY_B, MIXTURE])
+        hardware = named_gpu(drawn.choice(["T4", "A10G", "A100-40GB", "H100"]), drawn.choice([1, 2, 8, 16]))
+        trial = {
+            "precision": drawn.choice(["nf4", "int8", "bf16", "amp_bf16", "fp32", "fp16"]),
+            "rank": drawn.choice([8, 64, 256, "full"]),
+            "sequence_length": drawn.choice([256, 1024, 4096]),
+            "micro_batch_size": drawn.choice([1, 4, 16]),
+            "global_batch_size": 256,
+            "zero_stage": drawn.choice([0, 1, 2, 3]),
+            "target_modules": "attention",
+        }
+        workers = drawn.choice([n for n in (1, 2, 8) if n <= hardware.gpus])
+        refused = plan(hardware, model, trial=trial, resources={"workers_per_trial": workers}).trials[0].reasons
+        for remedy in [one for reason in refused for one in remedies(reason)]:
+            asked += 1
+            shape = {"workers_per_trial": remedy.pop("workers_per_trial", workers)}
+            again = plan(hardware, model, trial=trial | remedy, resources=shape)
+            assert again.runs == 1, (trial, workers, remedy, again.trials[0].reasons)
+    assert asked > 50
 
 
 def test_more_workers_are_named_beside_other_changes_where_those_alone_are_not_enough() -> None:
