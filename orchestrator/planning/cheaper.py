@@ -257,14 +257,18 @@ def _changed(case: Case, changes: Sequence[_Change]) -> Case:
 
 
 def _fits(case: Case, changes: Sequence[_Change], memory_bytes: int, taken: Taken) -> bool:
-    changed = _changed(case, changes)
-    if not _starts(changed, memory_bytes):
-        return False
-    return taken(estimate_on(changed.config, case.shape, changed.workers, case.hardware)) <= memory_bytes
+    memory = _estimated(_changed(case, changes), memory_bytes)
+    return memory is not None and taken(memory) <= memory_bytes
 
 
-def _starts(case: Case, memory_bytes: int) -> bool:
-    """Neither refused, nor larger while it loads, or in the host's memory, than what is there."""
+@lru_cache(maxsize=4096)
+def _estimated(case: Case, memory_bytes: int) -> MemoryEstimate | None:
+    """None where it is refused, or larger while it loads, or in the host's memory, than what is there.
+
+    Kept, since trials that differ in what a change alters come to the same, and each is asked for with room and without.
+    """
     if refusals(case) or offload_exceeds_the_host(case):
-        return False
-    return loading_bytes_on(case.config, case.shape, case.hardware) <= memory_bytes
+        return None
+    if loading_bytes_on(case.config, case.shape, case.hardware) > memory_bytes:
+        return None
+    return estimate_on(case.config, case.shape, case.workers, case.hardware)
