@@ -578,6 +578,18 @@ def test_a_curve_that_fell_little_is_level_only_against_its_own_fall(losses: lis
     assert plateaus(sweep, {trial.trial_id: curve})[trial.configuration_id].levelled_off_at_step == step
 
 
+def test_memory_that_breaks_a_bound_does_not_read_like_memory_that_keeps_it(tmp_path: Path) -> None:
+    mib = 2**20
+    trials = [made_up_trial({"rank": rank}, memory_bytes=int(size * mib)) for rank, size in ((4, 454.8), (8, 455.3))]
+    trials.append(made_up_trial({"rank": 16}, memory_bytes=400 * mib))
+    sweep = made_up_sweep(trials, constraints=("peak_memory_bytes <= 455MiB",))
+    made = report.build(write_made_up(tmp_path / "sweep", sweep))
+    for told in (report.render_text(made), report.render_html(made)):
+        assert "454.8 MiB" in told
+        assert "455.3 MiB" in told
+        assert "400 MiB" in told
+
+
 def test_a_curve_that_rose_is_told_by_how_much_and_not_by_less_than_nothing(tmp_path: Path) -> None:
     sweep = simulated([2.0, 2.0], 2, 0, noise_sd=0)
     folder = write_made_up(tmp_path / "sweep", sweep)
