@@ -37,7 +37,7 @@ from tests.made_up_sweep import (
 pytest.importorskip("jinja2")
 pytest.importorskip("scipy")
 
-VOID = {"meta", "link", "input", "br"}
+VOID = {"meta", "link", "input", "br", "wbr"}
 HOSTILE = "<script>alert(1)</script>\"'&"
 
 
@@ -420,6 +420,27 @@ def test_the_memory_of_each_part_adds_up_to_what_was_predicted(tmp_path: Path) -
     page = report.render_html(made)
     assert "activations 256 MiB" in page
     assert "1.00 GiB measured" in page
+
+
+def test_a_bar_without_parts_says_why_it_has_none(tmp_path: Path) -> None:
+    sweep = simulated([2.0, 2.1], 1, 0)
+    folder = write_made_up(tmp_path / "sweep", sweep)
+    plan = made_up_plan(sweep)
+    for known, is_told in ((plan.trials, False), (plan.trials[:1], True)):
+        write_atomically(folder.plan, plan.model_copy(update={"trials": known}).model_dump_json())
+        page = report.render_html(report.build(folder))
+        assert ("predicted, without parts" in page) is is_told
+        assert ("it knows none of what a search proposed later" in page) is is_told
+
+
+def test_the_table_of_settings_has_no_empty_columns(tmp_path: Path) -> None:
+    drawn = [{"rank": rank, "alpha": alpha} for rank, alpha in ((4, 8), (8, 24), (16, 64))]
+    searched = report.render_html(built(tmp_path / "search", simulated([2.0, 2.1, 2.2], 1, 0, configurations=drawn)))
+    grid = report.render_html(built(tmp_path / "grid", simulated([2.0, 2.1, 2.2], 2, 0)))
+    for heading in ("change from the first that has pairs", "seeds", "change from the value before", "memory", "speed"):
+        assert f">{heading}</th>" in grid
+        assert f">{heading}</th>" not in searched
+    assert ">mean eval_loss</th>" in searched
 
 
 def test_time_and_money_stand_beside_the_plan(tmp_path: Path) -> None:
