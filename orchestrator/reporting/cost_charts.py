@@ -96,8 +96,8 @@ def memory_chart(found: Sequence[ConfigurationSummary], parts: Parts, kind: str)
     elif any(s.configuration_id not in parts for s in known if s.predicted_memory_bytes):
         keys.insert(0, Key("whole bar", "predicted, without parts"))
         words += (
-            " The plan, which has the parts, was made before the start: it knows none of what a search proposed later, or "
-            "of a micro-batch that was halved since."
+            " The plan, which has the parts, was made before the start: it knows none of what a search proposed later, "
+            "or of a micro-batch that was halved since."
         )
     svg = bar_plot("Peak memory", words, bars, Axis(f"peak memory of a worker ({name})"))
     return Figure("Peak memory by part, predicted and measured", svg, (*keys, Key("mark", "measured")), words)
