@@ -23,6 +23,7 @@ All fields go to `Exception.args` by position, so that an error survives picklin
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -33,6 +34,17 @@ LONGEST_SHOWN = 200
 def counted(count: float, noun: str) -> str:
     """`1 trial`, `3 trials`, `0.5 CPUs`."""
     return f"{count if isinstance(count, int) else f'{count:g}'} {noun}{'' if count == 1 else 's'}"
+
+
+def apart(size: float, others: Iterable[float], unit: float, digits: int) -> str:
+    """A size in its unit, with as many digits, so many at least, as tell it from the others: that it breaks a bound is
+    not seen where both read the same."""
+    other = [value for value in others if value != size]
+    for more in range(digits, 10):
+        told = f"{size / unit:.{more}f}"
+        if told not in [f"{value / unit:.{more}f}" for value in other]:
+            break
+    return told
 
 
 def cut(text: str) -> str:

@@ -71,7 +71,10 @@ def _takes(key: Schema, schema: Schema) -> str:
     if "const" in key:
         return f"`{key['const']}`"
     if key.get("type") == "array":
-        return f"a list of {_takes(key['items'], schema)}" if "items" in key else "a list"
+        if "items" not in key:
+            return "a list"
+        each = "a list, each" if "anyOf" in key["items"] else "a list of"
+        return f"{each} {_takes(key['items'], schema)}"
     words = {
         "integer": "whole number",
         "number": "number",

@@ -82,7 +82,7 @@ class SearchConfig(_Part):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of the random choices."""
     points: tuple[dict[str, Any] | KnownGood, ...] = ()
-    """Configurations to try first; what one leaves out stands in the middle of its range. `known_good` is what the
+    """Configurations to try first; what one leaves out stands in the middle of its range. `[known_good]` is what the
     field begins with: alpha twice the rank, a learning rate by rank, for a middle, a low and a high rank."""
     warm_start: str | None = None
     """Folder of an earlier sweep: an adaptive search tries its best configurations first, and learns from all of them

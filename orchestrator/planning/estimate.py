@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -56,12 +57,20 @@ def _answer(
 def _read(line: str | bytes) -> dict[str, Any]:
     text = line if isinstance(line, str) else line.decode("utf-8-sig")
     try:
-        raw = json.loads(text, parse_constant=_no_json, parse_float=_finite)
+        raw = json.loads(text, parse_constant=_no_json, parse_float=_finite, object_pairs_hook=_each_once)
     except json.JSONDecodeError as error:
         raise InputError(f"no JSON: {error.msg} at column {error.colno}") from error
     if not isinstance(raw, dict):
         raise InputError('takes an object, as {"id": 1, "model": "…", "trial": {"rank": 8}}')
     return raw
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    read = dict(pairs)
+    if len(read) < len(pairs):
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise InputError(f"{cut(twice)} is given twice")
+    return read
 
 
 def _no_json(constant: str) -> Any:

@@ -23,7 +23,7 @@ from orchestrator.config.sweep_config import (
 )
 from orchestrator.config.sweep_file import shown_as_yaml
 from orchestrator.config.trial_config import TrialConfig
-from orchestrator.errors import InputError, ModelError, counted, cut
+from orchestrator.errors import InputError, ModelError, apart, counted, cut
 from orchestrator.planning import budget
 from orchestrator.planning.cheaper import for_memory, what_fits
 from orchestrator.planning.compatibility import Case, missing_targets, refusals
@@ -260,7 +260,8 @@ def _does_not_fit(case: Case, shape: WorkerShape, memory: MemoryEstimate, memory
         of_which = (
             f" while it loads, since under ZeRO-3 each loads the whole model where precision is {case.config.precision}"
         )
-    needed, there = _apart(needed_bytes, memory_bytes)
+    needed = f"{apart(needed_bytes, [memory_bytes], GIB, 1)} GiB"
+    there = f"{apart(memory_bytes, [needed_bytes], GIB, 1)} GiB"
     is_limited = shape.limit_bytes is not None and shape.limit_bytes <= memory_bytes
     allowed = f"resources.memory_per_worker allows {there}" if is_limited else f"{there} are there"
     reason = f"needs about {needed} of memory a worker{of_which}, and {allowed}"
@@ -271,15 +272,6 @@ def _does_not_fit(case: Case, shape: WorkerShape, memory: MemoryEstimate, memory
     fits = [more_room(case.hardware, shape, needed_bytes), what_fits(case, memory_bytes, most_workers)]
     told = ", or ".join(hint for hint in fits if hint)
     return f"{reason}; fits with {told}" if told else f"{reason}; use a smaller model"
-
-
-def _apart(needed_bytes: int, there_bytes: int) -> tuple[str, str]:
-    """Both with as many digits as show that more is needed."""
-    for digits in range(1, 10):
-        needed, there = (f"{size / GIB:.{digits}f} GiB" for size in (needed_bytes, there_bytes))
-        if needed != there:
-            break
-    return needed, there
 
 
 def gpu_memory_fraction(plan: SweepPlan, hardware: Hardware) -> float | None:

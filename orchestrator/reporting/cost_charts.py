@@ -89,11 +89,17 @@ def memory_chart(found: Sequence[ConfigurationSummary], parts: Parts, kind: str)
     ]
     if ratios:
         words += f" Predicted is {min(ratios):.2f} to {max(ratios):.2f} times what was measured."
-    svg = bar_plot("Peak memory", words, bars, Axis(f"peak memory of a worker ({name})"))
     drawn = {part for s in known for part in parts.get(s.configuration_id, {})}
     keys = [Key(f"{style} bar", part) for part, style in PART_STYLES.items() if part in drawn]
-    if len(drawn) == 0 or any(s.configuration_id not in parts for s in known if s.predicted_memory_bytes):
+    if not drawn:
         keys.insert(0, Key("whole bar", "predicted"))
+    elif any(s.configuration_id not in parts for s in known if s.predicted_memory_bytes):
+        keys.insert(0, Key("whole bar", "predicted, without parts"))
+        words += (
+            " The plan, which has the parts, was made before the start: it knows none of what a search proposed later, "
+            "or of a micro-batch that was halved since."
+        )
+    svg = bar_plot("Peak memory", words, bars, Axis(f"peak memory of a worker ({name})"))
     return Figure("Peak memory by part, predicted and measured", svg, (*keys, Key("mark", "measured")), words)
 
 

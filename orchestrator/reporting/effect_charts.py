@@ -8,13 +8,40 @@ from typing import Any
 from orchestrator.reporting import quantities
 from orchestrator.reporting.charts import MAX_COLOURS, Figure, Key
 from orchestrator.reporting.cost_charts import memory_unit
-from orchestrator.reporting.effects import MAX_VALUES, Effect, sort_key
+from orchestrator.reporting.effects import MAX_VALUES, Effect, SettingValue, sort_key
 from orchestrator.reporting.plot import Axis, Bar, Dot, Line, bar_plot, xy_plot
 from orchestrator.reporting.statistics import ConfigurationSummary, Estimate, are_the_same, spell
 
 NAMES = frozenset({"zero_stage", "seed"})
 """Numbers that name a choice and measure nothing."""
 MAX_SETTINGS = 2
+
+
+def effect_table(metric: str, effects: Sequence[Effect]) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+    """Headings and rows of what there is to tell: a search that draws its values has no pairs to compare."""
+    headings = (
+        "setting",
+        "value",
+        "completed",
+        f"mean {metric}",
+        "change from the first that has pairs",
+        "seeds",
+        "change from the value before",
+        "memory",
+        "speed",
+    )
+    rows = [_table_row(effect, value) for effect in effects for value in effect.values]
+    told = [place for place in range(len(headings)) if any(row[place] for row in rows)]
+    return tuple(headings[place] for place in told), tuple(tuple(row[place] for place in told) for row in rows)
+
+
+def _table_row(effect: Effect, value: SettingValue) -> tuple[str, ...]:
+    measured = (value.objective, value.difference, value.gain)
+    mean, difference, gain = (quantities.plus_minus(e.mean, e.half_width) if e else "" for e in measured)
+    ratios = (quantities.ratio(e.mean, e.half_width) if e else "" for e in (value.memory_ratio, value.speed_ratio))
+    completed = str(value.objective.count if value.objective else 0)
+    seeds = str(value.difference.count) if value.difference else ""
+    return (effect.setting, value.value, completed, mean, difference, seeds, gain, *ratios)
 
 
 def effect_charts(metric: str, effects: Sequence[Effect]) -> tuple[Figure, ...]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.reporting import quantities
 from orchestrator.reporting.statistics import spell
 from orchestrator.results.records import TrialStatus
 from orchestrator.results.secrets import without_secret
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 
 def render_page(template: str, context: Mapping[str, Any]) -> str:
@@ -31,13 +34,20 @@ def render_page(template: str, context: Mapping[str, Any]) -> str:
         "rate": quantities.rate,
         "number": quantities.number,
         "share": quantities.share,
-        "ratio": lambda e: quantities.ratio(e.mean, e.half_width) if e else "",
         "outlay": quantities.outlay,
         "spell": spell,
         "words": status_words,
+        "breakable": breakable,
         "shareable": without_secret,
     }
     return environment.get_template(template).render(context)
+
+
+def breakable(name: str) -> Markup:
+    """A name that may go over several lines, so that a table of many columns is no wider than its values are."""
+    from markupsafe import Markup
+
+    return Markup("_<wbr>").join(name.split("_"))
 
 
 def status_words(status: TrialStatus) -> str:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from orchestrator.errors import apart
+
 UNKNOWN = "–"
 MINUS = "\u2212"
 NOTHING = 5e-7
 """What six decimals do not show."""
 
 
-def memory(size_bytes: float | None) -> str:
-    """`1.24 GiB`, or `812 MiB` below one GiB."""
+def memory(size_bytes: float | None, bounds_bytes: Sequence[float] = ()) -> str:
+    """`1.24 GiB`, or `812 MiB` below one GiB; with more digits where it would read like a bound that it is not at."""
     if size_bytes is None:
         return UNKNOWN
-    return f"{size_bytes / 2**30:.2f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:.0f} MiB"
+    if size_bytes >= 2**30:
+        return f"{apart(size_bytes, bounds_bytes, 2**30, 2)} GiB"
+    return f"{apart(size_bytes, bounds_bytes, 2**20, 0)} MiB"
 
 
 def duration(seconds: float | None) -> str:

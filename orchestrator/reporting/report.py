@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+from orchestrator.config.constraint import parse
 from orchestrator.reporting import charts, cost_charts, effect_charts, quantities
 from orchestrator.reporting.findings import (
     Report,
@@ -67,6 +68,7 @@ def _table(report: Report) -> list[str]:
     metric, answer = report.sweep.objective_metric, report.recommendation
     rows = [("", "configuration", "trials", metric, "behind the best", "tokens/s", "step", "memory", "predicted")]
     several = differing_micro_batches(report.sweep, report.sweep.trials)
+    bounds = _memory_bounds(report)
     for summary in report.summaries[:TEXT_ROWS]:
         marked = "*" if answer.is_recommended and summary.configuration_id == answer.configuration_id else ""
         states = ", ".join(f"{summary.counts[s]} {status_words(s)}" for s in TrialStatus if summary.counts.get(s))
@@ -80,7 +82,7 @@ def _table(report: Report) -> list[str]:
                 behind_text(report, summary),
                 quantities.rate(summary.tokens_per_s),
                 quantities.step_time(summary.step_time_s),
-                quantities.memory(summary.peak_memory_bytes),
+                quantities.memory(summary.peak_memory_bytes, bounds),
                 quantities.memory(summary.predicted_memory_bytes),
             )
         )
@@ -94,6 +96,11 @@ def _table(report: Report) -> list[str]:
     if report.sweep.constraints:
         lines.append(f"constraints: {', '.join(report.sweep.constraints)}")
     return [*lines, ""]
+
+
+def _memory_bounds(report: Report) -> list[float]:
+    constraints = map(parse, report.sweep.constraints)
+    return [constraint.bound for constraint in constraints if constraint.metric == "peak_memory_bytes"]
 
 
 def _named(summary: ConfigurationSummary) -> str:
@@ -182,15 +189,16 @@ def _page(report: Report) -> dict[str, Any]:
         "costs": [figure for figure in costs if figure],
         "parts": [(s, parts[s.configuration_id]) for s in report.summaries[:PAGE_ROWS] if s.configuration_id in parts],
         "part_styles": cost_charts.PART_STYLES,
+        "effect_table": effect_charts.effect_table(metric, report.effects),
         "setting_figures": [figure for figure in settings if figure],
         "configurations": [(s, objective_text(s), behind_text(report, s)) for s in report.summaries],
         "has_micro_batches": bool(differing_micro_batches(sweep, sweep.trials)),
         "has_repeats": any(len(summary.objective_by_repeat) > 1 for summary in report.summaries),
         "most": PAGE_ROWS,
         "laid_out": LAID_OUT_ROWS,
-        "plus_minus": lambda e: quantities.plus_minus(e.mean, e.half_width) if e else "",
         "trials": sorted(sweep.trials, key=lambda t: _place(values[t.trial_id], sign)),
         "objective": values,
+        "memory_bounds": _memory_bounds(report),
         "broken_by": lambda trial: broken_by(sweep, [trial]),
         "reasons": reasons(report),
         "statuses": list(TrialStatus),

@@ -108,8 +108,10 @@ class Job:
     package: str | None = None
 
 
-def job_for(sweep: str, package: str, known: Collection[Job]) -> tuple[str, bool]:
+def job_for(sweep: str, package: str, known: Collection[Job], address: str) -> tuple[str, bool]:
     """The id of the sweep's job, NAME or NAME-2 and so on, and whether it is there and at work already.
+
+    address: the dashboard's, as it is shown.
 
     Raises:
         InputError: it is at work with another sweep file, data or code.
@@ -120,7 +122,8 @@ def job_for(sweep: str, package: str, known: Collection[Job]) -> tuple[str, bool
         if job.package != package:
             raise InputError(
                 f"job {job.job_id} is at work on sweep {sweep} as it was before you changed it: "
-                f"wait for it, stop it with `ray job stop {job.job_id}`, or give this one another --name"
+                f"wait for it, stop it with `ray job stop {job.job_id} --address {address}`, or give this one another "
+                "--name"
             )
         return job.job_id, True
     taken = {job.job_id for job in known}

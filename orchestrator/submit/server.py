@@ -244,7 +244,7 @@ def submit(
     server = JobServer(address)
     if server.python and server.python.split(".")[:2] != platform.python_version().split(".")[:2]:
         say(f"the cluster runs Python {server.python}, and here it is {platform.python_version()}: its own is used")
-    job_id, at_work = job_for(sweep.name, package.digest, server.jobs())
+    job_id, at_work = job_for(sweep.name, package.digest, server.jobs(), server.shown_address)
     if at_work:
         say(f"job {job_id} is at work on this sweep already")
     else:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from orchestrator.errors import printable
+from orchestrator.errors import counted, printable
 from orchestrator.planning.pace import RAN, left_s, to_come
 from orchestrator.reporting.statistics import best_so_far, label, objective_of
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
@@ -96,8 +96,8 @@ class Progress(tune.Callback):
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """A sign of life where evaluations are far apart."""
-        if not self._live and time.monotonic() - self._said > QUIET_S:
-            self.say(f"[{_clock(time.monotonic() - self._started)}] {self._running()}")
+        if not self._live and time.monotonic() - self._said > QUIET_S and (told := self._running() or self._waiting()):
+            self.say(f"[{_clock(time.monotonic() - self._started)}] {told}")
 
     def _running(self) -> str:
         """The running trials' last steps, read from their files at most every two seconds."""
@@ -110,6 +110,11 @@ class Progress(tune.Callback):
                     told.append(f"{record.trial_id} {where}")
             self._steps, self._read_at = f"at work: {', '.join(told)}" if told else "", time.monotonic()
         return self._steps
+
+    def _waiting(self) -> str:
+        """Where none runs, as while the first workers start."""
+        pending = sum(record.status is TrialStatus.PENDING for record in self._known())
+        return f"none at work yet: {counted(pending, 'trial')} to start when workers are there" if pending else ""
 
     def stopping(self, text: str) -> None:
         """Say that the sweep is about to end: from here on no time is left, and nobody waits for the running trials."""

@@ -117,6 +117,8 @@ def test_a_byte_order_mark_before_a_line_is_passed_over() -> None:
         (line(id=7, gpu_memory_bytes="24GiB"), "gpu_memory_bytes"),
         (line(id=7, gpu_memory_bytes=24), "from 1,048,576"),
         (line(id=7, model={**LLAMA_2_7B, "hidden_size": None}), "hidden_size"),
+        ('{"id": 7, "model": "no/model", "id": 8}', "id is given twice"),
+        ('{"id": 7, "model": "no/model", "trial": {"rank": 8, "rank": 16}}', "rank is given twice"),
         (line(id=7, wrkers=2), "did you mean workers?"),
     ],
 )

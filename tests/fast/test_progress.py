@@ -133,6 +133,20 @@ def test_once_the_sweep_is_to_end_the_panel_tells_of_no_time_that_is_left(
     assert "at work: " not in told
 
 
+def test_a_long_silence_is_broken_by_what_runs_or_waits_and_by_no_line_that_says_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("orchestrator.sweep.progress.QUIET_S", -1.0)
+    told = []
+    for status in (TrialStatus.PENDING, TrialStatus.RUNNING, TrialStatus.COMPLETED):
+        progress_of(tmp_path, trials_of(status)[: 1 if status.is_final else 3], 1).on_step_begin(1, [])
+        told.append(capsys.readouterr().err)
+    waiting, running, ended = told
+    assert waiting == "[0:00] none at work yet: 3 trials to start when workers are there\n"
+    assert "] at work: " in running
+    assert ended == ""
+
+
 def test_a_budget_that_will_do_is_not_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     progress = progress_of(tmp_path, trials_of(TrialStatus.PENDING), budget_hours=1)
     progress(trials_of(TrialStatus.COMPLETED)[0])

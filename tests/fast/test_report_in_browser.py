@@ -109,6 +109,15 @@ def test_nothing_is_wider_than_a_phone(opened: Any, pages: Pages, name: str) -> 
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE
 
 
+def test_the_table_of_a_search_over_many_settings_is_no_wider_than_a_desk(opened: Any, tmp_path: Path) -> None:
+    values = {"alpha": 16.5, "learning_rate": 2.34567e-4, "precision": "amp_bf16", "target_modules": "all-linear"}
+    sweep = simulated([2.0, 2.1], 1, 0, configurations=[{"rank": 8, **values}, {"rank": 32, **values}])
+    folder = write_made_up(tmp_path, sweep.model_copy(update={"constraints": ("peak_memory_bytes <= 1GiB",)}))
+    write_atomically(folder.report, report.render_html(report.build(folder)))
+    frame = opened(folder.report).locator(".wide:has(#every)")
+    assert frame.evaluate("frame => frame.scrollWidth - frame.clientWidth") == 0
+
+
 def test_the_table_sorts_by_a_click_and_by_the_keyboard(opened: Any, pages: Pages) -> None:
     page = opened(pages.report)
     column = page.locator("#every thead th", has_text="best eval_loss")

@@ -222,18 +222,21 @@ def test_a_cluster_of_other_versions_is_refused_where_we_cannot_run(
     assert problem is None if told is None else problem is not None and told in problem
 
 
+AT = "http://head:8265"
+
+
 def test_the_sweeps_name_is_the_jobs_id_and_later_jobs_are_counted() -> None:
-    assert job_for("s", "p", []) == ("s", False)
-    assert job_for("s", "p", [Job("s", True, "s", "p"), Job("s-2", True, "s", "q")]) == ("s-3", False)
+    assert job_for("s", "p", [], AT) == ("s", False)
+    assert job_for("s", "p", [Job("s", True, "s", "p"), Job("s-2", True, "s", "q")], AT) == ("s-3", False)
     # A job of somebody else's has the name already.
-    assert job_for("s", "p", [Job("s", False)]) == ("s-2", False)
+    assert job_for("s", "p", [Job("s", False)], AT) == ("s-2", False)
 
 
 def test_a_job_that_is_at_work_is_found_and_not_started_twice() -> None:
     known = [Job("s", True, "s", "old"), Job("s-2", False, "s", "p"), Job("t", False, "t", "p")]
-    assert job_for("s", "p", known) == ("s-2", True)
-    with pytest.raises(InputError, match=r"s-2 is at work.*ray job stop s-2.*--name"):
-        job_for("s", "changed", known)
+    assert job_for("s", "p", known, AT) == ("s-2", True)
+    with pytest.raises(InputError, match=r"s-2 is at work.*ray job stop s-2 --address http://head:8265`.*--name"):
+        job_for("s", "changed", known, AT)
 
 
 @pytest.mark.parametrize(
