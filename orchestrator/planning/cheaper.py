@@ -265,7 +265,8 @@ def _fits(case: Case, changes: Sequence[_Change], memory_bytes: int, taken: Take
 def _estimated(case: Case, memory_bytes: int) -> MemoryEstimate | None:
     """None where it is refused, or larger while it loads, or in the host's memory, than what is there.
 
-    Kept, since trials that differ in what a change alters come to the same, and each is asked for with room and without.
+    Kept, since trials that differ in what a change alters come to the same, and each is asked for twice: with room and
+    without.
     """
     if refusals(case) or offload_exceeds_the_host(case):
         return None
