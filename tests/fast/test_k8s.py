@@ -262,6 +262,11 @@ REFUSED_IN: list[tuple[str, Callable[[list[Manifest]], object], str]] = [
     ),
     (PRODUCTION, lambda m: cluster(m)["autoscalerOptions"].pop("idleTimeoutSeconds"), "idle nodes go"),
     (PRODUCTION, lambda m: cluster(m)["headGroupSpec"]["rayStartParams"].pop("num-gpus"), "count GPUs"),
+    (
+        PRODUCTION,
+        lambda m: cluster(m)["headGroupSpec"]["template"]["spec"]["volumes"].pop(),
+        "RayCluster/ray: KubeRay's volume of the head's logs has no sizeLimit",
+    ),
     (PRODUCTION, lambda m: worker(m).update(terminationGracePeriodSeconds=10), "before its preStop ends"),
     (PRODUCTION, lambda m: worker(m).update(terminationGracePeriodSeconds=60), "does not leave a spot node"),
     (PRODUCTION, lambda m: worker(m)["containers"][0].pop("lifecycle"), "does not leave a spot node"),
@@ -352,6 +357,17 @@ def test_an_overlay_has_what_its_line_in_the_readme_promises(overlay: Path) -> N
     manifests = rendered(overlay)
     assert [place for place, kept in enumerate(PROMISES[overlay.name]) if not kept(manifests)] == []
     assert the(manifests, "CronJob/mlflow-backup")["spec"]["concurrencyPolicy"] == "Forbid"
+
+
+def test_commands_of_the_readme_can_be_given_a_second_time() -> None:
+    commands = [line.strip() for line in (K8S / "README.md").read_text().splitlines() if line.strip().startswith("$ ")]
+    for place, command in enumerate(commands):
+        # A Job of that name stays when it has ended, and cannot be changed.
+        if made := re.match(r"\$ kubectl create job ([\w-]+) ", command):
+            assert commands[place - 1].startswith(f"$ kubectl delete job {made[1]} --ignore-not-found")
+        # What an earlier line has deleted already would be an error, at which kubectl does not wait for the rest.
+        if command.startswith("$ kubectl delete -k"):
+            assert "--ignore-not-found" in command
 
 
 def test_redis_is_the_first_process_of_its_pod_and_reads_its_settings_whole(tmp_path: Path) -> None:

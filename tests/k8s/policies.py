@@ -176,6 +176,9 @@ def ray_is_set_up_for_sweeps(manifests: list[Manifest]) -> Iterator[str]:
             yield f"{name}: Ray would count GPUs of the head's machine as the head's"
         if cluster.get("enableInTreeAutoscaling"):
             yield from _autoscaler_problems(name, cluster.get("autoscalerOptions", {}))
+            volumes = cluster["headGroupSpec"]["template"]["spec"]["volumes"]
+            if not any(volume["name"] == "ray-logs" for volume in volumes):
+                yield f"{name}: KubeRay's volume of the head's logs has no sizeLimit"
     for pod in pods(manifests):
         if not pod.is_ray:
             continue
