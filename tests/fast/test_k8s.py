@@ -529,13 +529,18 @@ def test_the_overlay_that_the_readme_shows_renders_and_is_valid(tmp_path: Path) 
     shutil.copytree(K8S, tmp_path / "k8s")
     mine = tmp_path / "k8s" / "overlays" / "mine"
     mine.mkdir()
-    (block,) = re.findall(r"```yaml\n(.*?)```", (K8S / "README.md").read_text(), re.DOTALL)
+    block, bucket = re.findall(r"```yaml\n(.*?)```", (K8S / "README.md").read_text(), re.DOTALL)
     (mine / "kustomization.yaml").write_text("".join(line[3:] for line in block.splitlines(keepends=True)))
     shutil.copy(K8S.parent / "search_spaces" / "lora_rank.yaml", mine / "sweep.yaml")
     manifests = render(mine)
     assert schemas.problems(manifests) + policies.problems(manifests) == []
     assert head(manifests)["containers"][0]["image"] == "registry.example.com/orchestrator:0.1.0-cuda"
     assert the(manifests, "PersistentVolumeClaim/sweeps")["spec"]["storageClassName"] == "my-rwx-class"
+    (mine / "kustomization.yaml").write_text(f"resources: [../production]\npatches:\n{bucket}")
+    manifests = render(mine)
+    assert schemas.problems(manifests) + policies.problems(manifests) == []
+    (server,) = the(manifests, "Deployment/mlflow")["spec"]["template"]["spec"]["containers"]
+    assert {"name": "MLFLOW_ARTIFACTS_DESTINATION", "value": "s3://my-bucket/mlflow"} in server["env"]
 
 
 def test_the_operator_that_the_readme_installs_gives_a_lost_head_an_hour_to_come_back() -> None:
@@ -564,23 +569,55 @@ def test_what_the_readmes_kubectl_commands_name_is_there() -> None:
     assert (len(forwarded), len(read), len(named), len(selected)) == (2, 2, 12, 5)
 
 
-def rendered_with_the_readmes_patch(kind: str, overlay: str, tmp_path: Path) -> list[Manifest]:
-    (patch,) = re.findall(rf"`({{target: {{kind: {kind}.*?}})`", (K8S / "README.md").read_text())
+def rendered_with_the_readmes_patch(begin: str, overlay: str, tmp_path: Path, *more: tuple[str, str]) -> list[Manifest]:
+    """With what README.md has of that begin, and with the same once more where `more` words are replaced."""
+    (patch,) = re.findall(rf"`({re.escape(begin)}.*?}})`", (K8S / "README.md").read_text())
+    likewise = patch
+    for old, new in more:
+        likewise = likewise.replace(old, new)
     shutil.copytree(K8S, tmp_path / "k8s")
     mine = tmp_path / "k8s" / "overlays" / "mine"
     mine.mkdir()
-    (mine / "kustomization.yaml").write_text(f"resources: [../{overlay}]\npatches:\n  - {patch}\n")
+    patches = "".join(f"  - {one}\n" for one in dict.fromkeys([patch, likewise]))
+    (mine / "kustomization.yaml").write_text(f"resources: [../{overlay}]\npatches:\n{patches}")
     return render(mine)
 
 
+OF_THE_CLUSTER_THAT_STAYS = ("RayJob, name: sweep", "RayCluster, name: ray"), ("/spec/rayClusterSpec", "/spec")
+
+
+def test_the_patch_for_the_cluster_that_stays_alone_leaves_no_sweep_that_starts_by_itself(tmp_path: Path) -> None:
+    alone = '{target: {kind: RayJob, name: sweep}, patch: \'{"$patch"'
+    manifests = rendered_with_the_readmes_patch(alone, "gpu-autoscaling", tmp_path)
+    assert of_kind(manifests, "RayJob") == []
+    assert cluster(manifests)["headGroupSpec"]
+    assert schemas.problems(manifests) + policies.problems(manifests) == []
+
+
+def test_the_patch_for_unlike_gpus_chooses_the_nodes_and_tells_ray_their_type(tmp_path: Path) -> None:
+    typed = (
+        "{target: {kind: RayJob, name: sweep}, patch: "
+        '\'[{"op": "add", "path": "/spec/rayClusterSpec/workerGroupSpecs/0/template/spec/nodeSelector"'
+    )
+    manifests = rendered_with_the_readmes_patch(typed, "gpu-autoscaling", tmp_path, *OF_THE_CLUSTER_THAT_STAYS)
+    assert schemas.problems(manifests) + policies.problems(manifests) == []
+    (group,) = cluster(manifests)["workerGroupSpecs"]
+    for pod in (worker(manifests), group["template"]["spec"]):
+        assert pod["nodeSelector"] == {"nvidia.com/gpu.product": "NVIDIA-A100-SXM4-80GB"}
+    # As KubeRay puts it on the command line of `ray start`, within quotes of its own.
+    assert json.loads(json.loads(group["rayStartParams"]["resources"])) == {"accelerator_type:A100": 1}
+
+
 def test_the_patch_for_a_registry_with_a_login_renders(tmp_path: Path) -> None:
-    accounts = of_kind(rendered_with_the_readmes_patch("ServiceAccount", "production", tmp_path), "ServiceAccount")
+    accounts = of_kind(
+        rendered_with_the_readmes_patch("{target: {kind: ServiceAccount", "production", tmp_path), "ServiceAccount"
+    )
     assert len(accounts) >= 5
     assert all(account["imagePullSecrets"] == [{"name": "registry"}] for account in accounts)
 
 
 def test_the_patch_for_a_cluster_of_one_node_renders(tmp_path: Path) -> None:
-    manifests = rendered_with_the_readmes_patch("PersistentVolumeClaim", "cpu-demo", tmp_path)
+    manifests = rendered_with_the_readmes_patch("{target: {kind: PersistentVolumeClaim", "cpu-demo", tmp_path)
     assert schemas.problems(manifests) + policies.problems(manifests) == []
     claims = of_kind(manifests, "PersistentVolumeClaim")
     assert len(claims) >= 2
@@ -603,15 +640,11 @@ def test_the_pod_that_the_readme_reads_a_report_with_may_start_and_mounts_the_sw
 
 
 def test_the_patch_for_nvidias_runtime_renders_for_sweeps_and_for_the_cluster_that_stays(tmp_path: Path) -> None:
-    (patch,) = re.findall(r"`({target: {kind: RayJob, name: sweep}.*?})`", (K8S / "README.md").read_text())
-    likewise = patch.replace("RayJob, name: sweep", "RayCluster, name: ray").replace("/spec/rayClusterSpec", "/spec")
-    shutil.copytree(K8S, tmp_path / "k8s")
-    mine = tmp_path / "k8s" / "overlays" / "mine"
-    mine.mkdir()
-    (mine / "kustomization.yaml").write_text(
-        f"resources: [../gpu-autoscaling]\npatches:\n  - {patch}\n  - {likewise}\n"
+    runtime = (
+        "{target: {kind: RayJob, name: sweep}, patch: "
+        '\'[{"op": "add", "path": "/spec/rayClusterSpec/workerGroupSpecs/0/template/spec/runtimeClassName"'
     )
-    manifests = render(mine)
+    manifests = rendered_with_the_readmes_patch(runtime, "gpu-autoscaling", tmp_path, *OF_THE_CLUSTER_THAT_STAYS)
     assert schemas.problems(manifests) + policies.problems(manifests) == []
     assert worker(manifests)["runtimeClassName"] == "nvidia"
     assert cluster(manifests)["workerGroupSpecs"][0]["template"]["spec"]["runtimeClassName"] == "nvidia"

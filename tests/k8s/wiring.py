@@ -55,9 +55,9 @@ def _references(pod: PodTemplate) -> Iterator[tuple[str, str]]:
 
 
 def secrets_to_make() -> dict[str, set[str]]:
-    """The Secrets that README.md says how to make, with their keys."""
+    """The Secrets that README.md says how to make, with their keys: given there, or told of a file's lines."""
     commands = re.findall(r"create secret generic ([\w-]+) (.*)", (K8S / "README.md").read_text())
-    return {name: set(re.findall(r"--from-literal=([\w-]+)=", options)) for name, options in commands}
+    return {name: set(re.findall(r"(?:--from-literal=|(?<= ))([\w-]+)=", options)) for name, options in commands}
 
 
 def secrets_have_the_keys_that_are_asked_for(manifests: list[Manifest]) -> Iterator[str]:
