@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict
 
-from orchestrator.config.storage_address import is_remote, storage_problem
+from orchestrator.config.storage_address import DATABASE, is_remote, storage_problem
 from orchestrator.config.trial_config import Precision, TrialConfig
 from orchestrator.errors import ClusterUnreachableError, cut, first_line
 from orchestrator.planning.compatibility import Case, refusals
@@ -377,7 +377,7 @@ def tracking_check(named: str | None, storage: Path) -> Check:
     """Asked with the client and the environment that a sweep has."""
     uri = named or os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
-        return Check(what="tracking", ok=True, asked=False, detail=f"no server named: {storage / 'mlflow.db'}")
+        return Check(what="tracking", ok=True, asked=False, detail=f"no server named: {storage / DATABASE}")
     what = f"tracking {cut(without_secret(uri))}"
     problem = _connect_problem(uri) or _mlflow_problem(uri)
     detail = f"cannot be used ({problem}): start it, or check its address and credentials" if problem else "answers"

@@ -245,7 +245,7 @@ class ResourcesConfig(_Part):
     """Most that a worker may take, of its GPU or, without one, of host memory, as 24GiB; none: what there is."""
     max_concurrent: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Trials at a time; `auto` is what the cluster has room for, on CPUs by the memory of the largest trial too."""
-    accelerator: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] | None = None
+    accelerator: Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] | None = None
     """The type of GPU that trials run on, as Ray names it (A100); none: of unlike nodes the smallest that most trials
     fit on."""
     scale_up_minutes: Annotated[float, Field(gt=0, le=1440)] | None = None
@@ -340,7 +340,7 @@ class SweepConfig(_Part):
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, title="Sweep file"
     )
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
+    name: Annotated[str, Field(max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
     """Names the sweep's folder: letters, digits, `-`, `_` and `.`."""
     question: str | None = None
     """What the sweep is to answer; the report opens with it."""

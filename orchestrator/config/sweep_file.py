@@ -26,7 +26,7 @@ from orchestrator.config.search_space import (
     in_order_of_need,
     is_excluded,
 )
-from orchestrator.config.storage_address import storage_problem
+from orchestrator.config.storage_address import name_problem, storage_problem
 from orchestrator.config.sweep_config import BETTER_MODES, SchedulerConfig, SweepConfig, is_score
 from orchestrator.config.trial_config import CHANGEABLE, TrialConfig
 from orchestrator.errors import InputError, Problem, SweepFileError, cut, shown
@@ -326,6 +326,8 @@ def _sentence(detail: Any, path: Path_) -> str:
         return f"takes {takes}, not {shown(value)}"
     if kind == "string_pattern_mismatch":
         return f"takes letters, digits, `-`, `_` and `.`, and begins with a letter or digit, not {shown(value)}"
+    if kind == "string_too_long":
+        return f"has {len(value)} characters, of which {detail['ctx']['max_length']} at most are taken: shorten it"
     if kind == "too_short":
         return "is empty: name at least one value"
     if kind in ("literal_error", "enum") and isinstance(value, str):
@@ -378,6 +380,8 @@ def _inner_model(model: type[BaseModel], key: str) -> Any:
 
 def _problems_of_meaning(sweep: SweepConfig) -> Iterator[Problem]:
     """What is well formed and yet cannot be meant."""
+    if problem := name_problem(sweep.name):
+        yield Problem("name", problem)
     if problem := storage_problem(sweep.storage):
         yield Problem("storage", problem)
     yield from _problems_of_objectives(sweep)

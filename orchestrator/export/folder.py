@@ -23,7 +23,7 @@ from orchestrator.export.merge import merge as merge_adapter
 from orchestrator.export.model_card import MARK, model_card
 from orchestrator.export.trial_weights import Kind, choose_trial, weights_of
 from orchestrator.results.records import TrialResult
-from orchestrator.results.storage import SweepFolder, read_sweep
+from orchestrator.results.storage import SweepFolder, let_read, read_sweep
 from orchestrator.training import model_source
 from orchestrator.training.tokenizer import load_tokenizer
 
@@ -107,8 +107,7 @@ def export(
         _add_tokenizer_and_generation(base, partial)
         (partial / CARD).write_text(model_card(sweep, trial, kind, _config_of(folder)), encoding="utf-8")
         for file in partial.iterdir():
-            # safetensors makes files that only their owner may read.
-            file.chmod(0o644)
+            let_read(file)
     return Exported(to, trial, kind, base.name, doubt)
 
 

@@ -13,7 +13,6 @@ from orchestrator.reporting import objectives, quantities
 from orchestrator.reporting.caveats import caveats
 from orchestrator.reporting.noise import ONE_RUN_SPEED, least_memory, logarithms, memory_of, verdict
 from orchestrator.reporting.statistics import (
-    SAME_OBJECTIVE,
     ConfigurationSummary,
     Estimate,
     Noise,
@@ -26,6 +25,7 @@ from orchestrator.reporting.statistics import (
     summaries,
 )
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
+from orchestrator.results.ties import SAME_OBJECTIVE
 
 RULE = (
     "Of the configurations whose objective is within the noise of the best (the 95 % interval of their difference, "

@@ -17,14 +17,13 @@ from typing import Any, TypeVar
 from orchestrator.config.constraint import parse
 from orchestrator.results.constraints import is_broken
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
+from orchestrator.results.ties import SAME_OBJECTIVE, as_good_as
 
 Key = TypeVar("Key", bound=Hashable)
 Costs = tuple[float, ...]
 """What a configuration takes of each thing that counts: lower is better."""
 LOSSES = frozenset({"eval_loss", "loss"})
 """Means over the tokens of rows that were cut to `sequence_length`: of another length they are of other tokens."""
-SAME_OBJECTIVE = 1e-4
-"""ZeRO stages at one seed differ in the last bits alone, every time in the same direction: significant, and nothing."""
 
 CONFIDENCE = 0.95
 POWER = 0.8
@@ -126,7 +125,7 @@ def _best(sweep: SweepResult, trials: Iterable[TrialResult]) -> TrialResult | No
     if not known:
         return None
     least = min(value for value, _ in known)
-    level = [trial for value, trial in known if value <= least + SAME_OBJECTIVE * abs(least)]
+    level = [trial for value, trial in known if value <= as_good_as(least)]
     return min(level, key=lambda trial: (_memory(trial), trial.trial_id))
 
 
@@ -371,13 +370,12 @@ def pareto_front(found: Sequence[ConfigurationSummary], sign: int) -> tuple[str,
     An objective that differs from the best one in the last bits alone is as good.
     """
     best = min((sign * summary.objective.mean for summary in found if summary.objective), default=0.0)
-    as_good = best + SAME_OBJECTIVE * abs(best)
     costs = {}
     for summary in found:
         if summary.objective:
             memory = summary.peak_memory_bytes if summary.peak_memory_bytes is not None else math.inf
             objective = sign * summary.objective.mean
-            objective = best if objective <= as_good else objective
+            objective = best if objective <= as_good_as(best) else objective
             costs[summary.configuration_id] = (objective, memory, -(summary.tokens_per_s or 0.0))
     return front(costs)
 

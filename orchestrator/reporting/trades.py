@@ -11,8 +11,9 @@ from orchestrator.reporting import quantities
 from orchestrator.reporting.curves import Curve, losses_where_both_were
 from orchestrator.reporting.effects import Effect, SettingValue, main_effects, measured_trials, over_seeds
 from orchestrator.reporting.noise import ONE_RUN_SPEED, Verdict, least_memory, logarithms, memory_of, verdict
-from orchestrator.reporting.statistics import SAME_OBJECTIVE, Estimate, noise_of
+from orchestrator.reporting.statistics import Estimate, noise_of
 from orchestrator.results.records import SweepResult, TrialResult
+from orchestrator.results.ties import SAME_OBJECTIVE
 
 WAYS = ("precision", "engine", "zero_stage", "offload", "attention", "gradient_checkpointing", "optimizer")
 """Settings that change how a step is computed, and hardly what: whoever searches them asks for the trade."""

@@ -611,6 +611,13 @@ def require_there(folder: Path) -> None:
         raise StorageError(f"{folder} is gone, as where it was moved or its mount went away: bring it back")
 
 
+def let_read(file: Path) -> None:
+    """Give a file the mode that its folder has from the umask: safetensors lets only the owner read its files."""
+    # A mount that knows no modes refuses, and is no worse a place for it.
+    with contextlib.suppress(OSError):
+        file.chmod(file.parent.stat().st_mode & 0o666)
+
+
 def sync(path: Path) -> None:
     """Let what is in a file, or the names in a folder, outlast a power cut, where there is one that can be synced.
 

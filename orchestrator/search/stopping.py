@@ -15,6 +15,8 @@ from operator import itemgetter
 from statistics import fmean, median
 from typing import Protocol
 
+from orchestrator.results.ties import as_good_as
+
 
 @dataclass(frozen=True, slots=True)
 class Heard:
@@ -105,7 +107,7 @@ class Halving:
         return falls[-1][1]
 
     def _judge(self, there: list[float], value: float, heard: Heard) -> str | None:
-        better = bisect.bisect_left(there, value)
+        better = bisect.bisect_left(there, value, key=as_good_as)
         if better < math.ceil(len(there) / self._factor) or heard.at > heard.end / 2:
             return None
         return f"{better} of {len(there)} configurations were better at {heard.at:g} {self._unit}"
@@ -167,7 +169,7 @@ class Median:
             if trial_id != heard.trial_id and other[-1][0] >= heard.at and other[0][0] <= heard.at
         ]
         best = min(value for _, value in curve)
-        if len(others) < self._min_trials or best <= median(others):
+        if len(others) < self._min_trials or best <= as_good_as(median(others)):
             return None
         return f"its best was worse than the median of {len(others)} others at {heard.at:g} {self._unit}"
 

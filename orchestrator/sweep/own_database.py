@@ -6,8 +6,8 @@ from pathlib import Path
 
 from sqlalchemy import create_engine, text
 
-DATABASE = "mlflow.db"
-ARTIFACTS = "mlartifacts"
+from orchestrator.config.storage_address import ARTIFACTS, DATABASE
+
 # mlflow 3.17.2, store/tracking/dbmodels/models.py and store/model_registry/dbmodels/models.py: whole addresses.
 PLACES = (
     ("experiments", "artifact_location"),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import ModelError
+from orchestrator.results.storage import let_read
 from orchestrator.training.quiet import quiet_libraries
 
 _LLAMA = {
@@ -117,6 +118,8 @@ def _build_aside(folder: Path, builder: Callable[[Path], None]) -> None:
         partial.mkdir()
         with quiet_libraries():
             builder(partial)
+        for file in partial.iterdir():
+            let_read(file)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

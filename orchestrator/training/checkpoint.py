@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from orchestrator.config.trial_config import CHANGEABLE
 from orchestrator.errors import CheckpointError, StorageError
-from orchestrator.results.storage import TrialFolder, checkpoint_part, sync
+from orchestrator.results.storage import TrialFolder, checkpoint_part, let_read, sync
 from orchestrator.training.agreement import all_say_yes, told_by_first
 from orchestrator.training.data import read_summary
 from orchestrator.training.task import TrialTask, WorkerPlace
@@ -217,6 +217,7 @@ def _write(file: Path, state: dict[str, Any], fits: str) -> None:
         tensors[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
         seen.add(tensor.data_ptr())
     save_file(tensors, file, {"fits": fits, "state": plain})
+    let_read(file)
     with file.open("rb") as written:
         os.fsync(written.fileno())
 

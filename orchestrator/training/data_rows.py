@@ -162,19 +162,39 @@ def _opened(file: Path) -> Any:
 
 def _comma_separated(file: Path) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
+    reader = csv.DictReader(_text_lines(file))
+    while True:
+        try:
+            columns = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield Row(f"{file}:{reader.line_num}", None, str(error))
+            continue
+        where = f"{file}:{reader.line_num}"
+        fits = None not in columns and None not in columns.values()
+        yield Row(where, dict(columns)) if fits else Row(where, None, "not as many fields as the header")
+
+
+def _text_lines(file: Path) -> Iterator[str]:
+    """The lines of a file that has one encoding: it is not read as another one than it was written in.
+
+    Raises:
+        DataError: with the first line that is not UTF-8, or has a zero byte in it, as UTF-16 has.
+    """
     with _opened(file) as raw:
-        reader = csv.DictReader(line.decode("utf-8-sig", errors="replace") for line in raw)
-        while True:
+        for number, line in enumerate(raw, start=1):
             try:
-                columns = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield Row(f"{file}:{reader.line_num}", None, str(error))
-                continue
-            where = f"{file}:{reader.line_num}"
-            fits = None not in columns and None not in columns.values()
-            yield Row(where, dict(columns)) if fits else Row(where, None, "not as many fields as the header")
+                text = line.decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise DataError(_not_utf8(file, number, line[error.start])) from error
+            if "\0" in text:
+                raise DataError(_not_utf8(file, number, 0))
+            yield text
+
+
+def _not_utf8(file: Path, number: int, byte: int) -> str:
+    return f"data {file}: line {number} is not text in UTF-8 (byte 0x{byte:02x}): save the file as UTF-8"
 
 
 def _parquet(file: Path) -> Iterator[Row]:
@@ -201,9 +221,7 @@ def _parquet_row(where: str, others: dict[str, Any], row: Any) -> Row:
 
 
 def _plain_text(file: Path) -> Iterator[Row]:
-    with _opened(file) as raw:
-        text = raw.read().decode("utf-8-sig", errors="replace")
-    for number, document in enumerate(_documents(text), start=1):
+    for number, document in enumerate(_documents("".join(_text_lines(file))), start=1):
         yield Row(f"{file}: document {number}", {"text": document})
 
 

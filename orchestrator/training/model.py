@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from orchestrator.config.trial_config import Precision, TrialConfig
 from orchestrator.errors import ModelError
 from orchestrator.planning.model_families import IMAGE_PARTS
-from orchestrator.results.storage import require_there, sync
+from orchestrator.results.storage import let_read, require_there, sync
 from orchestrator.training import device as devices
 from orchestrator.training.deepspeed_config import ComputeDtype
 
@@ -304,6 +304,7 @@ def save(model: torch.nn.Module, folder: Path, writes: bool) -> None:
     saved.save_pretrained(str(partial), state_dict=weights, **more)
     # A record that names the weights is synced to the disk: they must not be behind it after a power cut.
     for file in partial.iterdir():
+        let_read(file)
         sync(file)
     sync(partial)
     old = folder.with_name(f".{folder.name}.old")

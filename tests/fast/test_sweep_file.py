@@ -354,3 +354,18 @@ def test_a_score_decides_in_the_end_and_until_then_eval_loss(tmp_path: Path) -> 
 def test_a_registered_model_that_mlflow_would_refuse_is_a_problem_of_its_line(name: str, tmp_path: Path) -> None:
     told = problems(tmp_path, f"{yaml.safe_dump(SMALL)}tracking: {{registered_model: {name}}}\n")
     assert any("write a name without / and :" in message for message in told.values())
+
+
+@pytest.mark.parametrize("name", ["mlflow.db", "mlflow.db-journal", "mlartifacts"])
+def test_a_sweep_named_as_what_the_storage_keeps_mlflows_runs_in_is_a_problem_of_its_line(
+    name: str, tmp_path: Path
+) -> None:
+    told = problems(tmp_path, yaml.safe_dump(SMALL | {"name": name}, sort_keys=False))
+    line = 1 + list(SMALL).index("name")
+    assert told == {f"{line}: name": f"{name} is where MLflow's runs are kept in the storage: choose another name"}
+
+
+def test_a_name_that_is_too_long_is_told_its_length(tmp_path: Path) -> None:
+    told = problems(tmp_path, yaml.safe_dump(SMALL | {"name": "a" * 101}, sort_keys=False))
+    assert list(told.values()) == ["has 101 characters, of which 100 at most are taken: shorten it"]
+    assert load(write(tmp_path, yaml.safe_dump(SMALL | {"name": "a" * 100}))).name == "a" * 100

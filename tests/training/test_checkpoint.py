@@ -62,6 +62,8 @@ def test_a_curve_that_went_on_equals_one_without_interruption_bit_for_bit(
     # What a trial leaves that was killed in its last step: all of its curve, and a checkpoint of the middle.
     (step,) = first.folder.checkpoint_steps()
     assert step in (3, 6)
+    kept = first.folder.checkpoint(step)
+    assert {file.stat().st_mode & 0o777 for file in kept.iterdir()} == {kept.stat().st_mode & 0o666}
     again = completed(task, workers)
     assert goes_on_from(again) == step
     assert curve(again) == uninterrupted

@@ -45,6 +45,30 @@ def _write_parquet(file: Path, rows: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("encoding", "line", "byte"),
+    [("latin-1", 2, "0xe9"), ("cp1252", 2, "0xe9"), ("utf-16", 1, "0xff"), ("utf-16-le", 1, "0x00")],
+)
+@pytest.mark.parametrize("suffix", ["csv", "txt"])
+def test_a_file_of_another_encoding_is_refused_with_its_first_such_line(
+    suffix: str, encoding: str, line: int, byte: str, tmp_path: Path
+) -> None:
+    file = tmp_path / f"rows.{suffix}"
+    file.write_text("text\ncafé\n", encoding=encoding)
+    with pytest.raises(DataError) as refused:
+        check(DataConfig(train=str(file)))
+    assert f"{file}: line {line} is not text in UTF-8 (byte {byte}): save the file as UTF-8" in str(refused.value)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "txt"])
+def test_utf_8_is_read_as_it_was_written_with_or_without_a_byte_order_mark(suffix: str, tmp_path: Path) -> None:
+    file = tmp_path / f"rows.{suffix}"
+    for encoding in ("utf-8", "utf-8-sig"):
+        file.write_text("text\ncafé\n", encoding=encoding)
+        (row,) = read_rows(str(file), "train")
+        assert row.columns == {"text": "café" if suffix == "csv" else "text\ncafé"}
+
+
+@pytest.mark.parametrize(
     ("suffix", "write"), [("jsonl", _write_jsonl), ("csv", _write_csv), ("parquet", _write_parquet)]
 )
 def test_every_kind_of_file_gives_the_same_tokens(

@@ -173,6 +173,17 @@ def test_an_adapter_is_on_the_disk_before_it_takes_its_place(
     assert synced[-1] == (tmp_path.name, True)
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_an_adapter_may_be_read_by_whom_the_umask_lets(umask: int, mode: int, tiny_model: Path, tmp_path: Path) -> None:
+    model = models.build(tiny(), tiny_model, "fp32", CPU, zero3=None)
+    before = os.umask(umask)
+    try:
+        models.save(model, tmp_path / "adapter", writes=True)
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "adapter").iterdir()} == {mode}
+
+
 def test_a_worker_that_writes_nothing_keeps_no_copy_of_what_is_trained(tiny_model: Path) -> None:
     model = models.build(tiny(), tiny_model, "fp32", CPU, zero3=None)
     assert len(models._whole_weights(model, keeps=True)) == sum(p.requires_grad for p in model.parameters())

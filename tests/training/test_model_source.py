@@ -158,6 +158,7 @@ def test_a_folder_of_the_cache_is_built_once_and_whole(monkeypatch: pytest.Monke
     assert model_source.materialize(source) == folder
     assert (folder / "config.json").stat().st_mtime_ns == written
     assert [path.name for path in folder.parent.iterdir() if path.is_dir()] == [folder.name]
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {folder.stat().st_mode & 0o666}
 
 
 def test_a_cache_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
