@@ -160,8 +160,15 @@ def _log_to_stderr() -> None:
 
 def _all_overrides(overrides: list[str] | None, name: str | None, storage: str | None) -> list[str]:
     # Quoted: as YAML, a name such as 2024-01-01 would be a date.
-    given = (("name", name), ("storage", storage))
-    more = [f"{key}={dumps(value, ensure_ascii=False)}" for key, value in given if value is not None]
+    given = {key: value for key, value in (("name", name), ("storage", storage)) if value is not None}
+    for key, value in given.items():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"--{key} {cut(value)} is not text in UTF-8, as records have to be: name another"
+            ) from error
+    more = [f"{key}={dumps(value, ensure_ascii=False)}" for key, value in given.items()]
     return [*(overrides or []), *more]
 
 
@@ -192,7 +199,7 @@ def plan(
         pace = Pace.of(newest_sweeps(local_storage(config.storage), READ_SWEEPS), config.model, hardware)
         planned = plan_sweep(config, inputs.find_model(config).shape, hardware, pace)
         before = words_for_a_plan(sweep_folder(config.storage, config.name), config, planned)
-        told = map(without_secret, (*before, *inputs.missing_here(config)))
+        told = map(without_secret, (*before, *inputs.missing_here(config), *inputs.doubts(config)))
         planned = planned.model_copy(update={"warnings": (*planned.warnings, *told)})
         _show(planned.model_dump_json(indent=1) if json else render(planned))
 
@@ -222,6 +229,8 @@ def run(
         webhook = notification.address_of(notify) if notify is not None else None
         # Before what follows is loaded: a slip of the pen is told in a second.
         model = inputs.look_at(config)
+        for doubt in inputs.doubts(config):
+            _say(f"warning: {doubt}")
         from orchestrator.sweep.run import lasting
         from orchestrator.sweep.run import run as run_sweep
 

@@ -5,6 +5,7 @@ transformers is imported where it is used: a wrong trial id is told before it is
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -173,9 +174,7 @@ def _written_aside(to: Path) -> Iterator[Path]:
             to.rename(old)
         partial.rename(to)
     except OSError as error:
-        raise StorageError(
-            f"cannot write {cut(str(to))} ({cut(str(error))}): free some space there, or name another --to"
-        ) from error
+        raise StorageError(_unwritten(to, partial, error)) from error
     finally:
         if os.path.lexists(old) and not os.path.lexists(to):
             old.rename(to)
@@ -184,6 +183,16 @@ def _written_aside(to: Path) -> Iterator[Path]:
                 shutil.rmtree(rest, ignore_errors=True)
             elif os.path.lexists(rest):
                 rest.unlink()
+
+
+def _unwritten(to: Path, partial: Path, error: OSError) -> str:
+    why, mend = str(error), "name another --to"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        mend = f"free some space there, or {mend}"
+    elif error.errno == errno.ENOENT and error.filename == str(partial):
+        # So /proc says it of a folder that is to be made there.
+        why = f"nothing can be made in {to.parent}"
+    return f"cannot write {cut(str(to))} ({cut(why)}): {mend}"
 
 
 def _copy(weights: Path, to: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import ray
 
+from orchestrator.config.axes import axis_of
 from orchestrator.config.search_space import Trial
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.trial_config import TrialConfig
@@ -143,9 +144,8 @@ def prepare(
     groups = cluster.start_groups(board, shape, sweep.model, folder.tune / "worker_groups", min(slots, waiting))
     try:
         summary = _fetch(sweep, model, folder, say)
-        lengths = {trial.config.sequence_length for trial in plan.trials}
-        if not plan.proposed_by:
-            data.require_something_to_learn(summary, max(lengths))
+        lengths = sequence_lengths(sweep, plan)
+        data.require_something_to_learn(summary, max(lengths))
         too_long = tuple(data.left_out_within(folder.data, lengths))
         for told in too_long:
             say(f"data: {told}")
@@ -154,6 +154,16 @@ def prepare(
         ray.get(groups.close_all.remote(HURRIED_CLOSE_LIMIT_S))
         raise
     return Prepared(choice, model.shape, shape, slots, summary.hash, summary.skipped_count, too_long, board, groups)
+
+
+def sequence_lengths(sweep: SweepConfig, plan: SweepPlan) -> set[int]:
+    """Of all trials; where a search is to propose them, those of the space, of a range its ends."""
+    domain = sweep.domains.get("sequence_length")
+    if domain is None or not plan.proposed_by:
+        return {trial.config.sequence_length for trial in plan.trials}
+    axis = axis_of("sequence_length", domain)
+    elsewhere = {sweep.trial.sequence_length} if axis.when else set()
+    return {int(length) for length in axis.values or (axis.low, axis.high)} | elsewhere
 
 
 def _fetch(sweep: SweepConfig, model: FoundModel, folder: SweepFolder, say: Callable[[str], None]) -> data.DataSummary:

@@ -65,6 +65,27 @@ def check(data: DataConfig) -> None:
             raise DataError(told)
 
 
+def rows_in_both(data: DataConfig) -> str | None:
+    """What to say where trials are evaluated on rows that they train on. Of a hub id two splits are read.
+
+    Raises:
+        DataError: a source does not exist.
+    """
+    if not isinstance(data.eval, str):
+        return None
+    if data.train.startswith("builtin:"):
+        shared = [data.train] if data.eval == data.train else []
+    else:
+        train, held_out = ({file.resolve() for file in local_files(source)} for source in (data.train, data.eval))
+        shared = sorted(map(str, train & held_out))
+    if not shared:
+        return None
+    return (
+        f"data.eval and data.train both have the rows of {cut(shared[0])}: the evaluation is on what was learned, and "
+        "tells nothing of new text. Name other rows, or a fraction of data.train"
+    )
+
+
 def _sources(data: DataConfig) -> Iterator[tuple[str, Role]]:
     yield data.train, "train"
     if isinstance(data.eval, str):

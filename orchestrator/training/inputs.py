@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -65,6 +66,14 @@ def missing_here(sweep: SweepConfig) -> Iterator[str]:
             look()
         except (DataError, FolderError) as error:
             yield f"run would end at once on this machine: {error}"
+
+
+def doubts(sweep: SweepConfig) -> Iterator[str]:
+    """What `run` takes, and a reader should know."""
+    # Of a source that is not here `missing_here` tells.
+    with suppress(DataError):
+        if told := data_rows.rows_in_both(sweep.data):
+            yield told
 
 
 def look_at(sweep: SweepConfig) -> FoundModel:

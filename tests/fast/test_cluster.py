@@ -11,11 +11,14 @@ pytest.importorskip("ray")
 
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.errors import ClusterUnreachableError, InputError
+from orchestrator.planning.model_shape import shape_of
+from orchestrator.planning.plan import plan_sweep
 from orchestrator.submit.job import INSTALL_LIMIT_S, runtime_env
 from orchestrator.sweep import cluster
 from orchestrator.sweep.cluster import LOCAL, NODE_LIMIT_S, connect, node_limit_s, not_joined, placed, room_for
-from orchestrator.sweep.preparation import slots_for
+from orchestrator.sweep.preparation import sequence_lengths, slots_for
 from orchestrator.sweep.worker import GroupShape
+from tests.fast.cases import A100, LLAMA_2_7B
 from tests.made_up_sweep import made_up_plan, made_up_sweep, made_up_trial
 
 TWO_GPU_NODES = [{"CPU": 16.0, "GPU": 4.0}, {"CPU": 16.0, "GPU": 4.0}]
@@ -65,6 +68,26 @@ def test_trials_that_share_the_hosts_memory_run_as_many_at_a_time_as_it_was_plan
     planned = made_up_plan(made).model_copy(update={"concurrent": 2})
     raw = {"name": "s", "model": "m", "data": {"train": "t"}, "resources": {"max_concurrent": max_concurrent}}
     assert slots_for(SweepConfig.model_validate(raw), planned, GroupShape(1, gpus, 1)) == slots
+
+
+@pytest.mark.parametrize(
+    ("searched", "search", "lengths"),
+    [
+        ([32, 64, 128, 512], {"algorithm": "grid"}, {32, 64, 128, 512}),
+        ([32, 64, 128, 512], {"algorithm": "tpe"}, {32, 64, 128, 512}),
+        ({"log_int": [32, 512]}, {"algorithm": "tpe"}, {32, 512}),
+        ({"choice": [32, 512], "when": {"rank": [8]}}, {"algorithm": "tpe"}, {32, 96, 512}),
+        (None, {"algorithm": "tpe"}, {96}),
+    ],
+)
+def test_the_lengths_of_a_search_are_those_of_its_space_and_not_of_its_first_examples(
+    searched: Any, search: dict[str, str], lengths: set[int]
+) -> None:
+    space = {"rank": [8, 16], "sequence_length": searched} if searched else {"rank": [8, 16]}
+    trial = {} if isinstance(searched, list) else {"sequence_length": 96}
+    raw = {"name": "s", "model": "m", "data": {"train": "t"}, "trial": trial, "space": space, "search": search}
+    sweep = SweepConfig.model_validate(raw | ({"budget": {"trials": 2}} if search["algorithm"] == "tpe" else {}))
+    assert sequence_lengths(sweep, plan_sweep(sweep, shape_of(LLAMA_2_7B), A100)) == lengths
 
 
 def test_a_trial_that_fits_nowhere_is_refused_with_what_the_cluster_has() -> None:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from orchestrator import errors
 from orchestrator.cli import app
-from orchestrator.errors import OrchestratorError, Problem
+from orchestrator.errors import InputError, OrchestratorError, Problem
 from tests.made_up_sweep import made_up_sweep, made_up_trial, write_made_up
 
 REMEDY = re.compile(r"lower|mend|name|write|set|did you mean", re.IGNORECASE)
@@ -140,3 +140,27 @@ def test_estimate_cuts_long_values_too() -> None:
     answer = CliRunner().invoke(app, ["estimate"], input="\n".join(map(json.dumps, lines)))
     told = [json.loads(line)["error"] for line in answer.stdout.splitlines()]
     assert [LONG[:100] in one and len(one) < 500 for one in told] == [True, True]
+
+
+@pytest.mark.parametrize("option", ["--storage", "--name"])
+def test_an_option_that_is_no_text_is_told_by_its_own_name(option: str) -> None:
+    result = CliRunner().invoke(app, ["run", "search_spaces/smoke.yaml", option, os.fsdecode(b"caf\xe9")])
+    assert result.exit_code == 2, result.stderr
+    assert result.stderr.startswith(f"error: {option} caf")
+    assert "is not text in UTF-8" in result.stderr
+
+
+def test_plan_and_run_warn_where_trials_are_evaluated_on_what_they_learn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_short(*_: object) -> None:
+        raise InputError("enough")
+
+    monkeypatch.setattr("orchestrator.sweep.run.run", cut_short)
+    source = "builtin:python-docs"
+    changes = [f"data.train={source}", f"data.eval={source}", f"storage={tmp_path}"]
+    options = [word for change in changes for word in ("--set", change)]
+    for command in ("plan", "run"):
+        result = CliRunner().invoke(app, [command, "search_spaces/smoke.yaml", *options])
+        warning = f"warning: data.eval and data.train both have the rows of {source}"
+        assert warning in result.output, result.stderr

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from orchestrator.config.sweep_config import DataConfig
 from orchestrator.errors import DataError
 from orchestrator.training import data
-from orchestrator.training.data_rows import Row, check, read_rows
+from orchestrator.training.data_rows import Row, check, read_rows, rows_in_both
 from orchestrator.training.data_tokens import tokenize
 from orchestrator.training.tokenizer import load_tokenizer
 
@@ -252,6 +252,21 @@ def test_a_damaged_summary_is_none_and_its_data_is_made_anew(
     assert data.read_summary(out) is None
     assert data.prepare(DataConfig(train=str(file)), tiny_model, out) == first
     assert data.read_summary(out) == first
+
+
+def test_evaluation_rows_that_are_trained_on_are_told(tmp_path: Path) -> None:
+    _write_jsonl(tmp_path / "a.jsonl", ROWS)
+    _write_jsonl(tmp_path / "b.jsonl", ROWS)
+    (tmp_path / "link.jsonl").symlink_to("a.jsonl")
+    a, b, link, both = (str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "link.jsonl", "."))
+    docs, docstrings = "builtin:python-docs", "builtin:python-docstrings"
+    for train, held_out in ((a, a), (a, link), (both, b), (b, both), (docs, docs)):
+        told = rows_in_both(DataConfig(train=train, eval=held_out))
+        assert told is not None
+        assert (b if both in (train, held_out) else train) in told
+    hub = "owner/rows"
+    for train, other in ((a, b), (a, 0.1), (docs, docstrings), (docs, a), (hub, hub)):
+        assert rows_in_both(DataConfig(train=train, eval=other)) is None
 
 
 def test_an_evaluation_source_of_its_own_is_used_whole(tiny_model: Path, tmp_path: Path) -> None:

@@ -249,6 +249,13 @@ def test_a_folder_below_a_file_is_told_in_words(tiny_model: Path, tmp_path: Path
         export(folder, None, tmp_path / "file" / "out", merge=False, force=False)
 
 
+def test_where_no_folder_can_be_made_no_space_is_asked_for(tiny_model: Path, tmp_path: Path) -> None:
+    folder = a_sweep(tmp_path / "sweep", tiny_model, {})
+    with pytest.raises(StorageError) as refused:
+        export(folder, None, Path("/proc/out"), merge=False, force=False)
+    assert str(refused.value) == "cannot write /proc/out (nothing can be made in /proc): name another --to"
+
+
 @pytest.mark.parametrize("around", ["", "sweep"])
 def test_force_never_removes_what_the_sweep_lives_in(around: str, tiny_model: Path, tmp_path: Path) -> None:
     folder = a_sweep(tmp_path / "sweep", tiny_model, {})
@@ -283,7 +290,7 @@ def test_a_failed_export_leaves_nothing_and_the_old_folder_as_it_was(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("orchestrator.export.folder.model_card", full_disk)
-    with pytest.raises(StorageError, match="No space left"):
+    with pytest.raises(StorageError, match=r"No space left.*free some space there"):
         export(folder, None, out, merge=False, force=True)
     assert sorted(file.name for file in out.iterdir()) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "sweep"]
