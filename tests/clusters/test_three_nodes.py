@@ -24,7 +24,7 @@ from tests.waiting import wait_until
 WHY_NOT = why_not()
 pytestmark = [pytest.mark.timeout(600), pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
 LIMIT_S = 200.0
-STEPS = 480
+STEPS = 800
 EVERY = 20
 
 
