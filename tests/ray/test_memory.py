@@ -62,4 +62,4 @@ def test_a_limit_refuses_the_rank_that_cannot_fit_and_holds_for_the_others(tmp_p
     assert small.status is TrialStatus.COMPLETED
     assert small.peak_memory.measured_bytes < GIB
     assert large.status is TrialStatus.INFEASIBLE
-    assert "1.0 GiB are there" in str(large.reason)
+    assert "resources.memory_per_worker allows 1.0 GiB" in str(large.reason)
