@@ -212,13 +212,13 @@ def plan_trial(
         memory=memory.within(memory_bytes),
         seconds=whole.expected,
         seconds_range=(whole.low, whole.high),
-        gpu_hours=_gpu_hours(whole.expected, hardware, shape),
+        gpu_hours=whole.expected * _gpus_of_a_trial(hardware, shape) / 3600,
     )
 
 
-def _gpu_hours(seconds: float, hardware: Hardware, shape: WorkerShape) -> float:
-    """None of a CPU, whose time says nothing of a GPU's."""
-    return seconds * shape.workers * shape.gpus_per_worker / 3600 if hardware.device == "cuda" else 0.0
+def _gpus_of_a_trial(hardware: Hardware, shape: WorkerShape) -> float:
+    """None where the plan's times are a CPU's, which say nothing of a GPU's."""
+    return shape.workers * shape.gpus_per_worker if hardware.device == "cuda" else 0.0
 
 
 def _planned(trial: Trial, config: TrialConfig, **more: object) -> PlannedTrial:
@@ -341,10 +341,7 @@ def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware, pace: 
     alone = _alone(running, model, hardware, shape)
     taken = simulate(works, concurrent, asha.reduction_factor if asha else None, shape.gpu_shared_by, alone)
     no_gpu = _no_gpu(hardware, shape)
-    makespan, hours = taken.makespan_s, taken.trials_s.times(shape.workers * shape.gpus_per_worker / 3600)
-    if hardware.device == "cpu":
-        # Times are a CPU's.
-        hours = Range(0.0, 0.0, 0.0)
+    makespan, hours = taken.makespan_s, taken.trials_s.times(_gpus_of_a_trial(hardware, shape) / 3600)
     return SweepPlan(
         name=sweep.name,
         model=sweep.model,
@@ -513,12 +510,13 @@ def _never_used(shape: WorkerShape, hardware: Hardware) -> tuple[str, ...]:
         return ()
     rooms = rooms_of(hardware, shape)
     trials = trials_that_fit(rooms, shape.workers, on_one_node=max(rooms) >= shape.workers)
-    unused = hardware.gpus - trials * shape.workers * shape.gpus_per_worker
+    each = _gpus_of_a_trial(hardware, shape)
+    unused = hardware.gpus - trials * each
     if not trials or unused < 1:
         return ()
     return (
         f"{unused:g} of {hardware.gpus} GPUs stay unused, and are not in the cost: a trial takes "
-        f"{counted(shape.workers * shape.gpus_per_worker, 'GPU')}, and CPUs and nodes leave room for "
+        f"{counted(each, 'GPU')}, and CPUs and nodes leave room for "
         f"{counted(trials, 'trial')} at a time; change resources.workers_per_trial or cpus_per_worker, or the cluster",
     )
 

@@ -70,7 +70,7 @@ def _of_rows(sweep: SweepResult, ran: Sequence[TrialResult]) -> Iterator[str]:
         rows = counted(sweep.rows_left_out, "row")
         yield f"{rows} of the data could not be used: data/summary.json says where and why."
     for told in sweep.rows_too_long:
-        yield f"{told[0].upper()}{told[1:]}."
+        yield _sentence(told)
 
 
 def _metrics(sweep: SweepResult) -> dict[str, None]:
@@ -121,7 +121,7 @@ def _of_unlike_trials(sweep: SweepResult, ran: Sequence[TrialResult]) -> Iterato
 
 def _of_what_ended(sweep: SweepResult, found: Sequence[ConfigurationSummary]) -> Iterator[str]:
     if sweep.search_ended:
-        yield f"{sweep.search_ended[0].upper()}{sweep.search_ended[1:]}."
+        yield _sentence(sweep.search_ended)
     earlier = sum(trial.leaves_checkpoint for trial in sweep.trials)
     if earlier:
         before = counted(earlier, "trial")
@@ -129,6 +129,10 @@ def _of_what_ended(sweep: SweepResult, found: Sequence[ConfigurationSummary]) ->
     waited = sum(trial.status is TrialStatus.CANCELLED and not has_run(trial) for trial in sweep.trials)
     if ended := _counts_of_ends(found, earlier, waited):
         yield f"Not in the comparison: {ended}."
+
+
+def _sentence(told: str) -> str:
+    return f"{told[0].upper()}{told[1:]}."
 
 
 def _counts_of_ends(found: Sequence[ConfigurationSummary], earlier: int, waited: int) -> str:

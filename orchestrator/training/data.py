@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import json
 import os
 import shutil
@@ -99,7 +98,7 @@ def prepare(data: DataConfig, model_folder: Path, out: Path) -> DataSummary:
         skipped_count=len(skipped),
         hash=_content_hash(train, held_out),
         inputs_hash=inputs_hash,
-        least_tokens={"train": _least_tokens(train), "eval": _least_tokens(held_out)},
+        least_tokens={"train": int(_least_tokens(train).min()), "eval": int(_least_tokens(held_out).min())},
     )
     _write(out, {"train": train, "eval": held_out}, summary)
     return summary
@@ -118,30 +117,25 @@ def require_something_to_learn(summary: DataSummary, sequence_length: int) -> No
 
 def left_out_within(folder: Path, lengths: Iterable[int]) -> Iterator[str]:
     """What trials of these lengths leave out of what `prepare` wrote, since what counts in it lies beyond, in words."""
+    least = {purpose: _least_tokens(_open(folder, split)) for split, purpose in _PURPOSES.items()}
     for length in sorted(set(lengths)):
-        for split, purpose in _PURPOSES.items():
-            rows = _open(folder, split)
-            if without := np.count_nonzero(_learned(rows, length) == 0):
+        for purpose, taken in least.items():
+            if without := np.count_nonzero(taken > length):
                 yield (
-                    f"at sequence_length {length} {without} of {counted(len(rows), 'row')} to {purpose} on cannot be "
+                    f"at sequence_length {length} {without} of {counted(len(taken), 'row')} to {purpose} on cannot be "
                     "used, since what is to be learned lies beyond it: raise it"
                 )
-
-
-def _learned(rows: _Rows, sequence_length: int) -> Ints:
-    """Tokens of each row that count in the loss where it is cut to this length."""
-    starts = np.asarray(rows.offsets[:-1])
-    before: Ints = np.concatenate([[0], np.cumsum(rows.labels, dtype=np.int64)])
-    within: Ints = before[starts + np.minimum(np.diff(rows.offsets), sequence_length)] - before[starts]
-    return within
 
 
 def _nothing_within(split: Split, sequence_length: int, mend: str) -> str:
     return f"data: no row to {_PURPOSES[split]} on has anything to learn within {sequence_length} tokens: {mend}"
 
 
-def _least_tokens(rows: _Rows) -> int:
-    return 1 + min(int(rows.labels[begin:end].argmax()) for begin, end in itertools.pairwise(rows.offsets))
+def _least_tokens(rows: _Rows) -> Ints:
+    """Of each row, of which something counts, the shortest beginning in which something does."""
+    counting, starts = np.flatnonzero(rows.labels), np.asarray(rows.offsets[:-1])
+    least: Ints = counting[np.searchsorted(counting, starts)] - starts + 1
+    return least
 
 
 def read_summary(folder: Path) -> DataSummary | None:
@@ -277,7 +271,8 @@ def load(folder: Path, split: Split, sequence_length: int, packing: bool) -> Dat
     rows = _open(folder, split)
     starts = np.asarray(rows.offsets[:-1])
     lengths = np.minimum(np.diff(rows.offsets), sequence_length)
-    row_labels = _learned(rows, sequence_length)
+    counting = np.concatenate([[0], np.cumsum(rows.labels, dtype=np.int64)])
+    row_labels = counting[starts + lengths] - counting[starts]
     kept = np.flatnonzero(row_labels)
     if not len(kept):
         raise DataError(_nothing_within(split, sequence_length, "raise sequence_length"))
