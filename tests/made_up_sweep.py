@@ -12,7 +12,8 @@ from typing import Any
 from orchestrator.config.search_space import configuration_id
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.planning.memory import MemoryEstimate, MemoryParts
-from orchestrator.planning.plan import PlannedTrial, SweepPlan
+from orchestrator.planning.plan import SweepPlan
+from orchestrator.planning.planned_trial import PlannedTrial
 from orchestrator.results.records import (
     GitState,
     MetricPoint,

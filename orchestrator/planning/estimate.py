@@ -20,7 +20,7 @@ from orchestrator.planning.hardware import LARGEST_MEMORY, Hardware
 from orchestrator.planning.memory import estimate, loading_bytes_on
 from orchestrator.planning.model_shape import ModelShape, shape_of
 from orchestrator.planning.notes import counted_as_a_llama
-from orchestrator.planning.plan import with_micro_batch
+from orchestrator.planning.planned_trial import with_micro_batch
 
 ConfigOf = Callable[[str], Mapping[str, Any]]
 MAX_WORKERS = 100_000

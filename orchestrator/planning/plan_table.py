@@ -8,7 +8,8 @@ from typing import Any
 from orchestrator.errors import counted
 from orchestrator.planning.hardware import GIB
 from orchestrator.planning.makespan import FIRST_START_S
-from orchestrator.planning.plan import PlannedTrial, SweepPlan
+from orchestrator.planning.plan import SweepPlan
+from orchestrator.planning.planned_trial import PlannedTrial
 
 PROPOSES = "proposes one configuration after the other"
 

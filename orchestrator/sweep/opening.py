@@ -12,7 +12,8 @@ from typing import Any
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.sweep_file import to_yaml
 from orchestrator.errors import counted
-from orchestrator.planning.plan import PlannedTrial, points_left_out
+from orchestrator.planning.plan_warnings import points_left_out
+from orchestrator.planning.planned_trial import PlannedTrial
 from orchestrator.results import provenance
 from orchestrator.results.records import PeakMemory, StartedFrom, Suggestion, SweepResult, TrialResult, TrialStatus
 from orchestrator.results.secrets import without_secret

@@ -17,7 +17,8 @@ from orchestrator.errors import cut
 from orchestrator.planning.memory import MemoryEstimate, estimate_on
 from orchestrator.planning.model_shape import ModelShape
 from orchestrator.planning.pace import READ_SWEEPS
-from orchestrator.planning.plan import PlannedTrial, SweepPlan, gpu_memory_fraction, plan_trial
+from orchestrator.planning.plan import SweepPlan, gpu_memory_fraction
+from orchestrator.planning.planned_trial import PlannedTrial, plan_trial
 from orchestrator.planning.room import WorkerShape, bound_bytes, placement
 from orchestrator.planning.step_time import Placement, Range, step_seconds
 from orchestrator.results.storage import SweepFolder, newest_sweeps

@@ -14,7 +14,7 @@ from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import FolderError
 from orchestrator.planning import budget
-from orchestrator.planning.plan import PlannedTrial
+from orchestrator.planning.planned_trial import PlannedTrial
 from orchestrator.results.records import MetricPoint, StartedFrom, Suggestion, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder, read_sweep
 from orchestrator.search.observation import Goal, Observation, evaluated, observe

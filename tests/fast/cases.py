@@ -10,7 +10,7 @@ from orchestrator.config.trial_config import TrialConfig
 from orchestrator.planning.compatibility import Case
 from orchestrator.planning.hardware import Hardware, named_gpu
 from orchestrator.planning.model_shape import shape_of
-from orchestrator.planning.plan import PlannedTrial
+from orchestrator.planning.planned_trial import PlannedTrial
 from orchestrator.results.records import StartedFrom, Suggestion, TrialResult, TrialStatus
 
 LLAMA_2_7B: dict[str, Any] = {

@@ -16,7 +16,7 @@ from orchestrator.config.search_space import Space, Trial, domains
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.sweep_file import load
 from orchestrator.errors import InputError, SweepFileError
-from orchestrator.planning.plan import PlannedTrial
+from orchestrator.planning.planned_trial import PlannedTrial
 from orchestrator.results.records import Timing, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder
 from orchestrator.search.observation import Observation, Standing

@@ -27,8 +27,9 @@ from orchestrator.planning.memory import (
 )
 from orchestrator.planning.model_shape import shape_of
 from orchestrator.planning.pace import Pace
-from orchestrator.planning.plan import NO_PACE, TIGHT, SweepPlan, gpu_memory_fraction, plan_sweep
+from orchestrator.planning.plan import SweepPlan, gpu_memory_fraction, plan_sweep
 from orchestrator.planning.plan_table import duration, render
+from orchestrator.planning.planned_trial import NO_PACE, TIGHT
 from orchestrator.planning.room import WorkerShape, placement
 from orchestrator.planning.step_time import Placement, step_seconds
 from tests.fast.cases import A100, CPU, LLAMA_2_7B, LLAMA_32_3B, SMOLLM2_135M, case
@@ -640,7 +641,8 @@ def test_to_count_what_runs_at_a_time_each_memory_is_estimated_once(monkeypatch:
         asked.append(config)
         return estimate_on(config, *others)
 
-    monkeypatch.setattr("orchestrator.planning.plan.estimate_on", counted)
+    for module in ("concurrency", "planned_trial"):
+        monkeypatch.setattr(f"orchestrator.planning.{module}.estimate_on", counted)
     space = {"rank": [4, 8, 16, 32, 64, 128, 256, 512], "learning_rate": [n * 1e-5 for n in range(1, 126)]}
     found = plan(cpus(64, 64), shape_of(SMOLLM2_135M), space=space, trial={"micro_batch_size": 1})
     assert len(found.trials) == 1000

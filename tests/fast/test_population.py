@@ -19,7 +19,7 @@ from orchestrator.config.sweep_file import load, to_yaml
 from orchestrator.config.trial_config import CHANGEABLE
 from orchestrator.errors import FolderError, SweepFileError
 from orchestrator.planning.hardware import named_gpu
-from orchestrator.planning.plan import PlannedTrial
+from orchestrator.planning.planned_trial import PlannedTrial
 from orchestrator.reporting.lineage import lineage_words
 from orchestrator.results.records import TrialResult, TrialStatus
 from orchestrator.search.population import Member, explored, successors
