@@ -11,8 +11,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from orchestrator.config.names import nearest
-from orchestrator.config.sweep_file import told_of_settings
 from orchestrator.config.trial_config import TrialConfig
+from orchestrator.config.type_problems import told_of_settings
 from orchestrator.errors import InputError, ModelError, OrchestratorError, cut, shown
 from orchestrator.planning.cheaper import what_fits
 from orchestrator.planning.compatibility import Case, refusals

@@ -12,7 +12,7 @@ from orchestrator.config.sweep_config import (
     MedianConfig,
     SweepConfig,
 )
-from orchestrator.config.sweep_file import shown_as_yaml
+from orchestrator.config.yaml_text import shown_as_yaml
 from orchestrator.errors import counted
 from orchestrator.planning import budget
 from orchestrator.planning.compatibility import Case

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from orchestrator.config.sweep_config import SweepConfig
-from orchestrator.config.sweep_file import load, shown_as_yaml
+from orchestrator.config.sweep_file import load
 from orchestrator.config.trial_config import TrialConfig
+from orchestrator.config.yaml_text import shown_as_yaml
 from orchestrator.errors import FolderError, InputError, counted, cut
 from orchestrator.planning.plan import SweepPlan
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
