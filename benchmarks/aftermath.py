@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from benchmarks.sweeps import environ
 from orchestrator.results.records import MetricPoint, SweepResult, TrialResult, TrialStatus
 from orchestrator.results.storage import SweepFolder, is_at_work, read_sweep
-from orchestrator.sweep.tracking import metrics_of
+from orchestrator.sweep.mlflow_runs import metrics_of
 from orchestrator.training.task import TrialTask
 
 

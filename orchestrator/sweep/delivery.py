@@ -16,7 +16,8 @@ from orchestrator.results.storage import SweepFolder, read_sweep, write_results,
 from orchestrator.sweep import evaluation, logged_model
 from orchestrator.sweep.delivered import has_been_told, is_known, told_server
 from orchestrator.sweep.folder_lock import only_one
-from orchestrator.sweep.tracking import Tracker, tracking_uri
+from orchestrator.sweep.tracking import Tracker
+from orchestrator.sweep.tracking_address import tracking_uri
 
 LATE_LIMIT_S = 60.0
 

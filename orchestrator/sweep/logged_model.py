@@ -27,7 +27,9 @@ from orchestrator.export.merge import merged_dtype
 from orchestrator.reporting.statistics import objective_of
 from orchestrator.results.records import SweepResult, TrialResult
 from orchestrator.results.storage import SweepFolder
-from orchestrator.sweep.tracking import deleted_words, is_deleted, key_of, time_to_upload, tracking_uri, twice
+from orchestrator.sweep.mlflow_patience import time_to_upload, twice
+from orchestrator.sweep.mlflow_runs import deleted_words, is_deleted, key_of
+from orchestrator.sweep.tracking_address import tracking_uri
 
 ALIAS = "champion"
 """Of the registered model's newest best version."""

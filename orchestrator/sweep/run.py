@@ -42,7 +42,8 @@ from orchestrator.sweep.resume import (
 from orchestrator.sweep.scheduler import RuleScheduler
 from orchestrator.sweep.signals import Signals
 from orchestrator.sweep.stopper import Stopper
-from orchestrator.sweep.tracking import Tracker, awaited_tracker, require_address, tracking_uri
+from orchestrator.sweep.tracking import Tracker, awaited_tracker
+from orchestrator.sweep.tracking_address import require_address, tracking_uri
 from orchestrator.training.inputs import FoundModel, require_warm_start
 
 TRACKING_LIMIT_S = 60.0

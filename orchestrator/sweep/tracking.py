@@ -1,68 +1,64 @@
 """MLflow: a parent run a sweep, a nested run a trial; the only writer there.
 
 What a trial logs is on disk first (metrics.jsonl, with time stamps). A thread carries it over and can be as slow as the
-server is: no trial waits for it. Runs are found again by their tags, so a resumed sweep goes on in the same ones.
-"""
+server is: no trial waits for it. Runs are found again by their tags, so a resumed sweep goes on in the same ones."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import math
-import os
-import shlex
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from concurrent.futures import wait as wait_for
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
-from mlflow.store.db.db_types import DATABASE_ENGINES
-from requests import RequestException
-from sqlalchemy.exc import OperationalError
 
 from orchestrator.config.sweep_config import SweepConfig
-from orchestrator.errors import InputError, StorageError, TrackingUnreachableError, cut
+from orchestrator.errors import StorageError, TrackingUnreachableError, cut
 from orchestrator.reporting.quantities import memory
-from orchestrator.reporting.statistics import label, objective_of
+from orchestrator.reporting.statistics import objective_of
 from orchestrator.results.records import MetricPoint, SweepResult, TrialResult, TrialStatus
 from orchestrator.results.remote import local_storage
-from orchestrator.results.secrets import without_password, without_secret
+from orchestrator.results.secrets import without_secret
 from orchestrator.results.storage import SweepFolder
 from orchestrator.sweep import failure_policy, own_database
 from orchestrator.sweep.delivered import TrialDelivery, read_delivered, remember_server, write_delivered
 from orchestrator.sweep.logged_data import dataset_inputs
+from orchestrator.sweep.mlflow_patience import (
+    failure_meant,
+    in_time,
+    is_misread,
+    is_servers,
+    keep_mlflow_short,
+    may_come_up,
+    time_to_upload,
+    twice,
+)
+from orchestrator.sweep.mlflow_runs import (
+    METRICS,
+    deleted_words,
+    has_all,
+    is_deleted,
+    key_of,
+    log_latest,
+    metrics_of,
+    run_name,
+    started_from,
+)
+from orchestrator.sweep.tracking_address import first_line, tracking_uri
 from orchestrator.sweep.trial_files import weights_on_this_node
 from orchestrator.training.data import read_summary
 
 log = logging.getLogger(__name__)
-Answer = TypeVar("Answer")
 INTERVAL_S = 1.0
 KEPT_EVERY_S = 5.0
 BATCH = 1000
 PAGE = 200
 """Of runs with all that they hold."""
-ANSWER_LIMIT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
-"""MLflow's own variable: seconds for each of its calls, a file's upload too."""
-WHOLE_ANSWER_LIMIT_S = 60.0
-NO_PART_OF_AN_ADDRESS = frozenset("%?#")
-"""In a path within one they mean something else (mlflow 3.17, sqlalchemy 2)."""
-METRICS = (
-    "loss",
-    "eval_loss",
-    "learning_rate",
-    "grad_norm",
-    "tokens_per_s",
-    "step_time_s",
-    "peak_memory_bytes",
-    "cost",
-)
 DAMAGED = ("file is not a database", "database disk image is malformed")
 """SQLite's own words (SQLITE_NOTADB, SQLITE_CORRUPT)."""
 LOGIN_REFUSED = frozenset({"UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED"})
@@ -80,53 +76,6 @@ RUN_STATUS = {
 }
 
 
-def tracking_uri(sweep: SweepConfig) -> str:
-    """The server that the sweep file names, or MLFLOW_TRACKING_URI, or a database in the storage folder.
-
-    Raises:
-        InputError: what is named is no address, or that database would have none.
-    """
-    if named := sweep.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI"):
-        try:
-            parts = urlsplit(named)
-            good = parts.scheme not in ("http", "https") or (bool(parts.hostname) and (parts.port or 1) > 0)
-        except ValueError:
-            good = False
-        if not good:
-            raise InputError(
-                f"the tracking server's address {cut(without_secret(named))} is none: write one such as "
-                "http://mlflow:5000 (tracking.uri, or MLFLOW_TRACKING_URI)"
-            )
-        return named
-    storage = local_storage(sweep.storage)
-    if found := sorted(NO_PART_OF_AN_ADDRESS & set(str(storage))):
-        raise InputError(
-            f"storage {sweep.storage}: MLflow's database there would have no address, since its path holds "
-            f"{' and '.join(found)}: name another folder, or a tracking server (tracking.uri)"
-        )
-    return own_database.address(storage)
-
-
-def require_address(sweep: SweepConfig) -> None:
-    """Look at the server's address without asking there.
-
-    Raises:
-        InputError: it is none, or none of a kind that MLflow knows.
-    """
-    uri = tracking_uri(sweep)
-    scheme = urlsplit(uri).scheme
-    if scheme in ("http", "https") or scheme.partition("+")[0] in DATABASE_ENGINES:
-        return
-    try:
-        # Packages may add kinds of their own: MLflow alone knows them all.
-        MlflowClient(uri)
-    except Exception as error:
-        raise InputError(
-            f"the tracking server's address {cut(without_secret(uri))} is none that MLflow takes "
-            f"({_first_line(error, uri)}): write one such as http://mlflow:5000 (tracking.uri, or MLFLOW_TRACKING_URI)"
-        ) from error
-
-
 class Tracker:
     """Writes one sweep to MLflow; every method but the constructor returns at once."""
 
@@ -136,7 +85,7 @@ class Tracker:
         Raises:
             TrackingUnreachableError: the server does not answer, or lets this account do nothing.
         """
-        _keep_mlflow_short()
+        keep_mlflow_short()
         self._folder, self._sweep_id, self._sweep = folder, sweep_id, sweep
         uri = self._uri = tracking_uri(sweep)
         self._delivered = read_delivered(folder, without_secret(uri), sweep_id)
@@ -144,9 +93,9 @@ class Tracker:
         try:
             twice(lambda: self._connect(uri))
         except Exception as error:
-            if not _is_servers(error):
+            if not is_servers(error):
                 raise
-            where, why = cut(without_secret(uri)), _first_line(error, uri)
+            where, why = cut(without_secret(uri)), first_line(error, uri)
             if getattr(error, "error_code", None) in LOGIN_REFUSED:
                 raise TrackingUnreachableError(
                     f"the tracking server at {where} refuses this account ({why}): "
@@ -158,7 +107,7 @@ class Tracker:
                     f"MLflow's database {where} is damaged ({why}): put it back, "
                     "or move it away, and a new one gets all that is on disk"
                 ) from error
-            if _is_misread(error):
+            if is_misread(error):
                 raise TrackingUnreachableError(
                     f"the tracking server at {where} answers otherwise than MLflow does ({why}): name the address of "
                     "an MLflow server, or leave tracking.uri out to track in a local database"
@@ -245,7 +194,7 @@ class Tracker:
             write_delivered(self._folder, self._delivered)
         except Exception as error:
             # Its stores' clients raise kinds of their own, as boto3 does, and packages may be missing.
-            log.warning("MLflow did not take the sweep's own files: %s", _first_line(error, self._uri))
+            log.warning("MLflow did not take the sweep's own files: %s", first_line(error, self._uri))
             return False
         return True
 
@@ -265,7 +214,7 @@ class Tracker:
         name = sweep.tracking.experiment or sweep.name
         storage = local_storage(sweep.storage)
         # The first question that a server is asked.
-        found = _in_time(lambda: self._client.get_experiment_by_name(name), uri)
+        found = in_time(lambda: self._client.get_experiment_by_name(name), uri)
         if found:
             if found.lifecycle_stage == "deleted":
                 self._client.restore_experiment(found.experiment_id)
@@ -296,7 +245,7 @@ class Tracker:
         there = {run.info.run_id: run for run in self._runs(ViewType.ALL)}
         self._delivered.trials = {
             trial_id: kept
-            if _has_all(there[kept.run_id], kept)
+            if has_all(there[kept.run_id], kept)
             else kept.model_copy(update={"offset_bytes": 0, "status": None})
             for trial_id, kept in self._delivered.trials.items()
             if kept.run_id in there
@@ -350,7 +299,7 @@ class Tracker:
                 was_asked = self._carry(trial)
             except Exception as error:
                 # Of a store's client, or of a package that it lacks: the other trials' figures need it not.
-                meaning = _meaning(error)
+                meaning = failure_meant(error)
                 if meaning == "gone" and trial.run_id:
                     trial.forget_run()
                 elif meaning != "away":
@@ -361,7 +310,7 @@ class Tracker:
                     if self._failures == 1:
                         self._away = "the sweep's storage" if isinstance(error, StorageError) else "MLflow"
                         told = "%s does not answer; what MLflow lacks is carried over later: %s"
-                        log.warning(told, self._away, _first_line(error, self._uri))
+                        log.warning(told, self._away, first_line(error, self._uri))
                     break
             else:
                 # Where there was nothing to tell, the server was not asked, and may be away as before.
@@ -372,7 +321,7 @@ class Tracker:
 
     def _tell_refusal(self, trial: _TrackedTrial, error: Exception) -> None:
         """Once, with what helps."""
-        why = _first_line(error, self._uri)
+        why = first_line(error, self._uri)
         # What is asked here may fail as all else.
         with contextlib.suppress(Exception):
             if trial.run_id and is_deleted(self._client.get_run(trial.run_id)):
@@ -459,7 +408,7 @@ class Tracker:
         self._client.log_batch(
             run_id,
             params=[Param(key, str(value)) for key, value in params.items() if key not in there],
-            tags=[RunTag("configuration_id", result.configuration_id), *_started_from(result)]
+            tags=[RunTag("configuration_id", result.configuration_id), *started_from(result)]
             + [
                 RunTag(f"now.{key}", str(value))
                 for key, value in params.items()
@@ -540,7 +489,7 @@ def awaited_tracker(
         try:
             return Tracker(sweep, sweep_id, folder)
         except TrackingUnreachableError as error:
-            if time.monotonic() >= until_s or not _may_come_up(error.__cause__):
+            if time.monotonic() >= until_s or not may_come_up(error.__cause__):
                 raise
             attempt += 1
             if attempt == 1:
@@ -585,161 +534,3 @@ class _TrackedTrial:
     @property
     def is_behind(self) -> bool:
         return self.carried is not self.result.status and not self.is_refused
-
-
-def twice(ask: Callable[[], Answer]) -> Answer:
-    """Once more where the server fails: what is asked looks first whether it is there (`_keep_mlflow_short`)."""
-    try:
-        return ask()
-    except Exception as error:
-        if not _is_servers(error):
-            raise
-    time.sleep(failure_policy.pause_s(1))
-    # Not while the first error is handled: one of another thread would lose what it was caused by.
-    return ask()
-
-
-def _in_time(ask: Callable[[], Answer], uri: str) -> Answer:
-    """What a server answers: MLflow's own limit is one for each read, and an answer may come a byte at a time."""
-    if not uri.startswith("http"):
-        return ask()
-    answer: Future[Answer] = Future()
-
-    def wait() -> None:
-        try:
-            answer.set_result(ask())
-        except Exception as error:
-            answer.set_exception(error)
-
-    threading.Thread(target=wait, daemon=True).start()
-    limit_s = max(WHOLE_ANSWER_LIMIT_S, 3 * float(os.environ[ANSWER_LIMIT]))
-    if not wait_for([answer], limit_s).done:
-        raise TimeoutError(f"no whole answer in {limit_s:g} s")
-    return answer.result()
-
-
-@contextlib.contextmanager
-def time_to_upload(files: Iterable[Path], late: int = 0) -> Iterator[None]:
-    """Within it MLflow waits as long as the largest of these files may take."""
-    # It reads the variable at each call, and its calls for files take no other limit (3.17.2, http_artifact_repo.py).
-    _keep_mlflow_short()
-    before = os.environ[ANSWER_LIMIT]
-    largest_bytes = max((file.stat().st_size for file in files), default=0)
-    os.environ[ANSWER_LIMIT] = str(math.ceil(failure_policy.upload_limit_s(float(before), largest_bytes, late)))
-    try:
-        yield
-    finally:
-        os.environ[ANSWER_LIMIT] = before
-
-
-def _keep_mlflow_short() -> None:
-    """In its tries and in what it says."""
-    # MLflow itself would try for four minutes, and make a run twice where only the answer was late (3.17.2,
-    # utils/request_utils.py): the Tracker tries again itself, and looks first whether it is there.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    os.environ.setdefault(ANSWER_LIMIT, "10")
-    # Every run that ends is told on stdout otherwise, where the sweep's answer goes alone.
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    # A new database tells of its tables otherwise.
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-    # Of a database that is locked or fails, statement and stack: the Tracker tells it in a line.
-    logging.getLogger("mlflow.store.db.utils").addFilter(_is_without_stack)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    # Of a model that is logged, each step of it.
-    logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)
-    # Of a server that is away, each try that is made again: the Tracker tells once that it is away.
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
-
-
-def _is_without_stack(record: logging.LogRecord) -> bool:
-    return record.exc_info is None
-
-
-def _is_servers(error: Exception) -> bool:
-    """Whether it tells of the server, or of the database or package that it needs, and is no slip of ours."""
-    is_known = isinstance(error, MlflowException | OSError | ImportError) or _is_misread(error)
-    return is_known or type(error).__module__.startswith("sqlalchemy")
-
-
-def _is_misread(error: Exception) -> bool:
-    """Whether an answer was JSON of other types than MLflow's, which it does not tell in an error of its own."""
-    return type(error).__module__.startswith("google.protobuf")
-
-
-def _may_come_up(error: BaseException | None) -> bool:
-    """Whether no server answered, or the database refused the connection: a login or a package comes not by itself."""
-    # MLflow tells what its HTTP client met by its words alone (3.17.2, utils/rest_utils.py).
-    met = error.__context__ if isinstance(error, MlflowException) else error
-    return isinstance(met, RequestException | OperationalError)
-
-
-def _meaning(error: Exception) -> failure_policy.TrackingFailure:
-    if isinstance(error, StorageError):
-        return "away"
-    if _is_servers(error) and not isinstance(error, ImportError):
-        return failure_policy.tracking_failure(getattr(error, "error_code", None))
-    return "refused"
-
-
-def _has_all(run: Run, kept: TrialDelivery) -> bool:
-    """Whether it holds the end that the trial was told with; one that could go on may have ended so twice."""
-    if kept.status is None or not kept.status.is_final or run.info.status == "RUNNING":
-        return False
-    return bool(run.data.tags.get("status") == kept.status.value)
-
-
-def _started_from(result: TrialResult) -> list[RunTag]:
-    parent = result.started_from
-    return [RunTag("started_from", f"trial {parent.trial_id}, step {parent.step}")] if parent else []
-
-
-def metrics_of(point: MetricPoint) -> list[Metric]:
-    """A line of metrics.jsonl with its own time stamp: logged twice it is still one point."""
-    return [
-        Metric(name, float(value), point.time_ms, point.step)
-        for name in METRICS
-        if (value := getattr(point, name)) is not None
-    ]
-
-
-def log_latest(client: MlflowClient, run_id: str, figures: Mapping[str, float]) -> None:
-    """Log figures that have no curve, and may change between two runs of a sweep; what stands there is not told again.
-
-    MLflow shows the one of the largest step, then of the latest time (3.17.2): all are of step 0, and of now.
-    """
-    there = client.get_run(run_id).data.metrics
-    for name, value in figures.items():
-        if there.get(name) != value:
-            client.log_metric(run_id, name, value)
-
-
-def run_name(result: TrialResult, searched: Sequence[str]) -> str:
-    """`rank=8 precision=nf4 · 4d2d5056-0`: for people alone, since runs are found by their tags."""
-    if not searched:
-        return result.trial_id
-    return f"{cut(without_secret(label(result, searched)))} · {result.trial_id}"
-
-
-def key_of(metric: str) -> str:
-    """A metric's name as MLflow takes it: a score of lm-eval may have its filter after a comma."""
-    return metric.replace(",", "_")
-
-
-def is_deleted(run: Run) -> bool:
-    """Whether a person has deleted it, of which MLflow takes no more, and which it can restore."""
-    return bool(run.info.lifecycle_stage == "deleted")
-
-
-def deleted_words(run_id: str, uri: str) -> str:
-    """What is said of it."""
-    server = shlex.quote(without_secret(uri))
-    return (
-        f"its run {run_id} was deleted there: restore it (MLFLOW_TRACKING_URI={server} mlflow runs restore "
-        f"--run-id {run_id}), and the next `run` of this sweep goes on in it"
-    )
-
-
-def _first_line(error: Exception, uri: str) -> str:
-    """Without the password of the server's address, which its answer may repeat."""
-    line = (str(error).strip().splitlines() or [""])[0]
-    return without_secret(without_password(line, uri))[:300]

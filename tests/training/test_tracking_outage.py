@@ -33,7 +33,8 @@ from orchestrator.results.storage import SweepFolder, read_sweep, write_atomical
 from orchestrator.sweep import evaluation, logged_model, system_metrics, tracking
 from orchestrator.sweep.delivered import Delivered, read_delivered, write_delivered
 from orchestrator.sweep.delivery import deliver
-from orchestrator.sweep.tracking import Tracker, awaited_tracker, tracking_uri
+from orchestrator.sweep.tracking import Tracker, awaited_tracker
+from orchestrator.sweep.tracking_address import tracking_uri
 from tests.made_up_sweep import made_up_point, made_up_sweep, made_up_trial, write_made_up
 from tests.object_store import BUCKET, fragile_store
 from tests.tracking_servers import (
