@@ -115,7 +115,7 @@ class _Worker:
 
     async def _train(self, task: TrialTask) -> TrialProgress:
         """Its curve, with made-up losses; the first worker's part, for which the others wait."""
-        from orchestrator.results.storage import TrialFolder
+        from orchestrator.results.folders import TrialFolder
 
         file = TrialFolder(Path(task.trial_folder)).metrics
         file.parent.mkdir(parents=True, exist_ok=True)

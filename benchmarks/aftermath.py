@@ -17,8 +17,9 @@ from typing import Any
 from mlflow import MlflowClient
 
 from benchmarks.sweeps import environ
+from orchestrator.results.folders import SweepFolder
 from orchestrator.results.records import MetricPoint, SweepResult, TrialResult, TrialStatus
-from orchestrator.results.storage import SweepFolder, is_at_work, read_sweep
+from orchestrator.results.storage import is_at_work, read_sweep
 from orchestrator.sweep.mlflow_runs import metrics_of
 from orchestrator.training.task import TrialTask
 

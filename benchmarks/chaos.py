@@ -36,7 +36,7 @@ import yaml
 
 from benchmarks.aftermath import Ended, changed, ended_trials, left_on, trials_of, wrong_in
 from benchmarks.sweeps import describe, environ, machine, measure_and_tell, say, table
-from orchestrator.results.storage import SweepFolder
+from orchestrator.results.folders import SweepFolder
 from tests.ray.clusters import joined_node, started_head
 from tests.tracking_servers import FragileServer
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from benchmarks.trivial_training import point_at, progress_at
 from orchestrator.cli import app
+from orchestrator.results.folders import TrialFolder
 from orchestrator.results.records import TrialStatus
-from orchestrator.results.storage import TrialFolder
 from orchestrator.sweep import cluster, preparation
 from orchestrator.sweep.switchboard import Switchboard
 from orchestrator.training.task import TrialEnd, TrialTask

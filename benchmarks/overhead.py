@@ -50,7 +50,7 @@ from benchmarks.sweeps import (
     work_of,
 )
 from orchestrator.config.sweep_config import SweepConfig
-from orchestrator.results.storage import TrialFolder
+from orchestrator.results.folders import TrialFolder
 from orchestrator.training.task import TrialEnd, TrialProgress, TrialTask, WorkerPlace
 
 VARIANTS = ("guide", "fresh", "warm", "plain")

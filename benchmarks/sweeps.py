@@ -22,9 +22,10 @@ from typing import Any
 
 import yaml
 
+from orchestrator.results.folders import SweepFolder, TrialFolder
 from orchestrator.results.provenance import git_state, versions
 from orchestrator.results.records import SweepResult, TrialResult
-from orchestrator.results.storage import SweepFolder, TrialFolder, read_sweep
+from orchestrator.results.storage import read_sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 

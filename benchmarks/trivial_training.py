@@ -15,8 +15,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.results.folders import TrialFolder
 from orchestrator.results.records import MetricPoint
-from orchestrator.results.storage import TrialFolder
 from orchestrator.training.task import TrialProgress, TrialTask, WorkerPlace
 
 if TYPE_CHECKING:

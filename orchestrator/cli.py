@@ -26,7 +26,7 @@ from orchestrator.errors import InputError, OrchestratorError, StorageError, cut
 from orchestrator.results.secrets import without_secret
 
 if TYPE_CHECKING:
-    from orchestrator.results.storage import SweepFolder
+    from orchestrator.results.folders import SweepFolder
 
 app = typer.Typer(
     name="orchestrator",
@@ -356,8 +356,8 @@ def report(
 
 def _is_written(folder: SweepFolder, page: Path, text: str) -> bool:
     """Whether the page is here to be opened; where it is not, what it says is printed all the same."""
+    from orchestrator.results.files import write_atomically
     from orchestrator.results.remote import publish
-    from orchestrator.results.storage import write_atomically
 
     try:
         write_atomically(page, text)

@@ -32,8 +32,9 @@ from orchestrator.planning.estimate import estimate_lines
 from orchestrator.reporting import report
 from orchestrator.reporting.status import render_status
 from orchestrator.results.evaluation import Evaluation, Sample, write_evaluation
+from orchestrator.results.folders import SweepFolder
 from orchestrator.results.records import TrialStatus
-from orchestrator.results.storage import SweepFolder, newest_sweep
+from orchestrator.results.storage import newest_sweep
 from orchestrator.sweep.delivered import Delivered, is_owed, write_delivered
 from orchestrator.sweep.resume import read_earlier, require_same_question
 from orchestrator.training import data_rows

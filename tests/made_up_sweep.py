@@ -14,6 +14,7 @@ from orchestrator.config.trial_config import TrialConfig
 from orchestrator.planning.memory import MemoryEstimate, MemoryParts
 from orchestrator.planning.plan import SweepPlan
 from orchestrator.planning.planned_trial import PlannedTrial
+from orchestrator.results.folders import SweepFolder
 from orchestrator.results.records import (
     GitState,
     MetricPoint,
@@ -23,7 +24,7 @@ from orchestrator.results.records import (
     TrialResult,
     TrialStatus,
 )
-from orchestrator.results.storage import SweepFolder, write_sweep
+from orchestrator.results.storage import write_sweep
 
 START_MS = 1_760_000_000_000
 REASONS = {

@@ -23,8 +23,10 @@ from orchestrator.errors import InputError, ModelError, StorageError, cut, shown
 from orchestrator.export.merge import merge as merge_adapter
 from orchestrator.export.model_card import MARK, model_card
 from orchestrator.export.trial_weights import Kind, choose_trial, weights_of
+from orchestrator.results.files import let_read
+from orchestrator.results.folders import SweepFolder
 from orchestrator.results.records import TrialResult
-from orchestrator.results.storage import SweepFolder, let_read, read_sweep
+from orchestrator.results.storage import read_sweep
 from orchestrator.training import model_source
 from orchestrator.training.tokenizer import load_tokenizer
 

@@ -11,8 +11,8 @@ from typing import Literal
 from orchestrator.errors import InputError, cut
 from orchestrator.reporting.recommendation import recommend
 from orchestrator.results import remote
+from orchestrator.results.folders import SweepFolder
 from orchestrator.results.records import SweepResult, TrialResult
-from orchestrator.results.storage import SweepFolder
 
 Kind = Literal["adapter", "merged", "full"]
 """What an exported folder holds; `full` where the trial trained all weights, so that there is no adapter."""

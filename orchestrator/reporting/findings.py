@@ -25,9 +25,11 @@ from orchestrator.reporting.recommendation import Recommendation, competing, rec
 from orchestrator.reporting.statistics import ConfigurationSummary, label, summaries
 from orchestrator.reporting.times import Outlay, Times, against_plan, times_of
 from orchestrator.reporting.trades import trades
+from orchestrator.results.files import read_record, why_unread
+from orchestrator.results.folders import SweepFolder
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 from orchestrator.results.secrets import without_secret
-from orchestrator.results.storage import DamagedRecord, SweepFolder, is_at_work, read_record, read_sweep, why_unread
+from orchestrator.results.storage import DamagedRecord, is_at_work, read_sweep
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,8 +27,8 @@ from orchestrator.reporting.statistics import (
     objective_of,
     sign_of,
 )
+from orchestrator.results.folders import SweepFolder
 from orchestrator.results.records import TrialStatus
-from orchestrator.results.storage import SweepFolder
 
 __all__ = ["Report", "build", "render_html", "render_json", "render_text"]
 

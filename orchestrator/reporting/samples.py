@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from orchestrator.reporting.statistics import label
 from orchestrator.results.evaluation import Evaluation, evaluation_of
+from orchestrator.results.folders import SweepFolder
 from orchestrator.results.records import SweepResult
-from orchestrator.results.storage import SweepFolder
 
 
 @dataclass(frozen=True, slots=True)

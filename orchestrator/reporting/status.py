@@ -16,8 +16,10 @@ from orchestrator.reporting.findings import budget_in, sweep_file_of, trials_tol
 from orchestrator.reporting.recommendation import recommend
 from orchestrator.reporting.statistics import best_so_far, label, objective_of
 from orchestrator.reporting.times import times_of
+from orchestrator.results.files import read_record
+from orchestrator.results.folders import SweepFolder
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
-from orchestrator.results.storage import SweepFolder, is_at_work, read_record, read_sweep
+from orchestrator.results.storage import is_at_work, read_sweep
 
 MAX_REASONS = 5
 MOST_TRIALS, LONGEST_S = 10**7, 1e12

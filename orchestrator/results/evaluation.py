@@ -7,8 +7,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from orchestrator.config.sweep_config import EvaluateConfig
+from orchestrator.results.files import read_record, write_atomically
+from orchestrator.results.folders import SweepFolder, TrialFolder
 from orchestrator.results.records import TrialResult
-from orchestrator.results.storage import SweepFolder, TrialFolder, read_record, write_atomically
 
 
 class _Record(BaseModel):

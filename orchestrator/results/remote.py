@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.config.local_path import local_path
 from orchestrator.config.storage_address import SCHEME, is_remote, storage_problem
 from orchestrator.errors import FolderError, StorageError, cut
-from orchestrator.results.storage import CHECKPOINT, CHECKPOINT_PART, TABLE, TRIALS, TUNE, SweepFolder
+from orchestrator.results.folders import CHECKPOINT, CHECKPOINT_PART, TABLE, TRIALS, TUNE, SweepFolder
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileInfo, S3FileSystem

@@ -14,9 +14,9 @@ from functools import partial
 
 from orchestrator.errors import StorageError
 from orchestrator.results import lease
+from orchestrator.results.folders import SweepFolder
 from orchestrator.results.records import TrialResult, TrialStatus
 from orchestrator.results.remote import Mirror, Wanted, is_checkpoint, is_record, is_result
-from orchestrator.results.storage import SweepFolder
 from orchestrator.sweep.folder_lock import Tenure
 
 log = logging.getLogger(__name__)

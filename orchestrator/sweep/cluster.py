@@ -21,7 +21,7 @@ from orchestrator.config.sweep_config import ResourcesConfig
 from orchestrator.errors import ClusterUnreachableError, InputError, StorageError, cut
 from orchestrator.planning.room import trials_that_fit, workers_on
 from orchestrator.results import remote, shared_storage
-from orchestrator.results.storage import SweepFolder
+from orchestrator.results.folders import SweepFolder
 from orchestrator.sweep.own_sessions import children_in_own_sessions
 from orchestrator.sweep.worker import ACCELERATOR, GroupShape
 

@@ -10,17 +10,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from orchestrator.errors import FolderError, StorageError
+from orchestrator.results.files import read_record, require_there, write_atomically
+from orchestrator.results.folders import SweepFolder
 from orchestrator.results.records import SweepId, TrialStatus
 from orchestrator.results.remote import cache_folder
 from orchestrator.results.secrets import without_secret
-from orchestrator.results.storage import (
-    SweepFolder,
-    is_at_work,
-    read_record,
-    read_sweep,
-    require_there,
-    write_atomically,
-)
+from orchestrator.results.storage import is_at_work, read_sweep
 from orchestrator.sweep import own_database
 
 MOST_SERVERS = 100

@@ -10,9 +10,10 @@ from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.sweep_file import load
 from orchestrator.errors import OrchestratorError, TrackingUnreachableError, counted, cut
 from orchestrator.reporting.recommendation import trial_to_take
+from orchestrator.results.folders import SweepFolder
 from orchestrator.results.records import SweepResult, TrialResult
 from orchestrator.results.secrets import without_secret
-from orchestrator.results.storage import SweepFolder, read_sweep, write_results, write_sweep
+from orchestrator.results.storage import read_sweep, write_results, write_sweep
 from orchestrator.sweep import evaluation, logged_model
 from orchestrator.sweep.delivered import has_been_told, is_known, told_server
 from orchestrator.sweep.folder_lock import only_one

@@ -18,8 +18,8 @@ from orchestrator.config.sweep_config import SweepConfig, is_score
 from orchestrator.errors import counted, first_line
 from orchestrator.reporting.recommendation import trial_to_take
 from orchestrator.results.evaluation import Evaluation, evaluation_of, write_evaluation
+from orchestrator.results.folders import SweepFolder
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
-from orchestrator.results.storage import SweepFolder
 from orchestrator.sweep.mlflow_patience import twice
 from orchestrator.sweep.mlflow_runs import is_deleted, key_of, log_latest
 from orchestrator.sweep.trial_files import weights_on_this_node

@@ -22,8 +22,10 @@ from contextlib import contextmanager
 from filelock import FileLock, Timeout
 
 from orchestrator.errors import FolderError, StorageError
+from orchestrator.results.files import require_there, write_atomically
+from orchestrator.results.folders import SweepFolder
 from orchestrator.results.heartbeat import beating
-from orchestrator.results.storage import DEAD_AFTER_S, SweepFolder, read_lease, require_there, write_atomically
+from orchestrator.results.storage import DEAD_AFTER_S, read_lease
 
 RENEWED_EVERY_S = 5.0
 

@@ -14,8 +14,9 @@ from ray.util.placement_group import NODE_ID_LABEL_KEY
 
 from orchestrator.errors import StorageError
 from orchestrator.planning import budget
+from orchestrator.results.files import is_storage_failure
+from orchestrator.results.folders import SweepFolder
 from orchestrator.results.records import TrialResult, TrialStatus
-from orchestrator.results.storage import SweepFolder, is_storage_failure
 from orchestrator.sweep.generations import Generations, last_step
 from orchestrator.sweep.preparation import Prepared
 from orchestrator.sweep.recorder import Recorder

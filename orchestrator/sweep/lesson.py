@@ -11,8 +11,9 @@ from orchestrator.config.local_path import local_path
 from orchestrator.config.sweep_config import DataConfig, SweepConfig
 from orchestrator.config.sweep_file import load
 from orchestrator.errors import InputError
+from orchestrator.results.folders import SweepFolder
 from orchestrator.results.records import SweepResult
-from orchestrator.results.storage import SweepFolder, read_sweep
+from orchestrator.results.storage import read_sweep
 from orchestrator.search.observation import Goal, Observation, Standing, evaluated
 from orchestrator.search.warm_start import LIGHTER, learned, of_another_model
 

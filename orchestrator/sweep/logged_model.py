@@ -25,8 +25,8 @@ from orchestrator.errors import first_line
 from orchestrator.export.folder import Exported, export
 from orchestrator.export.merge import merged_dtype
 from orchestrator.reporting.statistics import objective_of
+from orchestrator.results.folders import SweepFolder
 from orchestrator.results.records import SweepResult, TrialResult
-from orchestrator.results.storage import SweepFolder
 from orchestrator.sweep.mlflow_patience import time_to_upload, twice
 from orchestrator.sweep.mlflow_runs import deleted_words, is_deleted, key_of
 from orchestrator.sweep.tracking_address import tracking_uri

@@ -15,9 +15,11 @@ from orchestrator.errors import counted
 from orchestrator.planning.plan_warnings import points_left_out
 from orchestrator.planning.planned_trial import PlannedTrial
 from orchestrator.results import provenance
+from orchestrator.results.files import write_atomically
+from orchestrator.results.folders import SweepFolder
 from orchestrator.results.records import PeakMemory, StartedFrom, Suggestion, SweepResult, TrialResult, TrialStatus
 from orchestrator.results.secrets import without_secret
-from orchestrator.results.storage import SweepFolder, write_atomically, write_results, write_sweep
+from orchestrator.results.storage import write_results, write_sweep
 from orchestrator.sweep.preparation import Prepared
 from orchestrator.sweep.resume import Earlier, at_work_s, gone_on_with, kept, stays, with_time_spent
 from orchestrator.sweep.suggestions import NewRecord, known_at_start

@@ -21,7 +21,8 @@ from orchestrator.planning.plan import SweepPlan, gpu_memory_fraction
 from orchestrator.planning.planned_trial import PlannedTrial, plan_trial
 from orchestrator.planning.room import WorkerShape, bound_bytes, placement
 from orchestrator.planning.step_time import Placement, Range, step_seconds
-from orchestrator.results.storage import SweepFolder, newest_sweeps
+from orchestrator.results.folders import SweepFolder
+from orchestrator.results.storage import newest_sweeps
 from orchestrator.sweep import cluster, gpu_choice
 from orchestrator.sweep.gpu_choice import Choice
 from orchestrator.sweep.worker import GroupShape

@@ -20,8 +20,8 @@ from rich.text import Text
 from orchestrator.errors import counted, printable
 from orchestrator.planning.pace import RAN, left_s, to_come
 from orchestrator.reporting.statistics import best_so_far, label, objective_of
+from orchestrator.results.folders import SweepFolder
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
-from orchestrator.results.storage import SweepFolder
 
 QUIET_S = 60.0
 """So long without a line, and the steps of the running trials are told."""

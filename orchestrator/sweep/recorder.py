@@ -18,9 +18,10 @@ from ray import tune
 
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import StorageError
+from orchestrator.results.folders import SweepFolder
 from orchestrator.results.records import PeakMemory, Timing, TrialResult, TrialStatus
 from orchestrator.results.secrets import without_secret
-from orchestrator.results.storage import SweepFolder, at_once, write_result
+from orchestrator.results.storage import at_once, write_result
 from orchestrator.sweep.failure_policy import STOP_LIMIT_S, pause_s
 from orchestrator.sweep.folder_lock import Tenure
 from orchestrator.training.task import TrialProgress

@@ -11,15 +11,9 @@ from orchestrator.config.trial_config import TrialConfig
 from orchestrator.config.yaml_text import shown_as_yaml
 from orchestrator.errors import FolderError, InputError, counted, cut
 from orchestrator.planning.plan import SweepPlan
+from orchestrator.results.folders import SweepFolder, TrialFolder
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
-from orchestrator.results.storage import (
-    DamagedRecord,
-    SweepFolder,
-    TrialFolder,
-    newest,
-    read_table,
-    read_trial_results,
-)
+from orchestrator.results.storage import DamagedRecord, newest, read_table, read_trial_results
 from orchestrator.sweep.delivered import kept_sweep_id
 
 SAME_KEYS = ("model", "data")

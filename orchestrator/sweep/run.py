@@ -11,9 +11,11 @@ from orchestrator.config.storage_address import is_remote
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.reporting import report
 from orchestrator.reporting.findings import Report
+from orchestrator.results.files import write_atomically
+from orchestrator.results.folders import SweepFolder
 from orchestrator.results.records import SweepResult, TrialStatus
 from orchestrator.results.remote import sweep_folder
-from orchestrator.results.storage import SweepFolder, write_atomically, write_sweep
+from orchestrator.results.storage import write_sweep
 from orchestrator.sweep import cluster, evaluation, system_metrics
 from orchestrator.sweep.callbacks import Callbacks
 from orchestrator.sweep.carrier import Carrier, carried

@@ -11,8 +11,8 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from orchestrator.config.sweep_config import GraceUnit, SweepConfig
 from orchestrator.config.trial_config import TrialConfig
+from orchestrator.results.folders import SweepFolder
 from orchestrator.results.records import MetricPoint, TrialResult, TrialStatus
-from orchestrator.results.storage import SweepFolder
 from orchestrator.search.extrapolation import Extrapolation
 from orchestrator.search.observation import Goal
 from orchestrator.search.stopping import Halving, Heard, Hyperband, Median, Recalled, StopRule, Together, replay

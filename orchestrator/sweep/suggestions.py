@@ -15,8 +15,9 @@ from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import FolderError
 from orchestrator.planning import budget
 from orchestrator.planning.planned_trial import PlannedTrial
+from orchestrator.results.folders import SweepFolder
 from orchestrator.results.records import MetricPoint, StartedFrom, Suggestion, TrialResult, TrialStatus
-from orchestrator.results.storage import SweepFolder, read_sweep
+from orchestrator.results.storage import read_sweep
 from orchestrator.search.observation import Goal, Observation, evaluated, observe
 from orchestrator.search.payoff import expected_gain
 from orchestrator.search.suggest import FIRST, next_settings

@@ -21,10 +21,10 @@ from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.errors import StorageError, TrackingUnreachableError, cut
 from orchestrator.reporting.quantities import memory
 from orchestrator.reporting.statistics import objective_of
+from orchestrator.results.folders import SweepFolder
 from orchestrator.results.records import MetricPoint, SweepResult, TrialResult, TrialStatus
 from orchestrator.results.remote import local_storage
 from orchestrator.results.secrets import without_secret
-from orchestrator.results.storage import SweepFolder
 from orchestrator.sweep import failure_policy, own_database
 from orchestrator.sweep.delivered import TrialDelivery, read_delivered, remember_server, write_delivered
 from orchestrator.sweep.logged_data import dataset_inputs

@@ -16,8 +16,9 @@ from filelock import FileLock
 
 from orchestrator.config.storage_address import is_remote
 from orchestrator.errors import StorageError
+from orchestrator.results.files import require_there
+from orchestrator.results.folders import TrialFolder
 from orchestrator.results.remote import Mirror, Wanted, copy_of, everything
-from orchestrator.results.storage import TrialFolder, require_there
 from orchestrator.training.task import TrialTask, WorkerPlace
 
 Keep = Callable[[float], None]

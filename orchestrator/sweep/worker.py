@@ -26,8 +26,8 @@ from ray.train.backend import Backend, BackendConfig
 from ray.util import get_current_placement_group
 
 from orchestrator.errors import StorageError
+from orchestrator.results.folders import TrialFolder
 from orchestrator.results.records import TrialStatus
-from orchestrator.results.storage import TrialFolder
 from orchestrator.sweep.switchboard import STOPPED, Assignment
 from orchestrator.sweep.trial_files import Keep, leave_nothing, on_this_node
 from orchestrator.sweep.trial_messages import SilentError, messages

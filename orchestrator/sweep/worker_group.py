@@ -19,7 +19,7 @@ from ray.util import remove_placement_group
 from ray.util.placement_group import NODE_ID_LABEL_KEY
 
 from orchestrator.errors import StorageError
-from orchestrator.results.storage import require_there
+from orchestrator.results.files import require_there
 from orchestrator.sweep.worker import GroupShape, WorkerConfig, serve
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import ModelError
-from orchestrator.results.storage import let_read
+from orchestrator.results.files import let_read
 from orchestrator.training.quiet import quiet_libraries
 
 _LLAMA = {

@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 
 from orchestrator.config.trial_config import CHANGEABLE
 from orchestrator.errors import CheckpointError, StorageError
-from orchestrator.results.storage import TrialFolder, checkpoint_part, let_read, sync
+from orchestrator.results.files import let_read, sync
+from orchestrator.results.folders import TrialFolder, checkpoint_part
 from orchestrator.training.agreement import all_say_yes, told_by_first
 from orchestrator.training.data import read_summary
 from orchestrator.training.task import TrialTask, WorkerPlace

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 
 from orchestrator.config.sweep_config import DataConfig
 from orchestrator.errors import DataError, counted
-from orchestrator.results.storage import read_record, sync
+from orchestrator.results.files import read_record, sync
 from orchestrator.training.data_rows import Row, fingerprint, missing_columns, read_rows
 from orchestrator.training.data_tokens import tokenize
 from orchestrator.training.tokenizer import load_tokenizer

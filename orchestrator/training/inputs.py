@@ -12,8 +12,9 @@ from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.errors import DataError, FolderError, InputError
 from orchestrator.planning.model_shape import ModelShape, shape_of
 from orchestrator.planning.plan import require_targets
+from orchestrator.results.folders import SweepFolder
 from orchestrator.results.remote import sweep_folder
-from orchestrator.results.storage import SweepFolder, read_sweep
+from orchestrator.results.storage import read_sweep
 from orchestrator.training import data_rows, evaluation, model_source
 from orchestrator.training.model_source import ModelSource
 

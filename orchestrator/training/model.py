@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from orchestrator.config.trial_config import Precision, TrialConfig
 from orchestrator.errors import ModelError
 from orchestrator.planning.model_families import IMAGE_PARTS
-from orchestrator.results.storage import let_read, require_there, sync
+from orchestrator.results.files import let_read, require_there, sync
 from orchestrator.training import device as devices
 from orchestrator.training.deepspeed_config import ComputeDtype
 

@@ -16,8 +16,8 @@ from transformers import AutoTokenizer
 
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import ModelError, StorageError, TrialDivergedError
+from orchestrator.results.folders import TrialFolder
 from orchestrator.results.records import MetricPoint
-from orchestrator.results.storage import TrialFolder
 from orchestrator.training import data as trial_data
 from orchestrator.training import device as devices
 from orchestrator.training import model as models

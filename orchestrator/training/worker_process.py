@@ -28,9 +28,10 @@ from orchestrator.errors import (
     TrialOutOfMemoryError,
     first_line,
 )
+from orchestrator.results.files import is_storage_failure, write_atomically
+from orchestrator.results.folders import TrialFolder
 from orchestrator.results.records import TrialStatus
 from orchestrator.results.secrets import without_secret
-from orchestrator.results.storage import TrialFolder, is_storage_failure, write_atomically
 from orchestrator.training import device as devices
 from orchestrator.training import training_loop, trial_log
 from orchestrator.training.deepspeed_config import compute_dtype, deepspeed_config, to_json

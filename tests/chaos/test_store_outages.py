@@ -14,7 +14,8 @@ import pytest
 pytest.importorskip("moto")
 
 from orchestrator.results import remote
-from orchestrator.results.storage import SweepFolder, read_sweep
+from orchestrator.results.folders import SweepFolder
+from orchestrator.results.storage import read_sweep
 from tests.object_store import BUCKET, fragile_store
 from tests.ray.sweeps import Run, start
 from tests.waiting import wait_until

@@ -15,8 +15,9 @@ import pytest
 pytest.importorskip("moto")
 
 from orchestrator.results import lease, remote
+from orchestrator.results.folders import SweepFolder
 from orchestrator.results.records import SweepResult, TrialStatus
-from orchestrator.results.storage import SweepFolder, is_at_work, read_sweep, read_trial_results
+from orchestrator.results.storage import is_at_work, read_sweep, read_trial_results
 from tests.object_store import BUCKET, started_store
 from tests.ray.clusters import joined_node, started_head
 from tests.ray.sweeps import Run, start

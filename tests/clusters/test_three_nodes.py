@@ -14,8 +14,9 @@ import pytest
 pytest.importorskip("moto")
 
 from orchestrator.results import remote
+from orchestrator.results.folders import SweepFolder
 from orchestrator.results.records import TrialResult, TrialStatus
-from orchestrator.results.storage import SweepFolder, read_sweep
+from orchestrator.results.storage import read_sweep
 from tests.clusters.separate_nodes import Cluster, Network, Node, started_cluster, why_not
 from tests.object_store import BUCKET, started_store
 from tests.ray.sweeps import Run, start

@@ -16,8 +16,9 @@ from orchestrator.cli import app
 from orchestrator.errors import InputError
 from orchestrator.reporting import comparison_report, quantities, report
 from orchestrator.reporting.comparison import Comparison, compare
+from orchestrator.results.files import write_atomically
+from orchestrator.results.folders import SweepFolder
 from orchestrator.results.records import GitState, SweepResult, TrialStatus
-from orchestrator.results.storage import SweepFolder, write_atomically
 from tests.fast.test_report import Page
 from tests.made_up_sweep import made_up_plan, made_up_sweep, made_up_trial, simulated, write_made_up
 

@@ -16,7 +16,8 @@ import pytest
 from filelock import FileLock
 
 from orchestrator.errors import FolderError
-from orchestrator.results.storage import DEAD_AFTER_S, SweepFolder, is_at_work
+from orchestrator.results.folders import SweepFolder
+from orchestrator.results.storage import DEAD_AFTER_S, is_at_work
 from orchestrator.sweep import folder_lock
 from orchestrator.sweep.folder_lock import only_one
 from tests.waiting import wait_until
@@ -86,7 +87,7 @@ def test_a_killed_owner_on_this_host_is_no_hindrance(folder: SweepFolder) -> Non
     code = f"""
 import os, signal
 from pathlib import Path
-from orchestrator.results.storage import SweepFolder
+from orchestrator.results.folders import SweepFolder
 from orchestrator.sweep.folder_lock import only_one
 from tests.waiting import wait_until
 with only_one(SweepFolder(Path({str(folder.root)!r}))):

@@ -15,7 +15,9 @@ SCRIPT = """
 import contextlib, subprocess, sys
 from pathlib import Path
 from orchestrator.results.records import TrialStatus
-from orchestrator.results.storage import SweepFolder, read_trial_results, write_atomically
+from orchestrator.results.files import write_atomically
+from orchestrator.results.folders import SweepFolder
+from orchestrator.results.storage import read_trial_results
 from orchestrator.sweep import recorder as recorders
 from orchestrator.sweep.folder_lock import Tenure
 from tests.made_up_sweep import made_up_trial

@@ -8,7 +8,8 @@ import pytest
 
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import StorageError
-from orchestrator.results.storage import SweepFolder, write_atomically
+from orchestrator.results.files import write_atomically
+from orchestrator.results.folders import SweepFolder
 from tests.waiting import wait_until
 
 pytest.importorskip("ray")

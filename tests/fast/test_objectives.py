@@ -22,8 +22,8 @@ from orchestrator.reporting.objectives import costs_of, evidence, front_of, hype
 from orchestrator.reporting.recommendation import recommend, trial_to_take
 from orchestrator.reporting.statistics import front, summaries
 from orchestrator.results.constraints import worst_excess
+from orchestrator.results.folders import SweepFolder
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
-from orchestrator.results.storage import SweepFolder
 from orchestrator.search.observation import Goal, Observation, Standing, constraints_of, observe
 from orchestrator.search.suggest import next_settings
 from orchestrator.search.warm_start import best_settings

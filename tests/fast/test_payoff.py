@@ -17,8 +17,8 @@ from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.sweep_file import load
 from orchestrator.errors import InputError, SweepFileError
 from orchestrator.planning.planned_trial import PlannedTrial
+from orchestrator.results.folders import SweepFolder
 from orchestrator.results.records import Timing, TrialResult, TrialStatus
-from orchestrator.results.storage import SweepFolder
 from orchestrator.search.observation import Observation, Standing
 from orchestrator.search.payoff import expected_gain
 from orchestrator.search.suggest import MIN_KNOWN

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from orchestrator.config.sweep_config import SweepConfig
+from orchestrator.results.folders import SweepFolder
 from orchestrator.results.records import Suggestion, TrialResult, TrialStatus
-from orchestrator.results.storage import SweepFolder
 from orchestrator.sweep.opening import start_words
 from orchestrator.sweep.progress import Progress
 from tests.made_up_sweep import made_up_point, made_up_sweep, made_up_trial

@@ -12,8 +12,10 @@ pytest.importorskip("ray")
 
 from ray.tune.experiment import Trial
 
+from orchestrator.results.files import write_atomically
+from orchestrator.results.folders import SweepFolder
 from orchestrator.results.records import Timing, TrialResult, TrialStatus
-from orchestrator.results.storage import SweepFolder, read_trial_results, write_atomically
+from orchestrator.results.storage import read_trial_results
 from orchestrator.sweep import recorder as recorders
 from orchestrator.sweep.folder_lock import Tenure
 from orchestrator.sweep.recorder import Recorder, share_names

@@ -14,9 +14,11 @@ from pydantic import ValidationError
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import FolderError
 from orchestrator.reporting import report
-from orchestrator.results import storage
+from orchestrator.results import folders
+from orchestrator.results.files import write_atomically
+from orchestrator.results.folders import SweepFolder
 from orchestrator.results.records import MOVES, MetricPoint, TrialResult, TrialStatus, upgrade
-from orchestrator.results.storage import SweepFolder, read_sweep, read_trial_results, write_atomically, write_result
+from orchestrator.results.storage import read_sweep, read_trial_results, write_result
 from tests.made_up_sweep import made_up_point, made_up_sweep, made_up_trial, write_made_up
 
 S = TrialStatus
@@ -219,7 +221,7 @@ def test_the_newest_point_is_found_at_the_curves_end_which_is_read_alone(
     assert trial_folder.last_point() is None
     lines = [made_up_point(step, 2.0).model_dump_json() for step in range(1, 2001)]
     write_atomically(trial_folder.metrics, "\n".join([*lines, '{"step": -1}', lines[0][:20]]))
-    opened, read_bytes = storage.opened, []
+    opened, read_bytes = folders.opened, []
 
     @contextlib.contextmanager
     def watched(file: Path) -> Iterator[BinaryIO]:
@@ -228,9 +230,9 @@ def test_the_newest_point_is_found_at_the_curves_end_which_is_read_alone(
             stream.read = lambda: read_bytes.append(len(found := before())) or found  # type: ignore[method-assign]
             yield stream
 
-    monkeypatch.setattr(storage, "opened", watched)
+    monkeypatch.setattr(folders, "opened", watched)
     assert trial_folder.last_point() == made_up_point(2000, 2.0)
-    assert read_bytes == [storage.CURVES_END_BYTES]
+    assert read_bytes == [folders.CURVES_END_BYTES]
     write_atomically(trial_folder.metrics, lines[0])
     assert trial_folder.last_point() is None
     write_atomically(trial_folder.metrics, lines[0] + "\n")

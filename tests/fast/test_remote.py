@@ -21,8 +21,9 @@ pytest.importorskip("moto")
 from orchestrator.cli import app
 from orchestrator.errors import FolderError, StorageError
 from orchestrator.results import lease, remote
+from orchestrator.results.folders import TrialFolder, checkpoint_part
 from orchestrator.results.remote import Mirror
-from orchestrator.results.storage import TrialFolder, checkpoint_part, is_at_work
+from orchestrator.results.storage import is_at_work
 from tests.object_store import BUCKET, started_store
 from tests.waiting import wait_until
 

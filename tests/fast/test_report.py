@@ -22,8 +22,9 @@ from orchestrator.reporting.findings import behind_text, trial_snippet
 from orchestrator.reporting.plot import Axis, Dot, Line, ticks, xy_plot
 from orchestrator.reporting.status import render_status
 from orchestrator.reporting.times import Outlay, against_plan, times_of
+from orchestrator.results.files import write_atomically
+from orchestrator.results.folders import SweepFolder
 from orchestrator.results.records import PeakMemory, SweepResult, Timing, TrialStatus
-from orchestrator.results.storage import SweepFolder, write_atomically
 from tests.made_up_sweep import (
     START_MS,
     made_up_plan,

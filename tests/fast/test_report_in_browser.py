@@ -12,7 +12,7 @@ import pytest
 
 from orchestrator.reporting import comparison_report, report
 from orchestrator.reporting.comparison import compare
-from orchestrator.results.storage import write_atomically
+from orchestrator.results.files import write_atomically
 from tests.fast.test_report import a_thousand_trials, of_every_status
 from tests.made_up_sweep import made_up_plan, simulated, write_made_up
 

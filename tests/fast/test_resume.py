@@ -19,9 +19,11 @@ from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.sweep_file import to_yaml
 from orchestrator.errors import FolderError, StorageError
 from orchestrator.reporting.times import times_of
-from orchestrator.results import storage
+from orchestrator.results import folders
+from orchestrator.results.files import write_atomically
+from orchestrator.results.folders import SweepFolder
 from orchestrator.results.records import PeakMemory, Suggestion, TrialStatus
-from orchestrator.results.storage import SweepFolder, read_sweep, write_atomically, write_result
+from orchestrator.results.storage import read_sweep, write_result
 from orchestrator.sweep.delivered import Delivered, write_delivered
 from orchestrator.sweep.resume import (
     Earlier,
@@ -371,7 +373,7 @@ def test_a_curve_that_the_disk_does_not_give_is_not_taken_for_an_empty_one(
     def fail(file: Path) -> None:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(file))
 
-    monkeypatch.setattr(storage, "opened", fail)
+    monkeypatch.setattr(folders, "opened", fail)
     with pytest.raises(StorageError, match=r"cannot read .*metrics\.jsonl .*Stale file handle.*mend the disk"):
         trial.read_metrics_from(7)
     # Of one that trains it is asked again; a report shows what there is.

@@ -15,8 +15,8 @@ from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 
 from orchestrator.config.sweep_config import SchedulerConfig, SweepConfig
+from orchestrator.results.folders import SweepFolder
 from orchestrator.results.records import MetricPoint, TrialStatus
-from orchestrator.results.storage import SweepFolder
 from orchestrator.sweep.scheduler import RuleScheduler
 from tests.fast.test_suggest import point, record
 

@@ -12,8 +12,8 @@ import pytest
 from orchestrator.config.search_space import Trial
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.planning.planned_trial import PlannedTrial
+from orchestrator.results.folders import SweepFolder
 from orchestrator.results.records import Timing, TrialResult, TrialStatus
-from orchestrator.results.storage import SweepFolder
 from tests.fast.cases import new_record, planned
 from tests.fast.test_suggest import point
 

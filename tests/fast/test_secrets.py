@@ -10,10 +10,12 @@ from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.config.sweep_file import to_yaml
 from orchestrator.errors import FolderError, InputError
 from orchestrator.export.trial_weights import weights_of
+from orchestrator.results.files import write_atomically
+from orchestrator.results.folders import SweepFolder
 from orchestrator.results.records import TrialStatus
 from orchestrator.results.remote import sweep_folder
 from orchestrator.results.secrets import without_password, without_secret
-from orchestrator.results.storage import SweepFolder, read_sweep, read_trial_results, write_atomically, write_sweep
+from orchestrator.results.storage import read_sweep, read_trial_results, write_sweep
 from tests.made_up_sweep import made_up_sweep, made_up_trial, write_made_up
 
 SECRET = "s3cr3t-Value"

@@ -11,8 +11,10 @@ from filelock import FileLock
 
 from orchestrator.errors import FolderError
 from orchestrator.reporting.status import render_status
+from orchestrator.results.files import write_atomically
+from orchestrator.results.folders import SweepFolder
 from orchestrator.results.records import Suggestion, TrialStatus
-from orchestrator.results.storage import SweepFolder, read_sweep, write_atomically, write_result
+from orchestrator.results.storage import read_sweep, write_result
 from tests.made_up_sweep import START_MS, made_up_point, made_up_sweep, made_up_trial, simulated, write_made_up
 
 NOW_S = START_MS / 1000 + 300

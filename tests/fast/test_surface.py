@@ -20,7 +20,9 @@ from typer.testing import CliRunner
 from orchestrator.cli import app
 from orchestrator.config.sweep_file import load, to_yaml
 from orchestrator.planning.plan import SweepPlan
-from orchestrator.results.storage import SweepFolder, write_atomically, write_result
+from orchestrator.results.files import write_atomically
+from orchestrator.results.folders import SweepFolder
+from orchestrator.results.storage import write_result
 from tests.fast.cases import LLAMA_2_7B
 from tests.golden_files import commands, expected
 from tests.made_up_sweep import made_up_trial

@@ -16,9 +16,10 @@ pytest.importorskip("moto")
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import FolderError, StorageError
 from orchestrator.results import remote
+from orchestrator.results.folders import SweepFolder, TrialFolder, checkpoint_part
 from orchestrator.results.records import Suggestion, TrialResult, TrialStatus
 from orchestrator.results.remote import Mirror
-from orchestrator.results.storage import SweepFolder, TrialFolder, checkpoint_part, write_result
+from orchestrator.results.storage import write_result
 from orchestrator.sweep import carrier as carriers
 from orchestrator.sweep.carrier import carried
 from orchestrator.sweep.folder_lock import Tenure

@@ -8,8 +8,8 @@ from multiprocessing.connection import Connection
 
 import pytest
 
+from orchestrator.results.files import is_storage_failure
 from orchestrator.results.records import TrialStatus
-from orchestrator.results.storage import is_storage_failure
 from orchestrator.sweep import failure_policy
 from orchestrator.sweep.trial_messages import SilentError, messages
 from orchestrator.training.task import Alive, TrialEnd

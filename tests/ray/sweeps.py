@@ -15,8 +15,9 @@ from typing import Any
 import psutil
 import yaml
 
+from orchestrator.results.folders import SweepFolder
 from orchestrator.results.records import SweepResult, TrialResult
-from orchestrator.results.storage import SweepFolder, read_sweep
+from orchestrator.results.storage import read_sweep
 
 LIMIT_S = 300.0
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from orchestrator.results.folders import SweepFolder
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
-from orchestrator.results.storage import SweepFolder
 from tests.ray.sweeps import LIMIT_S, Run, start
 from tests.waiting import wait_until
 

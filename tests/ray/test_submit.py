@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from orchestrator.results.folders import SweepFolder
 from orchestrator.results.records import GitState, TrialStatus
-from orchestrator.results.storage import SweepFolder, read_sweep, read_trial_results
+from orchestrator.results.storage import read_sweep, read_trial_results
 from tests.checkout import committed
 from tests.ray.clusters import BIN, Head, started_head
 from tests.ray.sweeps import BASE

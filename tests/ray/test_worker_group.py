@@ -19,8 +19,8 @@ from ray.util import placement_group_table
 
 from orchestrator.config.sweep_config import DataConfig
 from orchestrator.config.trial_config import TrialConfig
+from orchestrator.results.folders import TrialFolder
 from orchestrator.results.records import TrialStatus
-from orchestrator.results.storage import TrialFolder
 from orchestrator.sweep import cluster
 from orchestrator.sweep.trial import TrialOnWorkers
 from orchestrator.sweep.worker import GroupShape

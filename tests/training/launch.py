@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.config.trial_config import TrialConfig
+from orchestrator.results.folders import TrialFolder
 from orchestrator.results.records import MetricPoint
-from orchestrator.results.storage import TrialFolder
 from orchestrator.training.task import Alive, TrialEnd, TrialProgress, TrialTask, WorkerPlace
 
 LIMIT_S = 120.0

@@ -15,7 +15,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from orchestrator.results.storage import TrialFolder, checkpoint_part
+from orchestrator.results.folders import TrialFolder, checkpoint_part
 from orchestrator.training.checkpoint import is_due
 from orchestrator.training.task import TrialEnd, TrialProgress, TrialTask, WorkerPlace
 from tests.training.conftest import tiny

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.results.storage import TrialFolder
+from orchestrator.results.folders import TrialFolder
 from orchestrator.training.task import TrialTask, WorkerPlace
 from tests.training.conftest import tiny
 from tests.training.launch import in_workers, make_task

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator.config.sweep_config import EvaluateConfig
 from orchestrator.results.evaluation import Evaluation
-from orchestrator.results.storage import SweepFolder, read_sweep
+from orchestrator.results.folders import SweepFolder
+from orchestrator.results.storage import read_sweep
 from orchestrator.training import evaluation
 from orchestrator.training.evaluation import EvaluationTask
 from tests.training.test_export import a_sweep

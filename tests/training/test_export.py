@@ -23,8 +23,9 @@ from orchestrator.config.sweep_file import to_yaml
 from orchestrator.errors import InputError, StorageError
 from orchestrator.export.folder import export
 from orchestrator.export.model_card import model_card
+from orchestrator.results.folders import SweepFolder
 from orchestrator.results.records import TrialResult, TrialStatus
-from orchestrator.results.storage import SweepFolder, read_sweep
+from orchestrator.results.storage import read_sweep
 from orchestrator.sweep.delivered import Delivered, TrialDelivery, write_delivered
 from orchestrator.training import model as models
 from tests.made_up_sweep import made_up_sweep, made_up_trial, write_made_up

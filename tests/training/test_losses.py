@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from orchestrator.config.trial_config import TrialConfig
-from orchestrator.results.storage import TrialFolder
+from orchestrator.results.folders import TrialFolder
 from orchestrator.training.task import TrialTask, WorkerPlace
 from tests.training.conftest import TINY, tiny
 from tests.training.launch import Outcome, in_workers, make_task, run_trial

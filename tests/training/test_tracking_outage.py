@@ -26,11 +26,13 @@ from orchestrator.config.sweep_config import EvaluateConfig, SweepConfig, Tracki
 from orchestrator.config.sweep_file import to_yaml
 from orchestrator.errors import TrackingUnreachableError
 from orchestrator.results.evaluation import Evaluation, write_evaluation
+from orchestrator.results.files import write_atomically
+from orchestrator.results.folders import SweepFolder
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 from orchestrator.results.remote import Mirror, is_record, sweep_folder
 from orchestrator.results.secrets import without_secret
-from orchestrator.results.storage import SweepFolder, read_sweep, write_atomically, write_sweep
-from orchestrator.sweep import evaluation, logged_model, system_metrics, tracking
+from orchestrator.results.storage import read_sweep, write_sweep
+from orchestrator.sweep import evaluation, logged_model, mlflow_patience, system_metrics
 from orchestrator.sweep.delivered import Delivered, read_delivered, write_delivered
 from orchestrator.sweep.delivery import deliver
 from orchestrator.sweep.tracking import Tracker, awaited_tracker
@@ -229,7 +231,7 @@ def test_a_server_that_answers_otherwise_than_mlflow_is_told_as_one(
 
 
 def test_a_server_that_never_ends_its_answer_holds_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "WHOLE_ANSWER_LIMIT_S", 1.0)
+    monkeypatch.setattr(mlflow_patience, "WHOLE_ANSWER_LIMIT_S", 1.0)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     with dripping() as uri:
         config, _, folder = a_sweep(tmp_path / "drips", uri)

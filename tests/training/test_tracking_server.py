@@ -18,8 +18,10 @@ from orchestrator.config.sweep_config import DataConfig, SweepConfig, TrackingCo
 from orchestrator.config.sweep_file import to_yaml
 from orchestrator.reporting import report
 from orchestrator.reporting.recommendation import trial_to_take
+from orchestrator.results.files import write_atomically
+from orchestrator.results.folders import SweepFolder
 from orchestrator.results.records import SweepResult, TrialResult
-from orchestrator.results.storage import SweepFolder, read_sweep, write_atomically
+from orchestrator.results.storage import read_sweep
 from orchestrator.sweep import logged_model, system_metrics
 from orchestrator.sweep.tracking import Tracker
 from orchestrator.training import data
