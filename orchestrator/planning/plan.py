@@ -29,7 +29,7 @@ from orchestrator.planning.cheaper import for_memory, what_fits
 from orchestrator.planning.compatibility import Case, missing_targets, refusals
 from orchestrator.planning.hardware import GIB, NAMED_HOST_BYTES, Hardware
 from orchestrator.planning.makespan import Work, simulate
-from orchestrator.planning.memory import CONTEXT_BYTES, MemoryEstimate, estimate_on, loading_bytes_on
+from orchestrator.planning.memory import MemoryEstimate, estimate_on, loading_bytes_on, outside_torch_bytes
 from orchestrator.planning.model_shape import ModelShape
 from orchestrator.planning.notes import experts_stay_unquantised, host_bytes_a_node, notes
 from orchestrator.planning.pace import Pace
@@ -129,7 +129,7 @@ def packed_share(
     memory_bytes = memory_for_a_worker(hardware, replace(whole, limit_bytes=None), 1)
     planned = [plan_trial(trial, model, hardware, whole, memory_bytes) for trial in trials]
     needed = [
-        max(trial.memory.device_bytes, loading_bytes_on(trial.config, model, hardware))
+        max(trial.memory.device_bytes, loading_bytes_on(trial.config, model, 1, hardware))
         for trial in planned
         if trial.memory and not trial.reasons
     ]
@@ -198,7 +198,7 @@ def plan_trial(
         return _planned(trial, trial.config, reasons=reasons)
     config = with_micro_batch(trial.config, model, hardware, shape.workers, memory_bytes, shape.bound_bytes)
     memory = estimate_on(config, model, shape.workers, hardware)
-    if max(memory.needed_bytes, loading_bytes_on(config, model, hardware)) > memory_bytes:
+    if max(memory.needed_bytes, loading_bytes_on(config, model, shape.workers, hardware)) > memory_bytes:
         told = _does_not_fit(replace(case, config=config), shape, memory, memory_bytes)
         return _planned(trial, config, reasons=(told,), memory=memory)
     step = step_seconds(
@@ -256,7 +256,7 @@ def _does_not_fit(case: Case, shape: WorkerShape, memory: MemoryEstimate, memory
     needed_bytes = memory.needed_bytes
     of_which = f", of which {getattr(memory.parts, memory.parts.biggest) / GIB:.1f} GiB for {memory.parts.biggest}"
     if needed_bytes <= memory_bytes:
-        needed_bytes = loading_bytes_on(case.config, case.shape, case.hardware)
+        needed_bytes = loading_bytes_on(case.config, case.shape, case.workers, case.hardware)
         of_which = (
             f" while it loads, since under ZeRO-3 each loads the whole model where precision is {case.config.precision}"
         )
@@ -277,11 +277,12 @@ def _does_not_fit(case: Case, shape: WorkerShape, memory: MemoryEstimate, memory
 def gpu_memory_fraction(plan: SweepPlan, hardware: Hardware) -> float | None:
     """What torch may allocate of a GPU that trials share, so that none takes its neighbours' memory; None: all.
 
-    Every process has a CUDA context besides, which torch does not count.
+    Every process has a CUDA context besides, and NCCL's memory, which torch does not count.
     """
     if hardware.gpu_memory_bytes is None or not 0 < plan.gpus_per_worker < 1:
         return None
-    return max(0.0, plan.worker_memory_bytes - CONTEXT_BYTES) / hardware.gpu_memory_bytes
+    outside_bytes = outside_torch_bytes("deepspeed", 1, hardware)
+    return max(0.0, plan.worker_memory_bytes - outside_bytes) / hardware.gpu_memory_bytes
 
 
 def require_targets(sweep: SweepConfig, model: ModelShape) -> None:
