@@ -64,6 +64,8 @@ class Point:
     weights: float
     stays: float
     """Weights, adapter and optimizer states, in bytes: nothing of them comes and goes."""
+    outside: float
+    """Bytes on the GPU outside of torch's allocator."""
     rule_of_thumb: float
     deepspeed: float
     kept: Point | None
@@ -81,7 +83,7 @@ class Point:
         if self.kept:
             reserved = min(reserved, self.kept.predicted(constants))
         needed = allocated + (allocated - self.stays) * memory.GAPS
-        return min(reserved, max(_gpu_bytes(self.row) - memory.CONTEXT_BYTES, needed))
+        return min(reserved, max(_gpu_bytes(self.row) - self.outside, needed))
 
     @property
     def rest(self) -> float:
@@ -149,6 +151,7 @@ def _point(row: Row, told: Mapping[str, Any], kept: Point | None) -> Point:
         counted=told["allocated_bytes"] - memory.WORKSPACE_BYTES,
         weights=parts["weights"],
         stays=parts["weights"] + parts["adapter"] + parts["optimizer"],
+        outside=told["device_bytes"] - told["reserved_bytes"],
         rule_of_thumb=1.2 * weights,
         deepspeed=zero3_model_states(shape.parameters, shape.embedding_parameters, gpus)
         if row["zero_stage"] == "fsdp"

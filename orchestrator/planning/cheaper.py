@@ -270,6 +270,6 @@ def _estimated(case: Case, memory_bytes: int) -> MemoryEstimate | None:
     """
     if refusals(case) or offload_exceeds_the_host(case):
         return None
-    if loading_bytes_on(case.config, case.shape, case.hardware) > memory_bytes:
+    if loading_bytes_on(case.config, case.shape, case.workers, case.hardware) > memory_bytes:
         return None
     return estimate_on(case.config, case.shape, case.workers, case.hardware)

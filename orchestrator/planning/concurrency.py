@@ -42,7 +42,7 @@ def packed_share(
     memory_bytes = memory_for_a_worker(hardware, replace(whole, limit_bytes=None), 1)
     planned = [plan_trial(trial, model, hardware, whole, memory_bytes) for trial in trials]
     needed = [
-        max(trial.memory.device_bytes, loading_bytes_on(trial.config, model, hardware))
+        max(trial.memory.device_bytes, loading_bytes_on(trial.config, model, 1, hardware))
         for trial in planned
         if trial.memory and not trial.reasons
     ]

@@ -17,7 +17,7 @@ from orchestrator.errors import InputError, ModelError, OrchestratorError, cut, 
 from orchestrator.planning.cheaper import what_fits
 from orchestrator.planning.compatibility import Case, refusals
 from orchestrator.planning.hardware import LARGEST_MEMORY, Hardware
-from orchestrator.planning.memory import estimate, loading_bytes_on
+from orchestrator.planning.memory import estimate_on, loading_bytes_on
 from orchestrator.planning.model_shape import ModelShape, shape_of
 from orchestrator.planning.notes import counted_as_a_llama
 from orchestrator.planning.planned_trial import with_micro_batch
@@ -100,8 +100,8 @@ def _estimated(
     case = Case(config, shape, hardware, workers)
     reasons = list(refusals(case))
     config = with_micro_batch(config, shape, hardware, workers, memory_bytes or LARGEST_MEMORY)
-    memory = estimate(config, shape, workers, "cuda", has_bf16=True)
-    needed_bytes = max(memory.needed_bytes, loading_bytes_on(config, shape, hardware))
+    memory = estimate_on(config, shape, workers, hardware)
+    needed_bytes = max(memory.needed_bytes, loading_bytes_on(config, shape, workers, hardware))
     if memory_bytes is not None:
         memory = memory.within(memory_bytes)
         if needed_bytes > memory_bytes:

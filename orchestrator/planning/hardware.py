@@ -44,6 +44,8 @@ class Hardware:
     gpu_name: str | None = None
     gpu_memory_bytes: int | None = None
     compute_capability: tuple[int, int] | None = None
+    resident_threads: int = 108 * 2048
+    """That its multiprocessors hold at once; an A100's where nobody knows the GPU."""
     half_flops: float = 0.0
     """Dense half-precision matrix FLOP/s of one GPU, as its data sheet says."""
     fp32_flops: float = 0.0
@@ -68,48 +70,59 @@ class Hardware:
         """Whether it has a GPU of a compute capability below 8.0, as Volta's and Turing's."""
         return self.compute_capability is not None and self.compute_capability < (8, 0)
 
+    @property
+    def has_nvlink(self) -> bool:
+        """Whether GPUs of a node reach each other faster than by PCIe; taken for granted where nobody knows."""
+        return not 0 < self.interconnect_bytes_per_s <= PCIE_BYTES_PER_S
+
 
 @dataclass(frozen=True, slots=True)
 class _Gpu:
     memory_gib: float
     capability: tuple[int, int]
+    multiprocessors: int
     half_tflops: float
     fp32_tflops: float
     bandwidth_gb_per_s: float
     link_gb_per_s: float
 
 
-# NVIDIA's data sheets: memory, compute capability, dense half-precision tensor TFLOP/s, fp32 TFLOP/s, GB/s of memory,
-# and GB/s one way to another GPU: half of what is printed for NVLink; 16, 32 or 64 for PCIe 3, 4 or 5 with 16 lanes.
+# NVIDIA's data sheets: memory, compute capability, multiprocessors, dense half-precision tensor TFLOP/s, fp32 TFLOP/s,
+# GB/s of memory, and GB/s one way to another GPU: half of what is printed for NVLink; 16, 32 or 64 for PCIe 3, 4 or 5
+# with 16 lanes.
 GPUS = {
-    "T4": _Gpu(15, (7, 5), 65, 8.1, 300, 16),
-    "V100": _Gpu(32, (7, 0), 125, 15.7, 900, 150),
-    "V100-PCIe": _Gpu(32, (7, 0), 112, 14, 900, 16),
-    "A10": _Gpu(22.5, (8, 6), 125, 31.2, 600, 32),
-    "A10G": _Gpu(22.5, (8, 6), 70, 35, 600, 32),
-    "A100-40GB": _Gpu(40, (8, 0), 312, 19.5, 1555, 300),
-    "A100": _Gpu(80, (8, 0), 312, 19.5, 2039, 300),
-    "A100-PCIe-40GB": _Gpu(40, (8, 0), 312, 19.5, 1555, 32),
-    "A100-PCIe": _Gpu(80, (8, 0), 312, 19.5, 1935, 32),
-    "A30": _Gpu(24, (8, 0), 165, 10.3, 933, 32),
-    "A6000": _Gpu(48, (8, 6), 155, 38.7, 768, 32),
-    "RTX-3090": _Gpu(24, (8, 6), 71, 35.6, 936, 32),
-    "RTX-4080": _Gpu(16, (8, 9), 97, 48.7, 717, 32),
-    "RTX-4090": _Gpu(24, (8, 9), 165, 82.6, 1008, 32),
-    "RTX-5090": _Gpu(32, (12, 0), 209.5, 104.8, 1792, 64),
-    "RTX-6000-Ada": _Gpu(48, (8, 9), 364, 91.1, 960, 32),
-    "RTX-PRO-6000": _Gpu(96, (12, 0), 504, 125, 1792, 64),
-    "L4": _Gpu(22.5, (8, 9), 121, 30.3, 300, 32),
-    "L40S": _Gpu(45, (8, 9), 362, 91.6, 864, 32),
-    "H100": _Gpu(80, (9, 0), 989, 67, 3350, 450),
-    "H100-PCIe": _Gpu(80, (9, 0), 756, 51, 2000, 64),
-    "H20": _Gpu(96, (9, 0), 148, 44, 4000, 450),
-    "GH200": _Gpu(96, (9, 0), 989, 67, 4000, 450),
-    "H200": _Gpu(141, (9, 0), 989, 67, 4800, 450),
-    "B200": _Gpu(180, (10, 0), 2250, 80, 8000, 900),
+    "T4": _Gpu(15, (7, 5), 40, 65, 8.1, 300, 16),
+    "V100": _Gpu(32, (7, 0), 80, 125, 15.7, 900, 150),
+    "V100-PCIe": _Gpu(32, (7, 0), 80, 112, 14, 900, 16),
+    "A10": _Gpu(22.5, (8, 6), 72, 125, 31.2, 600, 32),
+    "A10G": _Gpu(22.5, (8, 6), 80, 70, 35, 600, 32),
+    "A100-40GB": _Gpu(40, (8, 0), 108, 312, 19.5, 1555, 300),
+    "A100": _Gpu(80, (8, 0), 108, 312, 19.5, 2039, 300),
+    "A100-PCIe-40GB": _Gpu(40, (8, 0), 108, 312, 19.5, 1555, 32),
+    "A100-PCIe": _Gpu(80, (8, 0), 108, 312, 19.5, 1935, 32),
+    "A30": _Gpu(24, (8, 0), 56, 165, 10.3, 933, 32),
+    "A6000": _Gpu(48, (8, 6), 84, 155, 38.7, 768, 32),
+    "RTX-3090": _Gpu(24, (8, 6), 82, 71, 35.6, 936, 32),
+    "RTX-4080": _Gpu(16, (8, 9), 76, 97, 48.7, 717, 32),
+    "RTX-4090": _Gpu(24, (8, 9), 128, 165, 82.6, 1008, 32),
+    "RTX-5090": _Gpu(32, (12, 0), 170, 209.5, 104.8, 1792, 64),
+    "RTX-6000-Ada": _Gpu(48, (8, 9), 142, 364, 91.1, 960, 32),
+    "RTX-PRO-6000": _Gpu(96, (12, 0), 188, 504, 125, 1792, 64),
+    "L4": _Gpu(22.5, (8, 9), 58, 121, 30.3, 300, 32),
+    "L40S": _Gpu(45, (8, 9), 142, 362, 91.6, 864, 32),
+    "H100": _Gpu(80, (9, 0), 132, 989, 67, 3350, 450),
+    "H100-PCIe": _Gpu(80, (9, 0), 114, 756, 51, 2000, 64),
+    "H20": _Gpu(96, (9, 0), 78, 148, 44, 4000, 450),
+    "GH200": _Gpu(96, (9, 0), 132, 989, 67, 4000, 450),
+    "H200": _Gpu(141, (9, 0), 132, 989, 67, 4800, 450),
+    "B200": _Gpu(180, (10, 0), 148, 2250, 80, 8000, 900),
 }
 
 
+THREADS = {(7, 5): 1024, (8, 6): 1536, (8, 9): 1536, (12, 0): 1536}
+"""That a multiprocessor holds at once; 2048 by other capabilities (CUDA programming guide, compute capabilities)."""
+PCIE_BYTES_PER_S = 64e9
+"""One way, of the fastest here, with 16 lanes."""
 OTHER_SIZES = frozenset({"laptop", "mobile", "nvl"})
 """Words of a name by which a GPU has another memory than its namesake."""
 
@@ -163,6 +176,7 @@ def named_gpu(name: str, count: int, memory_bytes: int | None = None) -> Hardwar
         gpu_name=found,
         gpu_memory_bytes=memory_bytes,
         compute_capability=gpu.capability,
+        resident_threads=_threads(gpu, gpu.capability),
         half_flops=gpu.half_tflops * 1e12,
         fp32_flops=gpu.fp32_tflops * 1e12,
         bandwidth_bytes_per_s=gpu.bandwidth_gb_per_s * 1e9,
@@ -262,6 +276,7 @@ def _driven(gpu: Gpu, count: int, cpus: int, host_memory_bytes: int, has_bitsand
         gpu_name=gpu.name,
         gpu_memory_bytes=memory_bytes,
         compute_capability=capability,
+        resident_threads=int(_threads(like, capability) * gpu.compute_share),
         half_flops=like.half_tflops * gpu.compute_share * 1e12,
         fp32_flops=like.fp32_tflops * gpu.compute_share * 1e12,
         bandwidth_bytes_per_s=like.bandwidth_gb_per_s * channels * 1e9,
@@ -270,6 +285,10 @@ def _driven(gpu: Gpu, count: int, cpus: int, host_memory_bytes: int, has_bitsand
         has_bitsandbytes=has_bitsandbytes,
         torch_knows_volta=torch is not None and torch_knows_volta(Path(torch.origin or "").with_name("version.py")),
     )
+
+
+def _threads(gpu: _Gpu, capability: tuple[int, int]) -> int:
+    return gpu.multiprocessors * THREADS.get(capability, 2048)
 
 
 def torch_knows_volta(version_file: Path) -> bool:

@@ -37,8 +37,24 @@ NF4_CONSTANT_BYTES = 1 / 64 + 4 / (64 * 256)
 NF4_BYTES = 0.5 + NF4_CONSTANT_BYTES
 INT8_BYTES = 1.0
 """bitsandbytes' LLM.int8(): one byte, and an fp32 constant a row, which is below a thousandth."""
-CONTEXT_BYTES = 450 * 2**20
-"""CUDA context and libraries, as the driver reports them over torch's own figure (cuBLAS and cuDNN loaded)."""
+CONTEXT_BYTES, CONTEXT_THREAD_BYTES = 50 * 2**20, 2250
+"""CUDA context and the kernels that training loads: so much, and so much for each thread that the GPU's multiprocessors
+hold at once, since a context has local memory for all of them (NVIDIA's developer forum, "Local memory management"). A
+line through 16 published processes that had a GPU alone, T4 to RTX 5090, of which the farthest is 56 MiB off
+(benchmarks/data/outside_torch.csv)."""
+NCCL_KERNELS_BYTES = 82 * 2**20
+"""What a process' first NCCL communicator took beyond any further one (RTX 3060: sglang, pull request 35538)."""
+NCCL_ALONE_BYTES = 10 * 2**20
+"""A communicator of one worker, which has one channel (the same; training/worker_process.py)."""
+NCCL_PCIE_BYTES, NCCL_NVLINK_BYTES = 72 * 2**20, 480 * 2**20
+"""A communicator's share of each GPU, by what joins them: 4 channels, or 32 of which 24 are joined to rings. A channel
+takes three pieces of 2 MiB, the least that can be mapped (NCCL 2.29.7, channel.cc, `initChannel`), and in a ring 10 MiB
+to receive into and 2 to send from (transport/p2p.cc: 4 MiB for the protocol SIMPLE, 4.7 for LL128, 0.5 for LL). What
+trees would take is not counted: a connection is made when it is first used, and four A100 had 4 % more than is told
+with rings alone, eight H100 13 % (benchmarks/data/outside_torch.csv). GPUs that meet in the host's memory take less."""
+NVLS_BYTES = 32 * 2**20
+"""For each worker of a node whose switch sums, Hopper's and later: 16 channels with two buffers of 1 MiB
+(transport/nvls.cc). NCCL sums so among more than two (vLLM, issue 9699)."""
 WORKSPACE_BYTES = 64 * 2**20
 """cuBLAS workspaces and what else is allocated once."""
 FRAGMENTATION = 0.19
@@ -135,7 +151,8 @@ class MemoryEstimate:
     reserved_bytes: int | None
     """torch's `max_memory_reserved`."""
     device_bytes: int
-    """What the driver reports; on a CPU the process's peak resident memory."""
+    """What the driver reports: `reserved_bytes`, and what is outside of torch's allocator (`outside_torch_bytes`); on a
+    CPU the process's peak resident memory."""
     low_bytes: int | None
     high_bytes: int | None
     parts: MemoryParts
@@ -145,13 +162,17 @@ class MemoryEstimate:
         """What a trial's measured peak is comparable with: allocated on a GPU, resident on a CPU."""
         return self.device_bytes if self.allocated_bytes is None else self.allocated_bytes
 
+    @property
+    def _outside_bytes(self) -> int:
+        return 0 if self.reserved_bytes is None else self.device_bytes - self.reserved_bytes
+
     @computed_field  # type: ignore[prop-decorator]
     @property
     def needed_bytes(self) -> int:
         """The least that a device must have: on a GPU without what the allocator keeps and can give back."""
         if self.allocated_bytes is None:
             return self.device_bytes
-        return self.allocated_bytes + int(self.parts.comes_and_goes * GAPS) + CONTEXT_BYTES
+        return self.allocated_bytes + int(self.parts.comes_and_goes * GAPS) + self._outside_bytes
 
     def may_exceed(self, memory_bytes: int) -> bool:
         """Whether so much may be too little: at the upper end of the 90 % range."""
@@ -164,13 +185,18 @@ class MemoryEstimate:
         if self.reserved_bytes is None:
             return self
         device_bytes = min(self.device_bytes, max(memory_bytes, self.needed_bytes))
-        return replace(self, reserved_bytes=device_bytes - CONTEXT_BYTES, device_bytes=device_bytes)
+        return replace(self, reserved_bytes=device_bytes - self._outside_bytes, device_bytes=device_bytes)
 
 
 def estimate(
-    config: TrialConfig, shape: ModelShape, workers: int, device: Literal["cuda", "cpu"], has_bf16: bool
+    config: TrialConfig,
+    shape: ModelShape,
+    workers: int,
+    device: Literal["cuda", "cpu"],
+    has_bf16: bool,
+    outside_bytes: int = 0,
 ) -> MemoryEstimate:
-    """Estimate one worker's peak; `micro_batch_size` is a number."""
+    """Estimate one worker's peak; `micro_batch_size` is a number, `outside_bytes` what is not torch's on a GPU."""
     width = _bytes_of(config, device, has_bf16)
     phases = _phases(config, shape, workers, width)
     parts = _largest(phases)
@@ -183,7 +209,7 @@ def estimate(
         max(part.weights + int((part.total - part.weights) * share) for part in phases)
         for share in (REST_LOW, REST_HIGH)
     )
-    return MemoryEstimate(parts.total, reserved, reserved + CONTEXT_BYTES, low, high, parts)
+    return MemoryEstimate(parts.total, reserved, reserved + outside_bytes, low, high, parts)
 
 
 def _reserved(config: TrialConfig, shape: ModelShape, workers: int, width: Widths, parts: MemoryParts) -> int:
@@ -235,7 +261,23 @@ def _idle_at(config: TrialConfig, shape: ModelShape, width: Widths) -> float:
 
 def estimate_on(config: TrialConfig, shape: ModelShape, workers: int, hardware: Hardware) -> MemoryEstimate:
     """The estimate for this hardware."""
-    return estimate(config, shape, workers, hardware.device, hardware.has_bf16)
+    outside_bytes = outside_torch_bytes(config.engine, workers, hardware)
+    return estimate(config, shape, workers, hardware.device, hardware.has_bf16, outside_bytes)
+
+
+def outside_torch_bytes(engine: Literal["deepspeed", "ddp"], workers: int, hardware: Hardware) -> int:
+    """What a worker's process has on its GPU beside what torch reserves: its context, and what NCCL takes."""
+    context = CONTEXT_BYTES + CONTEXT_THREAD_BYTES * hardware.resident_threads
+    if workers == 1:
+        communicator, summing = NCCL_ALONE_BYTES, 0
+    elif not hardware.has_nvlink:
+        communicator, summing = NCCL_PCIE_BYTES, 0
+    else:
+        has_nvls = workers > 2 and hardware.compute_capability is not None and hardware.compute_capability >= (9, 0)
+        communicator, summing = NCCL_NVLINK_BYTES, NVLS_BYTES * min(workers, 8) * has_nvls
+    # DeepSpeed clones the group of all workers, and both are used (0.19.8, utils/groups.py, `_clone_world_group`).
+    communicators = 2 if engine == "deepspeed" else 1
+    return context + NCCL_KERNELS_BYTES + communicators * communicator + summing
 
 
 def _bytes_of(config: TrialConfig, device: Literal["cuda", "cpu"], has_bf16: bool) -> Widths:
@@ -357,7 +399,7 @@ def _linear_bytes(shape: ModelShape, width: Widths) -> float:
     return shape.quantisable_parameters * width.linear + shape.expert_parameters * width.rest
 
 
-def loading_bytes_on(config: TrialConfig, shape: ModelShape, hardware: Hardware) -> int:
+def loading_bytes_on(config: TrialConfig, shape: ModelShape, workers: int, hardware: Hardware) -> int:
     """What a GPU must have while quantised weights are loaded under ZeRO-3; 0 where the estimate counts loading itself.
 
     Each worker holds the whole model, which is sharded afterwards: quantised ones skip zero.Init (transformers 5.23,
@@ -367,7 +409,7 @@ def loading_bytes_on(config: TrialConfig, shape: ModelShape, hardware: Hardware)
     if hardware.device == "cpu" or not config.precision.is_quantized or config.zero_stage < 3:
         return 0
     width = _bytes_of(config, hardware.device, hardware.has_bf16)
-    return _loading(shape, width) + WORKSPACE_BYTES + CONTEXT_BYTES
+    return _loading(shape, width) + WORKSPACE_BYTES + outside_torch_bytes(config.engine, workers, hardware)
 
 
 def _loading_on_a_cpu(config: TrialConfig, shape: ModelShape, workers: int, width: Widths) -> int:

@@ -64,7 +64,7 @@ def quantised_weights_load_whole(case: Case) -> str | None:
     config = case.config
     if not config.precision.is_quantized or config.zero_stage < 3 or case.workers == 1:
         return None
-    loading = loading_bytes_on(config, case.shape, case.hardware)
+    loading = loading_bytes_on(config, case.shape, case.workers, case.hardware)
     return (
         f"precision {config.precision} under ZeRO-3: every worker holds the whole quantised model while it loads, and "
         f"must have {loading / GIB:.1f} GiB for it; the estimate counts the shard that stays"

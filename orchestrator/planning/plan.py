@@ -20,7 +20,7 @@ from orchestrator.planning.compatibility import missing_targets
 from orchestrator.planning.concurrency import max_concurrent, packed_share
 from orchestrator.planning.hardware import GIB, Hardware
 from orchestrator.planning.makespan import Simulated, Work, simulate
-from orchestrator.planning.memory import CONTEXT_BYTES
+from orchestrator.planning.memory import outside_torch_bytes
 from orchestrator.planning.model_shape import ModelShape
 from orchestrator.planning.pace import Pace
 from orchestrator.planning.plan_warnings import (
@@ -265,11 +265,12 @@ def _generations(work: Work, interval_steps: int) -> Iterator[Work]:
 def gpu_memory_fraction(plan: SweepPlan, hardware: Hardware) -> float | None:
     """What torch may allocate of a GPU that trials share, so that none takes its neighbours' memory; None: all.
 
-    Every process has a CUDA context besides, which torch does not count.
+    Every process has a CUDA context besides, and NCCL's memory, which torch does not count.
     """
     if hardware.gpu_memory_bytes is None or not 0 < plan.gpus_per_worker < 1:
         return None
-    return max(0.0, plan.worker_memory_bytes - CONTEXT_BYTES) / hardware.gpu_memory_bytes
+    outside_bytes = outside_torch_bytes("deepspeed", 1, hardware)
+    return max(0.0, plan.worker_memory_bytes - outside_bytes) / hardware.gpu_memory_bytes
 
 
 def require_targets(sweep: SweepConfig, model: ModelShape) -> None:

@@ -73,7 +73,7 @@ def plan_trial(
         return refused(trial, reasons)
     config = with_micro_batch(trial.config, model, hardware, shape.workers, memory_bytes, shape.bound_bytes)
     memory = estimate_on(config, model, shape.workers, hardware)
-    if max(memory.needed_bytes, loading_bytes_on(config, model, hardware)) > memory_bytes:
+    if max(memory.needed_bytes, loading_bytes_on(config, model, shape.workers, hardware)) > memory_bytes:
         told = _does_not_fit(replace(case, config=config), shape, memory, memory_bytes)
         return _planned(trial, config, reasons=(told,), memory=memory)
     step = step_seconds(
@@ -136,7 +136,7 @@ def _does_not_fit(case: Case, shape: WorkerShape, memory: MemoryEstimate, memory
     needed_bytes = memory.needed_bytes
     of_which = f", of which {getattr(memory.parts, memory.parts.biggest) / GIB:.1f} GiB for {memory.parts.biggest}"
     if needed_bytes <= memory_bytes:
-        needed_bytes = loading_bytes_on(case.config, case.shape, case.hardware)
+        needed_bytes = loading_bytes_on(case.config, case.shape, case.workers, case.hardware)
         of_which = (
             f" while it loads, since under ZeRO-3 each loads the whole model where precision is {case.config.precision}"
         )

@@ -161,6 +161,10 @@ def _join(place: WorkerPlace, device: torch.device) -> None:
     # Otherwise one worker's NCCL error ends the NCCL trials that follow too: they look for its signal to dump, which
     # has no prefix in the store that outlives them all (torch 2.13.0, ProcessGroupNCCL.cpp, globalStore_).
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
+    if place.world_size == 1:
+        # A communicator has its tables for every channel, of which one without peers has 64: 388 MiB for each of
+        # DeepSpeed's two groups (NCCL 2.29.7, channel.cc, `initChannel`; measured in sglang's pull request 35538).
+        os.environ.setdefault("NCCL_MAX_NCHANNELS", "1")
     # One worker reads the model under ZeRO-3, and one saves, while the others wait in a collective operation: for 10
     # minutes, as torch has it. Its own defaults, which DeepSpeed's groups take (0.19.8, comm/torch.py, new_group).
     distributed_c10d.default_pg_timeout = timedelta(seconds=START_LIMIT_S)

@@ -129,6 +129,10 @@ def test_the_table_holds_no_absurd_figure(name: str) -> None:
     assert 5e13 < gpu.half_flops < 3e15
     assert 5e12 < gpu.fp32_flops < 1.3e14
     assert 2e11 < gpu.bandwidth_bytes_per_s < 1e13
+    # A multiprocessor has 64 or 128 lanes that add and multiply in a cycle, of 1.2 to 2.8 GHz.
+    per_cycle = gpu.fp32_flops / 2 / GPUS[name].multiprocessors
+    assert 64 * 1.2e9 < per_cycle < 128 * 2.8e9
+    assert gpu.resident_threads / GPUS[name].multiprocessors in {1024, 1536, 2048}
 
 
 @pytest.mark.parametrize("name", ["V100", "A100", "A100-40GB", "H100"])

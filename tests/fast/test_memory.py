@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import csv
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.planning.compatibility import Case
-from orchestrator.planning.hardware import named_gpu
-from orchestrator.planning.memory import WORKSPACE_BYTES, ZERO3_STEP_WEIGHTS, MemoryParts, estimate, host_bytes_on
+from orchestrator.planning.hardware import GPUS, named_gpu
+from orchestrator.planning.memory import (
+    NCCL_ALONE_BYTES,
+    NCCL_KERNELS_BYTES,
+    WORKSPACE_BYTES,
+    ZERO3_STEP_WEIGHTS,
+    MemoryEstimate,
+    MemoryParts,
+    estimate,
+    estimate_on,
+    host_bytes_on,
+    loading_bytes_on,
+    outside_torch_bytes,
+)
 from orchestrator.planning.model_shape import shape_of
 from orchestrator.planning.notes import fp32_grouped_queries_write_scores, offload_exceeds_the_host
 from tests.fast.cases import LLAMA_2_7B, LLAMA_32_3B
@@ -226,3 +241,68 @@ def test_offload_is_measured_against_the_memory_of_the_host() -> None:
     assert told(16, rank="full") is None, "two nodes share it"
     assert told(8, rank=16) is None, "an adapter's state is small, and the frozen weights are shared out"
     assert told(8, rank=16, offload="optimizer") is None
+
+
+OUTSIDE = Path(__file__).parents[2] / "benchmarks" / "data" / "outside_torch.csv"
+
+
+def published_outside_torch(kind: str) -> list[tuple[str, int, float]]:
+    """GPU, workers and bytes of each published process of this kind, on GPUs that have a name here."""
+    with OUTSIDE.open() as file:
+        rows = [row for row in csv.DictReader(file) if row["kind"] == kind and row["gpu"] in GPUS]
+    beyond = [float(row["in_use_gib"]) - float(row["allocated_gib"]) - float(row["unallocated_gib"]) for row in rows]
+    return [(row["gpu"], int(row["workers"]), gib * GIB) for row, gib in zip(rows, beyond, strict=True)]
+
+
+def context_bytes(gpu: str) -> int:
+    return outside_torch_bytes("ddp", 1, named_gpu(gpu, 1)) - NCCL_KERNELS_BYTES - NCCL_ALONE_BYTES
+
+
+def test_a_context_is_as_large_as_published_processes_had_it_on_small_and_large_gpus() -> None:
+    at_work = published_outside_torch("alone")
+    assert {gpu for gpu, _, _ in at_work} == {"T4", "L4", "A100-40GB", "RTX-4090", "L40S", "RTX-5090"}
+    for gpu, _, measured in at_work:
+        assert context_bytes(gpu) == pytest.approx(measured, abs=60 * 2**20)
+    for gpu, _, measured in published_outside_torch("bare"):
+        assert 0 < context_bytes(gpu) - measured < 150 * 2**20, "with no kernel loaded it is smaller"
+
+
+def test_nccl_takes_what_published_data_parallel_workers_had_outside_of_torch() -> None:
+    several = published_outside_torch("workers")
+    assert [(gpu, workers) for gpu, workers, _ in several] == [("A100-40GB", 4), ("H100", 8)]
+    for gpu, workers, measured in several:
+        told = outside_torch_bytes("ddp", workers, named_gpu(gpu, workers))
+        assert 0.85 < told / measured < 1.05
+
+
+def on_gpus(gpu: str, workers: int, **settings: Any) -> MemoryEstimate:
+    config = TrialConfig.model_validate({"micro_batch_size": 1} | settings)
+    return estimate_on(config, THREE_B, workers, named_gpu(gpu, workers))
+
+
+def test_a_communicator_is_on_the_device_and_needed_and_not_torchs() -> None:
+    def outside(estimated: MemoryEstimate) -> int:
+        assert estimated.reserved_bytes is not None
+        return estimated.device_bytes - estimated.reserved_bytes
+
+    alone, both = on_gpus("A100", 1, engine="ddp"), on_gpus("A100", 2, engine="ddp")
+    assert outside(both) - outside(alone) == 470 * 2**20
+    assert outside(on_gpus("A100", 2)) - outside(both) == 480 * 2**20, "DeepSpeed has a second one"
+    assert outside(on_gpus("A100-PCIe", 2)) < outside(on_gpus("A100", 2)) - 800 * 2**20
+    assert outside(on_gpus("H100", 8)) - outside(on_gpus("H100", 2)) == 8 * 32 * 2**20, "Hopper's switches sum"
+    assert outside(on_gpus("A100", 8)) == outside(on_gpus("A100", 2))
+    assert both.needed_bytes - outside(both) == pytest.approx(both.allocated_bytes, rel=0.05)
+    # On a device with just what is needed the allocator has what the rest leaves.
+    tight = both.within(both.needed_bytes)
+    assert (tight.device_bytes, outside(tight)) == (both.needed_bytes, outside(both))
+
+
+def test_loading_quantised_weights_under_zero3_leaves_room_for_context_and_communicators() -> None:
+    config = TrialConfig(precision="nf4", zero_stage=3)
+    loading = {workers: loading_bytes_on(config, SEVEN_B, workers, named_gpu("A100", workers)) for workers in (1, 2)}
+    assert loading[2] - loading[1] == 2 * 470 * 2**20
+
+
+def test_a_gpu_of_unknown_links_counts_as_joined_by_nvlink() -> None:
+    unknown = replace(named_gpu("T4", 2), interconnect_bytes_per_s=0.0)
+    assert outside_torch_bytes("ddp", 2, unknown) > outside_torch_bytes("ddp", 2, named_gpu("T4", 2)) + 400 * 2**20

@@ -69,6 +69,7 @@ def test_mig_instances_stand_in_place_of_their_gpu(driver: Driver) -> None:
     here, whole = this_machine(), named_gpu("A100", 1)
     assert here.half_flops == pytest.approx(whole.half_flops * 3 / 7)
     assert here.bandwidth_bytes_per_s == pytest.approx(whole.bandwidth_bytes_per_s * 38 / 80)
+    assert here.resident_threads == whole.resident_threads * 3 // 7
     assert not is_named("NVIDIA A100-SXM4-80GB", here)
     assert is_named("NVIDIA A100-SXM4-80GB MIG 3g.40gb", here)
 

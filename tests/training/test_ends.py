@@ -204,11 +204,17 @@ def _joined(place: WorkerPlace, pipe: Connection) -> None:
     groups = torch.distributed.group.WORLD, torch.distributed.new_group()
     limits = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
     limits.append(distributed_c10d._get_default_store().timeout.total_seconds())
-    pipe.send((os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"], limits, distributed_c10d.default_pg_nccl_timeout))
+    settings = os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"], os.environ.get("NCCL_MAX_NCHANNELS")
+    pipe.send((settings, limits, distributed_c10d.default_pg_nccl_timeout))
 
 
 def test_an_nccl_error_leaves_no_signal_that_later_trials_look_for() -> None:
-    assert [dump for ((dump, *_),) in in_workers(2, _joined)] == ["0"] * 2
+    assert [dump for (((dump, _), *_),) in in_workers(2, _joined)] == ["0"] * 2
+
+
+@pytest.mark.parametrize(("workers", "channels"), [(1, "1"), (2, None)])
+def test_a_worker_alone_keeps_no_channels_to_others(workers: int, channels: str | None) -> None:
+    assert [most for (((_, most), *_),) in in_workers(workers, _joined)] == [channels] * workers
 
 
 def test_a_worker_waits_for_the_others_as_long_as_a_trial_may_take_to_start() -> None:
