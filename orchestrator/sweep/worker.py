@@ -9,6 +9,7 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import platform
 import re
 import signal
 import socket
@@ -43,6 +44,8 @@ TEMPLATE_DIED = 255
 """So a forkserver's children end when it is gone (Python 3.11, multiprocessing/popen_forkserver.py)."""
 STORE_LIMIT_S = 300.0
 """So long the store may be away at the end of a trial, whose results are lost otherwise."""
+JEMALLOC = Path(ray.__file__).parent / "core" / "libjemalloc.so"
+"""Of this node's Ray, which runs its own GCS and raylets with it (ray 2.60.0, services.py, JEMALLOC_SO)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +102,7 @@ def serve(config: dict[str, Any]) -> None:
     rank, local_rank = context.get_world_rank(), context.get_local_rank()
     node = WorkerNode(ray.get_runtime_context().get_node_id(), socket.gethostname())
     ray.get(board.come_up.remote(group_id, rank, node, get_current_placement_group()))
-    os.environ |= environment(shape, os.environ)
+    os.environ |= environment(shape, os.environ) | allocator(shape, os.environ, JEMALLOC)
     template = multiprocessing.get_context("forkserver")
     template.set_forkserver_preload([TEMPLATE])
     _start_template()
@@ -125,6 +128,19 @@ def environment(shape: GroupShape, given: Mapping[str, str]) -> dict[str, str]:
         # much as there is (torch 2.13, ATen/core/CachingHostAllocator.h, `roundSize`).
         more["PYTORCH_ALLOC_CONF"] = "pinned_max_round_threshold_mb:64"
     return more
+
+
+def allocator(shape: GroupShape, given: Mapping[str, str], jemalloc: Path) -> dict[str, str]:
+    """What makes the template, and trials on CPUs with it, allocate by jemalloc; nothing where that is not there.
+
+    torch asks for aligned blocks, of which glibc's heap keeps holes that take no block of the same size again: peaks
+    are 8 to 37 % lower with jemalloc (docs/reference.md, Memory). The worker itself runs already and stays as it is.
+    """
+    is_known = sys.platform == "linux" and platform.machine() == "x86_64"
+    if shape.gpus_per_worker or "LD_PRELOAD" in given or not is_known or not jemalloc.is_file():
+        return {}
+    # RLIMIT_DATA, by which memory_per_worker is held, counts what is mapped: by default jemalloc unmaps nothing.
+    return {"LD_PRELOAD": str(jemalloc), "MALLOC_CONF": given.get("MALLOC_CONF", "retain:false")}
 
 
 def _start_template() -> None:

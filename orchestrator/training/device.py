@@ -75,7 +75,8 @@ def giving_back_what_is_freed() -> Iterator[None]:
 
     That size is where glibc starts; it raises it to that of any block that is freed, up to 32 MiB, and what the heap
     keeps at its end to twice as much (mallopt(3)). Work goes on with these ends, which do not ask the system for pages
-    again and again. Where the C library has no such call nothing is done.
+    again and again. Where the C library has no such call nothing is done, and where jemalloc takes the heap's place it
+    changes nothing.
     """
     tune = getattr(ctypes.CDLL(None), "mallopt", None)
     if tune is None:

@@ -13,6 +13,7 @@ from orchestrator.config.trial_config import TrialConfig
 from orchestrator.planning.compatibility import Case
 from orchestrator.planning.hardware import GPUS, named_gpu
 from orchestrator.planning.memory import (
+    CPU_IMPORTS_BYTES,
     NCCL_ALONE_BYTES,
     NCCL_KERNELS_BYTES,
     WORKSPACE_BYTES,
@@ -206,6 +207,11 @@ def test_on_a_cpu_fp32_weights_lie_beside_the_pages_of_their_file_while_they_are
     assert weights_on_a_cpu("fp32") == THREE_B.parameters * (2 + 4)
     # Those of the file's type are its pages.
     assert weights_on_a_cpu("bf16") == THREE_B.parameters * 2
+
+
+def test_a_cpu_has_no_workspaces_of_cublas() -> None:
+    config = TrialConfig(precision="bf16", micro_batch_size=8, global_batch_size=8, sequence_length=512)
+    assert estimate(config, THREE_B, 1, "cpu", has_bf16=True).parts.framework == CPU_IMPORTS_BYTES
 
 
 def test_on_a_cpu_embeddings_are_cast_up_from_the_files_pages_and_not_from_a_copy() -> None:

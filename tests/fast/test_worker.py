@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import platform
 import signal
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +15,7 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 
 from orchestrator.errors import StorageError
 from orchestrator.results.records import TrialStatus
-from orchestrator.sweep.worker import TEMPLATE_DIED, GroupShape, environment, unexpected_end
+from orchestrator.sweep.worker import TEMPLATE_DIED, GroupShape, allocator, environment, unexpected_end
 from orchestrator.sweep.worker_group import why_lost
 
 S = TrialStatus
@@ -50,6 +53,27 @@ def test_large_pinned_memory_is_not_rounded_up_unless_the_user_set_up_the_alloca
     shape = GroupShape(1, 1.0, 4.0)
     assert environment(shape, {})["PYTORCH_ALLOC_CONF"] == "pinned_max_round_threshold_mb:64"
     assert environment(shape, {name: "expandable_segments:True"}) == {"OMP_NUM_THREADS": "4"}
+
+
+@pytest.mark.skipif((sys.platform, platform.machine()) != ("linux", "x86_64"), reason="known on Linux on x86-64 alone")
+def test_trials_on_cpus_allocate_by_rays_jemalloc_where_it_is_and_the_user_preloads_nothing(tmp_path: Path) -> None:
+    on_cpus, library = GroupShape(1, 0.0, 1.0), tmp_path / "libjemalloc.so"
+    assert allocator(on_cpus, {}, library) == {}, "ld.so would complain of a file that is missing in every process"
+    library.touch()
+    assert allocator(on_cpus, {}, library) == {"LD_PRELOAD": str(library), "MALLOC_CONF": "retain:false"}
+    assert allocator(on_cpus, {"MALLOC_CONF": "narenas:1"}, library)["MALLOC_CONF"] == "narenas:1"
+    assert allocator(on_cpus, {"LD_PRELOAD": "libtcmalloc.so.4"}, library) == {}
+    assert allocator(GroupShape(1, 0.5, 1.0), {}, library) == {}, "nor does it change what trials on GPUs do"
+
+
+@pytest.mark.parametrize(("system", "machine"), [("darwin", "x86_64"), ("linux", "aarch64")])
+def test_where_jemalloc_was_not_tried_the_c_librarys_heap_stays(
+    system: str, machine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    (tmp_path / "libjemalloc.so").touch()
+    assert allocator(GroupShape(1, 0.0, 1.0), {}, tmp_path / "libjemalloc.so") == {}
 
 
 def test_a_worker_that_rays_memory_monitor_ended_is_told_as_that_and_no_other_is() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import platform
 from pathlib import Path
 
 import psutil
 import pytest
 
 from orchestrator.results.records import TrialStatus
+from orchestrator.sweep.worker import JEMALLOC
 from tests.ray.sweeps import start, trial_processes
 from tests.waiting import wait_until
 
@@ -47,6 +50,45 @@ def test_what_cannot_fit_is_refused_what_runs_out_is_learned_from_and_auto_finds
     assert automatic.config.micro_batch_size < 512
     assert any("micro_batch_size" in note and "ran out of memory" in note for note in automatic.notes)
     assert automatic.best.eval_loss == pytest.approx(small.best.eval_loss, rel=1e-4)
+
+
+def _maps_jemalloc(process: psutil.Process | None) -> bool:
+    assert process is not None
+    return any("libjemalloc" in mapped.path for mapped in process.memory_maps())
+
+
+@pytest.mark.skipif(not JEMALLOC.is_file() or platform.machine() != "x86_64", reason="this Ray brings no jemalloc")
+def test_a_trial_and_its_template_alone_allocate_by_jemalloc_with_which_it_stays_within_what_was_planned(
+    tmp_path: Path,
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(f"{json.dumps({'prompt': 'Count:', 'completion': ' '.join(map(str, range(700)))})}\n" * 40)
+    run = start(
+        tmp_path,
+        data={"train": str(rows)},
+        # DeepSpeed's buckets are counted whole by the limit, though hardly touched.
+        trial={
+            "engine": "ddp",
+            "attention": "eager",
+            "global_batch_size": 16,
+            "micro_batch_size": 8,
+            "sequence_length": 512,
+            "max_steps": 2,
+        },
+        # With glibc's heap, or with all that jemalloc would keep, it ran out of memory at 720.
+        resources={"memory_per_worker": "680MiB"},
+    )
+    trial = wait_until(lambda: trial_processes(run), bool, 120)[0]
+    template = trial.parent()
+    assert template is not None
+    assert _maps_jemalloc(trial)
+    assert _maps_jemalloc(template)
+    assert not _maps_jemalloc(template.parent())
+    exit_code, _, err = run.wait()
+    assert exit_code == 0, err
+    (only,) = run.trials().values()
+    assert only.status is TrialStatus.COMPLETED, only.reason
+    assert only.peak_memory.measured_bytes == pytest.approx(only.peak_memory.predicted_bytes, rel=0.05)
 
 
 def test_a_limit_refuses_the_rank_that_cannot_fit_and_holds_for_the_others(tmp_path: Path) -> None:
