@@ -216,6 +216,8 @@ def _config(row: Row) -> dict[str, Any]:
         "intermediate_size": int(row["intermediate"]),
         "vocab_size": int(row["vocab"]),
         "tie_word_embeddings": row["tie_embeddings"] == "1",
+        # LitGPT's is torch's, in one step.
+        "hidden_act": "gelu" if "phi" in name else "silu",
     }
 
 
@@ -291,11 +293,11 @@ UNSEEN_GROUPS = {
 TOLD = {"max_allocated": "allocated_bytes", "max_reserved": "reserved_bytes", "device": "device_bytes"}
 
 
-def unseen_table(group: str, verbose: bool) -> str:
+def unseen_table(group: str, verbose: bool, *, tells_loop: bool = False) -> str:
     """The published runs of a group that nothing was fitted to, by source and kind of peak."""
     points = [json.loads(line) for line in UNSEEN_POINTS.read_text(encoding="utf-8").splitlines()]
-    points = [point for point in points if point["group"] == group]
-    asked = ("id", "model", "trial", "workers", "gpu_memory_bytes")
+    points = [point for point in points if point["group"] == group and (not tells_loop or "loop" in point)]
+    asked = ("id", "model", "trial", "workers", "gpu_memory_bytes", *(["loop"] if tells_loop else []))
     lines = (json.dumps({key: point[key] for key in asked if point[key] is not None}) for point in points)
     errors: dict[str, list[float]] = defaultdict(list)
     covered: dict[str, list[bool]] = defaultdict(list)
@@ -338,6 +340,7 @@ def main(path: Path, verbose: bool) -> None:
     print(f"\nfitted on all that are counted: {fitted(points)}")
     for group, title in UNSEEN_GROUPS.items():
         print(f"\n{title}\n\n{unseen_table(group, verbose)}")
+    print(f"\nThe stated ones again, with their loop told\n\n{unseen_table('stated', verbose, tells_loop=True)}")
     if verbose:
         print()
         for p in every:

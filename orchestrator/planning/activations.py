@@ -16,6 +16,9 @@ from orchestrator.planning.model_shape import Matrix, ModelShape, targeted
 _FP32_GAIN = ("gemma", "gemma2", "gemma3", "gemma3_text", "olmo2", "olmoe")
 """Families whose norm is multiplied with its gain before it is cast back (transformers 5.23)."""
 
+PYTHON_GELU = "gelu_new"
+"""transformers' name of the one activation that is written in Python, step by step, of those that models here have."""
+
 _OWN_SOFTMAX = ("gpt2", "falcon")
 """Families whose softmax is in the type that it is given, where autocast does not make it fp32 (transformers 5.23)."""
 
@@ -44,6 +47,9 @@ class Widths:
     adapter_input: int
     """What an adapter's product was given: autocast casts it, and so does PEFT where the types differ."""
     logits: int
+    is_bare: bool
+    """Whether a loop of one's own trains: it holds what the model returned until the backward pass has gone by, and an
+    activation that transformers writes in Python stays so (training/model.py, `fuse_activations`)."""
     on_gpu: bool
     repeats_keys: bool
     """`sdpa` gets a key and a value for each query head, as training gives them on GPUs before Ampere: there the only
@@ -64,12 +70,26 @@ def layer_bytes_per_token(config: TrialConfig, shape: ModelShape, width: Widths)
         # The value is a view of all that the fused matrix returned; without rotation so are query and key.
         kept += width.attention * ((q + kv) if shape.rotary else 0)
     # What the activation was given; where it is gated, also what it returned and what that is multiplied with.
-    kept += width.product * wide * (3 if shape.gated else 1)
+    kept += wide * (width.product * (3 if shape.gated else 1) + _more_of_the_activation(config, shape, width))
     if shape.experts:
         # A copy of the token for each expert that it goes to, and each expert's answer before it is weighted.
         kept += 2 * width.stream * hidden * shape.experts_per_token
     kept += linear_input_bytes(config, shape, width) + _adapter_inputs(config, shape, width)
     return kept + _dora_outputs(config, shape, width)
+
+
+def _more_of_the_activation(config: TrialConfig, shape: ModelShape, width: Widths) -> int:
+    """Bytes an element that an activation written in Python keeps beside its input: tanh's result, that
+    plus 1, and half of the input (transformers 5.23, activations.py, NewGELUActivation). On a GPU autocast makes fp32
+    of the input to raise it to its third power, and what follows is (torch 2.13, autocast_mode.h, `pow`)."""
+    if not _is_in_python(shape, width):
+        return 0
+    is_autocast = config.precision.is_autocast or width.adapter_input < width.adapter
+    return 3 * 4 + width.product if is_autocast and width.on_gpu else 3 * width.product
+
+
+def _is_in_python(shape: ModelShape, width: Widths) -> bool:
+    return width.is_bare and shape.activation == PYTHON_GELU
 
 
 def _feed_forward_width(shape: ModelShape) -> int:
@@ -294,9 +314,9 @@ def backward_bytes(config: TrialConfig, shape: ModelShape, width: Widths, tokens
     """Alive at the worst place of a layer's backward pass, beside what it kept: the feed-forward part or attention."""
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     wide = _feed_forward_width(shape)
-    # The gradient of what the activation (or the gate's product) returned, and those of what it was given; a
-    # quantised weight is whole when the first is gone.
-    gradients = width.product * wide * (3 if shape.gated else 2)
+    # The gradient of what the activation (or the gate's product) returned, and those of what it was given, which an
+    # activation written in Python adds up; a quantised weight is whole when the first is gone.
+    gradients = width.product * wide * (3 if shape.gated or _is_in_python(shape, width) else 2)
     weight = max(m.rows * m.columns for m in shape.matrices) * width.dequantised
     feed_forward = max(gradients * tokens, (gradients - width.product * wide) * tokens + weight)
     if config.precision is Precision.INT8:

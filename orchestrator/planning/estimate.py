@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
@@ -17,7 +18,7 @@ from orchestrator.errors import InputError, ModelError, OrchestratorError, cut, 
 from orchestrator.planning.cheaper import what_fits
 from orchestrator.planning.compatibility import Case, refusals
 from orchestrator.planning.hardware import LARGEST_MEMORY, Hardware
-from orchestrator.planning.memory import estimate_on, loading_bytes_on
+from orchestrator.planning.memory import Loop, MemoryEstimate, estimate_on, loading_bytes_on
 from orchestrator.planning.model_shape import ModelShape, shape_of
 from orchestrator.planning.notes import counted_as_a_llama
 from orchestrator.planning.planned_trial import with_micro_batch
@@ -26,7 +27,7 @@ ConfigOf = Callable[[str], Mapping[str, Any]]
 MAX_WORKERS = 100_000
 LEAST_GPU_BYTES = 2**20
 """Below that it was meant as GiB or MiB."""
-KEYS = ("id", "model", "trial", "workers", "gpu_memory_bytes")
+KEYS = ("id", "model", "trial", "workers", "gpu_memory_bytes", "loop")
 """What a line has; only `model` is needed."""
 
 
@@ -100,7 +101,7 @@ def _estimated(
     case = Case(config, shape, hardware, workers)
     reasons = list(refusals(case))
     config = with_micro_batch(config, shape, hardware, workers, memory_bytes or LARGEST_MEMORY)
-    memory = estimate_on(config, shape, workers, hardware)
+    memory = _of_any_loop(config, shape, workers, hardware, _loops(raw.get("loop")))
     needed_bytes = max(memory.needed_bytes, loading_bytes_on(config, shape, workers, hardware))
     if memory_bytes is not None:
         memory = memory.within(memory_bytes)
@@ -127,6 +128,26 @@ def _estimated(
         # Beside what every answer has.
         **({"notes": [note]} if (note := counted_as_a_llama(case)) else {}),
     }
+
+
+def _loops(named: Any) -> Sequence[Loop]:
+    if named is None:
+        return get_args(Loop)
+    if named not in get_args(Loop):
+        raise InputError(f"loop is {shown(named)}: give one of {', '.join(get_args(Loop))}, or leave it out")
+    return (named,)
+
+
+def _of_any_loop(
+    config: TrialConfig, shape: ModelShape, workers: int, hardware: Hardware, loops: Sequence[Loop]
+) -> MemoryEstimate:
+    """Where a line does not tell which of the loops trains, the one that allocates most, from the least low end of all
+    to the greatest high one."""
+    every = [estimate_on(config, shape, workers, hardware, loop) for loop in loops]
+    largest = max(every, key=lambda memory: memory.measured_bytes)
+    low = min(memory.low_bytes for memory in every if memory.low_bytes is not None)
+    high = max(memory.high_bytes for memory in every if memory.high_bytes is not None)
+    return replace(largest, low_bytes=low, high_bytes=high)
 
 
 def _trial(settings: Any) -> TrialConfig:

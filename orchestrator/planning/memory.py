@@ -70,16 +70,21 @@ GAPS = 0.05
 """What of it cannot be given back when memory runs short, as a share of what comes and goes: torch then frees all
 blocks that it only keeps (2.13, CUDACachingAllocator.cpp, `release_cached_blocks`), and gaps beside those in use stay.
 The least that benchmarks/memory_accuracy.py's runs on one GPU reserved beyond, in a GPU that was far from full."""
-CPU_IMPORTS_BYTES = 440 * 2**20
+CPU_IMPORTS_BYTES = 450 * 2**20
 """A trial's process on a CPU beside its model: torch, transformers, peft and deepspeed. Resident under jemalloc, six
-trials of `builtin:tiny-llama` took 429 to 440 MiB beside the tensors that are counted."""
+trials of `builtin:tiny-llama` took 444 to 453 MiB beside the tensors that are counted."""
 FILE_BYTES = 2
 """A weight in the model's files, as most are published."""
 LOSS_COPIES_BYTES = 12
 """A logit's fp32 copies at the worst moment, within log-softmax's backward: its result and two gradients (torch 2.13).
 
-The logits themselves come on top (`_held_at_loss`).
+Logits that are held come on top (`_held_at_loss`).
 """
+Loop = Literal["trainer", "bare"]
+"""What trains. `trainer`: transformers' Trainer and what stands on it, and this package's own loop: adapters of half or
+quantised weights are computed under autocast, and logits go when the loss is there. `bare`: a loop of one's own that
+does neither. It keeps an adapter's inputs, and all of a quantised model's activations, in fp32, logits until the
+backward pass has gone by, and all that GPT-2's activation computes step by step."""
 ADAM_8BIT_BYTES = 2 + 2 * 4 / 256
 """bitsandbytes' two moments: a byte each, and an fp32 constant for 256 of them (0.50, optim/optimizer.py)."""
 MOMENTS_BYTES = {"adamw": 8.0, "adamw_8bit": ADAM_8BIT_BYTES, "sgd": 0.0}
@@ -196,9 +201,10 @@ def estimate(
     device: Literal["cuda", "cpu"],
     has_bf16: bool,
     outside_bytes: int = 0,
+    loop: Loop = "trainer",
 ) -> MemoryEstimate:
     """Estimate one worker's peak; `micro_batch_size` is a number, `outside_bytes` what is not torch's on a GPU."""
-    width = _bytes_of(config, device, has_bf16)
+    width = _bytes_of(config, device, has_bf16, loop)
     phases = _phases(config, shape, workers, width)
     parts = _largest(phases)
     if device == "cpu":
@@ -260,10 +266,12 @@ def _idle_at(config: TrialConfig, shape: ModelShape, width: Widths) -> float:
     return sum(blocks) - max(map(sum, (forward, loss, backward)))
 
 
-def estimate_on(config: TrialConfig, shape: ModelShape, workers: int, hardware: Hardware) -> MemoryEstimate:
+def estimate_on(
+    config: TrialConfig, shape: ModelShape, workers: int, hardware: Hardware, loop: Loop = "trainer"
+) -> MemoryEstimate:
     """The estimate for this hardware."""
     outside_bytes = outside_torch_bytes(config.engine, workers, hardware)
-    return estimate(config, shape, workers, hardware.device, hardware.has_bf16, outside_bytes)
+    return estimate(config, shape, workers, hardware.device, hardware.has_bf16, outside_bytes, loop)
 
 
 def outside_torch_bytes(engine: Literal["deepspeed", "ddp"], workers: int, hardware: Hardware) -> int:
@@ -281,18 +289,19 @@ def outside_torch_bytes(engine: Literal["deepspeed", "ddp"], workers: int, hardw
     return context + NCCL_KERNELS_BYTES + communicators * communicator + summing
 
 
-def _bytes_of(config: TrialConfig, device: Literal["cuda", "cpu"], has_bf16: bool) -> Widths:
-    precision, on_gpu = config.precision, device == "cuda"
+def _bytes_of(config: TrialConfig, device: Literal["cuda", "cpu"], has_bf16: bool, loop: Loop = "trainer") -> Widths:
+    precision, on_gpu, is_bare = config.precision, device == "cuda", loop == "bare"
     # A GPU without bf16 is one before Ampere.
     repeats_keys = on_gpu and not has_bf16
     half = 2 if on_gpu or has_bf16 else 4
     if precision is Precision.FP32:
-        return Widths(4, 4, 4, 4, 4, 0, 4, 4, 4, on_gpu, repeats_keys)
+        return Widths(4, 4, 4, 4, 4, 0, 4, 4, 4, is_bare, on_gpu, repeats_keys)
     if precision.is_autocast:
-        return Widths(4, 4, 4, 2, 2, 0, 4, 2, 2, on_gpu, repeats_keys)
-    # An adapter of half-precision weights is fp32 and computed with in half under autocast, as transformers' Trainer
-    # does; DeepSpeed makes it half again to hold its own copy.
+        return Widths(4, 4, 4, 2, 2, 0, 4, 2, 2, is_bare, on_gpu, repeats_keys)
+    # An adapter of half-precision weights is fp32, and computed with in half under autocast; DeepSpeed makes it half
+    # again to hold its own copy.
     adapter = 4 if config.engine == "ddp" else half
+    computed = adapter if loop == "bare" else half
     if precision.is_quantized:
         # prepare_model_for_kbit_training makes fp32 of the rest (peft 0.21.2), so that all flows in fp32, and products
         # return what they were given (bitsandbytes 0.50, nn/modules.py, Linear4bit.forward); autocast computes
@@ -302,9 +311,24 @@ def _bytes_of(config: TrialConfig, device: Literal["cuda", "cpu"], has_bf16: boo
         # Training on a CPU int8 takes a plain product of the whole weight, which autocast makes one in half
         # (bitsandbytes 0.50, autograd/_functions.py, MatMul8bitFp).
         product = half if precision is Precision.INT8 and not on_gpu else adapter
-        return Widths(linear, adapter, adapter, product, half, half, adapter, half, half, on_gpu, repeats_keys)
-    adapter = 2 if config.trains_all_weights else adapter
-    return Widths(2, 2, 2, 2, 2, 0, adapter, 2, 2, on_gpu, repeats_keys)
+        # Queries and keys in fp32 come with a mask of padded rows, with which keys are repeated.
+        repeats_keys = repeats_keys or computed == 4
+        return Widths(
+            linear,
+            adapter,
+            adapter,
+            product,
+            computed,
+            half,
+            adapter,
+            computed,
+            computed,
+            is_bare,
+            on_gpu,
+            repeats_keys,
+        )
+    adapter, computed = (2, 2) if config.trains_all_weights else (adapter, computed)
+    return Widths(2, 2, 2, 2, 2, 0, adapter, computed, 2, is_bare, on_gpu, repeats_keys)
 
 
 def host_bytes_on(config: TrialConfig, shape: ModelShape, workers: int, hardware: Hardware) -> int:
@@ -521,12 +545,13 @@ def _moments(
     Gradients of earlier micro-batches are there from the start; those of an offloaded optimizer go to the host bucket
     by bucket (its documentation, "Memory requirements"). Where head and embedding are one, the gradient by way of the
     head waits for the other, and autograd adds them to a third (measured with torch 2.13's profiler on a CPU). Nobody
-    needs the logits at the step: the training loop's went with the loss, as those of transformers' Trainer do.
+    needs the logits at the step.
     """
     tokens = _tokens(config)
     kept, at_work, alone, forward = _layer_activations(config, shape, width)
-    held = float(shape.vocabulary * width.logits * (2 if shape.softcapped_logits else 1) * tokens)
-    at_loss = LOSS_COPIES_BYTES * shape.vocabulary * tokens + _held_at_loss(config, shape, width, held)
+    # tanh's result, which softcapped logits are scaled from, is kept for its gradient.
+    held = float(shape.vocabulary * width.logits * (width.is_bare + shape.softcapped_logits) * tokens)
+    at_loss = LOSS_COPIES_BYTES * shape.vocabulary * tokens + _held_at_loss(shape, width, held)
     last_norm = tokens * shape.hidden * (4 if shape.rms_norm else width.stream)
     # An adapter's are too small to tell the two apart: a larger micro-batch should not look like less memory.
     earlier = gradients.kept if gradients.is_added or not config.trains_all_weights else 0.0
@@ -563,19 +588,12 @@ def _layer_activations(config: TrialConfig, shape: ModelShape, width: Widths) ->
     return kept, at_work, layer + at_work, forward
 
 
-def _held_at_loss(config: TrialConfig, shape: ModelShape, width: Widths, logits: float) -> float:
-    """Bytes beside the loss's own: the logits, where the caller still holds them, or autocast's copy of the head.
+def _held_at_loss(shape: ModelShape, width: Widths, logits: float) -> float:
+    """Bytes beside the loss's own: logits that are held, and autocast's copy of the head.
 
     A head that was made fp32 is cast for autocast, and the copy of a frozen weight is kept for the backward pass.
-    Without autocast there is no copy, and the logits are fp32. A quantised model is trained either way, and its
-    settings do not tell which: the larger counts.
     """
-    if width.logits == width.rest:
-        return logits
-    head_copy = float(width.logits * shape.vocabulary * shape.hidden)
-    if config.precision.is_quantized:
-        return max(head_copy, logits * width.rest / width.logits)
-    return head_copy + logits
+    return logits + (0.0 if width.logits == width.rest else float(width.logits * shape.vocabulary * shape.hidden))
 
 
 def _escaping_bytes(config: TrialConfig, shape: ModelShape, width: Widths) -> float:

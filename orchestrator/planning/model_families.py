@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 
@@ -57,7 +57,7 @@ _GPT2 = Family(
     rotary=False,
     tied=True,
     positions_offset=0,
-    defaults={"resid_pdrop": 0.1, "attn_pdrop": 0.1},
+    defaults={"resid_pdrop": 0.1, "attn_pdrop": 0.1, "activation_function": "gelu_new"},
     **_UNGATED,
     **_BIASED,
 )
@@ -107,6 +107,7 @@ _FAMILIES = {
         ("fc1", "fc2"),
         head_bias=True,
         norms=1,
+        defaults={"hidden_act": "gelu_new"},
         **_UNGATED,
         **_BIASED,
     ),
@@ -126,7 +127,7 @@ _FAMILIES = {
         **_UNGATED,
     ),
     "gpt2": _GPT2,
-    "gpt_bigcode": _GPT2,
+    "gpt_bigcode": replace(_GPT2, defaults={**_GPT2.defaults, "activation_function": "gelu_pytorch_tanh"}),
     "gpt_neox": Family(
         _FUSED,
         _NEOX_MLP,
@@ -142,6 +143,7 @@ _FAMILIES = {
         mlp_bias=True,
         head_bias=True,
         norms=1,
+        defaults={"activation_function": "gelu_new"},
         **_UNGATED,
     ),
     "falcon": Family(

@@ -74,6 +74,8 @@ class ModelShape:
     qk_norm: bool
     gated: bool
     """down(act(gate) × up), rather than down(act(up))."""
+    activation: str | None
+    """transformers' name of the feed-forward part's; None: the config leaves it to the class."""
     rotary: bool
     fused_attention: bool
     """One matrix makes query, key and value, so that keeping one of them keeps all."""
@@ -202,6 +204,7 @@ class _Reader:
             rms_norm=not self.family.layer_norm,
             qk_norm=self.family.qk_norm is not None,
             gated=self.family.gated,
+            activation=self._activation(),
             rotary=self.family.rotary and not self.config.get("alibi"),
             fused_attention=len(self.family.attention) == 2,
             parallel_residual=self._is_parallel(),
@@ -209,6 +212,10 @@ class _Reader:
             dropout=any(self.config.get(name) for name in ("resid_pdrop", "dropout", "hidden_dropout")),
             attention_dropout=any(self.config.get(name) for name in ("attn_pdrop", "attention_dropout")),
         )
+
+    def _activation(self) -> str | None:
+        names = ("hidden_act", "activation_function", "hidden_activation")
+        return next((told for name in names if isinstance(told := self.config.get(name), str)), None)
 
     def whole(self, name: str) -> int | None:
         """A whole number by any of its spellings, None where there is none.

@@ -126,8 +126,9 @@ def test_scores_cost_what_was_measured_of_them_on_a_t4(
         sequence_length=4096,
         gradient_checkpointing=True,
     )
-    told = estimate(config, shape_of(SMOLLM2_360M), 1, "cuda", has_bf16=False)
-    assert told.allocated_bytes == pytest.approx(allocated_gib * GIB, rel=0.02)
+    # What measured it is a loop of its own.
+    told = estimate(config, shape_of(SMOLLM2_360M), 1, "cuda", has_bf16=False, loop="bare")
+    assert told.allocated_bytes == pytest.approx(allocated_gib * GIB, rel=0.025)
     # What no formula of the settings tells of fragmentation, and what it does: eager attention alone reserves so much.
     assert told.reserved_bytes == pytest.approx(reserved_gib * GIB, rel=0.12)
 
@@ -170,8 +171,8 @@ def test_the_allocator_is_expected_to_keep_for_training_though_loading_holds_mor
 def test_the_loss_is_the_largest_part_of_a_small_model_with_a_large_vocabulary() -> None:
     counted = parts(precision="bf16", gradient_checkpointing=True, micro_batch_size=4, sequence_length=2048)
     assert counted.biggest == "logits"
-    # The logits in bf16, and log-softmax's result and two gradients in fp32.
-    assert counted.logits == 4 * 2048 * THREE_B.vocabulary * 14
+    # Log-softmax's result and two gradients in fp32; the logits themselves are gone, but in a loop that holds them.
+    assert counted.logits == 4 * 2048 * THREE_B.vocabulary * 12
 
 
 LLAMA_3_8B = shape_of(

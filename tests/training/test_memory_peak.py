@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from orchestrator.config.trial_config import TrialConfig
-from orchestrator.planning.memory import WORKSPACE_BYTES, MemoryParts, _bytes_of, memory_parts
+from orchestrator.planning.memory import WORKSPACE_BYTES, Loop, MemoryParts, _bytes_of, memory_parts
 from orchestrator.planning.model_shape import shape_of
 from orchestrator.training import training_loop
 from orchestrator.training.data import Batch
@@ -42,6 +42,8 @@ GROUPED = LLAMA | {"num_key_value_heads": 2}
 LARGE_VOCABULARY = LLAMA | {"vocab_size": 64000}
 MISTRAL = GROUPED | {"model_type": "mistral", "sliding_window": 256}
 GEMMA_3 = MISTRAL | {"model_type": "gemma3_text", "num_hidden_layers": 6, "head_dim": 128}
+GPT_2 = {"model_type": "gpt2", "n_embd": 1024, "n_inner": 4096, "n_layer": 4, "n_head": 8, "vocab_size": 2000}
+GPT_2 |= dict.fromkeys(("resid_pdrop", "attn_pdrop", "embd_pdrop"), 0.0)
 # An adapter's gradients are counted from the start, though they come later; the worst moment inside a recomputed layer
 # is told from a few tensors. Both weigh more in a model this small.
 TOO_MUCH = {False: 0.06, True: 0.13}
@@ -140,7 +142,7 @@ def quantise(model: torch.nn.Module, config: TrialConfig) -> None:
             parameter.data = parameter.data.float()
 
 
-def built(config: TrialConfig, settings: dict[str, Any]) -> torch.nn.Module:
+def built(config: TrialConfig, settings: dict[str, Any], loop: Loop) -> torch.nn.Module:
     """The model as training/model.py builds it; quantised layers are the stand-ins above."""
     wide = config.precision in ("fp32", "amp_bf16")
     plain = AutoModelForCausalLM.from_config(
@@ -163,7 +165,7 @@ def built(config: TrialConfig, settings: dict[str, Any]) -> torch.nn.Module:
     for module in model.modules():
         if hasattr(module, "lora_A") and config.precision.is_quantized:
             # peft 0.21.2's layers for bitsandbytes do not cast their input under autocast.
-            module.cast_input_dtype_enabled = config.engine != "ddp"
+            module.cast_input_dtype_enabled = config.engine != "ddp" or loop == "bare"
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(FULL if wide or config.engine == "ddp" else HALF)
@@ -186,7 +188,15 @@ def on_fake_tensors(model: torch.nn.Module) -> list[Any]:
     return [fake for fake, _ in new.values()]
 
 
-def counted_peak(config: TrialConfig, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> int:
+def loss_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+    )
+
+
+def counted_peak(
+    config: TrialConfig, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, loop: Loop = "trainer"
+) -> int:
     """Bytes over the model's own at the peak of a forward and backward pass."""
     # Whether rows are packed depends on contents, which fake tensors do not have.
     monkeypatch.setattr(
@@ -195,28 +205,27 @@ def counted_peak(config: TrialConfig, settings: dict[str, Any], monkeypatch: pyt
     )
     monkeypatch.setattr("peft.tuners.lora.dora.dequantize_module_weight", whole_weight)
     with torch.device("meta"):
-        model = built(config, settings)
+        model = built(config, settings, loop)
     alive, fake = AliveBytes(), FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
         for tensor in on_fake_tensors(model):
             alive.add(tensor)
     own, shape = alive.now, (config.micro_batch_size, config.sequence_length)
-    autocast = config.precision.is_autocast or (config.precision != "fp32" and config.engine == "ddp")
+    is_cast = config.precision != "fp32" and config.engine == "ddp" and loop == "trainer"
+    autocast = config.precision.is_autocast or is_cast
     with fake, alive:
         ids, labels = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
         places = {"position_ids": torch.zeros(shape, dtype=torch.long)} if config.packing else {}
         with torch.autocast("cpu", dtype=HALF) if autocast else contextlib.nullcontext():
-            logits = model(input_ids=ids, **places).logits
-        loss = torch.nn.functional.cross_entropy(
-            logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
-        )
+            held = [model(input_ids=ids, **places).logits]
+        loss = loss_of(held[0], labels) if loop == "bare" else loss_of(held.pop(), labels)
         loss.backward()
     return alive.peak - own
 
 
-def predicted(config: TrialConfig, settings: dict[str, Any]) -> MemoryParts:
+def predicted(config: TrialConfig, settings: dict[str, Any], loop: Loop = "trainer") -> MemoryParts:
     shape = shape_of(AutoConfig.for_model(**({"model_type": "llama"} | settings)).to_dict())
-    width = _bytes_of(config, "cuda", has_bf16=True)
+    width = _bytes_of(config, "cuda", has_bf16=True, loop=loop)
     if config.lora_dropout or config.attention == "eager":
         # A CPU's dropout remembers numbers, where a GPU's keeps truth values, and its softmax makes no product.
         width = replace(width, on_gpu=False)
@@ -246,11 +255,42 @@ def test_a_steps_peak_is_what_is_predicted(
     assert_peak_is_told(settings, trial, monkeypatch)
 
 
-def assert_peak_is_told(settings: dict[str, Any], trial: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["all kept", "checkpointed"])
+@pytest.mark.parametrize(
+    ("settings", "precision", "engine"),
+    [
+        (LARGE_VOCABULARY, "bf16", "deepspeed"),
+        (LARGE_VOCABULARY, "bf16", "ddp"),
+        (GROUPED, "bf16", "ddp"),
+        (LLAMA, "fp32", "ddp"),
+        (LARGE_VOCABULARY, "amp_bf16", "ddp"),
+        (LLAMA, "nf4", "ddp"),
+        (LARGE_VOCABULARY, "nf4", "ddp"),
+    ],
+)
+def test_without_autocast_and_with_logits_held_a_step_takes_what_is_told_of_a_bare_loop(
+    settings: dict[str, Any], precision: str, engine: Any, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = {"precision": precision, "engine": engine, "gradient_checkpointing": checkpointing}
+    assert_peak_is_told(settings, trial, monkeypatch, "bare")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["all kept", "checkpointed"])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_in_a_bare_loop_an_activation_written_in_python_keeps_four_tensors(
+    precision: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = {"precision": precision, "gradient_checkpointing": checkpointing, "target_modules": ["c_attn"]}
+    assert_peak_is_told(GPT_2, trial, monkeypatch, "bare")
+
+
+def assert_peak_is_told(
+    settings: dict[str, Any], trial: dict[str, Any], monkeypatch: pytest.MonkeyPatch, loop: Loop = "trainer"
+) -> None:
     fixed = {"zero_stage": 0, "micro_batch_size": 2, "global_batch_size": 2, "sequence_length": 512}
     config = TrialConfig.model_validate(fixed | trial)
-    parts = predicted(config, settings)
-    counted = counted_peak(config, settings, monkeypatch)
+    parts = predicted(config, settings, loop)
+    counted = counted_peak(config, settings, monkeypatch, loop)
     error = (parts.activations + parts.logits + parts.gradients) / counted - 1
     assert -TOO_LITTLE <= error <= TOO_MUCH[config.gradient_checkpointing]
 
@@ -372,8 +412,7 @@ def test_a_whole_step_of_all_weights_takes_what_is_predicted(tied: bool, optimiz
     def step() -> None:
         ids = torch.zeros((1, 16), dtype=torch.long)
         for _ in range(micro_batches):
-            logits = model(input_ids=ids).logits
-            torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+            loss_of(model(input_ids=ids).logits, ids).backward()
         stepping.step()
 
     trial = ALL_WEIGHTS | {"optimizer": optimizer, "sequence_length": 16, "global_batch_size": micro_batches}
