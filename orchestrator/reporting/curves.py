@@ -137,7 +137,7 @@ def _mean_curve(identity: str, label: str, settings: tuple[tuple[str, Any], ...]
 def _band_at(
     step: int, own: Mapping[int, float], everyone: Mapping[str, Mapping[int, float]]
 ) -> tuple[float, float, float]:
-    """The mean's 95 % interval once the shift that a seed gives all configurations alike is taken out.
+    """The mean's 95 % interval by Student's t, once the shift that a seed gives all configurations alike is taken out.
 
     Curves are compared seed by seed, as everywhere in the report. Source: Cousineau 2005 with Morey's correction, 2008.
     """
@@ -150,9 +150,7 @@ def _band_at(
     levelled = [value - shifts[repeat] for repeat, value in own.items()]
     middle = fmean(own.values())
     half_width = t_quantile(1, len(own) - 1) * math.sqrt(variance(levelled) * inflation / len(own))
-    # Two repeats have intervals that would hide everything else: past the values' own range nothing is drawn.
-    reach = max(own.values()) - min(own.values())
-    return float(step), middle - min(half_width, reach), middle + min(half_width, reach)
+    return float(step), middle - half_width, middle + half_width
 
 
 def plateaus(sweep: SweepResult, curves: Mapping[str, Curve]) -> dict[str, Plateau]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from html.parser import HTMLParser
@@ -17,9 +18,9 @@ from orchestrator.errors import FolderError
 from orchestrator.planning.plan import SweepPlan
 from orchestrator.reporting import charts, quantities, report
 from orchestrator.reporting.cost_charts import PART_STYLES, memory_chart, parts_of
-from orchestrator.reporting.curves import plateaus, value_curves
+from orchestrator.reporting.curves import mean_curves, plateaus, value_curves
 from orchestrator.reporting.findings import behind_text, trial_snippet
-from orchestrator.reporting.plot import Axis, Dot, Line, ticks, xy_plot
+from orchestrator.reporting.plot import BOTTOM, HEIGHT, TOP, Axis, Dot, Line, is_cut, ticks, xy_plot
 from orchestrator.reporting.status import render_status
 from orchestrator.reporting.times import Outlay, against_plan, times_of
 from orchestrator.results.files import write_atomically
@@ -519,6 +520,50 @@ def test_bands_leave_out_what_a_seed_does_to_all_configurations_alike(tmp_path: 
     heights = [float(point.split()[1]) for point in band[1].split("L")]
     half = len(heights) // 2
     assert heights[:half] == pytest.approx(heights[half:][::-1], abs=0.2)
+
+
+def of_two_repeats(apart: float) -> SweepResult:
+    """Seeds that the two configurations answer differently, by `apart`."""
+    pairs = [(rank, repeat, 2.0 + apart * ((rank == 4) == (repeat == 0))) for rank in (4, 8) for repeat in (0, 1)]
+    return made_up_sweep([made_up_trial({"rank": rank}, repeat, objective=loss) for rank, repeat, loss in pairs])
+
+
+def test_the_band_of_two_repeats_is_the_whole_interval_though_it_is_wider_than_they_are_apart(tmp_path: Path) -> None:
+    made = built(tmp_path, of_two_repeats(0.01))
+    (figure,) = charts.loss_curves(made.sweep, made.summaries, made.curves)
+    step, low, high = mean_curves(made.sweep, made.summaries, made.curves)[0].band[-1]
+    # Levelled they are 0.01 apart; of two configurations Morey's correction is 2, and t is 12.706.
+    half_width = 12.706 * 0.01 / 2 * math.sqrt(2)
+    assert (step, high - low) == (100, pytest.approx(2 * half_width, rel=1e-4))
+    assert "with its 95 % interval by Student's t, without the shift that a seed gives all" in figure.caption
+    assert "beyond" not in figure.caption
+
+
+def test_a_band_that_would_press_the_curves_flat_is_cut_at_the_drawings_edge_and_said_to_be(tmp_path: Path) -> None:
+    made = built(tmp_path, of_two_repeats(0.3))
+    (figure,) = charts.loss_curves(made.sweep, made.summaries, made.curves)
+    heights = [
+        [float(point.split()[1]) for point in path.split("L")]
+        for path in re.findall(r'class="line s[^"]*" d="M([^"]+)"', figure.svg)
+    ]
+    assert len(heights) == 2
+    assert min(map(max, heights)) - max(map(min, heights)) > (HEIGHT - TOP - BOTTOM) / 2
+    bands = re.findall(r'class="band s[^"]*" d="M([^"]+)Z"', figure.svg)
+    edges = [float(point.split()[1]) for band in bands for point in band.split("L")]
+    assert min(edges) == pytest.approx(TOP)
+    assert max(edges) == pytest.approx(HEIGHT - BOTTOM)
+    assert "a band that reaches the edge of the drawing goes on beyond it" in figure.caption
+
+
+def test_a_band_leaves_the_drawing_where_its_edge_does(tmp_path: Path) -> None:
+    line = Line(((0.0, 0.0), (10.0, 1.0)), "l", "s0", ((0.0, 0.0, 0.0), (10.0, -100.0, 1.0)))
+    (band,) = re.findall(r'class="band[^"]*" d="M([^"]+)Z"', xy_plot("t", "s", Axis("x"), Axis("y"), [line]))
+    assert is_cut([line])
+    corners = [tuple(map(float, point.split())) for point in band.split("L")]
+    (leaves,) = [x for x, y in corners if y == HEIGHT - BOTTOM and x < max(x for x, _ in corners)]
+    left, right = min(x for x, _ in corners), max(x for x, _ in corners)
+    # Of a height of 100 the frame shows 0.25, and a twentieth of what is shown.
+    assert (leaves - left) / (right - left) == pytest.approx((0.25 + 0.05 * 1.25) / 100, abs=1e-3)
 
 
 def test_of_many_configurations_the_mean_of_each_value_is_drawn_with_its_band(tmp_path: Path) -> None:
