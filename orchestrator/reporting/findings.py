@@ -191,14 +191,18 @@ def levelling_words(setting: str, levelling: Levelling) -> str:
 
 
 def _curve_words(level: Plateau) -> str:
-    change = quantities.plus_minus(abs(level.late_fall.mean), level.late_fall.half_width)
     if level.levelled_off_at_step is not None:
         return f"Its curve has levelled off: within 0.5 % of its end since step {level.levelled_off_at_step}."
-    if level.late_fall.mean <= 0:
-        return f"Its curve has not settled: eval_loss rose by {change} in the last quarter of its steps."
+    fall, between = level.late_fall, f"between step {level.late_step} and {level.last_step}"
+    if abs(fall.mean) <= (fall.half_width or 0.0):
+        changed = quantities.plus_minus(-fall.mean, fall.half_width)
+        return f"Whether its curve has levelled off cannot be told: eval_loss changed by {changed} {between}."
+    change = quantities.plus_minus(abs(fall.mean), fall.half_width)
+    if fall.mean < 0:
+        return f"Its curve has not settled: eval_loss rose by {change} {between}."
     return (
-        f"Its curve has not levelled off: eval_loss still fell by {change} in the last quarter of its steps, "
-        "so more of them (trial.max_steps) may change the answer."
+        f"Its curve has not levelled off: eval_loss still fell by {change} {between}, "
+        "so more steps (trial.max_steps) may change the answer."
     )
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import time
+from collections.abc import Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -629,6 +630,37 @@ def test_a_curve_that_still_falls_has_not_levelled_off(tmp_path: Path) -> None:
     assert second.levelled_off_at_step is None
     assert second.late_fall.mean == pytest.approx(0.3)
     assert "has not levelled off" in report.render_text(built(tmp_path, sweep))
+
+
+def told_of_curves(tmp_path: Path, curves: Sequence[Mapping[int, float]]) -> str:
+    """What the report says of one configuration whose repeats were evaluated so: step → eval_loss."""
+    sweep = simulated([2.0], len(curves), 0)
+    folder = write_made_up(tmp_path / "sweep", sweep)
+    for trial, curve in zip(sweep.trials, curves, strict=True):
+        lines = [made_up_point(step, loss).model_dump_json() for step, loss in curve.items()]
+        folder.trial(trial.trial_id).metrics.write_text("\n".join(lines) + "\n")
+    return next(line for line in report.build(folder).recommendation.evidence if "curve" in line)
+
+
+def test_how_much_a_curve_still_fell_names_the_steps_between_which_it_did(tmp_path: Path) -> None:
+    falling = {step: 4.0 - step / 100 for step in range(20, 101, 20)}
+    told = told_of_curves(tmp_path, [falling])
+    assert told.startswith("Its curve has not levelled off: eval_loss still fell by 0.4000 between step 60 and 100, so")
+
+
+def test_a_fall_that_may_be_noise_is_not_told_as_one(tmp_path: Path) -> None:
+    steps = range(20, 101, 20)
+    curves = [{step: 4.0 - slope * step / 100 for step in steps} for slope in (0.1, 0.3)]
+    told = told_of_curves(tmp_path, curves)
+    assert told == (
+        "Whether its curve has levelled off cannot be told: eval_loss changed by −0.08 ± 0.51 between step 60 and 100."
+    )
+
+
+def test_what_repeats_were_not_both_evaluated_at_does_not_tell_of_their_fall(tmp_path: Path) -> None:
+    falling = {step: 4.0 - step / 100 for step in range(10, 101, 10)}
+    gap = {step: loss for step, loss in falling.items() if step != 70}
+    assert "between step 60 and 100" in told_of_curves(tmp_path, [falling, gap])
 
 
 @pytest.mark.parametrize(
