@@ -501,6 +501,41 @@ def test_one_setting_or_few_trials_have_no_importance() -> None:
     assert importances(simulated([2.0, 2.1, 2.2, 2.3], 1, 0, configurations=settings)) == {}
 
 
+def test_repeats_of_few_configurations_tell_no_importance() -> None:
+    settings = [{"rank": rank, "learning_rate": rate} for rank in (8, 256) for rate in (1e-4, 1e-3)]
+    assert importances(simulated([2.0, 2.1, 2.2, 2.3], 4, 0, configurations=settings)) == {}
+
+
+def test_settings_that_always_changed_together_have_one_share() -> None:
+    pytest.importorskip("optuna")
+    rates = {8: 1e-3, 16: 5e-4, 32: 2e-4, 64: 1e-4}
+    settings = [
+        {"rank": rank, "weight_decay": decay, "learning_rate": rate}
+        for rank, rate in rates.items()
+        for decay in (0.0, 0.1)
+    ]
+    truth = [2.0 + (s["rank"] == 8) for s in settings]
+    found = importances(sweep := simulated(truth, 1, 0, noise_sd=0.01, configurations=settings))
+    assert list(found) == ["rank and learning_rate", "weight_decay"]
+    figure = effect_charts.importance_chart("eval_loss", found)
+    assert figure
+    assert "Settings that always changed together have one share" in figure.caption
+    both = [trial.model_copy(update={"config": trial.config.model_copy(update={"weight_decay": 0.0})})
+            for trial in sweep.trials]  # fmt: skip
+    assert importances(sweep.model_copy(update={"trials": tuple(both)})) == {}
+
+
+def test_two_ranges_are_told_apart_though_each_value_was_drawn_once_unless_one_gives_the_other() -> None:
+    pytest.importorskip("optuna")
+    drawn = random.Random(0)
+    rates = [drawn.uniform(1e-4, 1e-3) for _ in range(12)]
+    apart = [{"learning_rate": rate, "weight_decay": drawn.random()} for rate in rates]
+    coupled = [{"learning_rate": rate, "weight_decay": 1 - 100 * rate} for rate in rates]
+    truth = [2.0 + 100 * rate for rate in rates]
+    assert len(importances(simulated(truth, 1, 0, configurations=apart))) == 2
+    assert importances(simulated(truth, 1, 0, configurations=coupled)) == {}
+
+
 def test_a_sampled_range_is_put_into_quarters() -> None:
     trials = [made_up_trial({"learning_rate": i * 1e-5}, objective=2.0 + i / 100) for i in range(1, 41)]
     (effect,) = main_effects(made_up_sweep(trials, searched=("learning_rate",)))
