@@ -21,8 +21,8 @@ from orchestrator.reporting.effects import Effect, Levelling, main_effects
 from orchestrator.reporting.importance import importances
 from orchestrator.reporting.lineage import lineage_words
 from orchestrator.reporting.objectives import ParetoFront, front_of
-from orchestrator.reporting.recommendation import Recommendation, competing, recommend
-from orchestrator.reporting.statistics import ConfigurationSummary, label, summaries
+from orchestrator.reporting.recommendation import Recommendation, recommend
+from orchestrator.reporting.statistics import ConfigurationSummary, competing, label, summaries
 from orchestrator.reporting.times import Outlay, Times, against_plan, times_of
 from orchestrator.reporting.trades import trades
 from orchestrator.results.files import read_record, why_unread
@@ -178,9 +178,11 @@ def _with_lineage(sweep: SweepResult, recommendation: Recommendation) -> Recomme
 
 def levelling_words(setting: str, levelling: Levelling) -> str:
     """`rank levels off at 64: 256 gains 0.0010 ± 0.0040 over 64, all else alike, and 1 % at most.`"""
-    gains = levelling.gain.mean > 0
-    gain = quantities.plus_minus(abs(levelling.gain.mean), levelling.gain.half_width)
-    words = f"gains {gain} over" if gains else f"is worse by {gain} than"
+    mean, half_width = levelling.gain.mean, levelling.gain.half_width
+    gains = mean > 0
+    words = f"gains {quantities.plus_minus(mean, half_width)} over"
+    if mean < -(half_width or 0.0):
+        words = f"is worse by {quantities.plus_minus(-mean, half_width)} than"
     compared = f"{levelling.further} {words} {levelling.value}"
     if levelling.state == "levelled_off":
         most = ", and 1 % at most" if gains else ""

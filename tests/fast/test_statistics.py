@@ -448,6 +448,33 @@ def test_stopped_trials_count_in_memory_and_speed_and_not_in_the_objective() -> 
     assert (nf4.memory_ratio.mean, nf4.speed_ratio.mean) == (0.4, 0.5)
 
 
+def test_where_one_setting_was_searched_a_difference_has_one_interval_wherever_it_is_told() -> None:
+    sweep = simulated([2.6, 2.2, 2.0], 2, 1, noise_sd=0.02)
+    (rank,) = main_effects(sweep)
+    behind = {comparison.label: comparison.difference for comparison in recommend(sweep).comparisons}
+    last = rank.values[-1].gain
+    assert last is not None
+    assert rank.levelling is not None
+    before = behind["rank=8"]
+    assert before is not None
+    for told in (last, rank.levelling.gain):
+        assert (abs(told.mean), told.half_width) == (pytest.approx(before.mean), pytest.approx(before.half_width))
+    assert rank.levelling.state == "still_gains"
+    first = rank.values[-1].difference
+    assert first is not None
+    assert first.half_width == pytest.approx(behind["rank=4"].half_width if behind["rank=4"] else None)
+
+
+def test_a_value_that_the_answer_does_not_compare_has_the_interval_of_its_own_pairs() -> None:
+    sweep = simulated([2.6, 2.2, 2.0], 3, 1)
+    sweep = sweep.model_copy(update={"constraints": ("peak_memory_bytes <= 1400MiB",)})
+    assert [summary.label for summary in statistics.summaries(sweep) if summary.breaks] == ["rank=16"]
+    (rank,) = main_effects(sweep)
+    values = {s.label: s.objective_by_repeat for s in statistics.summaries(sweep)}
+    own = statistics.estimate([values["rank=16"][repeat] - values["rank=8"][repeat] for repeat in range(3)])
+    assert rank.values[2].gain == own
+
+
 @pytest.mark.parametrize(
     ("truth", "noise_sd", "state", "value", "further"),
     [
