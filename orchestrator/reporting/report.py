@@ -229,12 +229,19 @@ def _repeat(report: Report) -> str:
     return "\n".join([*lines, f"orchestrator run sweep.yaml --name {report.sweep.name}-again"])
 
 
+def _rows_words(report: Report) -> str:
+    train, held_out = report.sweep.train_rows, report.sweep.eval_rows
+    known = train is not None and held_out is not None
+    return f"{train} to train on, {held_out} to evaluate on" if known else quantities.UNKNOWN
+
+
 def _environment(report: Report) -> list[tuple[str, str]]:
     trials = report.sweep.trials
     versions = {f"{name} {version}" for trial in trials for name, version in trial.versions.items()}
     git = {f"{t.git.commit[:12]}{' with uncommitted changes' if t.git.dirty else ''}" for t in trials if t.git}
     rows = [
         ("model", [report.sweep.model]),
+        ("rows", [_rows_words(report)]),
         ("data hash", [report.sweep.data_hash or quantities.UNKNOWN]),
         ("hosts", sorted({host for trial in trials for host in trial.hosts})),
         ("devices", sorted({device for trial in trials for device in trial.devices})),

@@ -22,6 +22,7 @@ from orchestrator.reporting.cost_charts import PART_STYLES, memory_chart, parts_
 from orchestrator.reporting.curves import mean_curves, plateaus, value_curves
 from orchestrator.reporting.findings import behind_text, trial_snippet
 from orchestrator.reporting.plot import BOTTOM, HEIGHT, TOP, Axis, Dot, Line, is_cut, ticks, xy_plot
+from orchestrator.reporting.recommendation import recommend
 from orchestrator.reporting.status import render_status
 from orchestrator.reporting.times import Outlay, against_plan, times_of
 from orchestrator.results.files import write_atomically
@@ -191,6 +192,24 @@ def test_rows_that_were_left_out_are_told_and_one_trial_is_one(tmp_path: Path) -
     assert "At sequence_length 32 2 of 9 rows to train on cannot be used." in text
     assert "3 rows of the data could not be used: data/summary.json says where and why." in text
     assert "\n1 trial (1 completed), ended" in text
+
+
+@pytest.mark.parametrize(("rows", "is_few"), [(1, True), (29, True), (30, False), (None, False)])
+def test_that_few_rows_were_evaluated_is_told_where_a_loss_is_the_objective(rows: int | None, is_few: bool) -> None:
+    sweep = simulated([2.0, 2.1], 2, 0).model_copy(update={"eval_rows": rows})
+    told = [line for line in recommend(sweep).evidence if "to evaluate on" in line]
+    assert bool(told) is is_few
+    assert all(line.startswith(f"Only {rows} row") and "no ± tells that" in line for line in told)
+    by_speed = sweep.model_copy(update={"objective_metric": "tokens_per_s", "objective_mode": "max"})
+    assert not any("to evaluate on" in line for line in recommend(by_speed).evidence)
+
+
+def test_the_rows_are_told_on_the_page_and_in_json_and_that_a_spread_is_of_the_seeds(tmp_path: Path) -> None:
+    made = built(tmp_path, simulated([2.0, 2.1], 2, 0).model_copy(update={"train_rows": 360, "eval_rows": 40}))
+    page, figures = Page(report.render_html(made)).text, json.loads(report.render_json(made))
+    assert "360 to train on, 40 to evaluate on" in page
+    assert "It is of the seeds alone: all trials are evaluated on the same rows" in page
+    assert (figures["train_rows"], figures["eval_rows"]) == (360, 40)
 
 
 def test_the_page_is_well_formed_and_asks_for_nothing(tmp_path: Path) -> None:
