@@ -39,6 +39,8 @@ class Report:
     folder: Path
     sweep: SweepResult
     sweep_file: str | None
+    sweep_file_at: str
+    """Its path from anywhere, or its address in an object store."""
     plan: SweepPlan | None
     """None where there is no plan.json that can be read."""
     damaged: tuple[DamagedRecord, ...]
@@ -73,11 +75,11 @@ class Report:
 
     @property
     def adapter(self) -> Path | None:
-        """The recommended trial's adapter."""
+        """The recommended trial's adapter, as it is found from anywhere: a page does not know where it is read."""
         trial = self.recommended
         if trial is None or not trial.adapter:
             return None
-        return SweepFolder(self.folder).trial(trial.trial_id).root / trial.adapter
+        return SweepFolder(self.folder.absolute()).trial(trial.trial_id).root / trial.adapter
 
     @property
     def state(self) -> str:
@@ -112,6 +114,7 @@ def build(folder: SweepFolder, now_s: float | None = None) -> Report:
         folder=folder.root,
         sweep=sweep,
         sweep_file=sweep_file,
+        sweep_file_at=folder.location(folder.sweep_file) if folder.remote else str(folder.sweep_file.absolute()),
         plan=plan,
         damaged=damaged + unread,
         summaries=found,

@@ -204,6 +204,30 @@ def test_that_few_rows_were_evaluated_is_told_where_a_loss_is_the_objective(rows
     assert not any("to evaluate on" in line for line in recommend(by_speed).evidence)
 
 
+def test_a_report_names_files_by_paths_that_hold_wherever_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = tmp_path / "my sweeps"
+    sweep = simulated([2.0, 2.1], 1, 0)
+    folder = write_made_up(storage / "sweep", sweep)
+    write_atomically(folder.sweep_file, "name: made-up\n")
+    monkeypatch.chdir(storage)
+    made = report.build(SweepFolder(Path("sweep")))
+    adapter = storage / "sweep" / "trials" / (made.recommendation.trial_id or "") / "adapter"
+    page = Page(report.render_html(made)).text
+    for told in (page, report.render_text(made), report.render_json(made)):
+        assert str(adapter) in told
+    # Not the sweep.yaml of the working directory, which may be another sweep's.
+    assert f"orchestrator run '{storage}/sweep/sweep.yaml' --name made-up-again" in page
+    assert "folder" + str(storage / "sweep") in page.replace("\n", "")
+
+
+def test_a_sweep_in_an_object_store_is_repeated_with_the_file_that_lies_there(tmp_path: Path) -> None:
+    write_made_up(tmp_path / "copy", simulated([2.0, 2.1], 1, 0))
+    page = Page(report.render_html(report.build(SweepFolder(tmp_path / "copy", "s3://bucket/sweeps/made-up")))).text
+    assert "# with s3://bucket/sweeps/made-up/sweep.yaml copied here\norchestrator run sweep.yaml --name" in page
+
+
 def test_the_rows_are_told_on_the_page_and_in_json_and_that_a_spread_is_of_the_seeds(tmp_path: Path) -> None:
     made = built(tmp_path, simulated([2.0, 2.1], 2, 0).model_copy(update={"train_rows": 360, "eval_rows": 40}))
     page, figures = Page(report.render_html(made)).text, json.loads(report.render_json(made))
