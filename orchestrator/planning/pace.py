@@ -35,6 +35,9 @@ class _Measured:
     kind: tuple[object, ...]
     ratio: float
     """Seconds a step over those predicted."""
+    attention: str
+    rows: tuple[str, int] | None
+    """The model and the sequence_length that they were read for, each row by itself; None where they were packed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,7 @@ class Pace:
         ended: list[TrialResult] = []
         for sweep in sweeps:
             ran = [t for t in sweep.trials if t.status in RAN and t.devices and is_named(t.devices[0], hardware)]
-            steps += [measured for trial in ran if (measured := _measured(trial))]
+            steps += [measured for trial in ran if (measured := _measured(trial, sweep.model))]
             if sweep.model == model:
                 ended += [trial for trial in ran if trial.status is TrialStatus.COMPLETED]
         if not ended:
@@ -75,13 +78,17 @@ class Pace:
         return _around(every, SPREAD_OTHERS) if every else UNMEASURED
 
 
-def _measured(trial: TrialResult) -> _Measured | None:
+def _measured(trial: TrialResult, model: str) -> _Measured | None:
     last, predicted_s = trial.last, trial.predicted_step_time_s
     steps = trial.steps_trained
     if last is None or steps < FEWEST_STEPS or not predicted_s:
         return None
     ratio = last.seconds / steps / predicted_s
-    return _Measured(_kind_of(trial.config, trial.gpu_shared_by), ratio) if 1 / FARTHEST < ratio < FARTHEST else None
+    if not 1 / FARTHEST < ratio < FARTHEST:
+        return None
+    config = trial.config
+    rows = None if config.packing else (model, config.sequence_length)
+    return _Measured(_kind_of(config, trial.gpu_shared_by), ratio, config.attention, rows)
 
 
 def _once_s(trial: TrialResult) -> float:

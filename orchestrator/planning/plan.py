@@ -145,7 +145,7 @@ def plan_sweep(sweep: SweepConfig, model: ModelShape, hardware: Hardware, pace: 
         gpu_hours=(hours.low, hours.expected, hours.high),
         cost=_costs(sweep.budget, hours) if hardware.device == "cuda" else None,
         measured=len(pace.steps),
-        assumptions=assumptions(running, placement(hardware, shape).nodes, pace)
+        assumptions=assumptions(running, sweep.model, placement(hardware, shape).nodes, pace)
         + assumed_host(running, model, hardware, shape),
         warnings=_of_places(shape, hardware, may_grow=may_grow, is_refused=bool(never_starts))
         + points_left_out(sweep)

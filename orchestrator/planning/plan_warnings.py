@@ -154,14 +154,18 @@ def never_used(shape: WorkerShape, hardware: Hardware) -> tuple[str, ...]:
     )
 
 
-def assumptions(running: Sequence[PlannedTrial], nodes: int, pace: Pace) -> tuple[str, ...]:
-    """Until trials were measured here, whose times have all of it in them."""
-    if pace.steps:
-        return ()
+def assumptions(running: Sequence[PlannedTrial], model: str, nodes: int, pace: Pace) -> tuple[str, ...]:
+    """But for what the trials that were measured here have in their times; over how many nodes they ran, none says."""
     told = []
-    if any(not trial.config.packing for trial in running):
+    rows = {(model, trial.config.sequence_length) for trial in running if not trial.config.packing}
+    # Of packed rows, another model's tokens or another length the times tell nothing of how far these rows go.
+    if rows and rows == {measured.rows for measured in pace.steps}:
+        told.append("as to time, rows as long as in the trials that ran here; as to memory, rows fill sequence_length")
+    elif rows:
         told.append("rows fill sequence_length: shorter ones take less time, and less memory where none is as long")
-    if any(trial.config.attention == "flash_attention_2" for trial in running):
+    flash = "flash_attention_2"
+    is_measured = any(measured.attention == flash for measured in pace.steps)
+    if not is_measured and any(trial.config.attention == flash for trial in running):
         told.append(
             "flash_attention_2 takes the time and, but for masks, the memory of sdpa, which writes no scores either"
         )

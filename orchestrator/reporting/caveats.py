@@ -14,6 +14,10 @@ from orchestrator.reporting.times import has_run
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 
 FEW_STEPS = 20
+FEW_ROWS = 30
+"""Measured of adapters for builtin:smollm2-135m on 100 rows of builtin:python-docs, cut to 64 tokens: of one row the
+loss scatters by 15 to 19 % of the mean, and its difference between two adapters by 0.10 to 0.21 (3 to 7 %). Of 30 rows
+that is about 1 % of the loss by the choice of rows alone, and a report counts 1 % as a difference that matters."""
 
 
 def caveats(
@@ -58,8 +62,11 @@ def _of_scores(sweep: SweepResult, ran: Sequence[TrialResult]) -> Iterator[str]:
 
 
 def _of_rows(sweep: SweepResult, ran: Sequence[TrialResult]) -> Iterator[str]:
+    losses = sorted(LOSSES & _metrics(sweep).keys())
+    if losses and (few := few_rows_words(sweep.eval_rows)):
+        yield _sentence(few)
     lengths = sorted({trial.config.sequence_length for trial in ran})
-    if len(lengths) > 1 and (losses := sorted(LOSSES & _metrics(sweep).keys())):
+    if len(lengths) > 1 and losses:
         shown = quantities.some([str(length) for length in lengths])
         yield (
             f"Rows are cut to a trial's sequence_length ({shown}), those that it "
@@ -71,6 +78,16 @@ def _of_rows(sweep: SweepResult, ran: Sequence[TrialResult]) -> Iterator[str]:
         yield f"{rows} of the data could not be used: data/summary.json says where and why."
     for told in sweep.rows_too_long:
         yield _sentence(told)
+
+
+def few_rows_words(eval_rows: int | None) -> str | None:
+    """That which rows a loss is of may decide it; None where there are enough, or nobody knows how many."""
+    if eval_rows is None or eval_rows >= FEW_ROWS:
+        return None
+    return (
+        f"only {counted(eval_rows, 'row')} to evaluate on: other rows may change the answer, and no ± tells that; hold "
+        "more back (data.eval)"
+    )
 
 
 def _metrics(sweep: SweepResult) -> dict[str, None]:

@@ -10,7 +10,7 @@ from typing import Any
 from orchestrator.errors import counted
 from orchestrator.reporting.curves import Curve, MeanCurve, mean_curves, value_curves
 from orchestrator.reporting.effects import grouping, sort_key
-from orchestrator.reporting.plot import Axis, Line, xy_plot
+from orchestrator.reporting.plot import Axis, Line, is_cut, xy_plot
 from orchestrator.reporting.statistics import ConfigurationSummary, spell
 from orchestrator.results.records import SweepResult
 
@@ -65,9 +65,7 @@ def _means_by(name: str, means: Sequence[MeanCurve], combinations: int, drawn: S
     lines += [Line(m.points, m.label, f"{style} mean", m.band) for m, style in zip(means, styles, strict=True)]
     alike = f"{counted(combinations, 'combination')} of the other settings that completed with every one of them"
     words = f"Loss of the evaluation over optimizer steps. In colour: the mean with each {name}, over {alike}"
-    if any(mean.band for mean in means):
-        words += ", with its 95 % interval over the seeds, their common shift taken out"
-    words += f". In grey: {len(grey)} of {len(drawn)} configurations."
+    words += f"{_band_words(lines)}. In grey: {len(grey)} of {len(drawn)} configurations."
     title = f"Evaluation loss by {name}"
     svg = xy_plot(title, words, Axis("optimizer step"), Axis("eval_loss (nats a token)"), lines)
     keys = tuple(Key(style, m.label.replace("=", " ", 1)) for m, style in zip(means, styles, strict=True))
@@ -92,13 +90,23 @@ def _curves_by(name: str, drawn: Sequence[MeanCurve]) -> Figure:
     repeats = max(curve.repeats for curve in drawn)
     words = [f"Loss of the evaluation over optimizer steps: {told}. The line of the best is thicker."]
     if repeats > 1:
-        band = " with its 95 % interval, the seeds' common shift taken out" if has_bands else ""
-        words.append(f"Each line is the mean of up to {repeats} repeats{band}.")
+        words.append(f"Each line is the mean of up to {repeats} repeats{_band_words(lines)}.")
     if len(drawn) > MAX_LINES:
         words.append(f"The best {MAX_LINES} of {len(drawn)} are in colour, {len(grey)} others in grey.")
     svg = xy_plot(title, " ".join(words), Axis("optimizer step"), Axis("eval_loss (nats a token)"), lines)
     return Figure(
         title, svg, tuple(Key(key.style, f"{name} {key.label}") for key in keys) if name else (), " ".join(words)
+    )
+
+
+def _band_words(lines: Sequence[Line]) -> str:
+    """Which interval the bands are, since the table has another of the same means."""
+    if not any(len(line.band) > 1 for line in lines):
+        return ""
+    beyond = "; a band that reaches the edge of the drawing goes on beyond it" if is_cut(lines) else ""
+    return (
+        " with its 95 % interval by Student's t, without the shift that a seed gives all of them alike, so that lines "
+        f"can be compared (the table's ± has that shift in it){beyond}"
     )
 
 

@@ -48,7 +48,10 @@ class Plateau:
     """From there to the end eval_loss stays within 0.5 % of its last value, and within a tenth of what it fell by in
     all (but for 0.1 %, which may be noise); None where that is true of less than the last quarter of the steps."""
     late_fall: Estimate
-    """By how much eval_loss still fell in the last quarter of the steps."""
+    """By how much eval_loss still fell at the end: from `late_step` to `last_step`."""
+    late_step: int
+    """The last that was evaluated before the last quarter of the steps began, or as it did."""
+    last_step: int
 
 
 def mean_curves(
@@ -137,7 +140,7 @@ def _mean_curve(identity: str, label: str, settings: tuple[tuple[str, Any], ...]
 def _band_at(
     step: int, own: Mapping[int, float], everyone: Mapping[str, Mapping[int, float]]
 ) -> tuple[float, float, float]:
-    """The mean's 95 % interval once the shift that a seed gives all configurations alike is taken out.
+    """The mean's 95 % interval by Student's t, once the shift that a seed gives all configurations alike is taken out.
 
     Curves are compared seed by seed, as everywhere in the report. Source: Cousineau 2005 with Morey's correction, 2008.
     """
@@ -150,9 +153,7 @@ def _band_at(
     levelled = [value - shifts[repeat] for repeat, value in own.items()]
     middle = fmean(own.values())
     half_width = t_quantile(1, len(own) - 1) * math.sqrt(variance(levelled) * inflation / len(own))
-    # Two repeats have intervals that would hide everything else: past the values' own range nothing is drawn.
-    reach = max(own.values()) - min(own.values())
-    return float(step), middle - min(half_width, reach), middle + min(half_width, reach)
+    return float(step), middle - half_width, middle + half_width
 
 
 def plateaus(sweep: SweepResult, curves: Mapping[str, Curve]) -> dict[str, Plateau]:
@@ -162,20 +163,22 @@ def plateaus(sweep: SweepResult, curves: Mapping[str, Curve]) -> dict[str, Plate
         evaluated = evaluations(curves.get(trial.trial_id, ()))
         if trial.status is TrialStatus.COMPLETED and len(evaluated) >= MIN_EVALUATIONS:
             groups[trial.configuration_id].append(evaluated)
-    return {identity: _plateau(group) for identity, group in groups.items()}
+    found = {identity: _plateau(group) for identity, group in groups.items()}
+    return {identity: level for identity, level in found.items() if level}
 
 
-def _plateau(group: Sequence[Curve]) -> Plateau:
-    falls = []
-    levelled: list[int | None] = []
-    for curve in group:
-        late_step = curve[-1].step * (1 - LAST_PART)
-        last = curve[-1].eval_loss or 0.0
-        before = [point for point in curve if point.step <= late_step] or [curve[0]]
-        falls.append((before[-1].eval_loss or 0.0) - last)
-        levelled.append(_levelled_off_at(curve, last, late_step))
+def _plateau(group: Sequence[Curve]) -> Plateau | None:
+    losses = [{point.step: point.eval_loss or 0.0 for point in curve} for curve in group]
+    shared = sorted(set.intersection(*map(set, losses)))
+    if len(shared) < MIN_EVALUATIONS:
+        return None
+    last = shared[-1]
+    quarter = last * (1 - LAST_PART)
+    late = max([step for step in shared if step <= quarter], default=shared[0])
+    levelled = [_levelled_off_at(curve, curve[-1].eval_loss or 0.0, quarter) for curve in group]
     known = [step for step in levelled if step is not None]
-    return Plateau(max(known) if len(known) == len(levelled) else None, estimate(falls))
+    falls = estimate([by_step[late] - by_step[last] for by_step in losses])
+    return Plateau(max(known) if len(known) == len(levelled) else None, falls, late, last)
 
 
 def _levelled_off_at(curve: Curve, last: float, late_step: float) -> int | None:

@@ -94,6 +94,8 @@ def importance_chart(metric: str, found: Mapping[str, float]) -> Figure | None:
         f"Share of what the settings explain of {metric}'s variance, over the whole space and whatever the other "
         "settings are (fANOVA on a random forest over the completed trials)."
     )
+    if any(" and " in name for name in found):
+        words += " Settings that always changed together have one share: nothing here tells them apart."
     bars = [Bar(name, 100 * share, quantities.share(share), "s0") for name, share in found.items()]
     title = "Which settings count"
     return Figure(title, bar_plot(title, words, bars, Axis("share of the variance (%)")), (), words)

@@ -1,7 +1,8 @@
 """What each searched setting does to the objective, to memory and to speed, over trials that differ in nothing else.
 
 What is compared is averaged over the other settings within each seed, and its interval is over the seeds: trials that
-differ in their ZeRO stage alone have the same loss, and twice the same is no second opinion.
+differ in their ZeRO stage alone have the same loss, and twice the same is no second opinion. Where no other setting was
+searched, values are the configurations that the answer compares, and their differences have its intervals.
 """
 
 from __future__ import annotations
@@ -9,11 +10,23 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, Literal
 
-from orchestrator.reporting.statistics import LOSSES, Estimate, estimate, objective_of, sign_of, spell
+from orchestrator.reporting.objectives import on_front
+from orchestrator.reporting.statistics import (
+    LOSSES,
+    Estimate,
+    Noise,
+    competing,
+    estimate,
+    noise_of,
+    objective_of,
+    sign_of,
+    spell,
+    summaries,
+)
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 
 MAX_VALUES = 8
@@ -46,6 +59,20 @@ class SettingValue:
     """Peak memory over that with the reference value, over such pairs of one micro-batch; stopped trials take part."""
     speed_ratio: Estimate | None
     """Tokens a second, likewise."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Compared:
+    """Values of a setting that are the configurations which the answer compares, with their noise."""
+
+    values: frozenset[str]
+    noise: Noise
+
+    def told(self, difference: Estimate | None, one: str, other: str) -> Estimate | None:
+        """With the answer's own interval of this difference."""
+        if difference is None or not {one, other} <= self.values:
+            return difference
+        return replace(difference, half_width=self.noise.half_width(len(self.values), difference.count))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +132,13 @@ def _effect(sweep: SweepResult, name: str, measured: Sequence[TrialResult]) -> E
     memory, speed = (_cells(at_one_size, measured, reading) for reading in (_memory, _speed))
     paired = {group for found in (cells, memory, speed) for _, cell in found if len(cell) > 1 for group in cell}
     reference = next((group for group in order if group in paired), order[0])
+    compared = _compared(sweep, name)
     values = tuple(
         SettingValue(
             value=group,
             objective=Estimate(fmean(own), None, len(own)) if (own := objectives[group]) else None,
-            difference=_difference(cells, group, reference) if group != reference else None,
-            gain=_difference(cells, group, order[place - 1]) if place else None,
+            difference=_difference(cells, group, reference, compared) if group != reference else None,
+            gain=_difference(cells, group, order[place - 1], compared) if place else None,
             memory_ratio=_ratio(memory, group, reference) if group != reference else None,
             speed_ratio=_ratio(speed, group, reference) if group != reference else None,
         )
@@ -118,8 +146,19 @@ def _effect(sweep: SweepResult, name: str, measured: Sequence[TrialResult]) -> E
     )
     # Later tokens of a row are easier to predict: a loss falls with the length, however well a model was trained.
     levels_off = name in COSTLIER_UPWARDS and not (name == "sequence_length" and sweep.objective_metric in LOSSES)
-    levels = _levelling(cells, order, sign_of(sweep)) if levels_off and group_of is spell else None
+    levels = _levelling(cells, order, sign_of(sweep), compared) if levels_off and group_of is spell else None
     return Effect(name, values, reference, levels)
+
+
+def _compared(sweep: SweepResult, name: str) -> _Compared | None:
+    """None where another setting was searched too, so that an effect is a mean over it, or nothing was repeated."""
+    completed = [trial.config for trial in sweep.trials if trial.status is TrialStatus.COMPLETED]
+    if any(len({spell(getattr(config, n)) for config in completed}) > 1 for n in sweep.searched if n != name):
+        return None
+    contenders = on_front(sweep, competing(summaries(sweep))[0])
+    noise = noise_of({summary.configuration_id: summary.objective_by_repeat for summary in contenders})
+    values = frozenset(spell(dict(summary.settings)[name]) for summary in contenders)
+    return _Compared(values, noise) if noise and len(values) == len(contenders) else None
 
 
 def _memory(trial: TrialResult) -> float | None:
@@ -193,8 +232,10 @@ def _cells(places: Sequence[tuple[tuple[Any, ...], str]], measured: Sequence[Tri
     return [(place[0], {group: fmean(read) for group, read in cell.items()}) for place, cell in cells.items()]
 
 
-def _difference(cells: Cells, group: str, reference: str) -> Estimate | None:
-    return over_seeds((r, cell[group] - cell[reference]) for r, cell in cells if group in cell and reference in cell)
+def _difference(cells: Cells, group: str, reference: str, compared: _Compared | None) -> Estimate | None:
+    pairs = ((r, cell[group] - cell[reference]) for r, cell in cells if group in cell and reference in cell)
+    found = over_seeds(pairs)
+    return compared.told(found, group, reference) if compared else found
 
 
 def _ratio(cells: Cells, group: str, reference: str) -> Estimate | None:
@@ -209,11 +250,11 @@ def over_seeds(pairs: Iterable[tuple[int, float]]) -> Estimate | None:
     return estimate([fmean(values) for values in by_seed.values()]) if by_seed else None
 
 
-def _levelling(cells: Cells, order: Sequence[str], sign: int) -> Levelling | None:
+def _levelling(cells: Cells, order: Sequence[str], sign: int, compared: _Compared | None) -> Levelling | None:
     middle = abs(fmean(value for _, cell in cells for value in cell.values())) if cells else 0.0
     last = None
     for place, value in enumerate(order[:-1]):
-        gains = {further: _gain(cells, further, value, sign) for further in order[place + 1 :]}
+        gains = {further: _gain(cells, further, value, sign, compared) for further in order[place + 1 :]}
         known = {further: gain for further, gain in gains.items() if gain and gain.half_width is not None}
         if not known:
             continue
@@ -225,6 +266,6 @@ def _levelling(cells: Cells, order: Sequence[str], sign: int) -> Levelling | Non
     return last
 
 
-def _gain(cells: Cells, further: str, value: str, sign: int) -> Estimate | None:
-    found = _difference(cells, further, value)
+def _gain(cells: Cells, further: str, value: str, sign: int, compared: _Compared | None) -> Estimate | None:
+    found = _difference(cells, further, value, compared)
     return Estimate(-sign * found.mean, found.half_width, found.count) if found else None

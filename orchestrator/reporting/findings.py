@@ -21,8 +21,8 @@ from orchestrator.reporting.effects import Effect, Levelling, main_effects
 from orchestrator.reporting.importance import importances
 from orchestrator.reporting.lineage import lineage_words
 from orchestrator.reporting.objectives import ParetoFront, front_of
-from orchestrator.reporting.recommendation import Recommendation, competing, recommend
-from orchestrator.reporting.statistics import ConfigurationSummary, label, summaries
+from orchestrator.reporting.recommendation import Recommendation, recommend
+from orchestrator.reporting.statistics import ConfigurationSummary, competing, label, summaries
 from orchestrator.reporting.times import Outlay, Times, against_plan, times_of
 from orchestrator.reporting.trades import trades
 from orchestrator.results.files import read_record, why_unread
@@ -39,6 +39,8 @@ class Report:
     folder: Path
     sweep: SweepResult
     sweep_file: str | None
+    sweep_file_at: str
+    """Its path from anywhere, or its address in an object store."""
     plan: SweepPlan | None
     """None where there is no plan.json that can be read."""
     damaged: tuple[DamagedRecord, ...]
@@ -73,11 +75,11 @@ class Report:
 
     @property
     def adapter(self) -> Path | None:
-        """The recommended trial's adapter."""
+        """The recommended trial's adapter, as it is found from anywhere: a page does not know where it is read."""
         trial = self.recommended
         if trial is None or not trial.adapter:
             return None
-        return SweepFolder(self.folder).trial(trial.trial_id).root / trial.adapter
+        return SweepFolder(self.folder.absolute()).trial(trial.trial_id).root / trial.adapter
 
     @property
     def state(self) -> str:
@@ -112,6 +114,7 @@ def build(folder: SweepFolder, now_s: float | None = None) -> Report:
         folder=folder.root,
         sweep=sweep,
         sweep_file=sweep_file,
+        sweep_file_at=folder.location(folder.sweep_file) if folder.remote else str(folder.sweep_file.absolute()),
         plan=plan,
         damaged=damaged + unread,
         summaries=found,
@@ -178,9 +181,11 @@ def _with_lineage(sweep: SweepResult, recommendation: Recommendation) -> Recomme
 
 def levelling_words(setting: str, levelling: Levelling) -> str:
     """`rank levels off at 64: 256 gains 0.0010 ± 0.0040 over 64, all else alike, and 1 % at most.`"""
-    gains = levelling.gain.mean > 0
-    gain = quantities.plus_minus(abs(levelling.gain.mean), levelling.gain.half_width)
-    words = f"gains {gain} over" if gains else f"is worse by {gain} than"
+    mean, half_width = levelling.gain.mean, levelling.gain.half_width
+    gains = mean > 0
+    words = f"gains {quantities.plus_minus(mean, half_width)} over"
+    if mean < -(half_width or 0.0):
+        words = f"is worse by {quantities.plus_minus(-mean, half_width)} than"
     compared = f"{levelling.further} {words} {levelling.value}"
     if levelling.state == "levelled_off":
         most = ", and 1 % at most" if gains else ""
@@ -191,14 +196,18 @@ def levelling_words(setting: str, levelling: Levelling) -> str:
 
 
 def _curve_words(level: Plateau) -> str:
-    change = quantities.plus_minus(abs(level.late_fall.mean), level.late_fall.half_width)
     if level.levelled_off_at_step is not None:
         return f"Its curve has levelled off: within 0.5 % of its end since step {level.levelled_off_at_step}."
-    if level.late_fall.mean <= 0:
-        return f"Its curve has not settled: eval_loss rose by {change} in the last quarter of its steps."
+    fall, between = level.late_fall, f"between step {level.late_step} and {level.last_step}"
+    if abs(fall.mean) <= (fall.half_width or 0.0):
+        changed = quantities.plus_minus(-fall.mean, fall.half_width)
+        return f"Whether its curve has levelled off cannot be told: eval_loss changed by {changed} {between}."
+    change = quantities.plus_minus(abs(fall.mean), fall.half_width)
+    if fall.mean < 0:
+        return f"Its curve has not settled: eval_loss rose by {change} {between}."
     return (
-        f"Its curve has not levelled off: eval_loss still fell by {change} in the last quarter of its steps, "
-        "so more of them (trial.max_steps) may change the answer."
+        f"Its curve has not levelled off: eval_loss still fell by {change} {between}, "
+        "so more steps (trial.max_steps) may change the answer."
     )
 
 

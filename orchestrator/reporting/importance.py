@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,8 @@ from orchestrator.reporting.effects import MAX_VALUES
 from orchestrator.reporting.statistics import objective_of, spell
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 
-MIN_TRIALS = 8
+MIN_CONFIGURATIONS = 8
+"""Repeats do not count: of two configurations the forest would share what tells them apart by chance."""
 TREES, DEPTH = 32, 6
 """Grown to the last leaf, the trees of a thousand trials take a minute and say the same to a percent."""
 WIDE = 10
@@ -17,7 +19,9 @@ WIDE = 10
 
 
 def importances(sweep: SweepResult) -> Mapping[str, float]:
-    """Share of the explained variance by setting, the largest first; empty where one setting or few trials ran.
+    """Share of the explained variance by setting, the largest first; empty where one setting or few configurations ran.
+
+    Settings that always changed together have one share, named `rank and learning_rate`: nothing tells them apart.
 
     fANOVA on a random forest over the completed trials, so that settings count which were not crossed evenly, as after
     a random or adaptive search. Source: Hutter, Hoos and Leyton-Brown 2014, as optuna has it.
@@ -27,13 +31,36 @@ def importances(sweep: SweepResult) -> Mapping[str, float]:
         for trial in sweep.trials
         if trial.status is TrialStatus.COMPLETED and (value := objective_of(sweep, trial)) is not None
     ]
-    names = [n for n in sweep.searched if len({spell(getattr(trial.config, n)) for trial, _ in completed}) > 1]
     if any(trial.started_from for trial, _ in completed):
         # What a member came to is its whole line's doing, not its last settings'.
         return {}
-    if len(names) < 2 or len(completed) < MIN_TRIALS or len({value for _, value in completed}) < 2:
+    together = _changed_together(sweep.searched, [trial for trial, _ in completed])
+    is_few = len({trial.configuration_id for trial, _ in completed}) < MIN_CONFIGURATIONS
+    if is_few or len(together) < 2 or len({value for _, value in completed}) < 2:
         return {}
-    return _fanova(names, completed)
+    shares = _fanova(list(together), completed)
+    return {" and ".join(together[name]): share for name, share in shares.items()}
+
+
+def _changed_together(names: Sequence[str], trials: Sequence[TrialResult]) -> dict[str, list[str]]:
+    """The settings that changed, each with those of which every value went with one of its own."""
+    found: dict[Any, list[str]] = defaultdict(list)
+    for name in names:
+        values = [getattr(trial.config, name) for trial in trials]
+        if len(set(map(spell, values))) > 1:
+            found[_pattern(values)].append(name)
+    return {alike[0]: alike for alike in found.values()}
+
+
+def _pattern(values: Sequence[Any]) -> tuple[bool, tuple[int, ...]]:
+    """Of two settings the same where one tells the other: by their order, either way, where a range was drawn from,
+    since of two drawn apart each value is met once."""
+    if _is_range(values):
+        places = {value: place for place, value in enumerate(sorted(set(values)))}
+        order = tuple(places[value] for value in values)
+        return True, min(order, tuple(len(places) - 1 - place for place in order))
+    first: dict[str, int] = {}
+    return False, tuple(first.setdefault(spell(value), len(first)) for value in values)
 
 
 def _fanova(names: Sequence[str], completed: Sequence[tuple[TrialResult, float]]) -> dict[str, float]:

@@ -10,12 +10,16 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 
 WIDTH, HEIGHT = 560, 340
 LEFT, RIGHT, TOP, BOTTOM = 74, 14, 12, 48
 ROW_HEIGHT, BAR_HEIGHT, BAR_LEFT, BAR_VALUES = 38, 13, 14, 140
 CHARACTER_WIDTH = 6.9
 """Of the drawings' text at most: for keeping labels apart."""
+BAND_ROOM = 0.25
+"""Of the height of the lines themselves, so much above and below them is for bands: shown whole, the interval of two
+repeats (Student's t is 12.7) would press the lines flat."""
 Point = tuple[float, float]
 Box = tuple[float, float, float, float]
 """Left, top, width, height."""
@@ -103,12 +107,9 @@ def xy_plot(title: str, summary: str, x: Axis, y: Axis, lines: Sequence[Line] = 
     points = [point for line in lines for point in line.points] + [dot.at for dot in dots]
     if not points:
         return ""
-    heights = [point[1] for point in points]
-    heights += [edge for line in lines for _, low, high in line.band for edge in (low, high)]
-    heights += [dot.at[1] + side * (dot.half_height or 0) for dot in dots for side in (-1, 1)]
     # Ticks that are named are places in a row, not figures.
     x_range = (min(x.at) - 0.5, max(x.at) + 0.5) if x.at else _padded([point[0] for point in points])
-    low, high = _padded(heights)
+    low, high = _heights(lines, dots)
     scale = _Scale(x_range, (0.0 if y.from_zero else low, high))
     parts = [_grid(scale, x, y)]
     parts += [_band(line, scale) for line in lines if len(line.band) > 1]
@@ -117,6 +118,23 @@ def xy_plot(title: str, summary: str, x: Axis, y: Axis, lines: Sequence[Line] = 
     # The last drawn are the ones that stand out: theirs come first.
     parts.append(_labels(dots[::-1], scale))
     return _svg(title, summary, WIDTH, HEIGHT, parts)
+
+
+def is_cut(lines: Sequence[Line]) -> bool:
+    """Whether a band goes on beyond the drawing of these lines."""
+    low, high = _heights(lines, ())
+    return any(bottom < low or top > high for line in lines for _, bottom, top in line.band)
+
+
+def _heights(lines: Sequence[Line], dots: Sequence[Dot]) -> Point:
+    """What the drawing shows of its y axis: all lines and dots, and of the bands what lies near them."""
+    shown = [point[1] for line in lines for point in line.points]
+    shown += [dot.at[1] + side * (dot.half_height or 0) for dot in dots for side in (-1, 1)]
+    room = BAND_ROOM * (max(shown) - min(shown))
+    least, most = min(shown) - room, max(shown) + room
+    edges = [min(max(edge, least), most) for line in lines for _, *both in line.band for edge in both]
+    low, high = _padded([*shown, *edges])
+    return (max(0.0, low) if min(shown) > 0 else low), high
 
 
 def bar_plot(title: str, summary: str, bars: Sequence[Bar], axis: Axis) -> str:
@@ -235,9 +253,20 @@ def _path(points: Sequence[Point], scale: _Scale) -> str:
 
 
 def _band(line: Line, scale: _Scale) -> str:
-    upper = [(x, high) for x, _, high in line.band]
-    lower = [(x, low) for x, low, _ in reversed(line.band)]
+    upper = _cut([(x, high) for x, _, high in line.band], scale.y_range)
+    lower = _cut([(x, low) for x, low, _ in reversed(line.band)], scale.y_range)
     return f'<path class="band {line.style}" d="{_path([*upper, *lower], scale)}Z"/>'
+
+
+def _cut(edge: Sequence[Point], y_range: Point) -> list[Point]:
+    """With a point where it leaves the drawing and one where it comes back; between them it runs along the frame."""
+    low, high = y_range
+    points = [edge[0]]
+    for (x, y), (next_x, next_y) in pairwise(edge):
+        leaves = sorted((bound - y) / (next_y - y) for bound in y_range if min(y, next_y) < bound < max(y, next_y))
+        points += [(x + part * (next_x - x), y + part * (next_y - y)) for part in leaves]
+        points.append((next_x, next_y))
+    return [(x, min(max(y, low), high)) for x, y in points]
 
 
 def _line(line: Line, scale: _Scale) -> str:

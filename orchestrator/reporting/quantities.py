@@ -73,7 +73,9 @@ def plus_minus(mean: float, half_width: float | None) -> str:
     if max(abs(mean), half_width) < NOTHING:
         return "0"
     decimals = decimals_for(half_width)
-    return f"{mean:.{decimals}f} ± {half_width:.{decimals}f}".replace("-", MINUS)
+    # Of a mean that rounds to nothing no sign is left.
+    shown = round(mean, decimals) + 0.0
+    return f"{shown:.{decimals}f} ± {half_width:.{decimals}f}".replace("-", MINUS)
 
 
 def decimals_for(half_width: float) -> int:

@@ -16,10 +16,10 @@ from orchestrator.reporting.statistics import (
     ConfigurationSummary,
     Estimate,
     Noise,
+    competing,
     noise_of,
     paired_difference,
     repeats_to_tell,
-    scattered,
     sign_of,
     spell,
     summaries,
@@ -132,16 +132,6 @@ def recommend(sweep: SweepResult) -> Recommendation:
     if noise is None:
         return _by_single_runs(sweep, contenders, told)
     return _by_rule(sweep, contenders, noise, told)
-
-
-def competing(
-    found: Sequence[ConfigurationSummary],
-) -> tuple[list[ConfigurationSummary], frozenset[str]]:
-    """Those that the answer is chosen of, and the ids of those left out for the scatter of their repeats."""
-    kept = [summary for summary in found if summary.objective and not summary.breaks]
-    whole = [summary for summary in kept if not summary.is_broken] or kept
-    wild = scattered({summary.configuration_id: summary.objective_by_repeat for summary in whole})
-    return [summary for summary in whole if summary.configuration_id not in wild], wild
 
 
 def _take(sweep: SweepResult, chosen: ConfigurationSummary, doubt: Sequence[str] = ()) -> str:

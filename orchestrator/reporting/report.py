@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict
 from typing import Any
 
 from orchestrator.config.constraint import parse
+from orchestrator.config.storage_address import is_remote
 from orchestrator.reporting import charts, cost_charts, effect_charts, quantities
 from orchestrator.reporting.findings import (
     Report,
@@ -226,7 +228,17 @@ def _repeat(report: Report) -> str:
     if versions:
         public = [f"{name}=={version.partition('+')[0]}" for name, version in versions.items()]
         lines.append(f"pip install {' '.join(public)}")
-    return "\n".join([*lines, f"orchestrator run sweep.yaml --name {report.sweep.name}-again"])
+    file = report.sweep_file_at
+    if is_remote(file):
+        lines.append(f"# with {file} copied here")
+        file = "sweep.yaml"
+    return "\n".join([*lines, f"orchestrator run {shlex.quote(file)} --name {report.sweep.name}-again"])
+
+
+def _rows_words(report: Report) -> str:
+    train, held_out = report.sweep.train_rows, report.sweep.eval_rows
+    known = train is not None and held_out is not None
+    return f"{train} to train on, {held_out} to evaluate on" if known else quantities.UNKNOWN
 
 
 def _environment(report: Report) -> list[tuple[str, str]]:
@@ -235,6 +247,7 @@ def _environment(report: Report) -> list[tuple[str, str]]:
     git = {f"{t.git.commit[:12]}{' with uncommitted changes' if t.git.dirty else ''}" for t in trials if t.git}
     rows = [
         ("model", [report.sweep.model]),
+        ("rows", [_rows_words(report)]),
         ("data hash", [report.sweep.data_hash or quantities.UNKNOWN]),
         ("hosts", sorted({host for trial in trials for host in trial.hosts})),
         ("devices", sorted({device for trial in trials for device in trial.devices})),
@@ -242,6 +255,6 @@ def _environment(report: Report) -> list[tuple[str, str]]:
         ("versions", sorted(versions)),
         ("sweep id", [report.sweep.sweep_id]),
         ("MLflow run", [report.sweep.mlflow_run_id or quantities.UNKNOWN]),
-        ("folder", [str(report.folder)]),
+        ("folder", [str(report.folder.absolute())]),
     ]
     return [(name, ", ".join(values) or quantities.UNKNOWN) for name, values in rows]

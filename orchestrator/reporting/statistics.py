@@ -315,6 +315,16 @@ def scattered(values: Mapping[str, Mapping[int, float]]) -> frozenset[str]:
     return frozenset(identity for identity, spread in spreads.items() if spread > limits[identity] * usual > 0)
 
 
+def competing(
+    found: Sequence[ConfigurationSummary],
+) -> tuple[list[ConfigurationSummary], frozenset[str]]:
+    """Those that the answer is chosen of, and the ids of those left out for the scatter of their repeats."""
+    kept = [summary for summary in found if summary.objective and not summary.breaks]
+    whole = [summary for summary in kept if not summary.is_broken] or kept
+    wild = scattered({summary.configuration_id: summary.objective_by_repeat for summary in whole})
+    return [summary for summary in whole if summary.configuration_id not in wild], wild
+
+
 @lru_cache(maxsize=4096)
 def _f_quantile(numerator: int, denominator: int) -> float:
     from scipy import stats

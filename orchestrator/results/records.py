@@ -302,6 +302,9 @@ class SweepResult(_Record):
     cut_short: str | None = None
     """The limit of the budget that ended the sweep before its last trials, how it goes on, and what it left."""
     data_hash: str | None = None
+    train_rows: Count | None = None
+    eval_rows: Count | None = None
+    """Those that every trial is evaluated on; like `train_rows` not known of what an earlier release began."""
     rows_left_out: Count = 0
     """Of the data, those that could not be used; data/summary.json names the first of them."""
     rows_too_long: tuple[str, ...] = ()

@@ -104,6 +104,8 @@ def opening_result(
         run_started_ms=started_ms if before else None,
         earlier_runs_s=at_work_s(earlier, started_ms) if earlier else 0.0,
         data_hash=prepared.data_hash,
+        train_rows=prepared.train_rows,
+        eval_rows=prepared.eval_rows,
         rows_left_out=prepared.rows_left_out,
         rows_too_long=prepared.rows_too_long,
         trials=tuple(records.values()),

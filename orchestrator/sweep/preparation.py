@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from orchestrator.planning.plan import SweepPlan, gpu_memory_fraction
 from orchestrator.planning.planned_trial import PlannedTrial, plan_trial
 from orchestrator.planning.room import WorkerShape, bound_bytes, placement
 from orchestrator.planning.step_time import Placement, Range, step_seconds
+from orchestrator.reporting.caveats import few_rows_words
 from orchestrator.results.folders import SweepFolder
 from orchestrator.results.storage import newest_sweeps
 from orchestrator.sweep import cluster, gpu_choice
@@ -42,6 +43,8 @@ class Prepared:
     slots: int
     """Trials at a time."""
     data_hash: str
+    train_rows: int
+    eval_rows: int
     rows_left_out: int
     rows_too_long: tuple[str, ...]
     board: Any
@@ -155,7 +158,19 @@ def prepare(
         # On a cluster that is not ours they would go on for a while, and write into a folder that is to go.
         ray.get(groups.close_all.remote(HURRIED_CLOSE_LIMIT_S))
         raise
-    return Prepared(choice, model.shape, shape, slots, summary.hash, summary.skipped_count, too_long, board, groups)
+    return Prepared(
+        choice,
+        model.shape,
+        shape,
+        slots,
+        summary.hash,
+        summary.train_rows,
+        summary.eval_rows,
+        summary.skipped_count,
+        too_long,
+        board,
+        groups,
+    )
 
 
 def sequence_lengths(sweep: SweepConfig, plan: SweepPlan) -> set[int]:
@@ -173,11 +188,19 @@ def _fetch(sweep: SweepConfig, model: FoundModel, folder: SweepFolder, say: Call
     model_folder = model_source.materialize(model.source)
     say(f"data {sweep.data.train}: reading and tokenising once for all trials")
     summary = data.prepare(sweep.data, model_folder, folder.data)
-    say(f"data: {summary.train_rows} rows to train on, {summary.eval_rows} to evaluate on")
+    for told in rows_words(summary):
+        say(f"data: {told}")
+    return summary
+
+
+def rows_words(summary: data.DataSummary) -> Iterator[str]:
+    """How many rows there are for what, whether they are few, and what was left out."""
+    yield f"{summary.train_rows} rows to train on, {summary.eval_rows} to evaluate on"
+    if few := few_rows_words(summary.eval_rows):
+        yield few
     if summary.skipped_count:
         told = "; ".join(f"{where}: {why}" for where, why in summary.skipped[:3])
-        say(f"data: {summary.skipped_count} of the rows could not be read, left out ({told})")
-    return summary
+        yield f"{summary.skipped_count} of the rows could not be read, left out ({told})"
 
 
 def slots_for(sweep: SweepConfig, plan: SweepPlan, shape: GroupShape) -> int:

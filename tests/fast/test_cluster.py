@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,22 @@ from orchestrator.planning.plan import plan_sweep
 from orchestrator.submit.job import INSTALL_LIMIT_S, runtime_env
 from orchestrator.sweep import cluster
 from orchestrator.sweep.cluster import LOCAL, NODE_LIMIT_S, connect, node_limit_s, not_joined, placed, room_for
-from orchestrator.sweep.preparation import sequence_lengths, slots_for
+from orchestrator.sweep.preparation import rows_words, sequence_lengths, slots_for
 from orchestrator.sweep.worker import GroupShape
+from orchestrator.training.data import DataSummary
 from tests.fast.cases import A100, LLAMA_2_7B
 from tests.made_up_sweep import made_up_plan, made_up_sweep, made_up_trial
 
 TWO_GPU_NODES = [{"CPU": 16.0, "GPU": 4.0}, {"CPU": 16.0, "GPU": 4.0}]
+
+
+def test_a_run_says_at_its_start_that_few_rows_are_evaluated() -> None:
+    few = DataSummary(28, 1, 500, (("a.txt:3", "empty"),), 1, "hash", "inputs")
+    rows, told, left_out = rows_words(few)
+    assert rows == "28 rows to train on, 1 to evaluate on"
+    assert told.startswith("only 1 row to evaluate on: other rows may change the answer")
+    assert left_out == "1 of the rows could not be read, left out (a.txt:3: empty)"
+    assert len(list(rows_words(replace(few, eval_rows=30, skipped_count=0)))) == 1
 
 
 @pytest.mark.parametrize(

@@ -779,7 +779,15 @@ def test_a_trial_lies_on_no_more_nodes_than_there_are() -> None:
     assert placement(A100, WorkerShape(4, 1.0, 1.0)).nodes == 1
 
 
-def test_what_the_times_take_for_granted_is_told_once_and_not_where_trials_were_measured() -> None:
+def pace_of(*settings: dict[str, Any], model: str = "builtin:tiny-llama") -> Pace:
+    """Of trials that ran on an A10G."""
+    trials = [made_up_trial(each).model_copy(update={"predicted_step_time_s": 1.0}) for each in settings]
+    found = Pace.of([made_up_sweep(trials, model=model)], model, named_gpu("A10G", 1))
+    assert len(found.steps) == len(settings)
+    return found
+
+
+def test_what_the_times_take_for_granted_is_told_once() -> None:
     spread = {"trial": {"global_batch_size": 16, "zero_stage": 3}, "resources": {"workers_per_trial": 16}}
     two_nodes = plan(named_gpu("A100", 16), space={"rank": [4, 8]}, **spread)
     rows, network = two_nodes.assumptions
@@ -787,10 +795,23 @@ def test_what_the_times_take_for_granted_is_told_once_and_not_where_trials_were_
     assert "100 Gb/s between the 2 nodes" in network
     assert render(two_nodes).count("assumed: ") == 2
     assert plan(A100, trial={"packing": True}).assumptions == ()
-    trial = made_up_trial({}).model_copy(update={"predicted_step_time_s": 1.0})
-    measured = Pace.of([made_up_sweep([trial])], "made-up", named_gpu("A10G", 1))
-    assert measured.steps
-    assert plan(A100, pace=measured).assumptions == ()
+    flash = {"packing": True, "attention": "flash_attention_2"}
+    assert len(plan(A100, trial=flash, pace=pace_of({})).assumptions) == 1
+    assert plan(A100, trial=flash, pace=pace_of({"attention": "flash_attention_2"})).assumptions == ()
+
+
+def test_that_rows_are_as_long_as_those_measured_is_assumed_only_where_such_rows_were() -> None:
+    (alike,) = plan(A100, pace=pace_of({"rank": 8}, {"rank": 64})).assumptions
+    assert alike == "as to time, rows as long as in the trials that ran here; as to memory, rows fill sequence_length"
+    others = (
+        pace_of({"packing": True}),
+        pace_of({}, {"packing": True}),
+        pace_of({}, model="another"),
+        pace_of({"sequence_length": 64}),
+    )
+    for pace in others:
+        (told,) = plan(A100, pace=pace).assumptions
+        assert told.startswith("rows fill sequence_length: shorter ones take less time")
 
 
 @pytest.mark.parametrize(

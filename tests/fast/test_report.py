@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
+from collections.abc import Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,10 @@ from orchestrator.errors import FolderError
 from orchestrator.planning.plan import SweepPlan
 from orchestrator.reporting import charts, quantities, report
 from orchestrator.reporting.cost_charts import PART_STYLES, memory_chart, parts_of
-from orchestrator.reporting.curves import plateaus, value_curves
+from orchestrator.reporting.curves import mean_curves, plateaus, value_curves
 from orchestrator.reporting.findings import behind_text, trial_snippet
-from orchestrator.reporting.plot import Axis, Dot, Line, ticks, xy_plot
+from orchestrator.reporting.plot import BOTTOM, HEIGHT, TOP, Axis, Dot, Line, is_cut, ticks, xy_plot
+from orchestrator.reporting.recommendation import recommend
 from orchestrator.reporting.status import render_status
 from orchestrator.reporting.times import Outlay, against_plan, times_of
 from orchestrator.results.files import write_atomically
@@ -189,6 +192,48 @@ def test_rows_that_were_left_out_are_told_and_one_trial_is_one(tmp_path: Path) -
     assert "At sequence_length 32 2 of 9 rows to train on cannot be used." in text
     assert "3 rows of the data could not be used: data/summary.json says where and why." in text
     assert "\n1 trial (1 completed), ended" in text
+
+
+@pytest.mark.parametrize(("rows", "is_few"), [(1, True), (29, True), (30, False), (None, False)])
+def test_that_few_rows_were_evaluated_is_told_where_a_loss_is_the_objective(rows: int | None, is_few: bool) -> None:
+    sweep = simulated([2.0, 2.1], 2, 0).model_copy(update={"eval_rows": rows})
+    told = [line for line in recommend(sweep).evidence if "to evaluate on" in line]
+    assert bool(told) is is_few
+    assert all(line.startswith(f"Only {rows} row") and "no ± tells that" in line for line in told)
+    by_speed = sweep.model_copy(update={"objective_metric": "tokens_per_s", "objective_mode": "max"})
+    assert not any("to evaluate on" in line for line in recommend(by_speed).evidence)
+
+
+def test_a_report_names_files_by_paths_that_hold_wherever_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = tmp_path / "my sweeps"
+    sweep = simulated([2.0, 2.1], 1, 0)
+    folder = write_made_up(storage / "sweep", sweep)
+    write_atomically(folder.sweep_file, "name: made-up\n")
+    monkeypatch.chdir(storage)
+    made = report.build(SweepFolder(Path("sweep")))
+    adapter = storage / "sweep" / "trials" / (made.recommendation.trial_id or "") / "adapter"
+    page = Page(report.render_html(made)).text
+    for told in (page, report.render_text(made), report.render_json(made)):
+        assert str(adapter) in told
+    # Not the sweep.yaml of the working directory, which may be another sweep's.
+    assert f"orchestrator run '{storage}/sweep/sweep.yaml' --name made-up-again" in page
+    assert "folder" + str(storage / "sweep") in page.replace("\n", "")
+
+
+def test_a_sweep_in_an_object_store_is_repeated_with_the_file_that_lies_there(tmp_path: Path) -> None:
+    write_made_up(tmp_path / "copy", simulated([2.0, 2.1], 1, 0))
+    page = Page(report.render_html(report.build(SweepFolder(tmp_path / "copy", "s3://bucket/sweeps/made-up")))).text
+    assert "# with s3://bucket/sweeps/made-up/sweep.yaml copied here\norchestrator run sweep.yaml --name" in page
+
+
+def test_the_rows_are_told_on_the_page_and_in_json_and_that_a_spread_is_of_the_seeds(tmp_path: Path) -> None:
+    made = built(tmp_path, simulated([2.0, 2.1], 2, 0).model_copy(update={"train_rows": 360, "eval_rows": 40}))
+    page, figures = Page(report.render_html(made)).text, json.loads(report.render_json(made))
+    assert "360 to train on, 40 to evaluate on" in page
+    assert "It is of the seeds alone: all trials are evaluated on the same rows" in page
+    assert (figures["train_rows"], figures["eval_rows"]) == (360, 40)
 
 
 def test_the_page_is_well_formed_and_asks_for_nothing(tmp_path: Path) -> None:
@@ -521,6 +566,50 @@ def test_bands_leave_out_what_a_seed_does_to_all_configurations_alike(tmp_path: 
     assert heights[:half] == pytest.approx(heights[half:][::-1], abs=0.2)
 
 
+def of_two_repeats(apart: float) -> SweepResult:
+    """Seeds that the two configurations answer differently, by `apart`."""
+    pairs = [(rank, repeat, 2.0 + apart * ((rank == 4) == (repeat == 0))) for rank in (4, 8) for repeat in (0, 1)]
+    return made_up_sweep([made_up_trial({"rank": rank}, repeat, objective=loss) for rank, repeat, loss in pairs])
+
+
+def test_the_band_of_two_repeats_is_the_whole_interval_though_it_is_wider_than_they_are_apart(tmp_path: Path) -> None:
+    made = built(tmp_path, of_two_repeats(0.01))
+    (figure,) = charts.loss_curves(made.sweep, made.summaries, made.curves)
+    step, low, high = mean_curves(made.sweep, made.summaries, made.curves)[0].band[-1]
+    # Levelled they are 0.01 apart; of two configurations Morey's correction is 2, and t is 12.706.
+    half_width = 12.706 * 0.01 / 2 * math.sqrt(2)
+    assert (step, high - low) == (100, pytest.approx(2 * half_width, rel=1e-4))
+    assert "with its 95 % interval by Student's t, without the shift that a seed gives all" in figure.caption
+    assert "beyond" not in figure.caption
+
+
+def test_a_band_that_would_press_the_curves_flat_is_cut_at_the_drawings_edge_and_said_to_be(tmp_path: Path) -> None:
+    made = built(tmp_path, of_two_repeats(0.3))
+    (figure,) = charts.loss_curves(made.sweep, made.summaries, made.curves)
+    heights = [
+        [float(point.split()[1]) for point in path.split("L")]
+        for path in re.findall(r'class="line s[^"]*" d="M([^"]+)"', figure.svg)
+    ]
+    assert len(heights) == 2
+    assert min(map(max, heights)) - max(map(min, heights)) > (HEIGHT - TOP - BOTTOM) / 2
+    bands = re.findall(r'class="band s[^"]*" d="M([^"]+)Z"', figure.svg)
+    edges = [float(point.split()[1]) for band in bands for point in band.split("L")]
+    assert min(edges) == pytest.approx(TOP)
+    assert max(edges) == pytest.approx(HEIGHT - BOTTOM)
+    assert "a band that reaches the edge of the drawing goes on beyond it" in figure.caption
+
+
+def test_a_band_leaves_the_drawing_where_its_edge_does(tmp_path: Path) -> None:
+    line = Line(((0.0, 0.0), (10.0, 1.0)), "l", "s0", ((0.0, 0.0, 0.0), (10.0, -100.0, 1.0)))
+    (band,) = re.findall(r'class="band[^"]*" d="M([^"]+)Z"', xy_plot("t", "s", Axis("x"), Axis("y"), [line]))
+    assert is_cut([line])
+    corners = [tuple(map(float, point.split())) for point in band.split("L")]
+    (leaves,) = [x for x, y in corners if y == HEIGHT - BOTTOM and x < max(x for x, _ in corners)]
+    left, right = min(x for x, _ in corners), max(x for x, _ in corners)
+    # Of a height of 100 the frame shows 0.25, and a twentieth of what is shown.
+    assert (leaves - left) / (right - left) == pytest.approx((0.25 + 0.05 * 1.25) / 100, abs=1e-3)
+
+
 def test_of_many_configurations_the_mean_of_each_value_is_drawn_with_its_band(tmp_path: Path) -> None:
     settings = [{"rank": rank, "zero_stage": stage} for rank in (8, 16, 32) for stage in (0, 1, 2, 3)]
     truth = [2.0 + s["rank"] / 100 for s in settings]
@@ -584,6 +673,37 @@ def test_a_curve_that_still_falls_has_not_levelled_off(tmp_path: Path) -> None:
     assert second.levelled_off_at_step is None
     assert second.late_fall.mean == pytest.approx(0.3)
     assert "has not levelled off" in report.render_text(built(tmp_path, sweep))
+
+
+def told_of_curves(tmp_path: Path, curves: Sequence[Mapping[int, float]]) -> str:
+    """What the report says of one configuration whose repeats were evaluated so: step → eval_loss."""
+    sweep = simulated([2.0], len(curves), 0)
+    folder = write_made_up(tmp_path / "sweep", sweep)
+    for trial, curve in zip(sweep.trials, curves, strict=True):
+        lines = [made_up_point(step, loss).model_dump_json() for step, loss in curve.items()]
+        folder.trial(trial.trial_id).metrics.write_text("\n".join(lines) + "\n")
+    return next(line for line in report.build(folder).recommendation.evidence if "curve" in line)
+
+
+def test_how_much_a_curve_still_fell_names_the_steps_between_which_it_did(tmp_path: Path) -> None:
+    falling = {step: 4.0 - step / 100 for step in range(20, 101, 20)}
+    told = told_of_curves(tmp_path, [falling])
+    assert told.startswith("Its curve has not levelled off: eval_loss still fell by 0.4000 between step 60 and 100, so")
+
+
+def test_a_fall_that_may_be_noise_is_not_told_as_one(tmp_path: Path) -> None:
+    steps = range(20, 101, 20)
+    curves = [{step: 4.0 - slope * step / 100 for step in steps} for slope in (0.1, 0.3)]
+    told = told_of_curves(tmp_path, curves)
+    assert told == (
+        "Whether its curve has levelled off cannot be told: eval_loss changed by −0.08 ± 0.51 between step 60 and 100."
+    )
+
+
+def test_what_repeats_were_not_both_evaluated_at_does_not_tell_of_their_fall(tmp_path: Path) -> None:
+    falling = {step: 4.0 - step / 100 for step in range(10, 101, 10)}
+    gap = {step: loss for step, loss in falling.items() if step != 70}
+    assert "between step 60 and 100" in told_of_curves(tmp_path, [falling, gap])
 
 
 @pytest.mark.parametrize(
@@ -706,6 +826,7 @@ def test_a_steps_time_has_no_exponent(seconds: float, words: str) -> None:
         (2.41312, 0.0123, "2.413 ± 0.012"),
         (0.004, 0.006, "0.0040 ± 0.0060"),
         (-0.1, None, "−0.1000"),
+        (-0.004, 0.25, "0.00 ± 0.25"),
         (1234.5, 20, "1234 ± 20"),
     ],
 )

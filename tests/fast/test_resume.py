@@ -395,9 +395,11 @@ def test_the_pause_between_two_runs_is_no_time_at_work() -> None:
     now_ms = START_MS + 1000 * minute_ms
     before = Earlier(sweep(), first.model_copy(update={"ended_ms": START_MS + 30 * minute_ms}), {})
     assert at_work_s(before, now_ms) == 1800
-    prepared: Any = SimpleNamespace(sweep=sweep(), data_hash=None, rows_left_out=0, rows_too_long=())
+    prepared: Any = SimpleNamespace(
+        sweep=sweep(), data_hash=None, train_rows=9, eval_rows=1, rows_left_out=0, rows_too_long=()
+    )
     again = opening_result(prepared, before, {}, START_MS / 1000 + 900 * 60)
-    assert again.started_ms == START_MS
+    assert (again.started_ms, again.train_rows, again.eval_rows) == (START_MS, 9, 1)
     second = again.model_copy(update={"ended_ms": START_MS + 915 * minute_ms})
     assert at_work_s(replace(before, result=second), now_ms) == 1800 + 900
     assert times_of(second, 0).wall_s == 1800 + 900

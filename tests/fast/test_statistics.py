@@ -448,6 +448,33 @@ def test_stopped_trials_count_in_memory_and_speed_and_not_in_the_objective() -> 
     assert (nf4.memory_ratio.mean, nf4.speed_ratio.mean) == (0.4, 0.5)
 
 
+def test_where_one_setting_was_searched_a_difference_has_one_interval_wherever_it_is_told() -> None:
+    sweep = simulated([2.6, 2.2, 2.0], 2, 1, noise_sd=0.02)
+    (rank,) = main_effects(sweep)
+    behind = {comparison.label: comparison.difference for comparison in recommend(sweep).comparisons}
+    last = rank.values[-1].gain
+    assert last is not None
+    assert rank.levelling is not None
+    before = behind["rank=8"]
+    assert before is not None
+    for told in (last, rank.levelling.gain):
+        assert (abs(told.mean), told.half_width) == (pytest.approx(before.mean), pytest.approx(before.half_width))
+    assert rank.levelling.state == "still_gains"
+    first = rank.values[-1].difference
+    assert first is not None
+    assert first.half_width == pytest.approx(behind["rank=4"].half_width if behind["rank=4"] else None)
+
+
+def test_a_value_that_the_answer_does_not_compare_has_the_interval_of_its_own_pairs() -> None:
+    sweep = simulated([2.6, 2.2, 2.0], 3, 1)
+    sweep = sweep.model_copy(update={"constraints": ("peak_memory_bytes <= 1400MiB",)})
+    assert [summary.label for summary in statistics.summaries(sweep) if summary.breaks] == ["rank=16"]
+    (rank,) = main_effects(sweep)
+    values = {s.label: s.objective_by_repeat for s in statistics.summaries(sweep)}
+    own = statistics.estimate([values["rank=16"][repeat] - values["rank=8"][repeat] for repeat in range(3)])
+    assert rank.values[2].gain == own
+
+
 @pytest.mark.parametrize(
     ("truth", "noise_sd", "state", "value", "further"),
     [
@@ -499,6 +526,41 @@ def test_one_setting_or_few_trials_have_no_importance() -> None:
     assert importances(simulated([2.0, 2.1], 8, 0)) == {}
     settings = [{"rank": rank, "zero_stage": stage} for rank in (8, 16) for stage in (0, 1)]
     assert importances(simulated([2.0, 2.1, 2.2, 2.3], 1, 0, configurations=settings)) == {}
+
+
+def test_repeats_of_few_configurations_tell_no_importance() -> None:
+    settings = [{"rank": rank, "learning_rate": rate} for rank in (8, 256) for rate in (1e-4, 1e-3)]
+    assert importances(simulated([2.0, 2.1, 2.2, 2.3], 4, 0, configurations=settings)) == {}
+
+
+def test_settings_that_always_changed_together_have_one_share() -> None:
+    pytest.importorskip("optuna")
+    rates = {8: 1e-3, 16: 5e-4, 32: 2e-4, 64: 1e-4}
+    settings = [
+        {"rank": rank, "weight_decay": decay, "learning_rate": rate}
+        for rank, rate in rates.items()
+        for decay in (0.0, 0.1)
+    ]
+    truth = [2.0 + (s["rank"] == 8) for s in settings]
+    found = importances(sweep := simulated(truth, 1, 0, noise_sd=0.01, configurations=settings))
+    assert list(found) == ["rank and learning_rate", "weight_decay"]
+    figure = effect_charts.importance_chart("eval_loss", found)
+    assert figure
+    assert "Settings that always changed together have one share" in figure.caption
+    both = [trial.model_copy(update={"config": trial.config.model_copy(update={"weight_decay": 0.0})})
+            for trial in sweep.trials]  # fmt: skip
+    assert importances(sweep.model_copy(update={"trials": tuple(both)})) == {}
+
+
+def test_two_ranges_are_told_apart_though_each_value_was_drawn_once_unless_one_gives_the_other() -> None:
+    pytest.importorskip("optuna")
+    drawn = random.Random(0)
+    rates = [drawn.uniform(1e-4, 1e-3) for _ in range(12)]
+    apart = [{"learning_rate": rate, "weight_decay": drawn.random()} for rate in rates]
+    coupled = [{"learning_rate": rate, "weight_decay": 1 - 100 * rate} for rate in rates]
+    truth = [2.0 + 100 * rate for rate in rates]
+    assert len(importances(simulated(truth, 1, 0, configurations=apart))) == 2
+    assert importances(simulated(truth, 1, 0, configurations=coupled)) == {}
 
 
 def test_a_sampled_range_is_put_into_quarters() -> None:

@@ -148,6 +148,8 @@ def test_a_higher_value_that_is_worse_is_said_to_be_worse() -> None:
     assert words == "rank levels off at 128: 256 is worse by 0.049 ± 0.035 than 128, all else alike."
     words = findings.levelling_words("rank", Levelling("levelled_off", "64", "128", Estimate(0.001, 0.004, 3)))
     assert words == "rank levels off at 64: 128 gains 0.0010 ± 0.0040 over 64, all else alike, and 1 % at most."
+    words = findings.levelling_words("rank", Levelling("levelled_off", "128", "256", Estimate(-0.011, 0.067, 3)))
+    assert words == "rank levels off at 128: 256 gains −0.011 ± 0.067 over 128, all else alike."
 
 
 def test_memory_and_speed_are_compared_at_one_micro_batch_and_the_loss_at_any() -> None:
