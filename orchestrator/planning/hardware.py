@@ -21,6 +21,8 @@ GIB = 2**30
 CGROUP = Path("/sys/fs/cgroup")
 NAMED_HOST_BYTES = 128 * GIB
 """Host memory for each GPU that is only named."""
+NAMED_NODE_GPUS = 8
+"""Of a node whose GPUs are only named, as an HGX board has."""
 LARGEST_MEMORY = 2**50
 """Bytes; more than any device has."""
 MOST_CPUS = 2**20
@@ -54,11 +56,24 @@ class Hardware:
     """Between two GPUs of a node, one way."""
     is_assumed: bool = False
     """Nobody has looked at it: its CPUs and host memory are assumed."""
+    full_node_gpus: int | None = None
+    """GPUs of each node but the last, which has the rest; None: CPUs and GPUs lie as evenly as they can."""
     has_flash_attention: bool | None = None
     """None: unknown, as of a GPU that is only named."""
     has_bitsandbytes: bool | None = None
     torch_knows_volta: bool | None = None
     """torch is built with kernels for GPUs before Turing, as that of PyPI is not."""
+
+    @property
+    def each_node(self) -> tuple[tuple[int, int], ...]:
+        """CPUs and GPUs of each node."""
+        if self.full_node_gpus is None:
+            cpus, gpus = (_evenly(there, self.nodes) for there in (self.cpus, self.gpus))
+        else:
+            full = [self.full_node_gpus] * (self.nodes - 1)
+            gpus = [*full, self.gpus - sum(full)]
+            cpus = [self.cpus * held // self.gpus for held in gpus]
+        return tuple(zip(cpus, gpus, strict=True))
 
     @property
     def is_before_turing(self) -> bool:
@@ -74,6 +89,10 @@ class Hardware:
     def has_nvlink(self) -> bool:
         """Whether GPUs of a node reach each other faster than by PCIe; taken for granted where nobody knows."""
         return not 0 < self.interconnect_bytes_per_s <= PCIE_BYTES_PER_S
+
+
+def _evenly(there: int, nodes: int) -> list[int]:
+    return [there // nodes + (node < there % nodes) for node in range(nodes)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,9 +187,10 @@ def named_gpu(name: str, count: int, memory_bytes: int | None = None) -> Hardwar
         device="cuda",
         gpus=count,
         cpus=16 * count,
-        nodes=-(-count // 8),
-        host_memory_bytes=NAMED_HOST_BYTES * min(count, 8),
+        nodes=-(-count // NAMED_NODE_GPUS),
+        host_memory_bytes=NAMED_HOST_BYTES * min(count, NAMED_NODE_GPUS),
         is_assumed=True,
+        full_node_gpus=NAMED_NODE_GPUS,
         has_bf16=gpu.capability >= (8, 0),
         has_fp16=True,
         gpu_name=found,

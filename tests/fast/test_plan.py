@@ -673,6 +673,21 @@ def test_a_plan_counts_as_a_cluster_does(hardware: Hardware, resources: dict[str
     assert (found.refused, found.concurrent) == (0, concurrent)
 
 
+@pytest.mark.parametrize("gpus", [9, 12, 20])
+def test_gpus_beyond_a_whole_node_leave_a_trial_of_eight_on_a_node_of_eight(gpus: int) -> None:
+    trial, resources = {"zero_stage": 3, "global_batch_size": 16}, {"workers_per_trial": 8}
+    keys = {"trial": trial, "space": {"rank": [8, 16]}, "resources": resources}
+    more, whole = (plan(named_gpu("H100", count), **keys) for count in (gpus, gpus // 8 * 8))
+    assert (more.gpu_hours, more.makespan_s, more.concurrent) == (whole.gpu_hours, whole.makespan_s, gpus // 8)
+    assert not any("between the" in told for told in more.assumptions)
+
+
+def test_the_last_node_of_a_named_gpu_has_the_rest_and_a_clusters_nodes_are_taken_as_even() -> None:
+    named = named_gpu("H100", 20)
+    assert named.each_node == ((128, 8), (128, 8), (64, 4))
+    assert replace(named, full_node_gpus=None).each_node == ((107, 7), (107, 7), (106, 6))
+
+
 def test_trials_share_a_gpu_by_the_memory_of_the_largest() -> None:
     small = {"precision": "nf4", "micro_batch_size": 1, "global_batch_size": 4, "sequence_length": 256}
     space = {"rank": [8, 64], "learning_rate": [n * 1e-5 for n in range(1, 101)]}
@@ -722,7 +737,7 @@ def test_an_automatic_share_of_a_gpu_is_what_a_trial_has_of_it_and_is_charged_wi
 
 
 def test_cpus_of_nodes_without_a_gpu_make_no_share_of_one_smaller() -> None:
-    two_nodes = replace(named_gpu("A100", 1), cpus=8, nodes=2)
+    two_nodes = replace(named_gpu("A100", 1), cpus=8, nodes=2, full_node_gpus=None)
     space = {"learning_rate": [n * 1e-5 for n in range(1, 9)]}
     trial = {"micro_batch_size": 1, "sequence_length": 64}
     found = plan(two_nodes, shape_of(SMOLLM2_135M), space=space, trial=trial, resources={"gpus_per_worker": "auto"})
