@@ -145,7 +145,7 @@ def _reachable(address: str) -> str:
         except ConnectionError as error:
             raise not_joined(AUTO, error) from error
         mend = (
-            "auto stands for it by RAY_ADDRESS, a Ray process on this machine, or the file ray_current_cluster, which a "
+            "auto stands for it by RAY_ADDRESS, by a Ray process here, or by Ray's file ray_current_cluster, which a "
             "head that was killed leaves behind; start a cluster with `ray start --head`, or name its host and port"
         )
     host, sign, port = named.removeprefix("ray://").rpartition(":")

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-ray = pytest.importorskip("ray")
+pytest.importorskip("ray")
 
+import ray
 from ray._private import services
 
 from orchestrator.config.sweep_config import SweepConfig
@@ -128,7 +129,9 @@ def test_a_killed_heads_address_that_auto_stands_for_is_told_at_once(
         monkeypatch.delenv("RAY_ADDRESS", raising=False)
         if from_environment:
             monkeypatch.setenv("RAY_ADDRESS", from_environment)
-        with pytest.raises(ClusterUnreachableError, match=rf"{left_behind}.*auto stands for it.*name its host and port"):
+        with pytest.raises(
+            ClusterUnreachableError, match=rf"{left_behind}.*auto stands for it.*name its host and port"
+        ):
             connect(given)
 
 
