@@ -24,7 +24,7 @@ from orchestrator.planning.memory import (
     outside_torch_bytes,
     trainable_parameters,
 )
-from orchestrator.planning.model_shape import shape_of
+from orchestrator.planning.model_shape import ModelShape, shape_of
 from orchestrator.planning.pace import Pace
 from orchestrator.planning.plan import SweepPlan, gpu_memory_fraction, plan_sweep
 from orchestrator.planning.plan_table import duration, render
@@ -274,6 +274,47 @@ def test_a_hint_is_of_the_trial_that_asks() -> None:
         return what_fits(case(named_gpu("T4", 1), precision="fp32", sequence_length=4096, **settings), 2**34, 1)
 
     assert len({hint(micro_batch_size=1), hint(micro_batch_size=4), hint(micro_batch_size=4, rank=2048)}) == 3
+
+
+@pytest.fixture
+def asked_by_hints(monkeypatch: pytest.MonkeyPatch) -> list[TrialConfig]:
+    """Each configuration that is estimated for a hint."""
+    asked: list[TrialConfig] = []
+
+    def counted(config: TrialConfig, *others: Any) -> Any:
+        asked.append(config)
+        return estimate_on(config, *others)
+
+    monkeypatch.setattr("orchestrator.planning.cheaper.estimate_on", counted)
+    return asked
+
+
+def unlike_any(number: int) -> ModelShape:
+    return shape_of(LLAMA_2_7B | {"vocab_size": 40_000 + number})
+
+
+def test_a_hint_is_found_with_few_estimates(asked_by_hints: list[TrialConfig]) -> None:
+    settings = {
+        "precision": "fp32",
+        "micro_batch_size": 64,
+        "global_batch_size": 64,
+        "rank": 1024,
+        "attention": "eager",
+    }
+    asked = case(named_gpu("A100", 1), **settings, sequence_length=4096)
+    sizes_gib = range(6, 46)
+    told = [what_fits(replace(asked, shape=unlike_any(gib)), gib * 2**30, 1) for gib in sizes_gib]
+    assert None not in told
+    # To ask each milder micro-batch and rank, and all that goes together, takes 44.
+    assert len(asked_by_hints) < 30 * len(sizes_gib)
+
+
+def test_a_trial_on_gpus_of_many_sizes_is_estimated_once(asked_by_hints: list[TrialConfig]) -> None:
+    settings = {"precision": "fp32", "micro_batch_size": 16, "sequence_length": 4096}
+    for gib in range(6, 70):
+        asked = case(named_gpu("A100", 1, gib * 2**30), **settings)
+        what_fits(replace(asked, shape=unlike_any(-1)), gib * 2**30, 1)
+    assert len(asked_by_hints) == len(set(asked_by_hints))
 
 
 def test_where_no_change_leaves_room_one_that_fits_without_is_named() -> None:
