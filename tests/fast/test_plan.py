@@ -28,7 +28,7 @@ from orchestrator.planning.model_shape import ModelShape, shape_of
 from orchestrator.planning.pace import Pace
 from orchestrator.planning.plan import SweepPlan, gpu_memory_fraction, plan_sweep
 from orchestrator.planning.plan_table import duration, render
-from orchestrator.planning.planned_trial import NO_PACE, TIGHT
+from orchestrator.planning.planned_trial import NO_PACE, TIGHT, with_micro_batch
 from orchestrator.planning.room import WorkerShape, placement
 from orchestrator.planning.step_time import Placement, step_seconds
 from tests.fast.cases import A100, CPU, LLAMA_2_7B, LLAMA_32_3B, SMOLLM2_135M, case
@@ -78,6 +78,39 @@ def test_an_automatic_micro_batch_is_the_largest_that_fits_and_divides() -> None
         following = next(n for n in range(micro + 1, 25) if 24 % n == 0)
         config = TrialConfig(precision="bf16", micro_batch_size=following)
         assert estimate_on(config, SEVEN_B, 1, hardware).device_bytes > 0.97 * hardware.gpu_memory_bytes
+
+
+@pytest.mark.parametrize("gib", [1, 8, 10, 12, 16, 24, 40, 80])
+def test_an_automatic_micro_batch_is_what_trying_every_number_would_find(gib: int) -> None:
+    gpu = named_gpu("A100", 1, gib * 2**30)
+    tried = TrialConfig(precision="nf4", sequence_length=512, global_batch_size=360, micro_batch_size="auto")
+    divisors = [micro for micro in range(1, 361) if 360 % micro == 0]
+    each = {micro: tried.model_copy(update={"micro_batch_size": micro}) for micro in divisors}
+    fitting = [m for m in divisors if estimate_on(each[m], SEVEN_B, 1, gpu).device_bytes <= gib * 2**30]
+    assert with_micro_batch(tried, SEVEN_B, gpu, 1, gib * 2**30).micro_batch_size == max(fitting, default=1)
+
+
+def test_an_automatic_micro_batch_of_many_trials_and_a_large_batch_is_found_with_few_estimates(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def counted(config: TrialConfig, *others: Any) -> Any:
+        asked.append(config.micro_batch_size)
+        return estimate_on(config, *others)
+
+    monkeypatch.setattr("orchestrator.planning.planned_trial.estimate_on", counted)
+    space = {"rank": [4, 8], "learning_rate": [n * 1e-5 for n in range(1, 101)]}
+    trial = {"global_batch_size": 720_720, "micro_batch_size": "auto", "sequence_length": 512, "precision": "nf4"}
+    found = plan(named_gpu("A100", 1), trial=trial, space=space)
+    assert found.runs == 200
+    # Of 240 divisors nine are tried for each rank, and each trial is estimated once for its record.
+    assert len(asked) <= 2 * 9 + 200
+
+
+def test_workers_that_outnumber_the_batch_are_estimated_with_one_sequence_each() -> None:
+    alone = TrialConfig(global_batch_size=1, micro_batch_size="auto")
+    assert with_micro_batch(alone, SEVEN_B, named_gpu("A100", 8), 8, 2**40).micro_batch_size == 1
 
 
 def test_a_trial_is_refused_for_what_it_must_have_and_not_for_what_the_allocator_would_keep() -> None:
