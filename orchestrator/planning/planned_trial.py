@@ -30,7 +30,7 @@ from orchestrator.planning.room import (
     placement,
     rooms_of,
 )
-from orchestrator.planning.step_time import step_seconds
+from orchestrator.planning.step_time import certain, step_seconds
 
 NO_PACE = Pace()
 TIGHT = (
@@ -81,7 +81,7 @@ def plan_trial(
     step = step_seconds(
         config, model, hardware, placement(hardware, shape), pace.correction(config, shape.gpu_shared_by)
     )
-    whole = step.times(config.max_steps).plus(pace.once_s + pace.evaluations_s(config))
+    whole = step.times(config.max_steps).plus(pace.once_s).plus(certain(pace.evaluations_s(config)))
     return _planned(
         trial,
         config,
