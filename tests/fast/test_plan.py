@@ -17,6 +17,7 @@ from orchestrator.errors import InputError, ModelError
 from orchestrator.planning.cheaper import what_fits
 from orchestrator.planning.compatibility import Case, refusals
 from orchestrator.planning.hardware import Hardware, cpu_half_precision, named_gpu, parse_memory
+from orchestrator.planning.makespan import FIRST_START_S
 from orchestrator.planning.memory import (
     estimate_on,
     loading_bytes_on,
@@ -778,7 +779,7 @@ def test_the_last_node_of_a_named_gpu_has_the_rest_and_a_clusters_nodes_are_take
 
 def test_trials_share_a_gpu_by_the_memory_of_the_largest() -> None:
     small = {"precision": "nf4", "micro_batch_size": 1, "global_batch_size": 4, "sequence_length": 256}
-    space = {"rank": [8, 64], "learning_rate": [n * 1e-5 for n in range(1, 101)]}
+    space = {"rank": [8, 64], "learning_rate": [n * 1e-5 for n in range(1, 41)]}
     packed = plan(A100, trial=small, space=space, resources={"gpus_per_worker": "auto", "cpus_per_worker": 0.5})
     needed_bytes = max(trial.memory.device_bytes for trial in packed.trials)
     on_each = round(1 / packed.gpus_per_worker)
@@ -802,7 +803,7 @@ def test_trials_share_a_gpu_by_the_memory_of_the_largest() -> None:
         (1, {"max_concurrent": 4}, {}, 4),
         (1, {}, {}, 8),
         (3, {}, {}, 3),
-        (4, {"max_concurrent": 6}, {}, 2),
+        (4, {"max_concurrent": 6}, {}, 1),
         (1, {"cpus_per_worker": 8}, {}, 2),
         (1, {}, {"budget": {"trials": 3}}, 3),
         (1, {}, {"budget": {"trials": 5}, "search": {"algorithm": "tpe", "repeats": 2}}, 10),
@@ -822,6 +823,18 @@ def test_an_automatic_share_of_a_gpu_is_what_a_trial_has_of_it_and_is_charged_wi
     assert 0.8 / on_each < (gpu_memory_fraction(found, hardware) or 0.97) < 1 / on_each
     (first, *_) = found.trials
     assert first.gpu_hours == pytest.approx(first.seconds / 3600 / on_each, rel=0.001)
+
+
+@pytest.mark.parametrize(("trials", "on_each"), [(8, 8), (12, 6), (16, 8), (18, 6)])
+def test_rounds_of_trials_that_share_a_gpu_are_even_so_that_all_of_it_is_charged(trials: int, on_each: int) -> None:
+    space = {"learning_rate": [n * 1e-5 for n in range(1, trials + 1)]}
+    settings = {"micro_batch_size": 1, "sequence_length": 512, "precision": "nf4", "gradient_checkpointing": True}
+    resources = {"gpus_per_worker": "auto", "max_concurrent": 8}
+    found = plan(named_gpu("H100", 1), SEVEN_B, space=space, trial=settings, resources=resources)
+    assert found.gpu_shared_by == on_each
+    hours = found.gpu_hours[1]
+    assert sum(trial.gpu_hours for trial in found.trials) == pytest.approx(hours, rel=0.001)
+    assert hours == pytest.approx((found.makespan_s[1] - FIRST_START_S.expected) / 3600, rel=0.001)
 
 
 def test_cpus_of_nodes_without_a_gpu_make_no_share_of_one_smaller() -> None:
