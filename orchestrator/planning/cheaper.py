@@ -90,7 +90,7 @@ def _first_that_fits(case: Case, memory_bytes: int, most_workers: int) -> str | 
     if beside is None:
         return None
     strongest = [*_before(case.config), *(change for group in _one_of(case) for change in group), *_lower_rank(case)]
-    single = [*strongest, *shares]
+    single = [change for change in [*strongest, *shares] if _fits(case, [change], memory_bytes, _without_room)]
     if roomy := _mildest_alone(case, single, memory_bytes, _with_room):
         tight = _mildest_alone(case, single, memory_bytes, _without_room)
         more = {name: told for name, told in tight.items() if name not in roomy}
@@ -140,8 +140,7 @@ def _any_of(mildest: Mapping[str, str]) -> str:
 def _fewest(case: Case, always: Sequence[_Change], memory_bytes: int, taken: Taken) -> Sequence[_Change] | None:
     """Changes that fit, of those that go together, without any that the others do without, and none stronger than it
     must be."""
-    wholes = _together(case, always, memory_bytes)
-    kept = next((whole for whole in wholes if _fits(case, whole, memory_bytes, taken)), None)
+    kept = next(_together(case, always, memory_bytes, taken), None)
     if kept is None:
         return None
     spare = [change for change in reversed(kept) if change not in always]
@@ -159,11 +158,11 @@ def _fewest(case: Case, always: Sequence[_Change], memory_bytes: int, taken: Tak
     return kept
 
 
-def _together(case: Case, always: Sequence[_Change], memory_bytes: int) -> Iterator[list[_Change]]:
+def _together(case: Case, always: Sequence[_Change], memory_bytes: int, taken: Taken) -> Iterator[list[_Change]]:
     """All changes that go together, beside those that are always made; of which fit."""
     for whole in _wholes(case):
         changes = [*whole, *always]
-        if _fits(case, changes, memory_bytes, _without_room):
+        if _fits(case, changes, memory_bytes, taken):
             yield changes
 
 
@@ -178,7 +177,7 @@ def _wholes(case: Case) -> tuple[list[_Change], ...]:
 
 
 def _has_any(case: Case, always: Sequence[_Change], memory_bytes: int) -> bool:
-    return any(_together(case, always, memory_bytes))
+    return any(_together(case, always, memory_bytes, _without_room))
 
 
 def _longest_sequence(case: Case, beside: Sequence[_Change], memory_bytes: int) -> list[_Change]:
@@ -279,7 +278,11 @@ def _changed(case: Case, changes: Sequence[_Change]) -> Case:
 
 
 def _fits(case: Case, changes: Sequence[_Change], memory_bytes: int, taken: Taken) -> bool:
-    needed = _needed(_changed(case, changes))
+    changed = _changed(case, changes)
+    # Asked first, since it takes a fiftieth of an estimate.
+    if loading_bytes_on(changed.config, changed.shape, changed.workers, changed.hardware) > memory_bytes:
+        return False
+    needed = _needed(changed)
     return needed is not None and taken(needed) <= memory_bytes
 
 
@@ -292,6 +295,5 @@ def _needed(case: Case) -> _Needed | None:
     """
     if refusals(case) or offload_exceeds_the_host(case):
         return None
-    loading_bytes = loading_bytes_on(case.config, case.shape, case.workers, case.hardware)
     memory = estimate_on(case.config, case.shape, case.workers, case.hardware)
-    return _Needed(max(memory.device_bytes, loading_bytes), max(memory.needed_bytes, loading_bytes))
+    return _Needed(memory.device_bytes, memory.needed_bytes)
