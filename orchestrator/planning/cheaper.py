@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
-from typing import Any, Literal
+from operator import attrgetter
+from typing import Any, Literal, NamedTuple
 
 from orchestrator.config.trial_config import Precision, TrialConfig
 from orchestrator.planning.compatibility import Case, refusals
-from orchestrator.planning.memory import MemoryEstimate, estimate_on, loading_bytes_on
+from orchestrator.planning.memory import estimate_on, loading_bytes_on
 from orchestrator.planning.notes import offload_exceeds_the_host
 
-Taken = Callable[[MemoryEstimate], int]
 LOW_RANK = 8
 """The lowest that is named where a higher rank does not fit."""
 LEAST_LENGTH = 64
@@ -39,6 +40,18 @@ def for_memory(config: TrialConfig) -> TrialConfig:
     return config.model_copy(update=_OF_NO_MEMORY)
 
 
+class _Needed(NamedTuple):
+    """Bytes of a worker's device, with room for what the allocator keeps and without."""
+
+    with_room: int
+    without_room: int
+
+
+Taken = Callable[[_Needed], int]
+_with_room: Taken = attrgetter("with_room")
+_without_room: Taken = attrgetter("without_room")
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Change:
     """Cheaper settings that go together."""
@@ -59,60 +72,63 @@ def what_fits(case: Case, memory_bytes: int, most_workers: int) -> str | None:
     cut the data: the longest that fit.
     What leaves the allocator room is named before what would run without.
     """
-    return _first_that_fits(replace(case, config=for_memory(case.config)), memory_bytes, most_workers)
+    # What a GPU has decides here alone: trials on larger and smaller ones are estimated once.
+    hardware = replace(case.hardware, gpu_memory_bytes=None)
+    return _first_that_fits(
+        replace(case, config=for_memory(case.config), hardware=hardware), memory_bytes, most_workers
+    )
 
 
 @lru_cache(maxsize=1024)
 def _first_that_fits(case: Case, memory_bytes: int, most_workers: int) -> str | None:
-    shares = [*_more_workers(case, most_workers)]
+    shares, offloaded = [*_more_workers(case, most_workers)], [*_offloaded_parameters(case)]
     shortest = _Change({"sequence_length": min(LEAST_LENGTH, case.config.sequence_length)})
 
     # Asked first, since of thousands that fit nowhere each would be asked for everything.
-    offloaded = [*_offloaded_parameters(case)]
-    beside = [
-        always for always in ([], shares[-1:], offloaded) if any(_together(case, [*always, shortest], memory_bytes))
-    ]
-    if not beside:
+    besides = ([], *filter(None, (shares[-1:], offloaded)))
+    beside = next((always for always in besides if _has_any(case, [*always, shortest], memory_bytes)), None)
+    if beside is None:
         return None
-    wholes = [*_together(case, [], memory_bytes)]
     strongest = [*_before(case.config), *(change for group in _one_of(case) for change in group), *_lower_rank(case)]
-    single = [one for change in [*strongest, *shares] for one in (*change.milder, change)]
-    single = [change for change in single if _fits(case, [change], memory_bytes, _without_room)]
-    roomy, tight = (_mildest_alone(case, single, memory_bytes, taken) for taken in (_with_room, _without_room))
-    if roomy:
+    single = [change for change in [*strongest, *shares] if _fits(case, [change], memory_bytes, _without_room)]
+    if roomy := _mildest_alone(case, single, memory_bytes, _with_room):
+        tight = _mildest_alone(case, single, memory_bytes, _without_room)
         more = {name: told for name, told in tight.items() if name not in roomy}
         return _any_of(roomy) + (f", or, with little to spare, {_any_of(more)}" if more else "")
-    if changes := _fewest(case, wholes, [], memory_bytes, _with_room):
+    if changes := _fewest(case, [], memory_bytes, _with_room):
         return " and ".join(_told(case, changes))
-    if tight:
+    if tight := _mildest_alone(case, single, memory_bytes, _without_room):
         return _any_of(tight)
-    if changes := _fewest(case, wholes, [], memory_bytes, _without_room):
+    if changes := _fewest(case, [], memory_bytes, _without_room):
         return " and ".join(_told(case, changes))
     if told := _first_beside(case, ([share] for share in shares), memory_bytes):
         return told
     slow = _first_beside(case, [offloaded] if offloaded else [], memory_bytes)
-    if slow and beside[0] is offloaded:
+    if slow and beside is offloaded:
         return slow
-    short = _first_beside(case, ([*beside[0], change] for change in _shorter_sequences(case.config)), memory_bytes)
+    short = _first_beside(
+        case, ([*beside, change] for change in _longest_sequence(case, beside, memory_bytes)), memory_bytes
+    )
     return ", or ".join(filter(None, (slow, short))) or None
 
 
 def _first_beside(case: Case, each: Iterable[Sequence[_Change]], memory_bytes: int) -> str | None:
     """Of changes that are always made the first that fit, with the fewest others, in words."""
     for always in each:
-        wholes = [*_together(case, always, memory_bytes)]
         for taken in (_with_room, _without_room):
-            if changes := _fewest(case, wholes, always, memory_bytes, taken):
+            if changes := _fewest(case, always, memory_bytes, taken):
                 return " and ".join(_told(case, changes))
     return None
 
 
 def _mildest_alone(case: Case, changes: Sequence[_Change], memory_bytes: int, taken: Taken) -> dict[str, str]:
-    """Of each setting the first change that is enough by itself, in words."""
+    """Of each setting the mildest change that is enough by itself, in words."""
     first: dict[str, str] = {}
     for change in changes:
+        # Where the strongest is not enough no milder one is: one estimate in place of one for each.
         if _fits(case, [change], memory_bytes, taken):
-            one, *rest = _told(case, [change])
+            mildest = next((mild for mild in change.milder if _fits(case, [mild], memory_bytes, taken)), change)
+            one, *rest = _told(case, [mildest])
             first.setdefault(one.split(" ")[0], " with ".join(filter(None, (one, " and ".join(rest)))))
     return first
 
@@ -121,20 +137,10 @@ def _any_of(mildest: Mapping[str, str]) -> str:
     return ", or ".join(mildest.values())
 
 
-def _with_room(memory: MemoryEstimate) -> int:
-    return memory.device_bytes
-
-
-def _without_room(memory: MemoryEstimate) -> int:
-    return memory.needed_bytes
-
-
-def _fewest(
-    case: Case, wholes: Sequence[Sequence[_Change]], always: Sequence[_Change], memory_bytes: int, taken: Taken
-) -> Sequence[_Change] | None:
+def _fewest(case: Case, always: Sequence[_Change], memory_bytes: int, taken: Taken) -> Sequence[_Change] | None:
     """Changes that fit, of those that go together, without any that the others do without, and none stronger than it
     must be."""
-    kept = next((whole for whole in wholes if _fits(case, whole, memory_bytes, taken)), None)
+    kept = next(_together(case, always, memory_bytes, taken), None)
     if kept is None:
         return None
     spare = [change for change in reversed(kept) if change not in always]
@@ -152,23 +158,38 @@ def _fewest(
     return kept
 
 
-def _together(case: Case, always: Sequence[_Change], memory_bytes: int) -> Iterator[list[_Change]]:
+def _together(case: Case, always: Sequence[_Change], memory_bytes: int, taken: Taken) -> Iterator[list[_Change]]:
+    """All changes that go together, beside those that are always made; of which fit."""
+    for whole in _wholes(case):
+        changes = [*whole, *always]
+        if _fits(case, changes, memory_bytes, taken):
+            yield changes
+
+
+@lru_cache(maxsize=1)
+def _wholes(case: Case) -> tuple[list[_Change], ...]:
     """All that never take more, with each choice of the others, which can, or are refused with one another: ZeRO-3 with
-    int8, and not with the bf16 that is named instead. Beside those that are always made; of which fit."""
-    first, last = ([*changes] for changes in (_before(case.config), _lower_rank(case)))
-    first = [change for change in first if not refusals(_changed(case, [change]))]
-    for some in product(*([*group, None] for group in _one_of(case))):
-        whole = [*first, *(change for change in some if change), *last, *always]
-        if _fits(case, whole, memory_bytes, _without_room):
-            yield whole
+    int8, and not with the bf16 that is named instead. Kept, since one trial asks for them many times."""
+    first = [change for change in _before(case.config) if not refusals(_changed(case, [change]))]
+    last = [*_lower_rank(case)]
+    each = product(*([*group, None] for group in _one_of(case)))
+    return tuple([*first, *(change for change in some if change), *last] for some in each)
 
 
-def _shorter_sequences(config: TrialConfig) -> Iterator[_Change]:
-    """The longest first."""
-    length = config.sequence_length
+def _has_any(case: Case, always: Sequence[_Change], memory_bytes: int) -> bool:
+    return any(_together(case, always, memory_bytes, _without_room))
+
+
+def _longest_sequence(case: Case, beside: Sequence[_Change], memory_bytes: int) -> list[_Change]:
+    """The longest of ever shorter sequences that fits beside others, found by halves, since no shorter one takes more;
+    of one that is as short as can be, none."""
+    shorter = []
+    length = case.config.sequence_length
     while length > LEAST_LENGTH:
         length = max(length // 2, LEAST_LENGTH)
-        yield _Change({"sequence_length": length})
+        shorter.append(_Change({"sequence_length": length}))
+    first = bisect_left(shorter, True, key=lambda change: _has_any(case, [*beside, change], memory_bytes))
+    return shorter[first : first + 1]
 
 
 def _more_workers(case: Case, most_workers: int) -> Iterator[_Change]:
@@ -253,23 +274,26 @@ def _changed(case: Case, changes: Sequence[_Change]) -> Case:
     settings = {name: value for change in changes for name, value in change.settings.items()}
     workers = max(change.workers or case.workers for change in changes) if changes else case.workers
     # Valid by themselves: to validate them again would take most of the time of a plan that refuses thousands.
-    return replace(case, config=case.config.model_copy(update=settings), workers=workers)
+    return Case(case.config.model_copy(update=settings), case.shape, case.hardware, workers)
 
 
 def _fits(case: Case, changes: Sequence[_Change], memory_bytes: int, taken: Taken) -> bool:
-    memory = _estimated(_changed(case, changes), memory_bytes)
-    return memory is not None and taken(memory) <= memory_bytes
+    changed = _changed(case, changes)
+    # Asked first, since it takes a fiftieth of an estimate.
+    if loading_bytes_on(changed.config, changed.shape, changed.workers, changed.hardware) > memory_bytes:
+        return False
+    needed = _needed(changed)
+    return needed is not None and taken(needed) <= memory_bytes
 
 
-@lru_cache(maxsize=4096)
-def _estimated(case: Case, memory_bytes: int) -> MemoryEstimate | None:
-    """None where it is refused, or larger while it loads, or in the host's memory, than what is there.
+@lru_cache(maxsize=16384)
+def _needed(case: Case) -> _Needed | None:
+    """None where it is refused, or larger in the host's memory than what is there.
 
     Kept, since trials that differ in what a change alters come to the same, and each is asked for twice: with room and
     without.
     """
     if refusals(case) or offload_exceeds_the_host(case):
         return None
-    if loading_bytes_on(case.config, case.shape, case.workers, case.hardware) > memory_bytes:
-        return None
-    return estimate_on(case.config, case.shape, case.workers, case.hardware)
+    memory = estimate_on(case.config, case.shape, case.workers, case.hardware)
+    return _Needed(memory.device_bytes, memory.needed_bytes)

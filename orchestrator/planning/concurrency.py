@@ -35,8 +35,9 @@ def packed_share(
 ) -> float:
     """What `auto` is of a GPU: 1 divided by the trials at a time on it, by which they are charged too.
 
-    As many as the largest trial's memory allows, and no more than there are for each GPU: a smaller share would leave a
-    part of the GPU to nobody, and charge nobody for it. `micro_batch_size: auto` takes what a whole GPU holds, so that
+    As many as the largest trial's memory allows, and no more than there are for each GPU, nor than make as many rounds:
+    12 trials of which 8 fit run as 6 and 6. A smaller share would leave a part of the GPU to nobody, and charge nobody
+    for it. `micro_batch_size: auto` takes what a whole GPU holds, so that
     only trials with a number are packed.
     """
     memory_bytes = memory_for_a_worker(hardware, replace(whole, limit_bytes=None), 1)
@@ -50,8 +51,10 @@ def packed_share(
     by_cpus = sum(rooms_of(hardware, replace(whole, gpus_per_worker=1 / MOST_SHARES)))
     to_run = len(trials) if sweep.search.is_adaptive else len(needed)
     at_once = min(by_cpus, _wanted_at_once(sweep.resources, to_run))
-    on_each = max(1, min(by_memory, math.ceil(at_once / max(1, hardware.gpus))))
-    return share_of_gpu(on_each)
+    gpus = max(1, hardware.gpus)
+    most = max(1, min(by_memory, math.ceil(at_once / gpus)))
+    rounds = max(1, math.ceil(to_run / min(max(1, at_once), most * gpus)))
+    return share_of_gpu(max(1, math.ceil(to_run / rounds / gpus)))
 
 
 def max_concurrent(

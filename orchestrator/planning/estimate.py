@@ -96,7 +96,8 @@ def _estimated(
     memory_bytes = _whole(raw, "gpu_memory_bytes", None, LEAST_GPU_BYTES, 2**50)
     shape = _shape(raw.get("model"), config_of, shapes)
     assert workers is not None
-    config = _trial(raw.get("trial") or {})
+    settings = raw.get("trial")
+    config = _trial({} if settings is None else settings)
     hardware = _gpu(memory_bytes)
     case = Case(config, shape, hardware, workers)
     reasons = list(refusals(case))

@@ -21,6 +21,8 @@ GIB = 2**30
 CGROUP = Path("/sys/fs/cgroup")
 NAMED_HOST_BYTES = 128 * GIB
 """Host memory for each GPU that is only named."""
+NAMED_NODE_GPUS = 8
+"""Of a node whose GPUs are only named, as an HGX board has."""
 LARGEST_MEMORY = 2**50
 """Bytes; more than any device has."""
 MOST_CPUS = 2**20
@@ -54,11 +56,24 @@ class Hardware:
     """Between two GPUs of a node, one way."""
     is_assumed: bool = False
     """Nobody has looked at it: its CPUs and host memory are assumed."""
+    full_node_gpus: int | None = None
+    """GPUs of each node but the last, which has the rest; None: CPUs and GPUs lie as evenly as they can."""
     has_flash_attention: bool | None = None
     """None: unknown, as of a GPU that is only named."""
     has_bitsandbytes: bool | None = None
     torch_knows_volta: bool | None = None
     """torch is built with kernels for GPUs before Turing, as that of PyPI is not."""
+
+    @property
+    def each_node(self) -> tuple[tuple[int, int], ...]:
+        """CPUs and GPUs of each node."""
+        if self.full_node_gpus is None:
+            cpus, gpus = (_evenly(there, self.nodes) for there in (self.cpus, self.gpus))
+        else:
+            full = [self.full_node_gpus] * (self.nodes - 1)
+            gpus = [*full, self.gpus - sum(full)]
+            cpus = [self.cpus * held // self.gpus for held in gpus]
+        return tuple(zip(cpus, gpus, strict=True))
 
     @property
     def is_before_turing(self) -> bool:
@@ -74,6 +89,10 @@ class Hardware:
     def has_nvlink(self) -> bool:
         """Whether GPUs of a node reach each other faster than by PCIe; taken for granted where nobody knows."""
         return not 0 < self.interconnect_bytes_per_s <= PCIE_BYTES_PER_S
+
+
+def _evenly(there: int, nodes: int) -> list[int]:
+    return [there // nodes + (node < there % nodes) for node in range(nodes)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +132,11 @@ GPUS = {
     "H100": _Gpu(80, (9, 0), 132, 989, 67, 3350, 450),
     "H100-PCIe": _Gpu(80, (9, 0), 114, 756, 51, 2000, 64),
     "H20": _Gpu(96, (9, 0), 78, 148, 44, 4000, 450),
+    # Its faster memory's speed is not printed.
+    "H20-3e": _Gpu(141, (9, 0), 78, 148, 44, 4000, 450),
     "GH200": _Gpu(96, (9, 0), 132, 989, 67, 4000, 450),
+    # 153,008,209,920 bytes by the driver.
+    "GH200-144GB": _Gpu(142.5, (9, 0), 132, 989, 67, 4900, 450),
     "H200": _Gpu(141, (9, 0), 132, 989, 67, 4800, 450),
     "B200": _Gpu(180, (10, 0), 148, 2250, 80, 8000, 900),
 }
@@ -125,6 +148,10 @@ PCIE_BYTES_PER_S = 64e9
 """One way, of the fastest here, with 16 lanes."""
 OTHER_SIZES = frozenset({"laptop", "mobile", "nvl"})
 """Words of a name by which a GPU has another memory than its namesake."""
+LEAST_SHARE, LARGEST_SHARE = 1 / 4, 2
+"""Of a GPU's memory in the table, what a namesake may have by its own name: a V100 half, an H100 a fifth more."""
+GRACE_GB = frozenset({120, 480})
+"""The memory of its CPU, by which the driver names a GH200 of 96 GB; one of 144 it names by the GPU's own."""
 
 
 def hardware_for(gpu: str | None, gpus: int | None, memory: str | None) -> Hardware:
@@ -168,9 +195,10 @@ def named_gpu(name: str, count: int, memory_bytes: int | None = None) -> Hardwar
         device="cuda",
         gpus=count,
         cpus=16 * count,
-        nodes=-(-count // 8),
-        host_memory_bytes=NAMED_HOST_BYTES * min(count, 8),
+        nodes=-(-count // NAMED_NODE_GPUS),
+        host_memory_bytes=NAMED_HOST_BYTES * min(count, NAMED_NODE_GPUS),
         is_assumed=True,
+        full_node_gpus=NAMED_NODE_GPUS,
         has_bf16=gpu.capability >= (8, 0),
         has_fp16=True,
         gpu_name=found,
@@ -185,13 +213,18 @@ def named_gpu(name: str, count: int, memory_bytes: int | None = None) -> Hardwar
 
 
 def _named_bytes(name: str, gpu: _Gpu) -> int | None:
-    """The known size, or another that the name holds (V100-SXM2-16GB); None where it is known to be another."""
-    # The driver's GH200 480GB is named by the memory of its CPU.
-    size = None if "gh200" in _words(name) else re.search(r"(?i)(?<![a-z0-9])(\d+) ?G(I?B)?\b", name)
+    """The known size, or another that the name holds (V100-SXM2-16GB); None where it is known to be another, or the
+    name holds one that no such GPU has."""
+    sizes = [int(size) for size in re.findall(r"(?i)(?<![a-z0-9])(\d+) ?G(?:I?B)?\b", name)]
+    if "gh200" in _words(name):
+        sizes = [size for size in sizes if size not in GRACE_GB]
+    if not sizes:
+        return None if _words(name) & OTHER_SIZES else int(gpu.memory_gib * GIB)
+    share = sizes[0] / gpu.memory_gib
     # Drivers show up to a sixteenth less than is printed, for error correction.
-    if size and abs(int(size[1]) / gpu.memory_gib - 1) > 1 / 8:
-        return int(size[1]) * GIB or None
-    return None if not size and _words(name) & OTHER_SIZES else int(gpu.memory_gib * GIB)
+    if abs(share - 1) <= 1 / 8:
+        return int(gpu.memory_gib * GIB)
+    return sizes[0] * GIB if LEAST_SHARE <= share <= LARGEST_SHARE else None
 
 
 def _like(name: str) -> str:

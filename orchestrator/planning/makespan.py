@@ -8,12 +8,14 @@ import random
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from orchestrator.planning.step_time import Range
 from orchestrator.search.stopping import Halving, Heard
 
 FIRST_START_S = Range(15.0, 25.0, 60.0)
 """From the command to a slot's first step: Ray, worker groups, imports, once a slot. On 2 CPU cores, idle to busy."""
+End = Literal["low", "expected", "high"]
 DRAWS = 5
 """So many orders of the configurations from the worst to the best: nobody knows which it will be."""
 
@@ -22,7 +24,7 @@ DRAWS = 5
 class Work:
     """One trial as a slot sees it."""
 
-    besides_s: float
+    besides_s: Range
     """Seconds that are no steps: data, model and the end."""
     step_s: Range
     steps: int
@@ -71,11 +73,9 @@ def simulate(
     def slowness(at_once: int) -> float:
         return max(alone, math.ceil(at_once * gpu_shared_by / slots) / gpu_shared_by)
 
-    start = FIRST_START_S
-    fast, usual, slow = ([getattr(work.step_s, end) for work in works] for end in ("low", "expected", "high"))
-    low = [_once(works, fast, start.low, order, slots, factor, slowness) for order in orders]
-    expected = [_once(works, usual, start.expected, order, slots, factor, slowness) for order in orders]
-    high = _once(works, slow, start.high, orders[0], slots, None, slowness)
+    low = [_once(works, "low", order, slots, factor, slowness) for order in orders]
+    expected = [_once(works, "expected", order, slots, factor, slowness) for order in orders]
+    high = _once(works, "high", orders[0], slots, None, slowness)
     ranges = (
         Range(min(run[i] for run in low), sum(run[i] for run in expected) / len(expected), high[i]) for i in (0, 1)
     )
@@ -84,14 +84,13 @@ def simulate(
 
 def _once(
     works: Sequence[Work],
-    step_s: Sequence[float],
-    start_s: float,
+    end: End,
     place: Mapping[str, int],
     slots: int,
     factor: int | None,
     slowness: Callable[[int], float],
 ) -> tuple[float, float]:
-    """One run: when its last trial ends, and the seconds of all.
+    """One run at this end of what its parts may take: when its last trial ends, and the seconds of all.
 
     Its clock is that of trials that share GPUs as planned; the fewer are left at the end, the faster it goes.
     """
@@ -101,8 +100,9 @@ def _once(
 
     def go_on(trial: int, begun_s: float, done: int) -> None:
         step = _next_stop(works[trial], done, factor)
-        heapq.heappush(events, (begun_s + _taken_s(works[trial], step, step_s[trial]), trial, step, begun_s))
+        heapq.heappush(events, (begun_s + _taken_s(works[trial], step, end), trial, step, begun_s))
 
+    start_s: float = getattr(FIRST_START_S, end)
     for _ in range(slots):
         go_on(waiting.popleft(), start_s, 0)
     clock_s = ended_s = start_s
@@ -114,15 +114,17 @@ def _once(
         clock_s, ended_s, trials_s = now_s, ended_s + passed_s, trials_s + at_once * passed_s
         work = works[trial]
         is_stopped = rule is not None and rule.hear(_heard(work, trial, step, place[work.configuration])) is not None
-        if step < work.steps and not is_stopped and _taken_s(work, step, step_s[trial]) < work.limit_s:
+        if step < work.steps and not is_stopped and _taken_s(work, step, end) < work.limit_s:
             go_on(trial, begun_s, step)
         elif waiting:
             go_on(waiting.popleft(), now_s, 0)
     return ended_s, trials_s
 
 
-def _taken_s(work: Work, step: int, step_s: float) -> float:
-    return min(work.limit_s, work.besides_s + step * step_s)
+def _taken_s(work: Work, step: int, end: End) -> float:
+    besides_s: float = getattr(work.besides_s, end)
+    step_s: float = getattr(work.step_s, end)
+    return min(work.limit_s, besides_s + step * step_s)
 
 
 def _heard(work: Work, trial: int, step: int, place: int) -> Heard:

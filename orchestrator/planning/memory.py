@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 from pydantic import computed_field
@@ -120,8 +121,9 @@ class MemoryParts:
 
     @property
     def total(self) -> int:
-        """Their sum."""
-        return sum(self.by_name().values())
+        """Their sum; written out, as below."""
+        held = self.weights + self.adapter + self.gradients + self.optimizer
+        return held + self.activations + self.logits + self.communication + self.framework
 
     @property
     def comes_and_goes(self) -> int:
@@ -240,6 +242,19 @@ def _idle_bytes(config: TrialConfig, shape: ModelShape, width: Widths) -> float:
     """
     if not writes_scores(config, shape, width):
         return 0.0
+    # Each of these tensors is as many times larger as a micro-batch has sequences, and so is what is idle.
+    assert isinstance(config.micro_batch_size, int)
+    one = _ONE_SEQUENCE.model_copy(update={name: getattr(config, name) for name in _OF_SCORES})
+    return config.micro_batch_size * _idle_of_a_sequence(one, shape, width)
+
+
+_ONE_SEQUENCE = TrialConfig(micro_batch_size=1)
+_OF_SCORES = ("attention", "precision", "sequence_length")
+"""All settings but the micro-batch that tensors of scores and of the loss depend on."""
+
+
+@lru_cache(maxsize=1024)
+def _idle_of_a_sequence(config: TrialConfig, shape: ModelShape, width: Widths) -> float:
     even = shape.vocabulary / shape.heads
     shorter = (math.ceil(share * even) - 1 for share in (0.5, 1.0, 2.0))
     lengths = [length for length in shorter if 0 < length < config.sequence_length]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from orchestrator.config.trial_config import Precision
 from orchestrator.planning.compatibility import TORCH_FOR_VOLTA, Case, Rule
 from orchestrator.planning.hardware import GIB
@@ -132,7 +130,7 @@ def offload_exceeds_the_host(case: Case) -> str | None:
 
 
 def _workers_of_a_node(case: Case) -> int:
-    return min(case.workers, math.ceil(case.hardware.gpus / case.hardware.nodes))
+    return min(case.workers, max(gpus for _, gpus in case.hardware.each_node))
 
 
 def host_bytes_a_node(case: Case) -> int:

@@ -11,7 +11,7 @@ from typing import Self
 
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.planning.hardware import Hardware, is_named
-from orchestrator.planning.step_time import UNMEASURED, Range
+from orchestrator.planning.step_time import UNMEASURED, Range, certain
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 
 KIND = ("precision", "engine", "zero_stage", "offload", "attention", "gradient_checkpointing")
@@ -24,8 +24,9 @@ FEWEST_STEPS = 3
 """A trial of fewer steps tells of its warm-up."""
 FARTHEST = 1e6
 """A trial so many times as fast or as slow as was predicted tells of a damaged record, and not of the device."""
-ONCE_S = 3.0
-"""Seconds of a trial that are neither steps nor evaluations, until they were measured."""
+ONCE_S = Range(0.3, 3.0, 13.0)
+"""Seconds of a trial that are neither steps nor evaluations, until they were measured: medians of sweeps on 2 CPU
+cores, of tiny-llama, of SmolLM2-135M, and of that beside much other work."""
 RAN = frozenset({TrialStatus.COMPLETED, TrialStatus.STOPPED})
 OPEN = frozenset({TrialStatus.PENDING, TrialStatus.RUNNING})
 
@@ -45,7 +46,7 @@ class Pace:
     """What was measured; empty where nothing was."""
 
     steps: tuple[_Measured, ...] = ()
-    once_s: float = ONCE_S
+    once_s: Range = ONCE_S
     """Of a trial on a warm worker group, for data and model and its end."""
     evaluation_s: float = 0.0
     """Of one evaluation with what is saved after it; until one was measured nobody knows how much data it has."""
@@ -62,7 +63,8 @@ class Pace:
                 ended += [trial for trial in ran if trial.status is TrialStatus.COMPLETED]
         if not ended:
             return cls(tuple(steps))
-        return cls(tuple(steps), statistics.median(map(_once_s, ended)), statistics.median(map(_evaluation_s, ended)))
+        once_s, evaluation_s = (statistics.median(map(seconds, ended)) for seconds in (_once_s, _evaluation_s))
+        return cls(tuple(steps), certain(once_s), evaluation_s)
 
     def evaluations_s(self, config: TrialConfig) -> float:
         """Of all that a trial makes."""

@@ -244,7 +244,7 @@ def _describe(hardware: Hardware) -> str:
 
 
 def _work(
-    trial: PlannedTrial, configuration: str, once_s: float, asha: AshaConfig | None, limits: BudgetConfig
+    trial: PlannedTrial, configuration: str, once_s: Range, asha: AshaConfig | None, limits: BudgetConfig
 ) -> Work:
     """Its evaluations are spread over its steps: who is stopped early makes fewer."""
     assert trial.seconds is not None
@@ -252,7 +252,7 @@ def _work(
     whole = Range(trial.seconds_range[0], trial.seconds, trial.seconds_range[1])
     steps = trial.config.max_steps
     grace = grace_steps(asha, trial) if asha else steps
-    step_s, limit_s = whole.plus(-once_s).times(1 / steps), (limits.trial_hours or math.inf) * 3600
+    step_s, limit_s = whole.plus(once_s.times(-1)).times(1 / steps), (limits.trial_hours or math.inf) * 3600
     return Work(once_s, step_s, steps, trial.config.eval_every, grace, configuration, limit_s)
 
 

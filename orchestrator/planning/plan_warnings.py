@@ -30,7 +30,7 @@ from orchestrator.planning.step_time import NODE_LINK_BYTES_PER_S, Range
 
 
 def warnings(
-    sweep: SweepConfig, running: Sequence[PlannedTrial], makespan: Range, hours: Range, once_s: float
+    sweep: SweepConfig, running: Sequence[PlannedTrial], makespan: Range, hours: Range, once_s: Range
 ) -> tuple[str, ...]:
     """Of what is planned: nothing runs, nobody is stopped, and what limits, bounds and budget will end."""
     told: tuple[str, ...] = () if running else ("no trial of this sweep can run: see the reasons above",)
@@ -78,7 +78,7 @@ def points_left_out(sweep: SweepConfig) -> tuple[str, ...]:
     return tuple(told)
 
 
-def _beyond_constraints(sweep: SweepConfig, running: Sequence[PlannedTrial], once_s: float) -> tuple[str, ...]:
+def _beyond_constraints(sweep: SweepConfig, running: Sequence[PlannedTrial], once_s: Range) -> tuple[str, ...]:
     """Of bounds of memory, which is estimated as it is measured (allocated on a GPU, resident on a CPU), and of speed,
     where even the near end of its range breaks them."""
     told = []
@@ -103,11 +103,13 @@ def _beyond_constraints(sweep: SweepConfig, running: Sequence[PlannedTrial], onc
     return tuple(told)
 
 
-def _speeds(trial: PlannedTrial, metric: str, once_s: float) -> tuple[float, float]:
+def _speeds(trial: PlannedTrial, metric: str, once_s: Range) -> tuple[float, float]:
     """Low and high, of the trial's steps alone."""
     assert trial.seconds_range is not None
     steps = trial.config.max_steps
-    low_s, high_s = ((seconds - once_s) / steps for seconds in trial.seconds_range)
+    low_s, high_s = (
+        (seconds - once) / steps for seconds, once in zip(trial.seconds_range, (once_s.low, once_s.high), strict=True)
+    )
     tokens = trial.config.global_batch_size * trial.config.sequence_length
     return (low_s, high_s) if metric == "step_time_s" else (tokens / high_s, tokens / low_s)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import replace
+from functools import lru_cache
 
 from pydantic import BaseModel, ConfigDict
 
@@ -15,7 +17,7 @@ from orchestrator.config.sweep_config import (
 )
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import apart
-from orchestrator.planning.cheaper import what_fits
+from orchestrator.planning.cheaper import for_memory, what_fits
 from orchestrator.planning.compatibility import Case, refusals
 from orchestrator.planning.hardware import GIB, Hardware
 from orchestrator.planning.memory import MemoryEstimate, estimate_on, loading_bytes_on
@@ -28,7 +30,7 @@ from orchestrator.planning.room import (
     placement,
     rooms_of,
 )
-from orchestrator.planning.step_time import step_seconds
+from orchestrator.planning.step_time import certain, step_seconds
 
 NO_PACE = Pace()
 TIGHT = (
@@ -79,7 +81,7 @@ def plan_trial(
     step = step_seconds(
         config, model, hardware, placement(hardware, shape), pace.correction(config, shape.gpu_shared_by)
     )
-    whole = step.times(config.max_steps).plus(pace.once_s + pace.evaluations_s(config))
+    whole = step.times(config.max_steps).plus(pace.once_s).plus(certain(pace.evaluations_s(config)))
     return _planned(
         trial,
         config,
@@ -122,13 +124,36 @@ def with_micro_batch(
     """
     if config.micro_batch_size != "auto":
         return config
-    share = config.global_batch_size // workers
-    for micro in (n for n in range(share, 0, -1) if share % n == 0):
-        tried = config.model_copy(update={"micro_batch_size": micro})
-        memory = estimate_on(tried, model, workers, hardware)
-        if memory.device_bytes <= memory_bytes and memory.measured_bytes <= bound_bytes:
-            return tried
-    return config.model_copy(update={"micro_batch_size": 1})
+    micro = _largest_micro_batch(for_memory(config), model, hardware, workers, memory_bytes, bound_bytes)
+    return config.model_copy(update={"micro_batch_size": micro})
+
+
+@lru_cache(maxsize=4096)
+def _largest_micro_batch(
+    config: TrialConfig,
+    model: ModelShape,
+    hardware: Hardware,
+    workers: int,
+    memory_bytes: int,
+    bound_bytes: float,
+) -> int:
+    def fits(micro: int) -> bool:
+        memory = estimate_on(config.model_copy(update={"micro_batch_size": micro}), model, workers, hardware)
+        return memory.device_bytes <= memory_bytes and memory.measured_bytes <= bound_bytes
+
+    divisors = _divisors(max(1, config.global_batch_size // workers))
+    # The largest by itself, since it alone accumulates nothing; of the others none takes less than a smaller one.
+    if fits(divisors[-1]):
+        return divisors[-1]
+    fitting = bisect_left(divisors[:-1], True, key=lambda micro: not fits(micro))
+    return divisors[max(0, fitting - 1)]
+
+
+@lru_cache(maxsize=1024)
+def _divisors(number: int) -> tuple[int, ...]:
+    """From 1 to itself."""
+    low = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return tuple(sorted({*low, *(number // n for n in low)}))
 
 
 def _does_not_fit(case: Case, shape: WorkerShape, memory: MemoryEstimate, memory_bytes: int) -> str:

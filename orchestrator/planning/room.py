@@ -62,17 +62,8 @@ def bound_bytes(constraints: Sequence[str]) -> float:
 
 
 def rooms_of(hardware: Hardware, shape: WorkerShape) -> list[int]:
-    """Workers that each node has room for, where CPUs and GPUs lie as evenly as they can."""
-    nodes = hardware.nodes
-    return [
-        workers_on(
-            hardware.cpus // nodes + (node < hardware.cpus % nodes),
-            hardware.gpus // nodes + (node < hardware.gpus % nodes),
-            shape.cpus_per_worker,
-            shape.gpus_per_worker,
-        )
-        for node in range(nodes)
-    ]
+    """Workers that each node has room for."""
+    return [workers_on(cpus, gpus, shape.cpus_per_worker, shape.gpus_per_worker) for cpus, gpus in hardware.each_node]
 
 
 def workers_on(cpus: float, gpus: float, cpus_per_worker: float, gpus_per_worker: float) -> int:

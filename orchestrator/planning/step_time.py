@@ -53,9 +53,14 @@ class Range:
         """Scaled."""
         return Range(self.low * factor, self.expected * factor, self.high * factor)
 
-    def plus(self, more: float) -> Range:
-        """With so much more, which is certain."""
-        return Range(self.low + more, self.expected + more, self.high + more)
+    def plus(self, more: Range) -> Range:
+        """With so much more, low where this is low."""
+        return Range(self.low + more.low, self.expected + more.expected, self.high + more.high)
+
+
+def certain(value: float) -> Range:
+    """A quantity that is known."""
+    return Range(value, value, value)
 
 
 UNMEASURED = Range(1 / SPREAD, 1.0, SPREAD)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import services
 from ray.autoscaler import sdk
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -30,7 +31,7 @@ NODE_LIMIT_S = 180.0
 """A node that starts its first worker may take minutes."""
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """What a Ray job's driver is told of its job (ray 2.60.0, dashboard/modules/job/job_supervisor.py)."""
-LOCAL = "local"
+LOCAL, AUTO = "local", "auto"
 SCALE_UP_LOOK_S = 2.0
 # Read by Ray in this process and handed on to its workers; each is our need, and a user's own value wins.
 ENVIRONMENT = {
@@ -83,8 +84,7 @@ def connect(address: str | None) -> None:
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    address = address_of(address)
-    _check_reachable(address)
+    address = _reachable(address_of(address))
     # The processes of a cluster of our own inherit our environment; those of another are told.
     told = {name: os.environ[name] for name in ENVIRONMENT if name.startswith("RAY_TRAIN_")}
     on_sigterm = signal.getsignal(signal.SIGTERM)
@@ -130,17 +130,32 @@ def not_joined(address: str, error: Exception) -> ClusterUnreachableError:
     return ClusterUnreachableError(f"no Ray cluster answers at {cut(address)} ({cut(why)}): {mend}")
 
 
-def _check_reachable(address: str) -> None:
-    """Ray itself would try for minutes."""
-    host, sign, port = address.removeprefix("ray://").rpartition(":")
-    if not sign:
-        return
+def _reachable(address: str) -> str:
+    """Where Ray would go, after a look whether somebody listens there: Ray itself would try for minutes.
+
+    Raises:
+        ClusterUnreachableError: nobody does, or no port is named.
+    """
+    if address == LOCAL:
+        return address
+    named, mend = address, "check host and port, or leave --address out"
+    if address == AUTO:
+        try:
+            named = services.get_ray_address_from_environment(AUTO, None)
+        except ConnectionError as error:
+            raise not_joined(AUTO, error) from error
+        mend = (
+            "auto stands for it by RAY_ADDRESS, by a Ray process here, or by Ray's file ray_current_cluster, which a "
+            "head that was killed leaves behind; start a cluster with `ray start --head`, or name its host and port"
+        )
+    host, sign, port = named.removeprefix("ray://").rpartition(":")
     try:
+        if not sign:
+            raise ValueError("it names no port")
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_LIMIT_S).close()
     except (OSError, ValueError) as error:
-        raise ClusterUnreachableError(
-            f"no Ray cluster answers at {cut(address)} ({error}): check host and port, or leave --address out"
-        ) from error
+        raise ClusterUnreachableError(f"no Ray cluster answers at {cut(named)} ({error}): {mend}") from error
+    return named
 
 
 def nodes() -> tuple[Mapping[str, float], ...]:

@@ -109,4 +109,4 @@ def _hardware(nodes: Sequence[Resources], accelerator: str | None) -> Hardware:
     if gpus and found.device == "cpu" and accelerator:
         # Ray was told of a GPU that no driver shows: its data sheet must do.
         found = hardware_module.named_gpu(accelerator, gpus)
-    return replace(found, gpus=gpus, cpus=cpus, nodes=len(able))
+    return replace(found, gpus=gpus, cpus=cpus, nodes=len(able), full_node_gpus=None)

@@ -10,6 +10,9 @@ import pytest
 
 pytest.importorskip("ray")
 
+import ray
+from ray._private import services
+
 from orchestrator.config.sweep_config import SweepConfig
 from orchestrator.errors import ClusterUnreachableError, InputError
 from orchestrator.planning.model_shape import shape_of
@@ -120,6 +123,42 @@ def test_a_cluster_that_does_not_answer_is_told_at_once() -> None:
         port = taken.getsockname()[1]
     with pytest.raises(ClusterUnreachableError, match=f"127.0.0.1:{port}"):
         connect(f"127.0.0.1:{port}")
+
+
+def test_a_killed_heads_address_that_auto_stands_for_is_told_at_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        left_behind = f"127.0.0.1:{taken.getsockname()[1]}"
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text(left_behind)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setattr(services, "find_gcs_addresses", frozenset)
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was asked, which tries for minutes"))
+    for given, from_environment in (("auto", None), (None, "auto"), ("auto", left_behind)):
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        if from_environment:
+            monkeypatch.setenv("RAY_ADDRESS", from_environment)
+        with pytest.raises(
+            ClusterUnreachableError, match=rf"{left_behind}.*auto stands for it.*name its host and port"
+        ):
+            connect(given)
+
+
+def test_auto_without_any_cluster_says_how_to_start_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(services, "find_gcs_addresses", frozenset)
+    with pytest.raises(ClusterUnreachableError, match=r"answers at auto.*ray start --head"):
+        connect("auto")
+
+
+@pytest.mark.parametrize("address", ["ray://head", "head"])
+def test_an_address_without_a_port_is_told_so(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was asked, which tries for minutes"))
+    with pytest.raises(ClusterUnreachableError, match=rf"{address} \(it names no port\)"):
+        connect(address)
 
 
 def test_a_cluster_of_another_version_is_not_told_to_be_absent() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -13,6 +14,7 @@ from orchestrator.errors import InputError
 from orchestrator.planning.hardware import named_gpu
 from orchestrator.planning.model_shape import shape_of
 from orchestrator.planning.plan import plan_sweep
+from orchestrator.sweep import gpu_choice
 from orchestrator.sweep.gpu_choice import candidates, chosen, has_type, type_of
 from tests.fast.cases import LLAMA_2_7B
 
@@ -49,6 +51,17 @@ def test_the_smallest_type_is_taken_on_which_as_many_trials_run_as_on_any() -> N
 def test_a_type_of_which_a_trial_wants_more_than_there_are_is_passed_over() -> None:
     small = {"precision": "nf4", "micro_batch_size": 1, "sequence_length": 128, "gradient_checkpointing": True}
     assert chosen({"T4": sweep_on("T4", 1, 2, **small), "L4": sweep_on("L4", 2, 2, **small)}) == "L4"
+
+
+def test_the_nodes_of_a_cluster_are_not_filled_up_as_those_of_a_gpu_that_is_only_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # What a node with a GPU answers is its data sheet's here.
+    monkeypatch.setattr(gpu_choice.ray, "remote", lambda **_: lambda look: SimpleNamespace(remote=look))
+    monkeypatch.setattr(gpu_choice.ray, "get", lambda found: found)
+    monkeypatch.setattr(gpu_choice.hardware_module, "this_machine", lambda: named_gpu("A100", 6))
+    six = {"CPU": 96.0, "GPU": 6.0}
+    assert candidates([six, six], None)[None].each_node == ((96, 6), (96, 6))
 
 
 def test_a_plan_is_made_for_the_type_that_the_sweep_file_asks_for() -> None:

@@ -67,6 +67,8 @@ def test_a_gpu_is_known_by_any_spelling(name: str) -> None:
         ("NVIDIA RTX 6000 Ada Generation", "RTX-6000-Ada"),
         ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "RTX-PRO-6000"),
         ("NVIDIA GH200 480GB", "GH200"),
+        ("NVIDIA GH200 144G HBM3e", "GH200-144GB"),
+        ("NVIDIA H20-3e", "H20-3e"),
         ("NVIDIA H20", "H20"),
     ],
 )
@@ -80,6 +82,10 @@ def test_a_gpu_is_known_by_the_drivers_name_or_rays(driver: str, ours: str) -> N
         ("Tesla V100-SXM2-16GB", 16),
         ("V100", 32),
         ("NVIDIA GH200 480GB", 96),
+        ("NVIDIA GH200 120GB", 96),
+        ("NVIDIA GH200 144G HBM3e", 142.5),
+        ("NVIDIA H20-3e", 141),
+        ("H100-SXM5-96GB", 96),
         ("A100-40G", 40),
         ("NVIDIA A10G", 22.5),
         ("H100 NVL 94GB", 94),
@@ -92,8 +98,8 @@ def test_a_name_that_tells_its_memory_has_that(name: str, gib: float) -> None:
     assert named_gpu(name, 1).gpu_memory_bytes == gib * 2**30
 
 
-@pytest.mark.parametrize("name", ["H100 NVL", "RTX 4090 Laptop GPU"])
-def test_a_namesake_with_another_memory_is_asked_for_it(name: str) -> None:
+@pytest.mark.parametrize("name", ["H100 NVL", "RTX 4090 Laptop GPU", "A100-9999GB", "A100-0GB", "GH200 9999GB"])
+def test_a_namesake_with_another_memory_or_an_absurd_one_is_asked_for_it(name: str) -> None:
     with pytest.raises(InputError, match="say how much, as --gpu-memory"):
         named_gpu(name, 1)
     assert named_gpu(name, 1, 16 * 2**30).gpu_memory_bytes == 16 * 2**30

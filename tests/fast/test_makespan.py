@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from statistics import fmean
 
 import pytest
 
 from orchestrator.planning.makespan import FIRST_START_S, Work, simulate
-from orchestrator.planning.step_time import Range
+from orchestrator.planning.step_time import Range, certain
 from orchestrator.search.stopping import Halving, Heard
 
 SECOND = Range(0.5, 1.0, 2.0)
@@ -24,7 +25,7 @@ def works(
     limit_s: float = math.inf,
 ) -> list[Work]:
     return [
-        Work(besides_s, SECOND, steps, eval_every, 10, f"configuration {n}", limit_s)
+        Work(certain(besides_s), SECOND, steps, eval_every, 10, f"configuration {n}", limit_s)
         for _ in range(repeats)
         for n in range(count)
     ]
@@ -35,6 +36,12 @@ def test_without_a_scheduler_the_slots_take_one_trial_after_the_other() -> None:
     assert taken.makespan_s.expected == FIRST_START_S.expected + 3 * (5 + 90)
     assert taken.trials_s == Range(5 * 50, 5 * 95, 5 * 185)
     assert simulate([], 2, None).makespan_s.high == 0
+
+
+def test_what_is_no_step_is_counted_at_each_end_of_what_it_may_take() -> None:
+    (one,) = works(1)
+    taken = simulate([replace(one, besides_s=Range(1.0, 5.0, 20.0))], 1, None)
+    assert taken.trials_s == Range(1 + 45, 5 + 90, 20 + 180)
 
 
 def test_asha_lets_the_first_at_each_rung_go_on_and_most_of_the_later_ones_not() -> None:

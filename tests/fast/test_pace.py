@@ -74,7 +74,7 @@ def test_what_is_no_step_is_learnt_of_the_same_model_only_and_goes_by_how_often_
     trial = trial.model_copy(update={"timing": timing})
     own = pace_of(trial, model=made_up_sweep([trial]).model)
     besides_s = timing.total_s - timing.startup_s - timing.training_s
-    assert own.once_s == pytest.approx(besides_s - 40.0)
+    assert own.once_s.low == own.once_s.high == pytest.approx(besides_s - 40.0)
     # Steps 30, 60, 90 and 100.
     assert own.evaluation_s == pytest.approx(10.0)
     assert own.evaluations_s(TrialConfig(max_steps=100, eval_every=10)) == pytest.approx(100.0)

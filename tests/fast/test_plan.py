@@ -17,6 +17,7 @@ from orchestrator.errors import InputError, ModelError
 from orchestrator.planning.cheaper import what_fits
 from orchestrator.planning.compatibility import Case, refusals
 from orchestrator.planning.hardware import Hardware, cpu_half_precision, named_gpu, parse_memory
+from orchestrator.planning.makespan import FIRST_START_S
 from orchestrator.planning.memory import (
     estimate_on,
     loading_bytes_on,
@@ -24,11 +25,11 @@ from orchestrator.planning.memory import (
     outside_torch_bytes,
     trainable_parameters,
 )
-from orchestrator.planning.model_shape import shape_of
+from orchestrator.planning.model_shape import ModelShape, shape_of
 from orchestrator.planning.pace import Pace
 from orchestrator.planning.plan import SweepPlan, gpu_memory_fraction, plan_sweep
 from orchestrator.planning.plan_table import duration, render
-from orchestrator.planning.planned_trial import NO_PACE, TIGHT
+from orchestrator.planning.planned_trial import NO_PACE, TIGHT, with_micro_batch
 from orchestrator.planning.room import WorkerShape, placement
 from orchestrator.planning.step_time import Placement, step_seconds
 from tests.fast.cases import A100, CPU, LLAMA_2_7B, LLAMA_32_3B, SMOLLM2_135M, case
@@ -78,6 +79,39 @@ def test_an_automatic_micro_batch_is_the_largest_that_fits_and_divides() -> None
         following = next(n for n in range(micro + 1, 25) if 24 % n == 0)
         config = TrialConfig(precision="bf16", micro_batch_size=following)
         assert estimate_on(config, SEVEN_B, 1, hardware).device_bytes > 0.97 * hardware.gpu_memory_bytes
+
+
+@pytest.mark.parametrize("gib", [1, 8, 10, 12, 16, 24, 40, 80])
+def test_an_automatic_micro_batch_is_what_trying_every_number_would_find(gib: int) -> None:
+    gpu = named_gpu("A100", 1, gib * 2**30)
+    tried = TrialConfig(precision="nf4", sequence_length=512, global_batch_size=360, micro_batch_size="auto")
+    divisors = [micro for micro in range(1, 361) if 360 % micro == 0]
+    each = {micro: tried.model_copy(update={"micro_batch_size": micro}) for micro in divisors}
+    fitting = [m for m in divisors if estimate_on(each[m], SEVEN_B, 1, gpu).device_bytes <= gib * 2**30]
+    assert with_micro_batch(tried, SEVEN_B, gpu, 1, gib * 2**30).micro_batch_size == max(fitting, default=1)
+
+
+def test_an_automatic_micro_batch_of_many_trials_and_a_large_batch_is_found_with_few_estimates(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def counted(config: TrialConfig, *others: Any) -> Any:
+        asked.append(config.micro_batch_size)
+        return estimate_on(config, *others)
+
+    monkeypatch.setattr("orchestrator.planning.planned_trial.estimate_on", counted)
+    space = {"rank": [4, 8], "learning_rate": [n * 1e-5 for n in range(1, 101)]}
+    trial = {"global_batch_size": 720_720, "micro_batch_size": "auto", "sequence_length": 512, "precision": "nf4"}
+    found = plan(named_gpu("A100", 1), trial=trial, space=space)
+    assert found.runs == 200
+    # Of 240 divisors nine are tried for each rank, and each trial is estimated once for its record.
+    assert len(asked) <= 2 * 9 + 200
+
+
+def test_workers_that_outnumber_the_batch_are_estimated_with_one_sequence_each() -> None:
+    alone = TrialConfig(global_batch_size=1, micro_batch_size="auto")
+    assert with_micro_batch(alone, SEVEN_B, named_gpu("A100", 8), 8, 2**40).micro_batch_size == 1
 
 
 def test_a_trial_is_refused_for_what_it_must_have_and_not_for_what_the_allocator_would_keep() -> None:
@@ -178,6 +212,20 @@ def test_a_note_names_its_trials_unless_it_is_of_all_that_run() -> None:
     assert "with one worker shards nothing\n1 trial runs" in render(plan(A100, trial={"zero_stage": 2}))
 
 
+def test_a_first_plan_of_short_trials_holds_what_they_then_took() -> None:
+    """Two sweeps of 38 trials of tiny-llama, 3 steps each, one at a time on 2 cores, took 56 and 47 s."""
+    tiny = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = shape_of(LLAMA_2_7B | tiny | {"num_key_value_heads": 2, "vocab_size": 4096})
+    trial = {"precision": "fp32", "global_batch_size": 2, "max_steps": 3, "sequence_length": 64}
+    space = {"learning_rate": [n * 1e-5 for n in range(1, 39)]}
+    found = plan(CPU, model, trial=trial, space=space, resources={"max_concurrent": 1})
+    low_s, _, high_s = found.makespan_s
+    assert low_s < 47 < 56 < high_s
+    # What a trial waits for data and model is no step that could be slow.
+    (first, *_) = found.trials
+    assert first.seconds_range[0] < 1 < 3 <= first.seconds < first.seconds_range[1]
+
+
 def test_a_trial_that_would_outrun_its_limit_is_warned_of() -> None:
     (warning,) = plan(A100, trial={"max_steps": 10**6}, budget={"trial_hours": 0.5}).warnings
     assert warning.startswith(
@@ -274,6 +322,47 @@ def test_a_hint_is_of_the_trial_that_asks() -> None:
         return what_fits(case(named_gpu("T4", 1), precision="fp32", sequence_length=4096, **settings), 2**34, 1)
 
     assert len({hint(micro_batch_size=1), hint(micro_batch_size=4), hint(micro_batch_size=4, rank=2048)}) == 3
+
+
+@pytest.fixture
+def asked_by_hints(monkeypatch: pytest.MonkeyPatch) -> list[TrialConfig]:
+    """Each configuration that is estimated for a hint."""
+    asked: list[TrialConfig] = []
+
+    def counted(config: TrialConfig, *others: Any) -> Any:
+        asked.append(config)
+        return estimate_on(config, *others)
+
+    monkeypatch.setattr("orchestrator.planning.cheaper.estimate_on", counted)
+    return asked
+
+
+def unlike_any(number: int) -> ModelShape:
+    return shape_of(LLAMA_2_7B | {"vocab_size": 40_000 + number})
+
+
+def test_a_hint_is_found_with_few_estimates(asked_by_hints: list[TrialConfig]) -> None:
+    settings = {
+        "precision": "fp32",
+        "micro_batch_size": 64,
+        "global_batch_size": 64,
+        "rank": 1024,
+        "attention": "eager",
+    }
+    asked = case(named_gpu("A100", 1), **settings, sequence_length=4096)
+    sizes_gib = range(6, 46)
+    told = [what_fits(replace(asked, shape=unlike_any(gib)), gib * 2**30, 1) for gib in sizes_gib]
+    assert None not in told
+    # To ask each milder micro-batch and rank, and all that goes together, takes 44.
+    assert len(asked_by_hints) < 30 * len(sizes_gib)
+
+
+def test_a_trial_on_gpus_of_many_sizes_is_estimated_once(asked_by_hints: list[TrialConfig]) -> None:
+    settings = {"precision": "fp32", "micro_batch_size": 16, "sequence_length": 4096}
+    for gib in range(6, 70):
+        asked = case(named_gpu("A100", 1, gib * 2**30), **settings)
+        what_fits(replace(asked, shape=unlike_any(-1)), gib * 2**30, 1)
+    assert len(asked_by_hints) == len(set(asked_by_hints))
 
 
 def test_where_no_change_leaves_room_one_that_fits_without_is_named() -> None:
@@ -673,9 +762,24 @@ def test_a_plan_counts_as_a_cluster_does(hardware: Hardware, resources: dict[str
     assert (found.refused, found.concurrent) == (0, concurrent)
 
 
+@pytest.mark.parametrize("gpus", [9, 12, 20])
+def test_gpus_beyond_a_whole_node_leave_a_trial_of_eight_on_a_node_of_eight(gpus: int) -> None:
+    trial, resources = {"zero_stage": 3, "global_batch_size": 16}, {"workers_per_trial": 8}
+    keys = {"trial": trial, "space": {"rank": [8, 16]}, "resources": resources}
+    more, whole = (plan(named_gpu("H100", count), **keys) for count in (gpus, gpus // 8 * 8))
+    assert (more.gpu_hours, more.makespan_s, more.concurrent) == (whole.gpu_hours, whole.makespan_s, gpus // 8)
+    assert not any("between the" in told for told in more.assumptions)
+
+
+def test_the_last_node_of_a_named_gpu_has_the_rest_and_a_clusters_nodes_are_taken_as_even() -> None:
+    named = named_gpu("H100", 20)
+    assert named.each_node == ((128, 8), (128, 8), (64, 4))
+    assert replace(named, full_node_gpus=None).each_node == ((107, 7), (107, 7), (106, 6))
+
+
 def test_trials_share_a_gpu_by_the_memory_of_the_largest() -> None:
     small = {"precision": "nf4", "micro_batch_size": 1, "global_batch_size": 4, "sequence_length": 256}
-    space = {"rank": [8, 64], "learning_rate": [n * 1e-5 for n in range(1, 101)]}
+    space = {"rank": [8, 64], "learning_rate": [n * 1e-5 for n in range(1, 41)]}
     packed = plan(A100, trial=small, space=space, resources={"gpus_per_worker": "auto", "cpus_per_worker": 0.5})
     needed_bytes = max(trial.memory.device_bytes for trial in packed.trials)
     on_each = round(1 / packed.gpus_per_worker)
@@ -699,7 +803,7 @@ def test_trials_share_a_gpu_by_the_memory_of_the_largest() -> None:
         (1, {"max_concurrent": 4}, {}, 4),
         (1, {}, {}, 8),
         (3, {}, {}, 3),
-        (4, {"max_concurrent": 6}, {}, 2),
+        (4, {"max_concurrent": 6}, {}, 1),
         (1, {"cpus_per_worker": 8}, {}, 2),
         (1, {}, {"budget": {"trials": 3}}, 3),
         (1, {}, {"budget": {"trials": 5}, "search": {"algorithm": "tpe", "repeats": 2}}, 10),
@@ -721,8 +825,20 @@ def test_an_automatic_share_of_a_gpu_is_what_a_trial_has_of_it_and_is_charged_wi
     assert first.gpu_hours == pytest.approx(first.seconds / 3600 / on_each, rel=0.001)
 
 
+@pytest.mark.parametrize(("trials", "on_each"), [(8, 8), (12, 6), (16, 8), (18, 6)])
+def test_rounds_of_trials_that_share_a_gpu_are_even_so_that_all_of_it_is_charged(trials: int, on_each: int) -> None:
+    space = {"learning_rate": [n * 1e-5 for n in range(1, trials + 1)]}
+    settings = {"micro_batch_size": 1, "sequence_length": 512, "precision": "nf4", "gradient_checkpointing": True}
+    resources = {"gpus_per_worker": "auto", "max_concurrent": 8}
+    found = plan(named_gpu("H100", 1), SEVEN_B, space=space, trial=settings, resources=resources)
+    assert found.gpu_shared_by == on_each
+    hours = found.gpu_hours[1]
+    assert sum(trial.gpu_hours for trial in found.trials) == pytest.approx(hours, rel=0.001)
+    assert hours == pytest.approx((found.makespan_s[1] - FIRST_START_S.expected) / 3600, rel=0.001)
+
+
 def test_cpus_of_nodes_without_a_gpu_make_no_share_of_one_smaller() -> None:
-    two_nodes = replace(named_gpu("A100", 1), cpus=8, nodes=2)
+    two_nodes = replace(named_gpu("A100", 1), cpus=8, nodes=2, full_node_gpus=None)
     space = {"learning_rate": [n * 1e-5 for n in range(1, 9)]}
     trial = {"micro_batch_size": 1, "sequence_length": 64}
     found = plan(two_nodes, shape_of(SMOLLM2_135M), space=space, trial=trial, resources={"gpus_per_worker": "auto"})
