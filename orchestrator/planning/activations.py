@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from orchestrator.config.trial_config import Precision, TrialConfig
 from orchestrator.planning.model_shape import Matrix, ModelShape, targeted
@@ -25,6 +26,14 @@ _OWN_SOFTMAX = ("gpt2", "falcon")
 
 _BROADCAST_KEYS = ("falcon", "gpt_bigcode")
 """Families that multiply all query heads with a key as it is (transformers 5.23)."""
+
+
+Loop = Literal["trainer", "bare", "any"]
+"""What trains. `trainer`: transformers' Trainer and what stands on it, and this package's own loop: adapters of half or
+quantised weights are computed under autocast, and logits go when the loss is there. `bare`: a loop of one's own that
+does neither. It keeps an adapter's inputs, and all of a quantised model's activations, in fp32, logits until the
+backward pass has gone by, and all that GPT-2's activation computes step by step. `any`: nobody knows which."""
+LOOPS: tuple[Loop, ...] = ("trainer", "bare")
 
 
 @dataclass(frozen=True, slots=True)

@@ -274,7 +274,7 @@ def _changed(case: Case, changes: Sequence[_Change]) -> Case:
     settings = {name: value for change in changes for name, value in change.settings.items()}
     workers = max(change.workers or case.workers for change in changes) if changes else case.workers
     # Valid by themselves: to validate them again would take most of the time of a plan that refuses thousands.
-    return Case(case.config.model_copy(update=settings), case.shape, case.hardware, workers)
+    return Case(case.config.model_copy(update=settings), case.shape, case.hardware, workers, case.loop)
 
 
 def _fits(case: Case, changes: Sequence[_Change], memory_bytes: int, taken: Taken) -> bool:
@@ -295,5 +295,5 @@ def _needed(case: Case) -> _Needed | None:
     """
     if refusals(case) or offload_exceeds_the_host(case):
         return None
-    memory = estimate_on(case.config, case.shape, case.workers, case.hardware)
+    memory = estimate_on(case.config, case.shape, case.workers, case.hardware, case.loop)
     return _Needed(memory.device_bytes, memory.needed_bytes)

@@ -11,6 +11,7 @@ from difflib import get_close_matches
 
 from orchestrator.config.trial_config import Precision, TrialConfig
 from orchestrator.errors import cut
+from orchestrator.planning.activations import Loop
 from orchestrator.planning.hardware import Hardware
 from orchestrator.planning.model_shape import ModelShape, targeted
 
@@ -25,6 +26,8 @@ class Case:
     shape: ModelShape
     hardware: Hardware
     workers: int
+    loop: Loop = "trainer"
+    """What would train it, of which memory depends alone."""
 
 
 Rule = Callable[[Case], str | None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -15,10 +15,11 @@ from orchestrator.config.names import nearest
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.config.type_problems import told_of_settings
 from orchestrator.errors import InputError, ModelError, OrchestratorError, cut, shown
+from orchestrator.planning.activations import LOOPS, Loop
 from orchestrator.planning.cheaper import what_fits
 from orchestrator.planning.compatibility import Case, refusals
 from orchestrator.planning.hardware import LARGEST_MEMORY, Hardware
-from orchestrator.planning.memory import Loop, MemoryEstimate, estimate_on, loading_bytes_on
+from orchestrator.planning.memory import estimate_on, loading_bytes_on
 from orchestrator.planning.model_shape import ModelShape, shape_of
 from orchestrator.planning.notes import counted_as_a_llama
 from orchestrator.planning.planned_trial import with_micro_batch
@@ -99,10 +100,11 @@ def _estimated(
     settings = raw.get("trial")
     config = _trial({} if settings is None else settings)
     hardware = _gpu(memory_bytes)
-    case = Case(config, shape, hardware, workers)
+    loop = _loop(raw.get("loop"))
+    case = Case(config, shape, hardware, workers, loop)
     reasons = list(refusals(case))
-    config = with_micro_batch(config, shape, hardware, workers, memory_bytes or LARGEST_MEMORY)
-    memory = _of_any_loop(config, shape, workers, hardware, _loops(raw.get("loop")))
+    config = with_micro_batch(config, shape, hardware, workers, memory_bytes or LARGEST_MEMORY, loop=loop)
+    memory = estimate_on(config, shape, workers, hardware, loop)
     needed_bytes = max(memory.needed_bytes, loading_bytes_on(config, shape, workers, hardware))
     if memory_bytes is not None:
         memory = memory.within(memory_bytes)
@@ -112,7 +114,7 @@ def _estimated(
                 told += " while it loads, since under ZeRO-3 each worker loads the whole quantised model"
             if not reasons:
                 # What another rule refuses would be refused with every change.
-                fits = what_fits(Case(config, shape, hardware, workers), memory_bytes, workers)
+                fits = what_fits(replace(case, config=config), memory_bytes, workers)
                 told += f"; fits with {fits}" if fits else "; use a smaller model"
             reasons.append(told)
     return {
@@ -131,24 +133,12 @@ def _estimated(
     }
 
 
-def _loops(named: Any) -> Sequence[Loop]:
+def _loop(named: Any) -> Loop:
     if named is None:
-        return get_args(Loop)
+        return "any"
     if named not in get_args(Loop):
-        raise InputError(f"loop is {shown(named)}: give one of {', '.join(get_args(Loop))}, or leave it out")
-    return (named,)
-
-
-def _of_any_loop(
-    config: TrialConfig, shape: ModelShape, workers: int, hardware: Hardware, loops: Sequence[Loop]
-) -> MemoryEstimate:
-    """Where a line does not tell which of the loops trains, the one that allocates most, from the least low end of all
-    to the greatest high one."""
-    every = [estimate_on(config, shape, workers, hardware, loop) for loop in loops]
-    largest = max(every, key=lambda memory: memory.measured_bytes)
-    low = min(memory.low_bytes for memory in every if memory.low_bytes is not None)
-    high = max(memory.high_bytes for memory in every if memory.high_bytes is not None)
-    return replace(largest, low_bytes=low, high_bytes=high)
+        raise InputError(f"loop is {shown(named)}: give {', '.join(LOOPS)} or any, which it is where it is left out")
+    return named  # type: ignore[no-any-return]
 
 
 def _trial(settings: Any) -> TrialConfig:

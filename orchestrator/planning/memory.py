@@ -19,6 +19,8 @@ from pydantic import computed_field
 
 from orchestrator.config.trial_config import Precision, TrialConfig
 from orchestrator.planning.activations import (
+    LOOPS,
+    Loop,
     Widths,
     backward_bytes,
     dora_work_bytes,
@@ -81,11 +83,6 @@ LOSS_COPIES_BYTES = 12
 
 Logits that are held come on top (`_held_at_loss`).
 """
-Loop = Literal["trainer", "bare"]
-"""What trains. `trainer`: transformers' Trainer and what stands on it, and this package's own loop: adapters of half or
-quantised weights are computed under autocast, and logits go when the loss is there. `bare`: a loop of one's own that
-does neither. It keeps an adapter's inputs, and all of a quantised model's activations, in fp32, logits until the
-backward pass has gone by, and all that GPT-2's activation computes step by step."""
 ADAM_8BIT_BYTES = 2 + 2 * 4 / 256
 """bitsandbytes' two moments: a byte each, and an fp32 constant for 256 of them (0.50, optim/optimizer.py)."""
 MOMENTS_BYTES = {"adamw": 8.0, "adamw_8bit": ADAM_8BIT_BYTES, "sgd": 0.0}
@@ -206,6 +203,9 @@ def estimate(
     loop: Loop = "trainer",
 ) -> MemoryEstimate:
     """Estimate one worker's peak; `micro_batch_size` is a number, `outside_bytes` what is not torch's on a GPU."""
+    if loop == "any":
+        every = [estimate(config, shape, workers, device, has_bf16, outside_bytes, one) for one in LOOPS]
+        return _largest_of(every)
     width = _bytes_of(config, device, has_bf16, loop)
     phases = _phases(config, shape, workers, width)
     parts = _largest(phases)
@@ -219,6 +219,15 @@ def estimate(
         for share in (REST_LOW, REST_HIGH)
     )
     return MemoryEstimate(parts.total, reserved, reserved + outside_bytes, low, high, parts)
+
+
+def _largest_of(every: Sequence[MemoryEstimate]) -> MemoryEstimate:
+    """What the loop that allocates most does, from the lowest of all their low ends to the highest of the others."""
+    largest = max(every, key=lambda memory: memory.measured_bytes)
+    if largest.low_bytes is None or largest.high_bytes is None:
+        return largest
+    low, high = (min(memory.low_bytes or 0 for memory in every), max(memory.high_bytes or 0 for memory in every))
+    return replace(largest, low_bytes=low, high_bytes=high)
 
 
 def _reserved(config: TrialConfig, shape: ModelShape, workers: int, width: Widths, parts: MemoryParts) -> int:

@@ -17,6 +17,7 @@ from orchestrator.config.sweep_config import (
 )
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import apart
+from orchestrator.planning.activations import Loop
 from orchestrator.planning.cheaper import for_memory, what_fits
 from orchestrator.planning.compatibility import Case, refusals
 from orchestrator.planning.hardware import GIB, Hardware
@@ -116,6 +117,7 @@ def with_micro_batch(
     workers: int,
     memory_bytes: int,
     bound_bytes: float = math.inf,
+    loop: Loop = "trainer",
 ) -> TrialConfig:
     """`auto` becomes the largest divisor of a worker's share of the global batch that fits, and of which no more than
     the bound is measured; 1 where none does.
@@ -124,7 +126,7 @@ def with_micro_batch(
     """
     if config.micro_batch_size != "auto":
         return config
-    micro = _largest_micro_batch(for_memory(config), model, hardware, workers, memory_bytes, bound_bytes)
+    micro = _largest_micro_batch(for_memory(config), model, hardware, workers, memory_bytes, bound_bytes, loop)
     return config.model_copy(update={"micro_batch_size": micro})
 
 
@@ -136,9 +138,11 @@ def _largest_micro_batch(
     workers: int,
     memory_bytes: int,
     bound_bytes: float,
+    loop: Loop,
 ) -> int:
     def fits(micro: int) -> bool:
-        memory = estimate_on(config.model_copy(update={"micro_batch_size": micro}), model, workers, hardware)
+        tried = config.model_copy(update={"micro_batch_size": micro})
+        memory = estimate_on(tried, model, workers, hardware, loop)
         return memory.device_bytes <= memory_bytes and memory.measured_bytes <= bound_bytes
 
     divisors = _divisors(max(1, config.global_batch_size // workers))

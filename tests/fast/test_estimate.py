@@ -33,6 +33,29 @@ def test_an_estimate_has_all_that_the_contract_names() -> None:
     assert got["feasible"] is True
 
 
+QLORA = {"precision": "nf4", "engine": "ddp", "gradient_checkpointing": True, "sequence_length": 2048}
+
+
+def test_a_loop_that_is_not_told_counts_as_the_one_that_allocates_more() -> None:
+    trial = QLORA | {"micro_batch_size": 4, "global_batch_size": 4}
+    untold, trainer, bare, either = answer(
+        line(trial=trial), *(line(trial=trial, loop=loop) for loop in ("trainer", "bare", "any"))
+    )
+    assert trainer["allocated_bytes"] < bare["allocated_bytes"] == untold["allocated_bytes"]
+    assert trainer["low_bytes"] == untold["low_bytes"]
+    assert bare["high_bytes"] == untold["high_bytes"]
+    assert either == untold
+
+
+def test_without_a_loop_what_would_fit_fits_whatever_trains() -> None:
+    trial = QLORA | {"micro_batch_size": 8, "global_batch_size": 8}
+    (refused,) = answer(line(trial=trial, gpu_memory_bytes=16 * 2**30))
+    assert "fits with micro_batch_size 4" in refused["reasons"][0]
+    for loop in ("trainer", "bare", "any"):
+        (mended,) = answer(line(trial=trial | {"micro_batch_size": 4}, gpu_memory_bytes=16 * 2**30, loop=loop))
+        assert mended["feasible"]
+
+
 def test_a_family_that_is_not_known_is_noted() -> None:
     (known,) = answer(line())
     assert "notes" not in known
@@ -124,6 +147,8 @@ def test_a_byte_order_mark_before_a_line_is_passed_over() -> None:
         ('{"id": 7, "model": "no/model", "id": 8}', "id is given twice"),
         ('{"id": 7, "model": "no/model", "trial": {"rank": 8, "rank": 16}}', "rank is given twice"),
         (line(id=7, wrkers=2), "did you mean workers?"),
+        (line(id=7, loop="mine"), "loop is 'mine': give trainer, bare or any"),
+        (line(id=7, loop=["bare"]), "give trainer, bare or any"),
     ],
 )
 def test_a_bad_line_answers_for_itself_and_the_rest_go_on(bad: str, told: str) -> None:

@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from orchestrator.config.trial_config import TrialConfig
-from orchestrator.planning.memory import WORKSPACE_BYTES, Loop, MemoryParts, _bytes_of, memory_parts
+from orchestrator.planning.activations import Loop
+from orchestrator.planning.memory import WORKSPACE_BYTES, MemoryParts, _bytes_of, memory_parts
 from orchestrator.planning.model_shape import shape_of
 from orchestrator.training import training_loop
 from orchestrator.training.data import Batch
