@@ -411,7 +411,7 @@ def test_where_all_weights_are_trained_a_cheaper_optimizer_and_its_offload_are_n
 
 
 def test_to_shard_weights_deepspeed_is_named_where_torch_alone_would_step() -> None:
-    settings = {"precision": "bf16", "micro_batch_size": 1, "sequence_length": 256, "engine": "ddp"}
+    settings = {"precision": "bf16", "micro_batch_size": 1, "sequence_length": 512, "engine": "ddp"}
 
     def fits(workers: int) -> str:
         resources = {"workers_per_trial": workers}
