@@ -89,17 +89,22 @@ def _first_that_fits(case: Case, memory_bytes: int, most_workers: int) -> str | 
     beside = next((always for always in besides if _has_any(case, [*always, shortest], memory_bytes)), None)
     if beside is None:
         return None
-    strongest = [*_before(case.config), *(change for group in _one_of(case) for change in group), *_lower_rank(case)]
-    single = [change for change in [*strongest, *shares] if _fits(case, [change], memory_bytes, _without_room)]
+    # Where not even all together are enough, none is by itself.
+    is_enough = _has_any(case, [], memory_bytes)
+    single = [
+        change
+        for change in [*(_strongest(case) if is_enough else []), *shares]
+        if _fits(case, [change], memory_bytes, _without_room)
+    ]
     if roomy := _mildest_alone(case, single, memory_bytes, _with_room):
         tight = _mildest_alone(case, single, memory_bytes, _without_room)
         more = {name: told for name, told in tight.items() if name not in roomy}
         return _any_of(roomy) + (f", or, with little to spare, {_any_of(more)}" if more else "")
-    if changes := _fewest(case, [], memory_bytes, _with_room):
+    if is_enough and (changes := _fewest(case, [], memory_bytes, _with_room)):
         return " and ".join(_told(case, changes))
     if tight := _mildest_alone(case, single, memory_bytes, _without_room):
         return _any_of(tight)
-    if changes := _fewest(case, [], memory_bytes, _without_room):
+    if is_enough and (changes := _fewest(case, [], memory_bytes, _without_room)):
         return " and ".join(_told(case, changes))
     if told := _first_beside(case, ([share] for share in shares), memory_bytes):
         return told
@@ -174,6 +179,11 @@ def _wholes(case: Case) -> tuple[list[_Change], ...]:
     last = [*_lower_rank(case)]
     each = product(*([*group, None] for group in _one_of(case)))
     return tuple([*first, *(change for change in some if change), *last] for some in each)
+
+
+def _strongest(case: Case) -> list[_Change]:
+    """Of each setting, for a worker alone."""
+    return [*_before(case.config), *(change for group in _one_of(case) for change in group), *_lower_rank(case)]
 
 
 def _has_any(case: Case, always: Sequence[_Change], memory_bytes: int) -> bool:

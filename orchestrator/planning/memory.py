@@ -253,23 +253,24 @@ def _idle_bytes(config: TrialConfig, shape: ModelShape, width: Widths) -> float:
         return 0.0
     # Each of these tensors is as many times larger as a micro-batch has sequences, and so is what is idle.
     assert isinstance(config.micro_batch_size, int)
-    one = _ONE_SEQUENCE.model_copy(update={name: getattr(config, name) for name in _OF_SCORES})
-    return config.micro_batch_size * _idle_of_a_sequence(one, shape, width)
+    one_bytes = _idle_of_a_sequence(config.attention, config.precision, config.sequence_length, shape, width)
+    return config.micro_batch_size * one_bytes
 
 
 _ONE_SEQUENCE = TrialConfig(micro_batch_size=1)
-_OF_SCORES = ("attention", "precision", "sequence_length")
-"""All settings but the micro-batch that tensors of scores and of the loss depend on."""
 
 
 @lru_cache(maxsize=1024)
-def _idle_of_a_sequence(config: TrialConfig, shape: ModelShape, width: Widths) -> float:
+def _idle_of_a_sequence(
+    attention: str, precision: Precision, sequence_length: int, shape: ModelShape, width: Widths
+) -> float:
+    config = _ONE_SEQUENCE.model_copy(update={"attention": attention, "precision": precision})
     even = shape.vocabulary / shape.heads
     shorter = (math.ceil(share * even) - 1 for share in (0.5, 1.0, 2.0))
-    lengths = [length for length in shorter if 0 < length < config.sequence_length]
+    lengths = [length for length in shorter if 0 < length < sequence_length]
     return max(
         _idle_at(config.model_copy(update={"sequence_length": length}), shape, width)
-        for length in (*lengths, config.sequence_length)
+        for length in (*lengths, sequence_length)
     )
 
 
