@@ -143,3 +143,17 @@ def test_what_does_more_never_takes_less(model: str, trial: dict[str, Any], work
             # To the byte: every part is cut down to a whole number.
             told = f"{other} on {others_workers}"
             assert all(a <= b + 8 for a, b in zip(least, most, strict=True) if a and b), told
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(sorted(MODELS)), trials, st.sampled_from(WORKERS))
+def test_of_what_is_not_quantised_a_bare_loop_takes_no_less_than_this_packages(
+    model: str, trial: dict[str, Any], workers: int
+) -> None:
+    config, shape = TrialConfig.model_validate(trial | {"global_batch_size": 2**18}), MODELS[model]
+    if config.precision.is_quantized or not may_be(config, shape):
+        return
+    own, bare = (
+        figures(estimate(config, shape, workers, "cuda", has_bf16=True, loop=loop)) for loop in ("trainer", "bare")
+    )
+    assert all(a <= b + 8 for a, b in zip(own, bare, strict=True) if a and b)
