@@ -18,6 +18,12 @@ class Family:
     """Query, key, value and output, or the fused first three and the output."""
     mlp: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     """Gate, up and down; two names are the fused first two and down, or up and down where nothing is gated."""
+    layers: str = "model.layers"
+    """The path of its layers, in whose modules `attention_home` and `mlp_home` the matrices are."""
+    attention_home: str = "self_attn"
+    mlp_home: str = "mlp"
+    outside: tuple[str, ...] = ("model.embed_tokens", "lm_head")
+    """Paths of embeddings and head."""
     experts: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     """What PEFT calls their gate, up and down (peft 0.21.2, utils/transformers_weight_conversion.py)."""
     expert_adapters: bool = True
@@ -49,6 +55,12 @@ _BIASED: Mapping[str, Any] = {"qkv_bias": True, "out_bias": True, "mlp_bias": Tr
 _NO_WINDOW: Mapping[str, Any] = {"use_sliding_window": False}
 _UNGATED: Mapping[str, Any] = {"gated": False, "norm_width": 2, "layer_norm": True}
 """GPT-2's way, before Llama's: two matrices in the feed-forward part, norms with a bias."""
+_TRANSFORMER: Mapping[str, Any] = {"layers": "transformer.h", "attention_home": "attn"}
+_SELF_ATTENTION: Mapping[str, Any] = {
+    "layers": "transformer.h",
+    "attention_home": "self_attention",
+    "outside": ("transformer.word_embeddings", "lm_head"),
+}
 _FUSED = ("query_key_value", "dense")
 _NEOX_MLP = ("dense_h_to_4h", "dense_4h_to_h")
 _GPT2 = Family(
@@ -58,6 +70,8 @@ _GPT2 = Family(
     tied=True,
     positions_offset=0,
     defaults={"resid_pdrop": 0.1, "attn_pdrop": 0.1},
+    outside=("transformer.wte", "transformer.wpe", "lm_head"),
+    **_TRANSFORMER,
     **_UNGATED,
     **_BIASED,
 )
@@ -130,6 +144,9 @@ _FAMILIES = {
     "gpt_neox": Family(
         _FUSED,
         _NEOX_MLP,
+        layers="gpt_neox.layers",
+        attention_home="attention",
+        outside=("gpt_neox.embed_in", "lm_head"),
         qkv_bias="attention_bias",
         out_bias="attention_bias",
         mlp_bias=True,
@@ -142,6 +159,8 @@ _FAMILIES = {
         mlp_bias=True,
         head_bias=True,
         norms=1,
+        outside=("transformer.wte", "lm_head"),
+        **_TRANSFORMER,
         **_UNGATED,
     ),
     "falcon": Family(
@@ -152,6 +171,7 @@ _FAMILIES = {
         mlp_bias="bias",
         tied=True,
         defaults={"multi_query": True, "parallel_attn": True},
+        **_SELF_ATTENTION,
         **_UNGATED,
     ),
     "bloom": Family(
@@ -160,6 +180,7 @@ _FAMILIES = {
         extra_norms=2,
         rotary=False,
         tied=True,
+        **_SELF_ATTENTION,
         **_UNGATED,
         **_BIASED,
     ),
@@ -170,6 +191,9 @@ _FAMILIES = {
         tied=True,
         positions_offset=2,
         defaults={"dropout": 0.1},
+        layers="model.decoder.layers",
+        mlp_home="",
+        outside=("model.decoder.embed_tokens", "model.decoder.embed_positions", "lm_head"),
         **_UNGATED,
         **_BIASED,
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 from orchestrator.errors import ModelError, cut, shown
@@ -23,17 +23,50 @@ LONGEST_MODEL_LAYERS = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """`count` linear layers (rows, columns) of one name: out features by in features."""
+    """Linear layers (rows, columns) of one name: out features by in features."""
 
     name: str
+    home: str
+    """The path of the module that holds it, with `*` for the layer's number."""
     rows: int
     columns: int
-    count: int
+    layers: range | tuple[int, ...]
+    """Numbers of the layers that have it."""
     is_attention: bool
     is_expert: bool = False
     """Of a mixture's experts, stacked in one tensor (transformers 5), or its router."""
     adapter: Literal["plain", "fused", "none"] = "plain"
     """peft 0.21.2 gives half of a fused gate and up as many rows of B as both have; some it cannot adapt at all."""
+    per_layer: int = 1
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self.layers) * self.per_layer
+
+    @property
+    def is_stacked(self) -> bool:
+        """Part of a mixture that only an adapter on all matrices reaches."""
+        return self.is_expert and self.adapter != "none"
+
+    @property
+    def short_path(self) -> str:
+        """Its name within a layer."""
+        return f"{self.home}.{self.name}".partition("*.")[2]
+
+    def layers_named(self, name: str) -> range | tuple[int, ...]:
+        """Those in which PEFT takes it by this name: the end of its path, from a dot on (peft 0.21.2,
+        tuners/tuners_utils.py, check_target_module_exists)."""
+        path, parts = [*self.home.split("."), self.name], name.split(".")
+        layers = self.layers
+        if len(parts) > len(path):
+            return ()
+        for part, own in zip(reversed(parts), reversed(path), strict=False):
+            if own == "*":
+                layers = tuple(layer for layer in layers if str(layer) == part)
+            elif own != part:
+                return ()
+        return layers
 
     @property
     def parameters(self) -> int:
@@ -85,6 +118,8 @@ class ModelShape:
     """The frozen model drops out of its own accord, as GPT-2 and OPT do, and keeps what it drew."""
     attention_dropout: bool
     """Of its attention scores too, as GPT-2."""
+    outside: tuple[str, ...] = ()
+    """Paths of embeddings and head, which PEFT could adapt as well, and no estimate counts adapters of."""
     leaves_out_images: bool = False
     """The checkpoint has a part that looks at images, which is not trained."""
 
@@ -129,7 +164,7 @@ class ModelShape:
     @cached_property
     def stacked(self) -> frozenset[str]:
         """Names of a mixture's matrices that are no modules, and that only an adapter on all matrices reaches."""
-        return frozenset(matrix.name for matrix in self.matrices if matrix.is_expert and matrix.adapter != "none")
+        return frozenset(matrix.name for matrix in self.matrices if matrix.is_stacked)
 
 
 def shape_of(config: Mapping[str, Any]) -> ModelShape:
@@ -149,7 +184,9 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
             raise ModelError(f"{name or 'the model'} has {part}, which no estimate counts yet: take another model")
     family = family_of(name)
     given = {**family.defaults, **{field: value for field, value in text.items() if value is not None}}
-    return replace(_Reader(given, family, name).shape(), leaves_out_images=leaves_out_images)
+    # Where a model has parts, its text part is one of them.
+    root = "model.language_model" if isinstance(inner, Mapping) else "model"
+    return replace(_Reader(given, family, name, root).shape(), leaves_out_images=leaves_out_images)
 
 
 def _refuse_quantised(config: Mapping[str, Any]) -> None:
@@ -169,13 +206,15 @@ class _Reader:
     config: Mapping[str, Any]
     family: Family
     name: str
+    root: str
+    """What the family's paths call `model`."""
 
     def shape(self) -> ModelShape:
         """The whole shape."""
         hidden, layers, heads = self.need("hidden_size"), self._layers(), self.need("num_attention_heads")
         head_dim, kv_heads = self._head_dim(hidden, heads), self._kv_heads(heads)
         experts = self.whole("num_local_experts") or 0
-        if experts and self._dense_layers(layers) == layers:
+        if experts and len(self._dense_layers(layers)) == layers:
             experts = 0
         intermediate = self._intermediate(hidden, experts)
         matrices = self._matrices(hidden, layers, heads * head_dim, kv_heads * head_dim, intermediate, experts)
@@ -208,6 +247,7 @@ class _Reader:
             softcapped_logits=bool(self.config.get("final_logit_softcapping")),
             dropout=any(self.config.get(name) for name in ("resid_pdrop", "dropout", "hidden_dropout")),
             attention_dropout=any(self.config.get(name) for name in ("attn_pdrop", "attention_dropout")),
+            outside=tuple(self._rooted(path) for path in self.family.outside),
         )
 
     def whole(self, name: str) -> int | None:
@@ -307,51 +347,61 @@ class _Reader:
         return width or self.need("intermediate_size")
 
     def _matrices(self, hidden: int, layers: int, q: int, kv: int, intermediate: int, experts: int) -> list[Matrix]:
-        names, rows = self.family.attention, (q, kv, kv)
-        widths = rows if len(names) == 4 else (sum(rows),)
+        names, rows, every = self.family.attention, (q, kv, kv), range(layers)
+        home, widths = self._home(self.family.attention_home), rows if len(names) == 4 else (sum(rows),)
         matrices = [
-            *(Matrix(n, width, hidden, layers, True) for n, width in zip(names[:-1], widths, strict=True)),
-            Matrix(names[-1], hidden, q, layers, True),
+            *(Matrix(n, home, width, hidden, every, True) for n, width in zip(names[:-1], widths, strict=True)),
+            Matrix(names[-1], home, hidden, q, every, True),
         ]
+        home = self.family.mlp_home
         if not experts:
-            return [*matrices, *self._mlp(hidden, intermediate, layers)]
-        dense, sparse = self._dense_layers(layers), layers - self._dense_layers(layers)
+            return [*matrices, *self._mlp(home, hidden, intermediate, every)]
+        dense = self._dense_layers(layers)
+        sparse = tuple(sorted(set(every) - set(dense)))
         matrices += self._experts(hidden, intermediate, sparse, experts)
         if dense:
-            matrices += self._mlp(hidden, self.need("intermediate_size"), dense)
+            matrices += self._mlp(home, hidden, self.need("intermediate_size"), dense)
         shared = self.whole("shared_expert_intermediate_size")
         if shared:
-            matrices += self._mlp(hidden, shared, sparse)
-            matrices.append(Matrix("shared_expert_gate", 1, hidden, sparse, False))
+            matrices += self._mlp(f"{home}.shared_expert", hidden, shared, sparse)
+            matrices.append(Matrix("shared_expert_gate", self._home(home), 1, hidden, sparse, False))
         return matrices
 
-    def _dense_layers(self, layers: int) -> int:
+    def _rooted(self, path: str) -> str:
+        first, dot, rest = path.partition(".")
+        return f"{self.root}{dot}{rest}" if first == "model" else path
+
+    def _home(self, within_layer: str) -> str:
+        return self._rooted(f"{self.family.layers}.*.{within_layer}").removesuffix(".")
+
+    def _dense_layers(self, layers: int) -> tuple[int, ...]:
         """Layers of a mixture that have one feed-forward part all the same (Qwen's fields)."""
         only = self.config.get("mlp_only_layers") or ()
         if not isinstance(only, list | tuple):
             raise ModelError(f"the model's config has {shown(only)} as `mlp_only_layers`: it must be a list of layers")
         every = self.whole("decoder_sparse_step") or 1
-        return sum(1 for layer in range(layers) if layer in only or (layer + 1) % every)
+        return tuple(layer for layer in range(layers) if layer in only or (layer + 1) % every)
 
-    def _experts(self, hidden: int, width: int, layers: int, experts: int) -> list[Matrix]:
+    def _experts(self, hidden: int, width: int, layers: tuple[int, ...], experts: int) -> list[Matrix]:
         gate, up, down = self.family.experts
         plain: Literal["plain", "none"] = "plain" if self.family.expert_adapters else "none"
         fused: Literal["fused", "none"] = "fused" if self.family.expert_adapters else "none"
-        count = layers * experts
+        router = self._home(self.family.mlp_home)
+        home = f"{router}.experts"
         return [
-            Matrix(gate, width, hidden, count, False, True, fused),
-            Matrix(up, width, hidden, count, False, True, fused),
-            Matrix(down, hidden, width, count, False, True, plain),
-            Matrix("gate", experts, hidden, layers, False, True, plain),
+            Matrix(gate, home, width, hidden, layers, False, True, fused, experts),
+            Matrix(up, home, width, hidden, layers, False, True, fused, experts),
+            Matrix(down, home, hidden, width, layers, False, True, plain, experts),
+            Matrix("gate", router, experts, hidden, layers, False, True, plain),
         ]
 
-    def _mlp(self, hidden: int, width: int, count: int) -> list[Matrix]:
-        names = self.family.mlp
+    def _mlp(self, home: str, hidden: int, width: int, layers: range | tuple[int, ...]) -> list[Matrix]:
+        names, home = self.family.mlp, self._home(home)
         first = [(n, width) for n in names[:-1]]
         if self.family.gated and len(names) == 2:
             first = [(names[0], 2 * width)]
-        inward = [Matrix(n, rows, hidden, count, False) for n, rows in first]
-        return [*inward, Matrix(names[-1], hidden, width, count, False)]
+        inward = [Matrix(n, home, rows, hidden, layers, False) for n, rows in first]
+        return [*inward, Matrix(names[-1], home, hidden, width, layers, False)]
 
     def _norms(self) -> int:
         norms = self.family.norms
@@ -385,21 +435,28 @@ class _Reader:
 def targeted(shape: ModelShape, target_modules: str | Collection[str]) -> tuple[Matrix, ...]:
     """The matrices that get an adapter.
 
-    A dotted name is told from its namesake by the part before: GPT-2 has `attn.c_proj` and `mlp.c_proj`.
+    A dotted name is told from its namesake by the part before, GPT-2 having `attn.c_proj` and `mlp.c_proj`; with a
+    layer's number it means that layer alone.
     """
     if target_modules == "attention":
         return tuple(matrix for matrix in shape.matrices if matrix.is_attention)
     if target_modules == "all-linear":
         return tuple(matrix for matrix in shape.matrices if matrix.adapter != "none")
-    return tuple(m for m in shape.matrices if any(_is_named(m, name) for name in target_modules))
+    return _named(shape.matrices, tuple(target_modules))
 
 
-def _is_named(matrix: Matrix, name: str) -> bool:
-    home, _, last = name.rpartition(".")
-    if matrix.name != last or matrix.adapter == "none":
-        return False
-    home = home.rpartition(".")[2]
-    return not home or matrix.is_attention == ("att" in home)
+@lru_cache(maxsize=1_024)
+def _named(matrices: tuple[Matrix, ...], names: tuple[str, ...]) -> tuple[Matrix, ...]:
+    """A mixture's stacked experts are no modules: their names mean none, also where other layers have namesakes."""
+    stacked = {matrix.name for matrix in matrices if matrix.is_stacked}
+    found = []
+    for matrix in matrices:
+        if matrix.is_expert or matrix.name in stacked:
+            continue
+        layers = {layer for name in names for layer in matrix.layers_named(name)}
+        if layers:
+            found.append(replace(matrix, layers=tuple(sorted(layers))))
+    return tuple(found)
 
 
 def lora_parameters(rank: int, matrices: Collection[Matrix]) -> int:

@@ -255,6 +255,34 @@ def test_missing_target_modules_name_those_that_the_model_has() -> None:
     assert "it has q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj" in reason
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("mlp.q_proj", "no mlp.q_proj (did you mean self_attn.q_proj?)"),
+        ("self_attn.gate_proj", "no self_attn.gate_proj (did you mean mlp.gate_proj?)"),
+        ("foo.q_proj", "no foo.q_proj (did you mean self_attn.q_proj?)"),
+        ("self_attn.qproj", "no self_attn.qproj (did you mean q_proj?)"),
+        (
+            "layers.22.self_attn.q_proj",
+            "no layers.22.self_attn.q_proj (did you mean self_attn.q_proj? layers are numbered from 0 to 21)",
+        ),
+    ],
+)
+def test_a_module_that_is_elsewhere_is_missing_where_it_is_named_even_beside_one_that_is_there(
+    name: str, meant: str
+) -> None:
+    reason = missing_targets(TrialConfig(target_modules=("q_proj", name)), SHAPE)
+    assert reason is not None
+    assert meant in reason
+
+
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens", "model.embed_tokens"])
+def test_embeddings_and_head_are_refused_as_what_is_not_counted_and_not_as_missing(name: str) -> None:
+    reason = missing_targets(TrialConfig(target_modules=("q_proj", name)), SHAPE)
+    assert reason is not None
+    assert f"{name} is outside of the model's layers, where no estimate counts an adapter yet; leave it out" in reason
+
+
 def test_experts_that_are_named_are_told_as_what_has_no_names() -> None:
     reason = missing_targets(TrialConfig(target_modules=("w1", "w3", "w2")), MIXTRAL)
     assert reason == "target_modules: w1 is part of a mixture's experts, which have no names; use all-linear"

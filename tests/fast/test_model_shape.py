@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -82,7 +83,34 @@ def test_a_dotted_name_means_the_namesake_of_its_home() -> None:
 
 
 def test_the_text_part_of_a_larger_model_is_read() -> None:
-    assert shape_of({"model_type": "gemma3", "text_config": LLAMA_2_7B}) == shape_of(LLAMA_2_7B)
+    found, alone = shape_of({"model_type": "gemma3", "text_config": LLAMA_2_7B}), shape_of(LLAMA_2_7B)
+    # It is the part of a model, and its modules' paths say so.
+    assert replace(found, matrices=alone.matrices, outside=alone.outside) == alone
+    in_part = ("model.language_model.layers.3.self_attn.q_proj",)
+    assert [m.layers for m in targeted(found, in_part)] == [(3,)]
+    assert targeted(alone, in_part) == ()
+    assert targeted(found, ("model.layers.3.self_attn.q_proj",)) == ()
+
+
+@pytest.mark.parametrize(
+    ("names", "layers"),
+    [
+        (("layers.0.self_attn.q_proj",), 1),
+        (("layers.0.self_attn.q_proj", "3.self_attn.q_proj"), 2),
+        (("layers.0.self_attn.q_proj", "q_proj"), 32),
+        (("model.layers.31.self_attn.q_proj",), 1),
+        (("layers.32.self_attn.q_proj",), 0),
+        (("layers.00.self_attn.q_proj",), 0),
+        (("base_model.model.layers.0.self_attn.q_proj",), 0),
+        (("attn.q_proj",), 0),
+        (("mlp.q_proj",), 0),
+        (("*.self_attn.q_proj",), 0),
+        (("_proj",), 0),
+        (("",), 0),
+    ],
+)
+def test_a_name_means_the_matrices_whose_path_ends_in_it(names: tuple[str, ...], layers: int) -> None:
+    assert sum(matrix.count for matrix in targeted(shape_of(LLAMA_2_7B), names)) == layers
 
 
 def test_only_gemma_3_is_counted_without_its_part_for_images() -> None:

@@ -305,9 +305,17 @@ def gemma_3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("target_modules", ["attention", "all-linear", ("q_proj", "down_proj")])
+@pytest.mark.parametrize(
+    "target_modules",
+    [
+        "attention",
+        "all-linear",
+        ("q_proj", "down_proj"),
+        ("model.language_model.layers.1.mlp.up_proj", "0.mlp.up_proj"),
+    ],
+)
 def test_of_gemma_3_the_language_model_is_trained_as_counted_and_its_adapter_fits_the_whole_model(
-    target_modules: str, gemma_3: Path, tmp_path: Path
+    target_modules: str | tuple[str, ...], gemma_3: Path, tmp_path: Path
 ) -> None:
     shape = shape_of(AutoConfig.from_pretrained(gemma_3).to_dict())
     built: Any = models.build(tiny(target_modules=target_modules), gemma_3, "fp32", CPU, zero3=None)

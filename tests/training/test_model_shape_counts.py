@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import check_target_module_exists
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from orchestrator.planning.model_shape import lora_parameters, shape_of, targeted
@@ -109,6 +110,34 @@ def test_an_adapter_on_attention_is_as_large_as_ours(name: str) -> None:
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert lora_parameters(4, targeted(shape, "attention")) == trainable
     assert lora_parameters(4, targeted(shape, tuple(names))) == trainable
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_name_of_any_length_means_as_many_modules_as_pefts_own_rule_finds(name: str) -> None:
+    linear = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
+    shape = shape_of(config_of(name).to_dict())
+    paths = [path for path, module in build(name).named_modules() if isinstance(module, linear)]
+    inside = [path for path in paths if path not in shape.outside and path.rpartition(".")[2] not in shape.stacked]
+    ends = {".".join(path.split(".")[-parts:]) for path in inside for parts in range(1, 8)}
+    swapped = {f"{home}.{path.rpartition('.')[2]}" for path in inside for home in ("mlp", "self_attn", "experts")}
+    for end in ends | swapped:
+        found = [path for path in inside if check_target_module_exists(LoraConfig(target_modules=[end]), path)]
+        assert sum(matrix.count for matrix in targeted(shape, (end,))) == len(found), end
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_outside_of_the_layers_is_known_by_its_path(name: str) -> None:
+    kinds = (torch.nn.Linear, torch.nn.Embedding)
+    paths = [path for path, module in build(name).named_modules() if isinstance(module, kinds)]
+    outside = {path for path in paths if not any(part.isdecimal() for part in path.split("."))}
+    assert set(shape_of(config_of(name).to_dict()).outside) == outside
+
+
+def test_an_adapter_on_one_layer_is_as_large_as_pefts() -> None:
+    names = ["layers.1.self_attn.q_proj", "layers.0.mlp.up_proj", "layers.2.mlp.up_proj"]
+    adapted = get_peft_model(build("Llama"), LoraConfig(r=4, target_modules=names, task_type="CAUSAL_LM"))
+    trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert lora_parameters(4, targeted(shape_of(config_of("Llama").to_dict()), names)) == trainable
 
 
 @pytest.mark.parametrize("name", FAMILIES)
