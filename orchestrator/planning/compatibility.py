@@ -299,24 +299,25 @@ def sequence_must_fit_the_model(case: Case) -> str | None:
     return None
 
 
-# transformers 5.23's classes of decoders, by what they declare (tests/training/test_model.py).
+# transformers 5.23's classes of decoders that a shape is known of, by what they declare (tests/training/
+# test_families.py).
 WITHOUT_SDPA = frozenset(
-    {"bloom", "codegen", "gemma2", "gpt_neo", "gpt_neox_japanese", "gpt_oss", "gptj", "mpt", "vaultgemma", "xglm"}
-)
-WITHOUT_FLASH_ATTENTION = frozenset(
     {
         "bloom",
         "codegen",
-        "deepseek_v32",
-        "doge",
-        "glm_moe_dsa",
-        "gpt_neox_japanese",
-        "llama4",
-        "llama4_text",
+        "flint",
+        "gemma2",
+        "gpt_neo",
+        "gpt_oss",
+        "gptj",
+        "granite_swa",
+        "granitemoe_swa",
         "mpt",
+        "vaultgemma",
         "xglm",
     }
 )
+WITHOUT_FLASH_ATTENTION = frozenset({"bloom", "codegen", "doge", "minimax_m3_vl_text", "mpt", "xglm"})
 WITHOUT_POSITIONS = frozenset({"bloom", "mpt"})
 # They take `position_ids` and keep them from what would tell packed rows apart (tests/training/test_packed_rows.py).
 MASK_WITHOUT_POSITIONS = frozenset({"biogpt", "falcon", "opt", "xglm"})

@@ -11,14 +11,23 @@ from orchestrator.errors import ModelError, cut, shown
 from orchestrator.planning.model_families import (
     IMAGE_PARTS,
     SPELLINGS,
+    UNCOUNTED_FAMILIES,
     UNCOUNTED_PARTS,
     Family,
     family_of,
+    is_known,
 )
 
 LARGEST_FIELD = 2**31
 """No config means more than this by any of its fields."""
 LONGEST_MODEL_LAYERS = 10_000
+LARGEST_MODEL = 10**13
+"""Weights; the largest models that were published have some 10**12."""
+_WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size", "vocab_size", "num_attention_heads", "head_dim")
+_FOURFOLD = ("bloom", "codegen", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gptj")
+"""Families whose feed-forward part is four times as wide as the rest where its width is null."""
+_DROPOUTS = ("resid_pdrop", "resid_dropout", "dropout", "hidden_dropout", "hidden_dropout_prob")
+_ATTENTION_DROPOUTS = ("attn_pdrop", "attention_dropout", "attention_probs_dropout_prob")
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,16 +186,31 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
     _refuse_quantised(config)
     inner = config.get("text_config")
     text = inner if isinstance(inner, Mapping) else config
-    leaves_out_images = bool(config.get("vision_config")) and config.get("model_type") in IMAGE_PARTS
-    name = cut(str(text.get("model_type", "")))
+    model_type, name = _model_type(config), cut(_model_type(text))
+    leaves_out_images = bool(config.get("vision_config")) and model_type in IMAGE_PARTS
+    uncounted = [UNCOUNTED_FAMILIES[kind] for kind in (model_type, name) if kind in UNCOUNTED_FAMILIES]
     for field, part in UNCOUNTED_PARTS.items():
         if (config.get(field) and not (field == "vision_config" and leaves_out_images)) or text.get(field):
-            raise ModelError(f"{name or 'the model'} has {part}, which no estimate counts yet: take another model")
+            uncounted.append(part)
+    if uncounted:
+        raise ModelError(f"{name or 'the model'} has {uncounted[0]}, which no estimate counts yet: take another model")
     family = family_of(name)
     given = {**family.defaults, **{field: value for field, value in text.items() if value is not None}}
     # Where a model has parts, its text part is one of them.
     root = "model.language_model" if isinstance(inner, Mapping) else "model"
-    return replace(_Reader(given, family, name, root).shape(), leaves_out_images=leaves_out_images)
+    reader = _Reader(given, family, name, root)
+    shape = replace(reader.shape(), leaves_out_images=leaves_out_images)
+    if shape.parameters > LARGEST_MODEL:
+        widest = max(_WIDTHS, key=lambda field: reader.whole(field) or 0)
+        raise ModelError(f"the model's config means {shape.parameters:.1e} weights: correct its `{widest}`")
+    return shape
+
+
+def _model_type(config: Mapping[str, Any]) -> str:
+    told = config.get("model_type") or ""
+    if not isinstance(told, str):
+        raise ModelError(f'the model\'s config has {shown(told)} as `model_type`: it must be a text, as "llama"')
+    return told
 
 
 def _refuse_quantised(config: Mapping[str, Any]) -> None:
@@ -213,9 +237,7 @@ class _Reader:
         """The whole shape."""
         hidden, layers, heads = self.need("hidden_size"), self._layers(), self.need("num_attention_heads")
         head_dim, kv_heads = self._head_dim(hidden, heads), self._kv_heads(heads)
-        experts = self.whole("num_local_experts") or 0
-        if experts and len(self._dense_layers(layers)) == layers:
-            experts = 0
+        experts = self._experts_count(layers)
         intermediate = self._intermediate(hidden, experts)
         matrices = self._matrices(hidden, layers, heads * head_dim, kv_heads * head_dim, intermediate, experts)
         return ModelShape(
@@ -230,7 +252,7 @@ class _Reader:
             max_positions=self._positions(),
             tied_embeddings=self._is_tied(),
             experts=experts,
-            experts_per_token=self.whole("num_experts_per_tok") or 1,
+            experts_per_token=self._experts_per_token(experts),
             shared_intermediate=(self.whole("shared_expert_intermediate_size") or 0) if experts else 0,
             sliding_window=self.whole("sliding_window"),
             sliding_layers=self._sliding_layers(layers),
@@ -245,8 +267,8 @@ class _Reader:
             fused_attention=len(self.family.attention) == 2,
             parallel_residual=self._is_parallel(),
             softcapped_logits=bool(self.config.get("final_logit_softcapping")),
-            dropout=any(self.config.get(name) for name in ("resid_pdrop", "dropout", "hidden_dropout")),
-            attention_dropout=any(self.config.get(name) for name in ("attn_pdrop", "attention_dropout")),
+            dropout=any(self.config.get(name) for name in _DROPOUTS),
+            attention_dropout=any(self.config.get(name) for name in _ATTENTION_DROPOUTS),
             outside=tuple(self._rooted(path) for path in self.family.outside),
         )
 
@@ -275,11 +297,26 @@ class _Reader:
         """
         value = self.whole(name)
         if value is None:
+            mend = "use a config.json that transformers writes"
+            if self.name and not is_known(self.name):
+                mend += f", or another model, since its family, {self.name}, is not known here"
             raise ModelError(
-                f"the model's config has no usable `{name}` (it is {shown(self.config.get(name))}): use a config.json "
-                "that transformers writes"
+                f"the model's config has no usable `{name}` (it is {shown(self.config.get(name))}): {mend}"
             )
         return value
+
+    def _experts_count(self, layers: int) -> int:
+        experts = self.whole("num_local_experts") or 0
+        # Doge names experts whether it has any or not.
+        return 0 if self.config.get("is_moe") is False or len(self._dense_layers(layers)) == layers else experts
+
+    def _experts_per_token(self, experts: int) -> int:
+        each = self.whole("num_experts_per_tok") or 1
+        if experts and each > experts:
+            raise ModelError(
+                f"the model's config has {each} as `num_experts_per_tok` of {experts} experts: correct one of them"
+            )
+        return each
 
     def _is_tied(self) -> bool:
         tied = self.config.get("tie_word_embeddings", self.family.tied)
@@ -294,6 +331,8 @@ class _Reader:
         return layers
 
     def _head_dim(self, hidden: int, heads: int) -> int:
+        if self.config.get("head_dim") == 0:
+            raise ModelError("the model's config has 0 as `head_dim`: it must be a whole number above 0")
         if "head_dim" not in self.config and hidden % heads:
             raise ModelError(
                 f"the model's config has no `head_dim`, and {hidden} is no multiple of {heads} heads: correct "
@@ -342,8 +381,10 @@ class _Reader:
         if experts and (width := self.whole("moe_intermediate_size")):
             return width
         width = self.whole("intermediate_size")
-        if width is None and self.name in ("gpt2", "gpt_bigcode", "gptj", "falcon", "bloom"):
+        if width is None and self.name in _FOURFOLD:
             return 4 * hidden
+        if width is None and self.name == "mpt":
+            return (self.whole("expansion_ratio") or 4) * hidden
         return width or self.need("intermediate_size")
 
     def _matrices(self, hidden: int, layers: int, q: int, kv: int, intermediate: int, experts: int) -> list[Matrix]:
@@ -416,8 +457,9 @@ class _Reader:
     ) -> int:
         family = self.family
         total = (self._norms() * layers + family.extra_norms) * family.norm_width * hidden
+        total += family.activation_weights * layers
         if family.qk_norm == "head":
-            total += layers * 2 * head_dim
+            total += layers * 2 * head_dim * family.norm_width
         elif family.qk_norm == "all":
             total += layers * (heads + kv_heads) * head_dim
         out = family.attention[-1]

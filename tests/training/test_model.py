@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import warnings
@@ -28,7 +27,6 @@ from transformers import (
 )
 
 from orchestrator.errors import ModelError
-from orchestrator.planning.compatibility import WITHOUT_FLASH_ATTENTION, WITHOUT_POSITIONS, WITHOUT_SDPA
 from orchestrator.planning.model_shape import lora_parameters, shape_of, targeted
 from orchestrator.training import model as models
 from tests.training.conftest import tiny
@@ -263,16 +261,6 @@ def test_the_evaluation_does_not_depend_on_packing(tiny_model: Path, tiny_data: 
     plain = run_trial(make_task(tiny(**still), tiny_model, tiny_data, tmp_path / "plain"))
     packed = run_trial(make_task(tiny(**{**still, "packing": True}), tiny_model, tiny_data, tmp_path / "packed"))
     assert packed.points[0].eval_loss == pytest.approx(plain.points[0].eval_loss, rel=1e-6)
-
-
-def test_what_the_plan_believes_of_kernels_and_positions_is_what_transformers_classes_declare() -> None:
-    classes: Any = AutoModelForCausalLM._model_mapping
-    for kind in {"llama", "gpt2", *WITHOUT_SDPA, *WITHOUT_FLASH_ATTENTION}:
-        model = classes[type(AutoConfig.for_model(kind))]
-        assert model._supports_sdpa is (kind not in WITHOUT_SDPA), kind
-        assert model._supports_flash_attn is (kind not in WITHOUT_FLASH_ATTENTION), kind
-        takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-        assert takes_positions is (kind not in WITHOUT_POSITIONS), kind
 
 
 @pytest.fixture(scope="module")

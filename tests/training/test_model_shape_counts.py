@@ -28,6 +28,15 @@ TOKENS = {name: LLAMA[name] for name in ("pad_token_id", "bos_token_id", "eos_to
 GPT2 = {"vocab_size": 1000, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 128, **TOKENS}
 FALCON = {"vocab_size": 1000, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, **TOKENS}
 NEOX = {name: value for name, value in LLAMA.items() if name != "num_key_value_heads"}
+GPT_NEO = {
+    "vocab_size": 1000,
+    "hidden_size": 64,
+    "num_layers": 2,
+    "num_heads": 4,
+    "attention_types": [[["global"], 2]],
+    **TOKENS,
+}
+XGLM = {"vocab_size": 1000, "d_model": 64, "num_layers": 2, "attention_heads": 4, "ffn_dim": 176, **TOKENS}
 QWEN_MOE = LLAMA | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -67,6 +76,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "GLM": ("Glm", LLAMA),
     "GLM-4": ("Glm4", LLAMA),
     "OPT": ("OPT", {**FALCON, "ffn_dim": 176, "word_embed_proj_dim": 64}),
+    "Arcee": ("Arcee", LLAMA),
+    "Apertus": ("Apertus", LLAMA),
+    "Jais 2": ("Jais2", LLAMA),
+    "Nemotron": ("Nemotron", LLAMA | {"head_dim": 16}),
+    "nanochat": ("NanoChat", LLAMA),
+    "CodeGen": ("CodeGen", GPT2 | {"rotary_dim": 8}),
+    "GPT-Neo": ("GPTNeo", GPT_NEO),
+    "MPT": ("Mpt", {"vocab_size": 1000, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 128}),
+    "XGLM": ("XGLM", XGLM),
+    "BioGPT": ("BioGpt", NEOX),
+    "Persimmon": ("Persimmon", NEOX),
     "BLOOM": ("Bloom", {"vocab_size": 1000, "hidden_size": 64, "n_layer": 3, "n_head": 4, **TOKENS}),
 }
 
@@ -145,4 +165,4 @@ def test_the_modules_that_can_be_named_are_those_of_the_model(name: str) -> None
     linear = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
     names = {full.rpartition(".")[2] for full, module in build(name).named_modules() if isinstance(module, linear)}
     shape = shape_of(config_of(name).to_dict())
-    assert set(shape.adaptable) == names - shape.stacked - {"lm_head", "embed_out"}
+    assert set(shape.adaptable) == names - shape.stacked - {path.rpartition(".")[2] for path in shape.outside}

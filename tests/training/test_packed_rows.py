@@ -16,27 +16,8 @@ from orchestrator.config.trial_config import TrialConfig
 from orchestrator.planning.compatibility import Case, packing_needs_positions
 from orchestrator.planning.hardware import named_gpu
 from orchestrator.planning.model_shape import shape_of
-from tests.training.test_model_shape_counts import FAMILIES as COUNTED
-from tests.training.test_model_shape_counts import GPT2, LLAMA, TOKENS
+from tests.training.test_model_shape_counts import FAMILIES, LLAMA
 
-BIOGPT = {name: value for name, value in LLAMA.items() if name != "num_key_value_heads"}
-XGLM = {"vocab_size": 1000, "d_model": 64, "num_layers": 2, "attention_heads": 4, "ffn_dim": 176, **TOKENS}
-GPT_NEO = {
-    "vocab_size": 1000,
-    "hidden_size": 64,
-    "num_layers": 2,
-    "num_heads": 4,
-    "attention_types": [[["global"], 2]],
-    **TOKENS,
-}
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = COUNTED | {
-    "BioGPT": ("BioGpt", BIOGPT),
-    "XGLM": ("XGLM", XGLM),
-    "GPT-Neo": ("GPTNeo", GPT_NEO),
-    "Persimmon": ("Persimmon", BIOGPT),
-    "CodeGen": ("CodeGen", GPT2 | {"rotary_dim": 8}),
-    "MPT": ("Mpt", {"vocab_size": 1000, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 128}),
-}
 FIRST, SECOND = torch.arange(10, 21)[None], torch.arange(30, 39)[None]
 TOGETHER = torch.cat([FIRST, SECOND], 1)
 POSITIONS = torch.cat([torch.arange(FIRST.shape[1]), torch.arange(SECOND.shape[1])])[None]
