@@ -113,6 +113,8 @@ class ModelShape:
     norms_per_layer: int
     rms_norm: bool
     """transformers' own RMSNorm computes and keeps fp32; torch's LayerNorm keeps its input alone."""
+    norm_gains: bool
+    """They have weights."""
     qk_norm: bool
     gated: bool
     """down(act(gate) × up), rather than down(act(up))."""
@@ -261,6 +263,7 @@ class _Reader:
             position_parameters=self._learned_positions() * hidden,
             norms_per_layer=self._norms(),
             rms_norm=not self.family.layer_norm,
+            norm_gains=self.family.norm_width > 0,
             qk_norm=self.family.qk_norm is not None,
             gated=self.family.gated,
             rotary=self.family.rotary and not self.config.get("alibi"),
