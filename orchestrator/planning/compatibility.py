@@ -320,7 +320,7 @@ WITHOUT_SDPA = frozenset(
 WITHOUT_FLASH_ATTENTION = frozenset({"bloom", "codegen", "doge", "minimax_m3_vl_text", "mpt", "xglm"})
 WITHOUT_POSITIONS = frozenset({"bloom", "mpt"})
 # They take `position_ids` and keep them from what would tell packed rows apart (tests/training/test_packed_rows.py).
-MASK_WITHOUT_POSITIONS = frozenset({"biogpt", "falcon", "opt", "xglm"})
+MASK_WITHOUT_POSITIONS = frozenset({"biogpt", "falcon", "gpt_oss", "opt", "xglm"})
 FLASH_WITHOUT_POSITIONS = frozenset({"gpt_bigcode", "gpt_neo", "gptj", "persimmon"})
 REFUSALS: tuple[Rule, ...] = (
     fp16_needs_hardware,

@@ -26,6 +26,7 @@ LARGEST_MODEL = 10**13
 _WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size", "vocab_size", "num_attention_heads", "head_dim")
 _FOURFOLD = ("bloom", "codegen", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gptj")
 """Families whose feed-forward part is four times as wide as the rest where its width is null."""
+_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
 _DROPOUTS = ("resid_pdrop", "resid_dropout", "dropout", "hidden_dropout", "hidden_dropout_prob")
 _ATTENTION_DROPOUTS = ("attn_pdrop", "attention_dropout", "attention_probs_dropout_prob")
 
@@ -194,6 +195,8 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
     for field, part in UNCOUNTED_PARTS.items():
         if (config.get(field) and not (field == "vision_config" and leaves_out_images)) or text.get(field):
             uncounted.append(part)
+    kinds = text.get("layer_types")
+    uncounted += [f"layers of {cut(str(k))}" for k in kinds if k not in _LAYERS] if isinstance(kinds, list) else []
     if uncounted:
         raise ModelError(f"{name or 'the model'} has {uncounted[0]}, which no estimate counts yet: take another model")
     family = family_of(name)

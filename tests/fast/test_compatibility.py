@@ -28,6 +28,7 @@ LLAMA = {
 SHAPE = shape_of(LLAMA)
 BLOOM = shape_of({"model_type": "bloom", "hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 100})
 OPT, STARCODER = replace(SHAPE, model_type="opt"), replace(SHAPE, model_type="gpt_bigcode")
+GPT_OSS = replace(SHAPE, model_type="gpt_oss")
 MIXTRAL = shape_of(LLAMA | {"model_type": "mixtral", "num_local_experts": 8})
 GEMMA_3 = shape_of(
     {"model_type": "gemma3", "text_config": LLAMA, "vision_config": {"model_type": "siglip_vision_model"}}
@@ -185,6 +186,7 @@ def test_a_note_is_told_of_its_case_alone(name: str) -> None:
             case(CPU, precision="nf4", dora=True, zero_stage=3, workers=2),
             case(CPU, precision="nf4", dora=True, zero_stage=2, workers=2),
         ),
+        (case(shape=GPT_OSS, packing=True, attention="eager"), case(shape=GPT_OSS, attention="eager")),
         (case(shape=OPT, packing=True), case(shape=OPT, packing=True, attention="flash_attention_2")),
         (
             case(shape=STARCODER, packing=True, attention="flash_attention_2"),

@@ -210,6 +210,13 @@ def test_a_family_that_no_field_tells_of_is_refused_by_its_type_and_also_as_a_pa
         shape_of({"model_type": "fuyu", "text_config": LLAMA_2_7B})
 
 
+def test_layers_of_another_kind_than_attention_are_refused() -> None:
+    kinds = {"layer_types": ["full_attention", "linear_attention"] * 16}
+    with pytest.raises(ModelError, match="minimax has layers of linear_attention, which no estimate counts"):
+        shape_of(LLAMA_2_7B | {"model_type": "minimax"} | kinds)
+    assert shape_of(LLAMA_2_7B | {"layer_types": ["full_attention", "sliding_attention"] * 16})
+
+
 def test_who_lacks_a_field_of_an_unknown_family_may_take_another_model() -> None:
     config = {"model_type": "blt", "vocab_size": 100}
     with pytest.raises(
