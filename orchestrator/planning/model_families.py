@@ -88,6 +88,7 @@ _OPT: dict[str, Any] = {
     **_BIASED,
 }
 _LLAMA = Family(**_LLAMA_BIAS)
+_MIXTURE = Family(expert_adapters=False, **_LLAMA_BIAS)
 _FAMILIES = {
     "llama": _LLAMA,
     "granite": _LLAMA,
@@ -306,6 +307,20 @@ UNCOUNTED_FAMILIES = {
 """Model types that no field tells of, and that Llama's shape is far from (tests/training/test_families.py)."""
 IMAGE_PARTS = {"gemma3": ("vision_tower", "multi_modal_projector")}
 """Of families whose part that looks at images training leaves out (`training.model`), what it is called."""
+_UNADAPTED_MIXTURES = frozenset(
+    {
+        "flint",
+        "gpt_oss",
+        "granitemoe",
+        "granitemoe_swa",
+        "granitemoeshared",
+        "kolibri1",
+        "laguna",
+        "minimax_m3_vl_text",
+        "phimoe",
+    }
+)
+"""Of those that are counted as Llamas, whose experts PEFT does not reach (tests/training/test_families.py)."""
 _ALIASES = {"gemma3_text": "gemma3", "mistral3": "mistral"}
 SPELLINGS = {
     "hidden_size": ("n_embd", "d_model"),
@@ -326,4 +341,5 @@ def is_known(model_type: str) -> bool:
 
 def family_of(model_type: str) -> Family:
     """A family by transformers' `model_type`; one that is not known is taken for Llama's."""
-    return _FAMILIES.get(_ALIASES.get(model_type, model_type), _LLAMA)
+    counted_as = _MIXTURE if model_type in _UNADAPTED_MIXTURES else _LLAMA
+    return _FAMILIES.get(_ALIASES.get(model_type, model_type), counted_as)
