@@ -20,9 +20,16 @@ _FP32_GAIN = ("gemma", "gemma2", "gemma3", "gemma3_text", "olmo2", "olmoe")
 PYTHON_GELU = "gelu_new"
 """transformers' name of the one activation that is written in Python, step by step, of those that models here have."""
 
-_OWN_SOFTMAX = ("gpt2", "falcon")
+_OWN_SOFTMAX = ("gpt2", "falcon", "biogpt")
 """Families whose softmax is in the type that it is given, where autocast does not make it fp32 (transformers 5.23)."""
 
+
+_FP32_QUERIES = ("gpt_neo", "gptj")
+"""Families whose eager attention casts query and key to fp32 (transformers 5.23, `_attn`)."""
+
+_XIELU = ("apertus",)
+"""Families whose activation is written out, and keeps of its steps a product, a difference's exponential and which of
+both it took (transformers 5.23, activations.py, XIELUActivation); trained, its two weights keep one step more."""
 
 _BROADCAST_KEYS = ("falcon", "gpt_bigcode")
 """Families that multiply all query heads with a key as it is (transformers 5.23)."""
@@ -75,6 +82,8 @@ def layer_bytes_per_token(config: TrialConfig, shape: ModelShape, width: Widths)
         kept += 2 * hidden * _drawn(width.stream, width)
     # Query, key and value as the kernel got them, its result, and an fp32 log-sum-exp a head.
     kept += width.attention * (2 * q + 2 * kv) + 4 * shape.heads
+    if config.attention == "eager" and shape.model_type in _FP32_QUERIES:
+        kept += (4 - width.attention) * (q + kv)
     if shape.fused_attention:
         # The value is a view of all that the fused matrix returned; without rotation so are query and key.
         kept += width.attention * ((q + kv) if shape.rotary else 0)
@@ -88,9 +97,11 @@ def layer_bytes_per_token(config: TrialConfig, shape: ModelShape, width: Widths)
 
 
 def _more_of_the_activation(config: TrialConfig, shape: ModelShape, width: Widths) -> int:
-    """Bytes an element that an activation written in Python keeps beside its input: tanh's result, that
-    plus 1, and half of the input (transformers 5.23, activations.py, NewGELUActivation). On a GPU autocast makes fp32
-    of the input to raise it to its third power, and what follows is (torch 2.13, autocast_mode.h, `pow`)."""
+    """Bytes an element that an activation written in Python keeps beside its input. GPT-2's keeps tanh's result, that plus
+    1, and half of the input (transformers 5.23, activations.py, NewGELUActivation). On a GPU autocast makes fp32 of the
+    input to raise it to its third power, and what follows is (torch 2.13, autocast_mode.h, `pow`)."""
+    if shape.model_type in _XIELU:
+        return width.product * (3 if config.trains_all_weights else 2) + 1
     if not _is_in_python(shape, width):
         return 0
     is_autocast = config.precision.is_autocast or width.adapter_input < width.adapter
@@ -112,9 +123,11 @@ def _norms(config: TrialConfig, shape: ModelShape, width: Widths) -> float:
         # Its norm is of its own and in fp32: what is normalised, and how far it is from its mean.
         return 8.0 * shape.hidden
     normalised = shape.hidden * (1 if shape.parallel_residual else shape.norms_per_layer)
-    queries_and_keys = (shape.heads + shape.kv_heads) * shape.head_dim if shape.qk_norm else 0
+    # A fused matrix's result is kept already.
+    of_its_own = shape.qk_norm and not shape.fused_attention
+    queries_and_keys = (shape.heads + shape.kv_heads) * shape.head_dim if of_its_own else 0
     each = 4 if shape.rms_norm else width.stream
-    if config.trains_all_weights and shape.rms_norm:
+    if config.trains_all_weights and shape.rms_norm and shape.norm_gains:
         # Its gain's gradient needs what it is multiplied with: fp32 in some families, else already cast back.
         each += 4 if shape.model_type in _FP32_GAIN else width.stream
     return float(each * normalised + each * queries_and_keys)

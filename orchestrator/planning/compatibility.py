@@ -245,8 +245,9 @@ def whole_training_leaves_nothing_out(case: Case) -> str | None:
 
 
 def targets_must_exist(case: Case) -> str | None:
-    """Source: peft 0.21.2, tuners/tuners_utils.py: target modules that match nothing are an error; and
-    training/model.py, `find_target_modules`: a mixture's experts are no modules (transformers 5.23 stacks them)."""
+    """Source: peft 0.21.2, tuners/tuners_utils.py, `check_target_module_exists`: a name is the end of a module's path.
+    PEFT refuses names of which none matches, training/model.py (`find_target_modules`) each that does not. A mixture's
+    experts are no modules (transformers 5.23 stacks them)."""
     return missing_targets(case.config, case.shape)
 
 
@@ -255,14 +256,28 @@ def missing_targets(config: TrialConfig, shape: ModelShape) -> str | None:
     targets, known = config.target_modules, shape.adaptable
     if isinstance(targets, str) or config.trains_all_weights:
         return None
-    missing = [name for name in targets if name.rpartition(".")[2] not in known]
+    missing = [name for name in targets if not targeted(shape, (name,))]
     if not missing:
         return None
-    if missing[0].rpartition(".")[2] in shape.stacked:
-        return f"target_modules: {missing[0]} is part of a mixture's experts, which have no names; use all-linear"
-    near = get_close_matches(missing[0], known, n=1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
-    return f"target_modules: the model has no {cut(', '.join(missing))}{hint}; it has {', '.join(known)}: name those"
+    name, last = missing[0], missing[0].rpartition(".")[2]
+    if last in shape.stacked:
+        return f"target_modules: {name} is part of a mixture's experts, which have no names; use all-linear"
+    if any(f".{path}".endswith(f".{name}") for path in shape.outside):
+        told = "is outside of the model's layers, where no estimate counts an adapter yet"
+        return f"target_modules: {name} {told}; leave it out, and name any of {', '.join(known)}"
+    told = f"the model has no {cut(', '.join(missing))}{_meant(name, shape)}"
+    return f"target_modules: {told}; it has {', '.join(known)}: name those"
+
+
+def _meant(name: str, shape: ModelShape) -> str:
+    last = name.rpartition(".")[2]
+    places = [matrix.short_path for matrix in shape.matrices if matrix.name == last and not matrix.is_expert]
+    near = places or get_close_matches(last, shape.adaptable, n=1)
+    if not near:
+        return ""
+    numbered = any(part.isdecimal() for part in name.split("."))
+    layers = f" layers are numbered from 0 to {shape.layers - 1}" if numbered else ""
+    return f" (did you mean {near[0]}?{layers})"
 
 
 def global_batch_must_divide(case: Case) -> str | None:
@@ -287,27 +302,28 @@ def sequence_must_fit_the_model(case: Case) -> str | None:
     return None
 
 
-# transformers 5.23's classes of decoders, by what they declare (tests/training/test_model.py).
+# transformers 5.23's classes of decoders that a shape is known of, by what they declare (tests/training/
+# test_families.py).
 WITHOUT_SDPA = frozenset(
-    {"bloom", "codegen", "gemma2", "gpt_neo", "gpt_neox_japanese", "gpt_oss", "gptj", "mpt", "vaultgemma", "xglm"}
-)
-WITHOUT_FLASH_ATTENTION = frozenset(
     {
         "bloom",
         "codegen",
-        "deepseek_v32",
-        "doge",
-        "glm_moe_dsa",
-        "gpt_neox_japanese",
-        "llama4",
-        "llama4_text",
+        "flint",
+        "gemma2",
+        "gpt_neo",
+        "gpt_oss",
+        "gptj",
+        "granite_swa",
+        "granitemoe_swa",
         "mpt",
+        "vaultgemma",
         "xglm",
     }
 )
+WITHOUT_FLASH_ATTENTION = frozenset({"bloom", "codegen", "doge", "minimax_m3_vl_text", "mpt", "xglm"})
 WITHOUT_POSITIONS = frozenset({"bloom", "mpt"})
 # They take `position_ids` and keep them from what would tell packed rows apart (tests/training/test_packed_rows.py).
-MASK_WITHOUT_POSITIONS = frozenset({"biogpt", "falcon", "opt", "xglm"})
+MASK_WITHOUT_POSITIONS = frozenset({"biogpt", "falcon", "gpt_oss", "opt", "xglm"})
 FLASH_WITHOUT_POSITIONS = frozenset({"gpt_bigcode", "gpt_neo", "gptj", "persimmon"})
 REFUSALS: tuple[Rule, ...] = (
     fp16_needs_hardware,

@@ -16,6 +16,7 @@ from orchestrator.config.trial_config import TrialConfig
 from orchestrator.config.type_problems import told_of_settings
 from orchestrator.errors import InputError, ModelError, OrchestratorError, cut, shown
 from orchestrator.planning.activations import LOOPS, Loop
+from orchestrator.planning.causal_models import without_causal_head
 from orchestrator.planning.cheaper import what_fits
 from orchestrator.planning.compatibility import Case, refusals
 from orchestrator.planning.hardware import LARGEST_MEMORY, Hardware
@@ -163,7 +164,7 @@ def _shape(model: Any, config_of: ConfigOf, shapes: dict[str, ModelShape | Model
     key = model if isinstance(model, str) else json.dumps(model, sort_keys=True)
     if key not in shapes:
         try:
-            shapes[key] = shape_of(config_of(model) if isinstance(model, str) else model)
+            shapes[key] = shape_of(config_of(model) if isinstance(model, str) else _causal(model))
         except ModelError as error:
             # A hub that is out of reach takes seconds to be told from one that has no such model: once is enough.
             shapes[key] = error
@@ -171,6 +172,14 @@ def _shape(model: Any, config_of: ConfigOf, shapes: dict[str, ModelShape | Model
     if isinstance(found, ModelError):
         raise found
     return found
+
+
+def _causal(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A model that is found by its name was asked for its head where it was found. One that does not say what it is was
+    made up, and is counted as a Llama."""
+    if "model_type" in config and isinstance(config["model_type"], str) and (reason := without_causal_head(config)):
+        raise ModelError(f"model: {reason}")
+    return config
 
 
 def _gpu(memory_bytes: int | None) -> Hardware:

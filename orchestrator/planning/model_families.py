@@ -18,6 +18,12 @@ class Family:
     """Query, key, value and output, or the fused first three and the output."""
     mlp: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     """Gate, up and down; two names are the fused first two and down, or up and down where nothing is gated."""
+    layers: str = "model.layers"
+    """The path of its layers, in whose modules `attention_home` and `mlp_home` the matrices are."""
+    attention_home: str = "self_attn"
+    mlp_home: str = "mlp"
+    outside: tuple[str, ...] = ("model.embed_tokens", "lm_head")
+    """Paths of embeddings and head."""
     experts: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     """What PEFT calls their gate, up and down (peft 0.21.2, utils/transformers_weight_conversion.py)."""
     expert_adapters: bool = True
@@ -33,6 +39,8 @@ class Family:
     qk_norm: Literal["head", "all"] | None = None
     extra_norms: int = 1
     """Outside the layers."""
+    activation_weights: int = 0
+    """Of each layer's activation."""
     rotary: bool = True
     tied: bool = False
     full_attention_every: int | None = None
@@ -49,6 +57,12 @@ _BIASED: Mapping[str, Any] = {"qkv_bias": True, "out_bias": True, "mlp_bias": Tr
 _NO_WINDOW: Mapping[str, Any] = {"use_sliding_window": False}
 _UNGATED: Mapping[str, Any] = {"gated": False, "norm_width": 2, "layer_norm": True}
 """GPT-2's way, before Llama's: two matrices in the feed-forward part, norms with a bias."""
+_TRANSFORMER: Mapping[str, Any] = {"layers": "transformer.h", "attention_home": "attn"}
+_SELF_ATTENTION: Mapping[str, Any] = {
+    "layers": "transformer.h",
+    "attention_home": "self_attention",
+    "outside": ("transformer.word_embeddings", "lm_head"),
+}
 _FUSED = ("query_key_value", "dense")
 _NEOX_MLP = ("dense_h_to_4h", "dense_4h_to_h")
 _GPT2 = Family(
@@ -58,13 +72,42 @@ _GPT2 = Family(
     tied=True,
     positions_offset=0,
     defaults={"resid_pdrop": 0.1, "attn_pdrop": 0.1, "activation_function": "gelu_new"},
+    outside=("transformer.wte", "transformer.wpe", "lm_head"),
+    **_TRANSFORMER,
     **_UNGATED,
     **_BIASED,
 )
+_OPT: dict[str, Any] = {
+    "attention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "mlp": ("fc1", "fc2"),
+    "mlp_home": "",
+    "rotary": False,
+    "tied": True,
+    "defaults": {"dropout": 0.1},
+    **_UNGATED,
+    **_BIASED,
+}
 _LLAMA = Family(**_LLAMA_BIAS)
+_MIXTURE = Family(expert_adapters=False, **_LLAMA_BIAS)
 _FAMILIES = {
     "llama": _LLAMA,
     "granite": _LLAMA,
+    "arcee": Family(mlp=("up_proj", "down_proj"), gated=False, **_LLAMA_BIAS),
+    "apertus": Family(mlp=("up_proj", "down_proj"), gated=False, qk_norm="head", activation_weights=2, **_LLAMA_BIAS),
+    "jais2": Family(
+        mlp=("up_proj", "down_proj"), defaults={"attention_bias": True, "mlp_bias": True}, **_UNGATED, **_LLAMA_BIAS
+    ),
+    "nemotron": Family(mlp=("up_proj", "down_proj"), **_UNGATED, **_LLAMA_BIAS),
+    # Its norms have no weights.
+    "nanochat": Family(
+        mlp=("fc1", "fc2"),
+        gated=False,
+        norm_width=0,
+        qk_norm="head",
+        qkv_bias="attention_bias",
+        out_bias="attention_bias",
+        defaults={"final_logit_softcapping": 15.0},
+    ),
     "smollm3": Family(tied=True, **_LLAMA_BIAS),
     "mistral": Family(defaults={"num_key_value_heads": 8}),
     "ministral": Family(defaults={"num_key_value_heads": 8}),
@@ -131,6 +174,9 @@ _FAMILIES = {
     "gpt_neox": Family(
         _FUSED,
         _NEOX_MLP,
+        layers="gpt_neox.layers",
+        attention_home="attention",
+        outside=("gpt_neox.embed_in", "lm_head"),
         qkv_bias="attention_bias",
         out_bias="attention_bias",
         mlp_bias=True,
@@ -144,7 +190,53 @@ _FAMILIES = {
         head_bias=True,
         norms=1,
         defaults={"activation_function": "gelu_new"},
+        outside=("transformer.wte", "lm_head"),
+        **_TRANSFORMER,
         **_UNGATED,
+    ),
+    "codegen": Family(
+        ("qkv_proj", "out_proj"),
+        ("fc_in", "fc_out"),
+        mlp_bias=True,
+        head_bias=True,
+        norms=1,
+        outside=("transformer.wte", "lm_head"),
+        defaults={"activation_function": "gelu_new"},
+        **_TRANSFORMER,
+        **_UNGATED,
+    ),
+    "gpt_neo": Family(
+        ("q_proj", "k_proj", "v_proj", "out_proj"),
+        ("c_fc", "c_proj"),
+        layers="transformer.h",
+        attention_home="attn.attention",
+        outside=("transformer.wte", "transformer.wpe", "lm_head"),
+        out_bias=True,
+        mlp_bias=True,
+        rotary=False,
+        tied=True,
+        positions_offset=0,
+        defaults={"activation_function": "gelu_new"},
+        **_UNGATED,
+    ),
+    "mpt": Family(
+        ("Wqkv", "out_proj"),
+        ("up_proj", "down_proj"),
+        layers="transformer.blocks",
+        attention_home="attn",
+        mlp_home="ffn",
+        outside=("transformer.wte", "lm_head"),
+        gated=False,
+        layer_norm=True,
+        rotary=False,
+        tied=True,
+    ),
+    "persimmon": Family(
+        _FUSED,
+        _NEOX_MLP,
+        qk_norm="head",
+        **_UNGATED,
+        **_BIASED,
     ),
     "falcon": Family(
         _FUSED,
@@ -154,6 +246,7 @@ _FAMILIES = {
         mlp_bias="bias",
         tied=True,
         defaults={"multi_query": True, "parallel_attn": True},
+        **_SELF_ATTENTION,
         **_UNGATED,
     ),
     "bloom": Family(
@@ -162,19 +255,24 @@ _FAMILIES = {
         extra_norms=2,
         rotary=False,
         tied=True,
+        **_SELF_ATTENTION,
         **_UNGATED,
         **_BIASED,
     ),
     "opt": Family(
-        ("q_proj", "k_proj", "v_proj", "out_proj"),
-        ("fc1", "fc2"),
-        rotary=False,
-        tied=True,
         positions_offset=2,
-        defaults={"dropout": 0.1},
-        **_UNGATED,
-        **_BIASED,
+        layers="model.decoder.layers",
+        outside=("model.decoder.embed_tokens", "model.decoder.embed_positions", "lm_head"),
+        **_OPT,
     ),
+    "biogpt": Family(
+        positions_offset=2,
+        layers="biogpt.layers",
+        outside=("biogpt.embed_tokens", "biogpt.embed_positions", "output_projection"),
+        **_OPT | {"defaults": {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}},
+    ),
+    # Its positions are computed.
+    "xglm": Family(**_OPT | {"defaults": {"dropout": 0.1, "attention_dropout": 0.1}}),
 }
 UNCOUNTED_PARTS = {
     "kv_lora_rank": "latent attention (DeepSeek's)",
@@ -193,21 +291,48 @@ UNCOUNTED_PARTS = {
     "is_encoder_decoder": "an encoder",
     "type_vocab_size": "an encoder's segments (BERT's)",
     "classifier_pooling": "an encoder's pooling (ModernBERT's)",
+    "is_moe": "experts of another kind (Doge's)",
     "vision_config": "a part that looks at images",
     "audio_config": "a part that hears",
 }
 """Fields that tell of weights which a decoder such as Llama does not have: read as one, a model of 671 billion would
 look like one of 39."""
+UNCOUNTED_FAMILIES = {
+    "beam": "a gate in its attention",
+    "bert-generation": "an encoder's layers",
+    "fuyu": "a part that looks at images",
+    "gpt_neox_japanese": "a bias in its last layer alone",
+    "hunyuan_v1_moe": "experts beside shared ones",
+    "hrm_text": "layers that are passed again and again",
+    "jetmoe": "experts in its attention",
+    "moshi": "a feed-forward part of its own kind",
+    "recurrent_gemma": "recurrent layers",
+}
+"""Model types that no field tells of, and that Llama's shape is far from (tests/training/test_families.py)."""
 IMAGE_PARTS = {"gemma3": ("vision_tower", "multi_modal_projector")}
 """Of families whose part that looks at images training leaves out (`training.model`), what it is called."""
+_UNADAPTED_MIXTURES = frozenset(
+    {
+        "flint",
+        "gpt_oss",
+        "granitemoe",
+        "granitemoe_swa",
+        "granitemoeshared",
+        "kolibri1",
+        "laguna",
+        "minimax_m3_vl_text",
+        "phimoe",
+    }
+)
+"""Of those that are counted as Llamas, whose experts PEFT does not reach (tests/training/test_families.py)."""
 _ALIASES = {"gemma3_text": "gemma3", "mistral3": "mistral"}
 SPELLINGS = {
     "hidden_size": ("n_embd", "d_model"),
-    "num_hidden_layers": ("n_layer", "num_layers"),
-    "num_attention_heads": ("n_head", "num_heads"),
+    "num_hidden_layers": ("n_layer", "num_layers", "n_layers"),
+    "num_attention_heads": ("n_head", "num_heads", "n_heads", "attention_heads"),
     "intermediate_size": ("n_inner", "ffn_dim", "ffn_hidden_size"),
     "num_key_value_heads": ("num_kv_heads",),
-    "max_position_embeddings": ("n_positions",),
+    "max_position_embeddings": ("n_positions", "max_seq_len"),
     "num_local_experts": ("num_experts",),
 }
 """What a field is called otherwise."""
@@ -220,4 +345,5 @@ def is_known(model_type: str) -> bool:
 
 def family_of(model_type: str) -> Family:
     """A family by transformers' `model_type`; one that is not known is taken for Llama's."""
-    return _FAMILIES.get(_ALIASES.get(model_type, model_type), _LLAMA)
+    counted_as = _MIXTURE if model_type in _UNADAPTED_MIXTURES else _LLAMA
+    return _FAMILIES.get(_ALIASES.get(model_type, model_type), counted_as)

@@ -10,17 +10,16 @@ import re
 import socket
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from orchestrator.config.local_path import local_path
 from orchestrator.errors import ModelError, cut, first_line
+from orchestrator.planning.causal_models import without_causal_head
 from orchestrator.results.remote import cache_folder
 from orchestrator.training import builtin_models
 
-CAUSAL_LM_SUFFIXES = ("ForCausalLM", "LMHeadModel")
 # Weights are read as safetensors only: a pickle runs whatever code its author put in it.
 FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
@@ -49,7 +48,8 @@ def resolve(model: str) -> ModelSource:
     path = local_path(model)
     folder = path.resolve() if path.is_dir() else None
     config = _read_config(folder / "config.json") if folder else _hub_config(model)
-    _require_causal_lm(model, config)
+    if reason := without_causal_head(config):
+        raise ModelError(f"model {model}: {reason}")
     return ModelSource(model, config, folder)
 
 
@@ -157,30 +157,3 @@ def _fetch(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=FILES))
     except Exception as error:
         raise ModelError(f"model {name} cannot be fetched: {_hub_problem(error)}; {_OFFLINE_MEND}") from error
-
-
-def _require_causal_lm(model: str, config: Mapping[str, Any]) -> None:
-    listed = config.get("architectures") or []
-    if not isinstance(listed, list):
-        raise ModelError(
-            f"model {model}: architectures in its config.json is no list: write it again with save_pretrained"
-        )
-    architectures = tuple(str(name) for name in listed)
-    if any(name.endswith(CAUSAL_LM_SUFFIXES) for name in architectures) and "auto_map" not in config:
-        return
-    heads = _causal_lm_heads()
-    model_type = str(config.get("model_type"))
-    if model_type not in heads:
-        hint = " without code of its own, which is never run" if "auto_map" in config else ""
-        raise ModelError(f"model {model}: transformers knows no causal language model of type {cut(model_type)}{hint}")
-    if architectures and not set(architectures) & set().union(*heads.values()):
-        raise ModelError(
-            f"model {model} has no causal language-model head (it is a {cut(', '.join(architectures))}); "
-            "name a model whose config.json lists a ...ForCausalLM"
-        )
-
-
-def _causal_lm_heads() -> dict[str, frozenset[str]]:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
-
-    return {kind: frozenset([head] if isinstance(head, str) else head) for kind, head in NAMES.items()}

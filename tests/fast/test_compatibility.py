@@ -28,6 +28,7 @@ LLAMA = {
 SHAPE = shape_of(LLAMA)
 BLOOM = shape_of({"model_type": "bloom", "hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 100})
 OPT, STARCODER = replace(SHAPE, model_type="opt"), replace(SHAPE, model_type="gpt_bigcode")
+GPT_OSS = replace(SHAPE, model_type="gpt_oss")
 MIXTRAL = shape_of(LLAMA | {"model_type": "mixtral", "num_local_experts": 8})
 GEMMA_3 = shape_of(
     {"model_type": "gemma3", "text_config": LLAMA, "vision_config": {"model_type": "siglip_vision_model"}}
@@ -185,6 +186,7 @@ def test_a_note_is_told_of_its_case_alone(name: str) -> None:
             case(CPU, precision="nf4", dora=True, zero_stage=3, workers=2),
             case(CPU, precision="nf4", dora=True, zero_stage=2, workers=2),
         ),
+        (case(shape=GPT_OSS, packing=True, attention="eager"), case(shape=GPT_OSS, attention="eager")),
         (case(shape=OPT, packing=True), case(shape=OPT, packing=True, attention="flash_attention_2")),
         (
             case(shape=STARCODER, packing=True, attention="flash_attention_2"),
@@ -253,6 +255,34 @@ def test_missing_target_modules_name_those_that_the_model_has() -> None:
     assert reason is not None
     assert "no q_porj (did you mean q_proj?)" in reason
     assert "it has q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj" in reason
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("mlp.q_proj", "no mlp.q_proj (did you mean self_attn.q_proj?)"),
+        ("self_attn.gate_proj", "no self_attn.gate_proj (did you mean mlp.gate_proj?)"),
+        ("foo.q_proj", "no foo.q_proj (did you mean self_attn.q_proj?)"),
+        ("self_attn.qproj", "no self_attn.qproj (did you mean q_proj?)"),
+        (
+            "layers.22.self_attn.q_proj",
+            "no layers.22.self_attn.q_proj (did you mean self_attn.q_proj? layers are numbered from 0 to 21)",
+        ),
+    ],
+)
+def test_a_module_that_is_elsewhere_is_missing_where_it_is_named_even_beside_one_that_is_there(
+    name: str, meant: str
+) -> None:
+    reason = missing_targets(TrialConfig(target_modules=("q_proj", name)), SHAPE)
+    assert reason is not None
+    assert meant in reason
+
+
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens", "model.embed_tokens"])
+def test_embeddings_and_head_are_refused_as_what_is_not_counted_and_not_as_missing(name: str) -> None:
+    reason = missing_targets(TrialConfig(target_modules=("q_proj", name)), SHAPE)
+    assert reason is not None
+    assert f"{name} is outside of the model's layers, where no estimate counts an adapter yet; leave it out" in reason
 
 
 def test_experts_that_are_named_are_told_as_what_has_no_names() -> None:

@@ -59,9 +59,25 @@ def test_without_a_loop_what_would_fit_fits_whatever_trains() -> None:
 def test_a_family_that_is_not_known_is_noted() -> None:
     (known,) = answer(line())
     assert "notes" not in known
-    (got,) = answer(line(model=LLAMA_2_7B | {"model_type": "nonsense"}))
+    (got,) = answer(line(model=LLAMA_2_7B | {"model_type": "helium"}))
     assert got["feasible"]
-    assert "family, nonsense, is not known here and counted as a Llama" in got["notes"][0]
+    assert "family, helium, is not known here and counted as a Llama" in got["notes"][0]
+
+
+@pytest.mark.parametrize("encoder", ["deberta-v2", "mpnet", "nonsense"])
+def test_a_model_without_a_causal_head_is_refused_as_plan_does_it(encoder: str) -> None:
+    (got, goes_on) = answer(line(model=LLAMA_2_7B | {"model_type": encoder}), line())
+    assert got["error"] == (
+        f"line 1: model: transformers knows no causal language model of type {encoder}: take another model"
+    )
+    assert goes_on["feasible"]
+    headed = LLAMA_2_7B | {"model_type": encoder, "architectures": ["NewForCausalLM"]}
+    assert answer(line(model=headed))[0]["feasible"]
+
+
+def test_a_config_that_does_not_say_what_it_is_counts_as_a_llama() -> None:
+    (got,) = answer(line(model={name: value for name, value in LLAMA_2_7B.items() if name != "model_type"}))
+    assert got["feasible"]
 
 
 def test_an_automatic_micro_batch_is_told_as_the_size_that_it_became() -> None:

@@ -9,43 +9,35 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import flash_attention
 
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.planning.compatibility import Case, packing_needs_positions
 from orchestrator.planning.hardware import named_gpu
+from orchestrator.planning.model_families import is_known
 from orchestrator.planning.model_shape import shape_of
-from tests.training.test_model_shape_counts import FAMILIES as COUNTED
-from tests.training.test_model_shape_counts import GPT2, LLAMA, TOKENS
+from tests.training.test_families import UNBUILDABLE, config_of, shapes
+from tests.training.test_model_shape_counts import FAMILIES, LLAMA
 
-BIOGPT = {name: value for name, value in LLAMA.items() if name != "num_key_value_heads"}
-XGLM = {"vocab_size": 1000, "d_model": 64, "num_layers": 2, "attention_heads": 4, "ffn_dim": 176, **TOKENS}
-GPT_NEO = {
-    "vocab_size": 1000,
-    "hidden_size": 64,
-    "num_layers": 2,
-    "num_heads": 4,
-    "attention_types": [[["global"], 2]],
-    **TOKENS,
-}
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = COUNTED | {
-    "BioGPT": ("BioGpt", BIOGPT),
-    "XGLM": ("XGLM", XGLM),
-    "GPT-Neo": ("GPTNeo", GPT_NEO),
-    "Persimmon": ("Persimmon", BIOGPT),
-    "CodeGen": ("CodeGen", GPT2 | {"rotary_dim": 8}),
-    "MPT": ("Mpt", {"vocab_size": 1000, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 128}),
-}
+LARGE = {"emu3", "gemma4_unified"}
+"""Models of several parts, which no field makes small; the text part of the latter is one of `AS_LLAMAS`."""
+AS_LLAMAS = [kind for kind, s in shapes().items() if not is_known(s.model_type) and kind not in LARGE | UNBUILDABLE]
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+SMALL = LLAMA | EXPERTS | {"head_dim": 16, "shared_intermediate_size": 48}
 FIRST, SECOND = torch.arange(10, 21)[None], torch.arange(30, 39)[None]
 TOGETHER = torch.cat([FIRST, SECOND], 1)
 POSITIONS = torch.cat([torch.arange(FIRST.shape[1]), torch.arange(SECOND.shape[1])])[None]
 
 
 def built(name: str, attention: str) -> Any:
-    kind, settings = FAMILIES[name]
     torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**settings)
+    if name in FAMILIES:
+        kind, settings = FAMILIES[name]
+        config = getattr(transformers, f"{kind}Config")(**settings)
+    else:
+        has = config_of(name).to_dict()
+        config = CONFIG_MAPPING[name](**{field: value for field, value in SMALL.items() if field in has})
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
     model.config.use_cache = False
     return model
@@ -59,7 +51,7 @@ def is_refused(model: Any, attention: str) -> bool:
 
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *AS_LLAMAS])
 def test_a_row_packed_behind_another_is_what_it_is_alone_or_packing_is_refused(name: str, attention: str) -> None:
     try:
         model = built(name, attention)
@@ -72,7 +64,7 @@ def test_a_row_packed_behind_another_is_what_it_is_alone_or_packing_is_refused(n
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *AS_LLAMAS])
 def test_flash_attention_is_told_where_rows_begin_or_packing_is_refused(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
