@@ -97,9 +97,12 @@ def layer_bytes_per_token(config: TrialConfig, shape: ModelShape, width: Widths)
 
 
 def _more_of_the_activation(config: TrialConfig, shape: ModelShape, width: Widths) -> int:
-    """Bytes an element that an activation written in Python keeps beside its input. GPT-2's keeps tanh's result, that plus
-    1, and half of the input (transformers 5.23, activations.py, NewGELUActivation). On a GPU autocast makes fp32 of the
-    input to raise it to its third power, and what follows is (torch 2.13, autocast_mode.h, `pow`)."""
+    """Bytes an element that an activation written in Python keeps beside its input.
+
+    GPT-2's keeps tanh's result, that plus 1, and half of the input (transformers 5.23, activations.py,
+    NewGELUActivation). On a GPU autocast makes fp32 of the input to raise it to its third power, and what follows is
+    (torch 2.13, autocast_mode.h, `pow`).
+    """
     if shape.model_type in _XIELU:
         return width.product * (3 if config.trains_all_weights else 2) + 1
     if not _is_in_python(shape, width):
