@@ -208,12 +208,17 @@ def test_results_that_the_file_no_longer_asks_for_stay_and_open_trials_are_close
     earlier = read_earlier(folder)
     assert earlier is not None
     completed, running, _, planned = (trial.trial_id for trial in made_up.trials)
-    left = kept(earlier, frozenset({planned}))
+    late = made_up_point(120, 1.0)
+    with folder.trial(running).metrics.open("a", encoding="utf-8") as curve:
+        curve.write(late.model_dump_json() + "\n")
+    left = kept(earlier, frozenset({planned}), folder)
     assert {identity: record.status for identity, record in left.items()} == {
         completed: TrialStatus.COMPLETED,
         running: TrialStatus.CANCELLED,
     }
     assert left[running].reason
+    # Its workers had come further than the run that died had heard.
+    assert (left[running].best, left[running].steps) == (late, 120)
 
 
 def test_a_folder_whose_summary_is_lost_goes_on_from_the_trials_records(tmp_path: Path) -> None:
