@@ -205,6 +205,8 @@ class TrialResult(_Record):
     """None in a grid or random search, which chooses before it starts."""
     started_from: StartedFrom | None = None
     """None: it began at the first step."""
+    asked_for: bool = True
+    """False of one that was cut off and that the sweep file no longer asks for: no run goes on with it till it does."""
     notes: tuple[str, ...] = ()
     """What planning had to say about a trial that runs all the same."""
     best: MetricPoint | None = None

@@ -182,11 +182,11 @@ def kept(
     for trial_id, record in earlier.trials.items():
         if trial_id in planned or record.status is TrialStatus.INFEASIBLE:
             continue
-        if not record.status.is_final and record.status is not TrialStatus.CANCELLED:
+        if not record.status.is_final:
             may_come = searches and record.suggestion is None
             why = "cut off, and not proposed by the search" if may_come else "the sweep file no longer asks for it"
             record = as_left_on_disk(record, folder.trial(trial_id), earlier.sweep.best_by)
-            record = record.model_copy(update={"status": TrialStatus.CANCELLED, "reason": why})
+            record = record.model_copy(update={"status": TrialStatus.CANCELLED, "reason": why, "asked_for": False})
         found[trial_id] = record
     return found
 
@@ -226,6 +226,7 @@ def gone_on_with(old: TrialResult, new: TrialResult, folder: TrialFolder) -> Tri
         update={
             "status": TrialStatus.PENDING,
             "reason": None,
+            "asked_for": True,
             "config": new.config.model_copy(update={"micro_batch_size": min(sizes, default="auto")}),
             "notes": tuple(dict.fromkeys((*new.notes, *old.notes))),
             "peak_memory": new.peak_memory,
