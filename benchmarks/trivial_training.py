@@ -61,7 +61,7 @@ def trivial_training(
                 time.sleep(SLEEP_S)
             evaluated = evaluates(task.config, step)
             ledger.last = point_at(step, task.config.learning_rate, ledger.seconds["training"], evaluated)
-            if evaluated and ledger.improves(ledger.last, task.best_metric, task.best_mode):
+            if evaluated and ledger.last.improves(ledger.best, task.best_metric, task.best_mode):
                 ledger.best = ledger.last
             write_point(metrics, ledger.last)
             if evaluated:

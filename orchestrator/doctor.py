@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict
 
 from orchestrator.config.storage_address import DATABASE, is_remote, storage_problem
 from orchestrator.config.trial_config import Precision, TrialConfig
-from orchestrator.errors import ClusterUnreachableError, cut, first_line
+from orchestrator.errors import ClusterUnreachableError, counted, cut, first_line
 from orchestrator.planning.compatibility import Case, refusals
 from orchestrator.planning.hardware import Hardware, this_machine
 from orchestrator.planning.model_shape import shape_of
@@ -341,7 +341,8 @@ def _cluster_nodes(address: str, storage: str, token: str | None) -> tuple[list[
     if silent:
         return nodes, Check(what=what, ok=False, asked=True, detail=f"{'; '.join(silent)}: look at these nodes' logs")
     cpus, gpus = (sum(there.get(kind, 0) for there in resources) for kind in ("CPU", "GPU"))
-    return nodes, Check(what=what, ok=True, asked=True, detail=f"{len(nodes)} nodes, {cpus:g} CPUs, {gpus:g} GPUs")
+    has = f"{counted(len(nodes), 'node')}, {counted(cpus, 'CPU')}, {counted(gpus, 'GPU')}"
+    return nodes, Check(what=what, ok=True, asked=True, detail=has)
 
 
 def _as_ray_has_it(node: Node, resources: Mapping[str, float]) -> Node:

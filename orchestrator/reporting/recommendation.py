@@ -117,7 +117,7 @@ def recommend(sweep: SweepResult) -> Recommendation:
         names = " and ".join(metric for metric, _ in sweep.objectives)
         return _make("best", best, f"{_take(sweep, best)}: no other configuration is better by any of {names}.", told)
     if len(contenders) == 1:
-        open_ = sum(trial.status in NOT_ENDED for trial in sweep.trials)
+        open_ = sum(_is_to_come(trial) for trial in sweep.trials)
         if open_ or sweep.cut_short:
             of_all = f"{open_} of {len(sweep.trials)} trials have not ended"
             if not open_:
@@ -393,10 +393,14 @@ def _by_single_runs(
 
 
 def _repeats_to_come(sweep: SweepResult, contenders: Sequence[ConfigurationSummary]) -> int | None:
-    """How many repeats are asked for, where some of configurations that have completed once have not ended."""
+    """How many repeats are asked for, where some of configurations that have completed once are to come."""
     completed = {summary.configuration_id for summary in contenders}
-    waiting = [t.repeat for t in sweep.trials if t.status in NOT_ENDED and t.configuration_id in completed]
+    waiting = [t.repeat for t in sweep.trials if _is_to_come(t) and t.configuration_id in completed]
     return 1 + max(waiting) if waiting else None
+
+
+def _is_to_come(trial: TrialResult) -> bool:
+    return trial.status in NOT_ENDED and trial.asked_for
 
 
 def _by_cost(
@@ -443,7 +447,7 @@ def _without_completed(
             if evaluated
             else "no trial has completed an evaluation"
         )
-        is_over = sweep.is_whole and all(t.status not in NOT_ENDED for t in sweep.trials)
+        is_over = sweep.is_whole and not any(_is_to_come(trial) for trial in sweep.trials)
         answer = f"No answer: {why}, and the sweep has ended." if is_over else f"No answer yet: {why}."
         return _make("nothing", None, answer, caveats)
     best = kept[0]

@@ -146,6 +146,22 @@ class TrialFolder:
                 return MetricPoint.model_validate_json(line)
         return None
 
+    def points_after(self, step: int) -> tuple[MetricPoint, ...]:
+        """The end of the curve, past that step; no more of it is parsed: it may have 100,000."""
+        try:
+            with opened(self.metrics) as file:
+                *lines, _ = file.read().split(b"\n")
+        except OSError:
+            return ()
+        found: list[MetricPoint] = []
+        for line in reversed(lines):
+            with contextlib.suppress(ValidationError):
+                point = MetricPoint.model_validate_json(line)
+                if point.step <= step:
+                    break
+                found.append(point)
+        return tuple(reversed(found))
+
     def began_ms(self) -> int | None:
         """When the first point of the curve was made; None where there is none yet."""
         try:

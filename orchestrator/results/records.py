@@ -111,6 +111,14 @@ class MetricPoint(_Record):
     time_ms: Moment
     """Wall clock, milliseconds since 1970: what MLflow is given, so that a replay adds no second point."""
 
+    def improves(self, best: MetricPoint | None, metric: str, mode: Literal["min", "max"]) -> bool:
+        """Whether it beats the best evaluation so far, None where there is none: then its adapter is kept."""
+        value = getattr(self, metric, None)
+        if self.eval_loss is None or value is None or not math.isfinite(value):
+            return False
+        before = getattr(best, metric, None)
+        return before is None or (value < before if mode == "min" else value > before)
+
 
 class PeakMemory(_Record):
     """One worker's peak memory: the largest of all workers."""
@@ -197,6 +205,8 @@ class TrialResult(_Record):
     """None in a grid or random search, which chooses before it starts."""
     started_from: StartedFrom | None = None
     """None: it began at the first step."""
+    asked_for: bool = True
+    """False of one that was cut off and that the sweep file no longer asks for: no run goes on with it till it does."""
     notes: tuple[str, ...] = ()
     """What planning had to say about a trial that runs all the same."""
     best: MetricPoint | None = None

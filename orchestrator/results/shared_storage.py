@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from orchestrator.errors import counted
+
 
 @contextmanager
 def marked(where: Path) -> Iterator[str]:
@@ -51,5 +53,6 @@ def problem(where: Path, token: str, answers: Sequence[tuple[str, str | None]]) 
     # A node may have written to a folder of its own that only looks the same.
     seen = len(list(where.glob(f"{token}-*")))
     if seen < len(answers):
-        return f"of {len(answers)} nodes that wrote there, {seen} can be read from here: mount one that all share"
+        wrote = counted(len(answers), "node")
+        return f"of {wrote} that wrote there, {seen} can be read from here: mount one that all share"
     return None

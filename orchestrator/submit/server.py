@@ -11,11 +11,13 @@ import json
 import logging
 import os
 import platform
+import signal
 import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -264,8 +266,9 @@ def follow(server: JobServer, job_id: str, show: Callable[[str], None], say: Cal
     try:
         details = server.follow(job_id, show)
     except KeyboardInterrupt:
-        say(f"no longer following; job {job_id} goes on. The same command follows it again")
-        say(f"stop it with: ray job stop {job_id} --address {server.shown_address}")
+        with _once_interrupted():
+            say(f"no longer following; job {job_id} goes on. The same command follows it again")
+            say(f"stop it with: ray job stop {job_id} --address {server.shown_address}")
         return 130
     exit_code = exit_code_of(details.status.value, details.driver_exit_code)
     if exit_code is None:
@@ -275,3 +278,14 @@ def follow(server: JobServer, job_id: str, show: Callable[[str], None], say: Cal
     if exit_code == 130:
         say(f"job {job_id} was stopped: submit the same sweep again to go on")
     return exit_code
+
+
+@contextmanager
+def _once_interrupted() -> Iterator[None]:
+    """Let a second Ctrl-C not cut what is said of the first: `timeout` sends its signal to its child, and then to the
+    group of both."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

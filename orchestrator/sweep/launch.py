@@ -60,7 +60,9 @@ def launch(
     What the recorder could not store is its `storage_error` then.
     """
     waiting = sum(record.status is TrialStatus.PENDING for record in recorder.records.values())
-    if not waiting and not prepared.sweep.search.is_adaptive:
+    queue = _queue(prepared, folder, recorder, search)
+    # Tune takes many seconds to find that there is nothing to do. What the budget has no room for is not proposed.
+    if stopper.stop_all() or queue.is_at_end():
         return
     trainable = tune.with_parameters(
         TrialOnWorkers,
@@ -72,7 +74,7 @@ def launch(
     tuner = tune.Tuner(
         tune.with_resources(trainable, _slot()),
         tune_config=tune.TuneConfig(
-            search_alg=_queue(prepared, folder, recorder, search),
+            search_alg=queue,
             # An adaptive search ends by itself.
             num_samples=-1 if prepared.sweep.search.is_adaptive else waiting,
             scheduler=scheduler,

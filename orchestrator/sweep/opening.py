@@ -45,7 +45,7 @@ def opening_records(
         )
     if earlier is None:
         return records
-    return records | kept(earlier, frozenset(records), searches=prepared.sweep.search.is_adaptive)
+    return records | kept(earlier, frozenset(records), folder, searches=prepared.sweep.search.is_adaptive)
 
 
 def record_maker(prepared: Prepared) -> NewRecord:

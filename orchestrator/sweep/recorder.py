@@ -16,12 +16,14 @@ import ray
 from pydantic import BaseModel
 from ray import tune
 
+from orchestrator.config.sweep_config import ObjectiveConfig
 from orchestrator.config.trial_config import TrialConfig
 from orchestrator.errors import StorageError
 from orchestrator.results.folders import SweepFolder
 from orchestrator.results.records import PeakMemory, Timing, TrialResult, TrialStatus
 from orchestrator.results.secrets import without_secret
 from orchestrator.results.storage import at_once, write_result
+from orchestrator.sweep.closing import as_left_on_disk
 from orchestrator.sweep.failure_policy import STOP_LIMIT_S, pause_s
 from orchestrator.sweep.folder_lock import Tenure
 from orchestrator.training.task import TrialProgress
@@ -44,6 +46,7 @@ class Recorder(tune.Callback):
         why_stopped: Mapping[str, str],
         predicted_bytes: Callable[[TrialConfig], int],
         fetch: Callable[[str], bool],
+        best_by: ObjectiveConfig,
         tenure: Tenure,
         listeners: tuple[Callable[[TrialResult], None], ...],
     ) -> None:
@@ -54,7 +57,7 @@ class Recorder(tune.Callback):
         self.started_at = started_at
         """Of this run of the sweep, seconds since 1970."""
         self._why_stopped, self._predicted_bytes, self._listeners = why_stopped, predicted_bytes, listeners
-        self._fetch = fetch
+        self._fetch, self._best_by = fetch, best_by
         self.tenure = tenure
         """Once it is lost nothing more is written."""
         self._launched_at: dict[str, float] = {}
@@ -63,6 +66,8 @@ class Recorder(tune.Callback):
         self.storage_error: StorageError | None = None
         """Why the records can no longer be kept."""
         self._told_of_disk = False
+        self._unseen: set[str] = set()
+        """Trials of which it was not seen what they left: their workers had not ended, or the store was away."""
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its callbacks into its own state, which we never read back.
@@ -101,15 +106,19 @@ class Recorder(tune.Callback):
         if status:
             record = self._ended(record, TrialStatus(status), result.get("reason"))
         elif result.get("done"):
-            ray.get(self._board.stop.remote(record.trial_id, STOP_LIMIT_S))
+            if not ray.get(self._board.stop.remote(record.trial_id, STOP_LIMIT_S)):
+                self._unseen.add(record.trial_id)
             reason = self._why_stopped.get(record.trial_id, "stopped by Ray Tune: its log says why")
+            # The reason tells the step on which the decision fell; the rest tells how far the trial came.
             record = self._ended(record, TrialStatus.STOPPED, reason)
         self.save(record)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The slot itself died, more often than Tune starts it again: its node is gone, or we have a bug."""
         record = self.records[trial.config["trial_id"]]
-        self._board.abandon.remote(record.trial_id, STOP_LIMIT_S)
+        # Its workers may outlive it, and what they do until they have ended counts.
+        with contextlib.suppress(ray.exceptions.RayActorError):
+            ray.get(self._board.abandon.remote(record.trial_id, STOP_LIMIT_S))
         if not record.status.needs_reason and record.status is not TrialStatus.COMPLETED:
             told = _last_words(trial)
             # An actor that died says nothing against the trial: the next run goes on with it.
@@ -128,6 +137,13 @@ class Recorder(tune.Callback):
         rest = [r for r in self.records.values() if r.status in (TrialStatus.PENDING, TrialStatus.RUNNING)]
         self.save_all(self._ended(record, TrialStatus.CANCELLED, reason) for record in rest)
         return len(rest)
+
+    def look_again(self) -> None:
+        """Once all workers have gone: at the trials that had ended when what they left could not be seen."""
+        for trial_id in tuple(self._unseen):
+            before = self.records[trial_id]
+            if (record := self._as_left(before)) != before:
+                self.save(record)
 
     @property
     def has_launched(self) -> bool:
@@ -265,18 +281,23 @@ class Recorder(tune.Callback):
         )
 
     def _ended(self, record: TrialResult, status: TrialStatus, reason: str | None) -> TrialResult:
-        """The final record; its last step is the last one on disk, which may be past the last report."""
+        """The final record, of what its workers have left."""
         launched_at = self._launched_at.get(record.trial_id)
-        # Where it is not, what the trial told is more than is known here.
-        is_here = launched_at is not None and self._fetch(record.trial_id)
-        last = self._folder.trial(record.trial_id).last_point()
         update: dict[str, Any] = {"status": status, "reason": reason}
-        if last and is_here:
-            update |= {"last": last, "steps": last.step, "tokens": last.tokens}
+        # Of one that waited to go on, the run before may have died without a look at what it left.
+        if launched_at is not None or record.last:
+            record = self._as_left(record)
         if launched_at:
             total_s = record.timing.total_s + time.time() - launched_at
             update["timing"] = record.timing.model_copy(update={"total_s": total_s})
         return record.model_copy(update=update)
+
+    def _as_left(self, record: TrialResult) -> TrialResult:
+        if not self._fetch(record.trial_id):
+            # What the trial told is more than is known here.
+            self._unseen.add(record.trial_id)
+            return record
+        return as_left_on_disk(record, self._folder.trial(record.trial_id), self._best_by)
 
 
 def share_names(model: BaseModel) -> None:

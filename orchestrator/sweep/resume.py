@@ -14,6 +14,7 @@ from orchestrator.planning.plan import SweepPlan
 from orchestrator.results.folders import SweepFolder, TrialFolder
 from orchestrator.results.records import SweepResult, TrialResult, TrialStatus
 from orchestrator.results.storage import DamagedRecord, newest, read_table, read_trial_results
+from orchestrator.sweep.closing import as_left_on_disk
 from orchestrator.sweep.delivered import kept_sweep_id
 
 SAME_KEYS = ("model", "data")
@@ -170,7 +171,9 @@ def at_work_s(earlier: Earlier, now_ms: int) -> float:
     return result.earlier_runs_s + max(0, min(ended_ms, now_ms) - began_ms) / 1000
 
 
-def kept(earlier: Earlier, planned: frozenset[str], *, searches: bool = False) -> dict[str, TrialResult]:
+def kept(
+    earlier: Earlier, planned: frozenset[str], folder: SweepFolder, *, searches: bool = False
+) -> dict[str, TrialResult]:
     """Results of trials that are not asked for now: nothing that was measured is dropped.
 
     searches: an adaptive search runs now, which may propose what a grid left open.
@@ -179,10 +182,11 @@ def kept(earlier: Earlier, planned: frozenset[str], *, searches: bool = False) -
     for trial_id, record in earlier.trials.items():
         if trial_id in planned or record.status is TrialStatus.INFEASIBLE:
             continue
-        if not record.status.is_final and record.status is not TrialStatus.CANCELLED:
+        if not record.status.is_final:
             may_come = searches and record.suggestion is None
             why = "cut off, and not proposed by the search" if may_come else "the sweep file no longer asks for it"
-            record = record.model_copy(update={"status": TrialStatus.CANCELLED, "reason": why})
+            record = as_left_on_disk(record, folder.trial(trial_id), earlier.sweep.best_by)
+            record = record.model_copy(update={"status": TrialStatus.CANCELLED, "reason": why, "asked_for": False})
         found[trial_id] = record
     return found
 
@@ -222,6 +226,7 @@ def gone_on_with(old: TrialResult, new: TrialResult, folder: TrialFolder) -> Tri
         update={
             "status": TrialStatus.PENDING,
             "reason": None,
+            "asked_for": True,
             "config": new.config.model_copy(update={"micro_batch_size": min(sizes, default="auto")}),
             "notes": tuple(dict.fromkeys((*new.notes, *old.notes))),
             "peak_memory": new.peak_memory,

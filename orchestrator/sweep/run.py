@@ -159,6 +159,7 @@ def _run_prepared(
         scheduler.reasons,
         prepared.predicted_bytes,
         carrier.fetch,
+        sweep.best_by,
         tenure,
         (carrier.track, carrier.once_stored(tracker.track), gauges.track, progress, callbacks.track),
     )
@@ -176,6 +177,7 @@ def _run_prepared(
     recorder.tenure.require()
     if stopper.interrupted:
         carrier.hurry()
+    recorder.look_again()
     cut_off = recorder.cancel_rest(stopper.reason or "the sweep ended before it: run the same command again")
     if error := stopper.broken():
         tracker.finish(INTERRUPTED_TRACKING_LIMIT_S)

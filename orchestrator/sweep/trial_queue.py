@@ -60,6 +60,10 @@ class TrialQueue(Searcher):
         finished: Any = Searcher.FINISHED
         return finished  # type: ignore[no-any-return]
 
+    def is_at_end(self) -> bool:
+        """Whether no trial waits and none is to come."""
+        return not self._waiting and self._is_over()
+
     def _is_over(self) -> bool:
         """Ask for more."""
         more = self._more()

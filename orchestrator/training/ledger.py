@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import math
 import os
 import socket
 import threading
@@ -139,14 +138,6 @@ class Ledger:
                 torch.cuda.synchronize(self.device)
         finally:
             self.seconds[name] += self._clock() - started
-
-    def improves(self, point: MetricPoint, metric: str, mode: Literal["min", "max"]) -> bool:
-        """Whether the point beats the best so far."""
-        value = getattr(point, metric, None)
-        if value is None or not math.isfinite(value):
-            return False
-        best = getattr(self.best, metric, None) if self.best else None
-        return best is None or (value < best if mode == "min" else value > best)
 
     def progress(self) -> TrialProgress:
         """All of it as plain values."""

@@ -266,7 +266,7 @@ def evaluate_and_keep(run: Run, point: MetricPoint, ledger: Ledger) -> MetricPoi
     ledger.peak_bytes = max(ledger.peak_bytes, held)
     ledger.reserved_bytes = reserved and max(ledger.reserved_bytes or 0, reserved)
     point = point.model_copy(update={"eval_loss": eval_loss, "peak_memory_bytes": ledger.peak_bytes})
-    improves = ledger.improves(point, run.task.best_metric, run.task.best_mode)
+    improves = point.improves(ledger.best, run.task.best_metric, run.task.best_mode)
     # Clocks differ between workers, and saving takes all of them: worker 0 decides.
     if told_by_first(int(improves), run.device, run.place.world_size):
         with ledger.saving():

@@ -153,6 +153,21 @@ def a_node(host: str, hardware: Hardware = CPU, **fields: Any) -> Node:
     return Node(host=host, hardware=hardware, **{**known, **fields})
 
 
+@pytest.mark.parametrize(
+    ("nodes", "said"), [(1, "1 node, 1 CPU, 1 GPU"), (2, "2 nodes, 2 CPUs, 2 GPUs")], ids=["one", "two"]
+)
+def test_a_cluster_is_told_by_its_nodes_and_what_they_have(
+    nodes: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = pytest.importorskip("orchestrator.sweep.cluster")
+    answers = [({"Resources": {"CPU": 1.0, "GPU": 1.0}}, a_node(f"node-{number}")) for number in range(nodes)]
+    monkeypatch.setattr(cluster, "connect", lambda address: None)
+    monkeypatch.setattr(cluster, "ask_every_node", lambda *asked: answers)
+    found, check = doctor._cluster_nodes("auto", "sweeps", None)
+    assert (check.ok, check.detail) == (True, said)
+    assert [node.hardware.gpus for node in found] == [1] * nodes
+
+
 def test_other_packages_on_a_node_are_told() -> None:
     here = {"python": "3.11.7", "torch": "2.13.0"}
     nodes = [a_node("one", versions=here), a_node("two", versions={"python": "3.12.1"})]
@@ -199,7 +214,7 @@ def test_a_storage_that_nodes_do_not_share_is_found_out(tmp_path: Path) -> None:
     check = doctor._storage_check(
         str(tmp_path), True, [a_node("one", storage=Space(free_bytes=1, total_bytes=2))], "t", None
     )
-    assert "of 1 nodes that wrote there, 0 can be read" in check.detail
+    assert "of 1 node that wrote there, 0 can be read" in check.detail
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import contextlib, subprocess, sys
 from pathlib import Path
+from orchestrator.config.sweep_config import ObjectiveConfig
 from orchestrator.results.records import TrialStatus
 from orchestrator.results.files import write_atomically
 from orchestrator.results.folders import SweepFolder
@@ -31,7 +32,9 @@ for fault in ("full", "read-only", "freed", "vanished"):
     root.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(root)], check=True)
     folder = SweepFolder(root / "sweep")
-    recorder = recorders.Recorder(folder, {}, 0.0, None, {}, lambda config: 0, lambda trial_id: True, Tenure(""), ())
+    recorder = recorders.Recorder(
+        folder, {}, 0.0, None, {}, lambda config: 0, lambda trial_id: True, ObjectiveConfig(), Tenure(""), ()
+    )
     write_atomically(folder.sweep_file, "name: sweep")
     recorder.save(first)
     if fault == "vanished":

@@ -208,12 +208,33 @@ def test_results_that_the_file_no_longer_asks_for_stay_and_open_trials_are_close
     earlier = read_earlier(folder)
     assert earlier is not None
     completed, running, _, planned = (trial.trial_id for trial in made_up.trials)
-    left = kept(earlier, frozenset({planned}))
+    late = made_up_point(120, 1.0)
+    with folder.trial(running).metrics.open("a", encoding="utf-8") as curve:
+        curve.write(late.model_dump_json() + "\n")
+    left = kept(earlier, frozenset({planned}), folder)
     assert {identity: record.status for identity, record in left.items()} == {
         completed: TrialStatus.COMPLETED,
         running: TrialStatus.CANCELLED,
     }
     assert left[running].reason
+    # Its workers had come further than the run that died had heard.
+    assert (left[running].best, left[running].steps) == (late, 120)
+
+
+def test_what_was_cut_off_and_is_no_longer_asked_for_says_so_until_it_is_asked_for_again(tmp_path: Path) -> None:
+    made_up = simulated([2.0], 2, 0, status_of=lambda _, r: TrialStatus.CANCELLED if r else TrialStatus.COMPLETED)
+    folder = write_made_up(tmp_path, made_up)
+    write_atomically(folder.sweep_file, to_yaml(sweep()))
+    first, second = made_up.trials
+    earlier = read_earlier(folder)
+    assert earlier is not None
+    left = kept(earlier, frozenset({first.trial_id}), folder)[second.trial_id]
+    assert (left.status, left.asked_for) == (TrialStatus.CANCELLED, False)
+    assert left.reason == "the sweep file no longer asks for it"
+    own = folder.trial(second.trial_id)
+    own.checkpoint(40).mkdir()
+    waiting = made_up_trial({"rank": 4}, repeat=1, status=TrialStatus.PENDING)
+    assert gone_on_with(left, waiting, own).asked_for
 
 
 def test_a_folder_whose_summary_is_lost_goes_on_from_the_trials_records(tmp_path: Path) -> None:

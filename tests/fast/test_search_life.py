@@ -19,6 +19,7 @@ from tests.fast.test_suggest import point
 
 pytest.importorskip("ray")
 
+from orchestrator.sweep import launch as launches
 from orchestrator.sweep.opening import opening_records, start_words
 from orchestrator.sweep.resume import Earlier
 from orchestrator.sweep.run import cut_short_words
@@ -67,15 +68,22 @@ class Life:
             raw["budget"] = {"trials": 42}
         self.sweep, self.folder = SweepConfig.model_validate(raw), SweepFolder(folder)
         plan = SimpleNamespace(trials=[self.plan_trial(trial) for trial in self.sweep.trials()], worker_memory_bytes=1)
+        shape = SimpleNamespace(gpus=1, workers=1)
         prepared: Any = SimpleNamespace(
-            sweep=self.sweep, plan_trial=self.plan_trial, plan=plan, data_hash="", shape=SimpleNamespace(gpus=1)
+            sweep=self.sweep, plan_trial=self.plan_trial, plan=plan, data_hash="", shape=shape
         )
         earlier = Earlier(self.sweep, None, before) if before else None
         self.records = opening_records(prepared, self.folder, earlier, new_record)
         recorder: Any = SimpleNamespace(records=self.records, save=self.save, trial_seconds=lambda: 0, started_at=0)
+        self.prepared, self.recorder = prepared, recorder
         self.suggestions = Suggestions(prepared, self.folder, recorder, new_record)
         self.scheduler = RuleScheduler(self.sweep)
         self.scheduler.hear_again(self.folder, self.records.values())
+
+    def launch(self, *, is_stopped: bool = False) -> None:
+        prepared: Any = SimpleNamespace(**vars(self.prepared), board=None, groups=None)
+        stopper: Any = SimpleNamespace(stop_all=lambda: is_stopped)
+        launches.launch(prepared, self.folder, self.recorder, self.suggestions, self.scheduler, [], stopper, "warm")
 
     def plan_trial(self, trial: Trial) -> PlannedTrial:
         reasons = ("too much",) if trial.config.rank == 128 and trial.config.zero_stage == 1 else ()
@@ -134,6 +142,38 @@ def test_a_search_goes_on_with_what_a_grid_has_left_open_in_its_folder(tmp_path:
     assert {r.timing.earlier_s for r in tried} == {60}
     configurations = {r.configuration_id for r in before.values()}
     assert {r.configuration_id for r in (*tried, *ended.values())} == configurations
+
+
+class TuneBegins(Exception):
+    pass
+
+
+@pytest.fixture
+def without_tune(monkeypatch: pytest.MonkeyPatch) -> None:
+    def begin(*_: Any, **__: Any) -> None:
+        raise TuneBegins
+
+    monkeypatch.setattr(launches.tune, "with_parameters", begin)
+
+
+@pytest.mark.usefixtures("without_tune")
+@pytest.mark.parametrize("space", [SWEEP["space"], {"rank": [8, 32]}], ids=["budget", "space"])
+def test_a_search_that_has_nothing_more_to_try_ends_without_tune(space: dict[str, Any], tmp_path: Path) -> None:
+    search = Life(tmp_path, "tpe", "fifo", {}, space=space, exclude=[])
+    search.live(1)
+    with pytest.raises(TuneBegins):
+        search.launch()
+    search.live()
+    again = Life(tmp_path, "tpe", "fifo", search.records, space=space, exclude=[])
+    again.launch()
+    assert again.records == search.records
+
+
+@pytest.mark.usefixtures("without_tune")
+def test_a_search_whose_budget_is_used_up_proposes_nothing_before_it_ends(tmp_path: Path) -> None:
+    search = Life(tmp_path, "tpe", "fifo", {})
+    search.launch(is_stopped=True)
+    assert search.records == {}
 
 
 def ended_by(reason: str | None, *, interrupted: bool = False) -> Any:

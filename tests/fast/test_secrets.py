@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from orchestrator.cli import app
-from orchestrator.config.sweep_config import SweepConfig
+from orchestrator.config.sweep_config import ObjectiveConfig, SweepConfig
 from orchestrator.config.sweep_file import to_yaml
 from orchestrator.errors import FolderError, InputError
 from orchestrator.export.trial_weights import weights_of
@@ -113,7 +113,9 @@ def test_a_planted_secret_is_in_nothing_that_a_sweep_leaves(tmp_path: Path, monk
     )
     folder = sweep_folder(sweep.storage, sweep.name)
     write_atomically(folder.sweep_file, without_secret(to_yaml(sweep)))
-    recorder = Recorder(folder, {}, 0.0, None, {}, lambda config: 0, lambda trial_id: True, Tenure(""), ())
+    recorder = Recorder(
+        folder, {}, 0.0, None, {}, lambda config: 0, lambda trial_id: True, ObjectiveConfig(), Tenure(""), ()
+    )
     failed = made_up_trial({"rank": 8}, status=TrialStatus.FAILED, reason=said)
     recorder.save(failed.model_copy(update={"notes": (said,)}))
     write_sweep(folder, made_up_sweep(list(recorder.records.values())))

@@ -150,6 +150,10 @@ def test_repeats_that_are_asked_for_and_have_not_run_are_to_come_and_not_advised
     answer = recommend(sweep)
     assert answer.answer.endswith("from noise; the repeats that are still to come (of 2) begin to.")
     assert answer.repeats_needed == 2
+    # They were asked for before, and are not now: nothing is to come.
+    left = [trial.model_copy(update={"asked_for": not trial.repeat}) for trial in sweep.trials]
+    answer = recommend(sweep.model_copy(update={"trials": tuple(left)}))
+    assert answer.answer.endswith("3 repeats (search.repeats: 3) would begin to.")
 
 
 def test_two_configurations_that_come_to_the_same_are_both() -> None:

@@ -178,6 +178,23 @@ def test_a_ctrl_c_that_comes_together_with_a_line_ends_the_showing(
     assert "job j goes on" in said[0]
 
 
+def test_a_second_signal_close_behind_the_first_cuts_nothing_of_what_is_said(api: JobApi) -> None:
+    """As `timeout -s INT` sends them."""
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        signal.raise_signal(signal.SIGINT)
+        said.append(line)
+
+    def show(lines: str) -> None:
+        raise KeyboardInterrupt
+
+    assert follow(JobServer(api.address), "j", show, say) == 130
+    assert [line.split()[0] for line in said] == ["no", "stop"]
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
 def test_a_cluster_of_another_ray_is_refused(api: JobApi) -> None:
     api.version = {"version": "4", "ray_version": "2.9.3", "ray_commit": ""}
     with pytest.raises(InputError, match=r"runs Ray 2\.9\.3.*made for Ray"):
