@@ -90,8 +90,9 @@ MOMENTS_BYTES = {"adamw": 8.0, "adamw_8bit": ADAM_8BIT_BYTES, "sgd": 0.0}
 REST_LOW, REST_HIGH = 0.56, 1.30
 """The ends of the 90 % interval, over all that is predicted beside the weights: those are counted exactly, and the rest
 depends on the library, which no setting names. One that keeps a quantised model's activations in half precision takes a
-quarter less, one that computes attention without autocast a quarter more. Where nine of ten calibration points lie, and
-0.2 wider each way for libraries that are not among them (benchmarks/memory_accuracy.py)."""
+quarter less. Where nine of ten calibration points lay before loops were told apart, and 0.2 wider each way for
+libraries that are not among them; of the larger loop's they are 0.48 and 1.20 now (benchmarks/memory_accuracy.py),
+within what the low end of the one loop and the high end of the other hold."""
 ZERO_BUCKET_WEIGHTS = 50_000_000
 """Gradients of a bucket that ZeRO reduces at once; a tenth of DeepSpeed's default, since an adapter's fill no more."""
 ZERO3_STEP_WEIGHTS = 1_000_000_000
