@@ -156,7 +156,8 @@ def run_guide(job: Job) -> Launch:
     import ray
     import ray.tune
 
-    ray.init(log_to_driver=False)
+    # Of its own: a cluster that was killed leaves its address behind, which Ray would try for minutes.
+    ray.init("local", log_to_driver=False)
     # Tune's own process of a trial takes no CPU, in this pattern's favour: the workers need them all.
     no_cpu = ray.tune.PlacementGroupFactory([{"memory": 1}])
     tuner = ray.tune.Tuner(

@@ -88,7 +88,8 @@ def memory_chart(found: Sequence[ConfigurationSummary], parts: Parts, kind: str)
         if s.predicted_memory_bytes and s.peak_memory_bytes
     ]
     if ratios:
-        words += f" Predicted is {min(ratios):.2f} to {max(ratios):.2f} times what was measured."
+        told = " to ".join(dict.fromkeys(f"{end(ratios):.2f}" for end in (min, max)))
+        words += f" Predicted is {told} times what was measured."
     drawn = {part for s in known for part in parts.get(s.configuration_id, {})}
     keys = [Key(f"{style} bar", part) for part, style in PART_STYLES.items() if part in drawn]
     if not drawn:
